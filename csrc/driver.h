@@ -1,0 +1,88 @@
+// What the engine asks of a device. Two implementations: the host (drivers/host*) and CUDA (later).
+//
+// The meaning of every call is CUDA's; csrc/DESIGN.md numbers the behaviour that is relied on.
+// Errors are thrown as pie::Error. Device addresses are integers on purpose: only drivers/host*
+// may assume that device memory is host memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "error.h"
+
+namespace pie {
+
+using Address = uint64_t;  // of the device or of the host
+using Stream = uint64_t;   // 0: host driver: the calling thread itself; CUDA: the default stream
+using Event = uint64_t;
+using Handle = uint64_t;  // physical device memory
+using HostFn = void (*)(void*);
+
+enum class Direction { kHostToDevice = PIE_HOST_TO_DEVICE, kDeviceToHost = PIE_DEVICE_TO_HOST };
+
+struct CopyOp {
+  Address dst;
+  Address src;
+  size_t bytes;
+};
+
+// Of copies that are complete: bytes copied, seconds that copies of this direction took, copies.
+struct Counters {
+  int64_t bytes = 0;
+  int64_t copies = 0;
+  double seconds = 0;
+};
+
+class Driver {
+ public:
+  virtual ~Driver() = default;
+
+  // Memory. Sizes and addresses are multiples of granularity().
+  virtual size_t granularity() const = 0;
+  virtual Address reserve(size_t bytes) = 0;
+  virtual void unreserve(Address address, size_t bytes) noexcept = 0;
+  virtual Handle create(size_t bytes) = 0;                             // zeroed
+  virtual void release(Handle handle) noexcept = 0;                    // mappings keep the memory
+  virtual void map(Address address, size_t bytes, Handle handle) = 0;  // the whole handle
+  virtual void set_access(Address address, size_t bytes) = 0;          // may cover many mappings
+  virtual void unmap(Address address, size_t bytes) noexcept = 0;      // does not wait for work
+  virtual void* host_alloc(size_t bytes) = 0;  // zeroed, populated, registered
+  virtual void host_free(void* pointer, size_t bytes) noexcept = 0;
+
+  // Streams.
+  virtual Stream stream_create() = 0;
+  virtual void stream_destroy(Stream stream) noexcept = 0;
+  virtual void stream_synchronize(Stream stream) = 0;
+  virtual bool stream_is_inline(Stream stream) const = 0;
+  // Text of the stream's sticky error, empty when there is none; does not wait.
+  virtual std::string stream_error(Stream stream) = 0;
+  // Clears a sticky error of an idle stream; throws where the device cannot.
+  virtual void stream_recover(Stream stream) = 0;
+  // Copies of one batch are unordered among themselves and ordered against the rest of the stream.
+  virtual void copy_batch(Stream stream, Direction direction, const CopyOp* ops, size_t count) = 0;
+  virtual void memset_async(Stream stream, Address dst, int value, size_t bytes) = 0;
+  virtual void launch_host(Stream stream, HostFn fn, void* arg) = 0;
+
+  // Events.
+  virtual Event event_create() = 0;
+  virtual void event_destroy(Event event) noexcept = 0;
+  virtual void event_record(Event event, Stream stream) = 0;
+  // The stream's later work waits for the newest record submitted before this call.
+  virtual void stream_wait(Stream stream, Event event) = 0;
+  virtual bool event_query(Event event) = 0;
+  virtual void event_synchronize(Event event) = 0;
+  virtual double event_elapsed(Event start, Event end) = 0;  // seconds
+
+  // Waits for all work of all streams; errors stay on their streams.
+  virtual void synchronize() noexcept = 0;
+  virtual Counters counters(Direction direction) const = 0;
+  // PIE_FAULT_*; only the host driver has faults.
+  virtual void inject(int fault, int directions, double a, double b, uint64_t seed);
+};
+
+// kind: "host" or "cuda". Throws PIE_ERR_UNSUPPORTED for a driver this build lacks.
+std::unique_ptr<Driver> make_driver(const std::string& kind, double link_bytes_per_s);
+
+}  // namespace pie

@@ -1,0 +1,158 @@
+#include "engine.h"
+
+namespace pie {
+namespace {
+
+Geometry fitting(const pie_geometry& given, const Driver& driver) {
+  const Geometry geometry(given);
+  const auto g = static_cast<int64_t>(driver.granularity());
+  if (geometry.granularity % g != 0) {
+    throw Error(PIE_ERR_CONFIG, "geometry: granularity " + std::to_string(geometry.granularity) +
+                                    " is not a multiple of the driver's " + std::to_string(g));
+  }
+  return geometry;
+}
+
+}  // namespace
+
+LayerEvents::LayerEvents(Driver& driver, int64_t layers) : barrier(driver) {
+  for (int64_t l = 0; l < layers; ++l) {
+    ready.emplace_back(driver);
+    stored.emplace_back(driver);
+    done.emplace_back(driver);
+  }
+}
+
+Engine::Engine(const pie_geometry& geometry, const std::string& driver, double link_bytes_per_s,
+               uint32_t debug)
+    : debug_(debug),
+      driver_(make_driver(driver, link_bytes_per_s)),
+      geometry_(fitting(geometry, *driver_)),
+      arena_(*driver_, geometry_),
+      pool_(*driver_, geometry_),
+      h2d_(*driver_),
+      d2h_(*driver_) {
+  reset_events();
+}
+
+Engine::~Engine() { driver_->synchronize(); }
+
+void Engine::begin_step(const pie_plan& plan, Stream compute) {
+  open_step(plan, true, compute);
+  if (!step_.stores.empty()) {
+    for (int64_t l = 0; l < geometry_.layers; ++l) submit_store(l);
+  }
+  if (step_.streams_in && !debug(PIE_DEBUG_LATE_SUBMIT)) {
+    for (int64_t l = 0; l < geometry_.slots; ++l) submit_load(l);
+  }
+}
+
+// Rule 4: a layer's KV write comes after the store that reads the same pages.
+void Engine::before_write(int64_t layer) {
+  check_layer(layer);
+  if (!store_pending_[static_cast<size_t>(layer)]) return;
+  wait_on_compute(events_->stored[static_cast<size_t>(layer)]);
+  store_pending_[static_cast<size_t>(layer)] = false;
+}
+
+// Rule 5: attention comes after the loads and promotions of its layer. The record that this wait
+// means was submitted by begin_step or by after_attention(layer - B), earlier in program order.
+void Engine::before_attention(int64_t layer) {
+  check_layer(layer);
+  if (debug(PIE_DEBUG_SKIP_GATE) && layer == geometry_.layers / 2) return;
+  step_.gated.push_back(layer);
+  if (!step_.streams_in) return;
+  wait_on_compute(events_->ready[static_cast<size_t>(layer)]);
+  if (debug(PIE_DEBUG_LATE_SUBMIT)) submit_load(layer);
+}
+
+// Rule 6: the slot is free for layer + B only when this attention is over.
+void Engine::after_attention(int64_t layer) {
+  check_layer(layer);
+  step_.left.push_back(layer);
+  driver_->event_record(events_->done[static_cast<size_t>(layer)], step_.compute);
+  const int64_t next = layer + geometry_.slots;
+  if (step_.streams_in && next < geometry_.layers && !debug(PIE_DEBUG_LATE_SUBMIT)) {
+    submit_load(next);
+  }
+}
+
+pie_stats Engine::end_step() {
+  if (!step_.open) throw Error(PIE_ERR_STATE, "end_step without begin_step");
+  try {
+    check_gates();
+  } catch (const Error&) {
+    abort_step();
+    throw;
+  }
+  // Layers whose write was not announced: the next step must not overtake their stores.
+  try {
+    for (int64_t l = 0; l < geometry_.layers; ++l) before_write(l);
+  } catch (const Error&) {
+    step_.open = false;
+    throw;
+  }
+  const pie_stats stats = close_step();
+  check_streams();
+  return stats;
+}
+
+pie_stats Engine::run_idle(const pie_plan& plan, Stream compute) {
+  open_step(plan, false, compute);
+  for (int64_t l = 0; l < geometry_.layers; ++l) {
+    if (!step_.stores.empty()) submit_store(l);
+    if (!step_.promotions.empty()) submit_load(l);
+  }
+  // Rule 7: no gate follows, so the compute waits for all of it here.
+  const auto last = static_cast<size_t>(geometry_.layers - 1);
+  try {
+    if (!step_.stores.empty()) wait_on_compute(events_->stored[last]);
+    if (!step_.promotions.empty()) wait_on_compute(events_->ready[last]);
+  } catch (const Error&) {
+    step_.open = false;
+    throw;
+  }
+  store_pending_.assign(store_pending_.size(), false);
+  const pie_stats stats = close_step();
+  check_streams();
+  return stats;
+}
+
+void Engine::abort_step() {
+  if (step_.open && driver_->stream_error(h2d_).empty()) finish_promotions();
+  step_.open = false;
+  for (const Stream stream : {Stream{d2h_}, Stream{h2d_}, last_compute_}) {
+    try {
+      driver_->stream_synchronize(stream);
+    } catch (const Error& error) {
+      if (error.code() != PIE_ERR_STATE) driver_->stream_recover(stream);
+    }  // PIE_ERR_STATE: the compute stream is gone
+  }
+  reset_events();
+}
+
+void Engine::zero_ring() {
+  if (step_.open) throw Error(PIE_ERR_STATE, "zero_ring inside a step");
+  for (int64_t s = 0; s < geometry_.slots; ++s) {
+    driver_->memset_async(h2d_, arena_.page(s, geometry_.resident), 0,
+                          static_cast<size_t>(geometry_.slot_bytes));
+  }
+  driver_->stream_synchronize(h2d_);
+}
+
+void Engine::finish_promotions() {
+  step_.forward = false;
+  if (step_.promotions.empty()) return;
+  while (step_.next_load < geometry_.layers) submit_load(step_.next_load);
+}
+
+// Only when both copy streams are idle. New events drop the records that failed; what the compute
+// does meanwhile is covered by the barrier of the next step (rule 3).
+void Engine::reset_events() {
+  events_ = std::make_unique<LayerEvents>(*driver_, geometry_.layers);
+  slot_user_.assign(static_cast<size_t>(geometry_.slots), -1);
+  store_pending_.assign(static_cast<size_t>(geometry_.layers), false);
+  need_barrier_ = true;
+}
+
+}  // namespace pie

@@ -1,0 +1,138 @@
+// Carries out step plans: who copies what, when, and who waits for it. Makes no choice.
+//
+// One thread calls everything and submits in program order; the order rules are numbered in
+// csrc/DESIGN.md and named in engine.cpp where they are kept.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "arena.h"
+#include "driver.h"
+#include "plan.h"
+#include "pool.h"
+
+namespace pie {
+
+class OwnedStream {
+ public:
+  explicit OwnedStream(Driver& driver) : driver_(driver), id_(driver.stream_create()) {}
+  ~OwnedStream() { driver_.stream_destroy(id_); }
+  OwnedStream(const OwnedStream&) = delete;
+  OwnedStream& operator=(const OwnedStream&) = delete;
+  operator Stream() const { return id_; }  // NOLINT: is its id
+
+ private:
+  Driver& driver_;
+  const Stream id_;
+};
+
+class OwnedEvent {
+ public:
+  explicit OwnedEvent(Driver& driver) : driver_(&driver), id_(driver.event_create()) {}
+  OwnedEvent(OwnedEvent&& other) noexcept : driver_(other.driver_), id_(other.id_) {
+    other.driver_ = nullptr;
+  }
+  OwnedEvent(const OwnedEvent&) = delete;
+  OwnedEvent& operator=(const OwnedEvent&) = delete;
+  ~OwnedEvent() {
+    if (driver_ != nullptr) driver_->event_destroy(id_);
+  }
+  operator Event() const { return id_; }  // NOLINT: is its id
+
+ private:
+  Driver* driver_;
+  Event id_;
+};
+
+// One event a layer, of each meaning. The newest record of each is the one that counts.
+struct LayerEvents {
+  LayerEvents(Driver& driver, int64_t layers);
+  std::vector<OwnedEvent> ready;   // H2D stream: the layer's loads and promotions are there
+  std::vector<OwnedEvent> stored;  // D2H stream: the layer's stores are out
+  std::vector<OwnedEvent> done;    // compute: the layer's attention is over
+  OwnedEvent barrier;              // compute: all that was submitted before the step
+};
+
+class Engine {
+ public:
+  // Throws PIE_ERR_CONFIG, PIE_ERR_UNSUPPORTED or PIE_ERR_TRANSFER, leaving nothing behind.
+  Engine(const pie_geometry& geometry, const std::string& driver, double link_bytes_per_s,
+         uint32_t debug);
+  ~Engine();  // waits for all work first
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  const Geometry& geometry() const { return geometry_; }
+  const Arena& arena() const { return arena_; }
+  const Pool& pool() const { return pool_; }
+  Driver& driver() { return *driver_; }
+
+  // Submits all stores, and promotions and loads of the first B layers. A bad plan throws
+  // PIE_ERR_PLAN and changes nothing.
+  void begin_step(const pie_plan& plan, Stream compute);
+  void before_write(int64_t layer);      // later writes of the layer come after its stores
+  void before_attention(int64_t layer);  // later reads of the layer come after its loads
+  void after_attention(int64_t layer);   // submits the loads of layer + B
+  // Closes the step, also when it throws: PIE_ERR_GATE, or PIE_ERR_TRANSFER of a failed copy.
+  pie_stats end_step();
+  // Stores and promotions of a step that runs no model; later compute comes after them.
+  pie_stats run_idle(const pie_plan& plan, Stream compute);
+  // Ends an open step: remaining promotions are still copied (rows and pages stay consistent),
+  // streams drain, errors that can be cleared are. Also without an open step.
+  void abort_step();
+
+  // Throws PIE_ERR_TRANSFER. Needs an idle device; leaves ring, rows and pages it used zeroed.
+  void self_test();
+  void zero_ring();  // needs an idle device
+
+ private:
+  friend class SelfTest;
+  struct Step {
+    bool open = false;
+    int64_t number = 0;
+    Stream compute = 0;
+    bool forward = false;     // runs the model: ring pages are loaded
+    bool streams_in = false;  // has loads or promotions: the gates wait
+    int64_t next_load = 0;    // the first layer whose loads are not submitted
+    Runs stores, promotions;
+    std::vector<int64_t> gated, left;  // layers in the order of their gate calls
+    pie_stats stats{};
+  };
+
+  void open_step(const pie_plan& plan, bool forward, Stream compute);
+  void submit_barrier(Stream before);
+  void submit_store(int64_t layer);
+  void submit_load(int64_t layer);
+  void finish_promotions();
+  void wait_on_compute(Event event);
+  int64_t copy_runs(Stream stream, Direction direction, const Runs& runs, int64_t layer);
+  void check_streams();
+  void check_layer(int64_t layer) const;
+  void check_gates() const;
+  pie_stats close_step();
+  void reset_events();
+  bool debug(uint32_t flag) const { return (debug_ & flag) != 0; }
+
+  // Torn down from the bottom up: events, streams, pool, arena, driver.
+  const uint32_t debug_;
+  const std::unique_ptr<Driver> driver_;
+  const Geometry geometry_;
+  const Arena arena_;
+  const Pool pool_;
+  const OwnedStream h2d_, d2h_;
+  std::unique_ptr<LayerEvents> events_;
+
+  Step step_;
+  Runs loads_;  // of the newest step
+  int64_t last_step_ = 0;
+  Stream last_compute_ = 0;          // of the newest step, open or not
+  bool need_barrier_ = true;         // what the compute did since last_step_ is not known
+  std::vector<int64_t> slot_user_;   // the layer that used a ring slot last, -1: none
+  std::vector<bool> store_pending_;  // stores that no compute was told to wait for
+  std::vector<CopyOp> scratch_;
+  Counters reported_in_, reported_out_;
+};
+
+}  // namespace pie

@@ -1,0 +1,134 @@
+/* C interface of the transfer engine.
+ *
+ * Every function that can fail returns PIE_OK or a PIE_ERR_* code; the text of the last failure of
+ * the calling thread is pie_last_error(). Nothing aborts the process. One thread makes all calls of
+ * one engine; the interpreter lock need not be held (callbacks take it themselves).
+ */
+#ifndef PIE_H_
+#define PIE_H_
+
+#include <stdint.h>
+
+#define PIE_ABI_VERSION 1
+#define PIE_API __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+  PIE_OK = 0,
+  PIE_ERR_CONFIG = 1,      /* sizes that cannot work */
+  PIE_ERR_PLAN = 2,        /* a run outside its range, across a chunk, or against another run */
+  PIE_ERR_TRANSFER = 3,    /* a copy, an allocation or a driver call failed */
+  PIE_ERR_GATE = 4,        /* not every layer passed its gate, once and in order */
+  PIE_ERR_STATE = 5,       /* a call at the wrong time, such as a gate without a step */
+  PIE_ERR_UNSUPPORTED = 6, /* a driver or a feature that this build lacks */
+};
+
+/* Debug switches: negative controls of tests. */
+enum {
+  PIE_DEBUG_SKIP_LOADS = 1,  /* no load and no promotion is copied */
+  PIE_DEBUG_SKIP_STORES = 2, /* no store is copied */
+  PIE_DEBUG_SKIP_GATE = 4,   /* before_attention of layer L / 2 does nothing, uncounted */
+  PIE_DEBUG_LATE_SUBMIT = 8, /* a layer's load is submitted after the wait for it */
+  PIE_DEBUG_POISON = 16,     /* pooled pages are filled with 0xFF before each ring fill */
+};
+
+enum { PIE_HOST_TO_DEVICE = 0, PIE_DEVICE_TO_HOST = 1 };
+
+/* Faults of the host driver, for pie_inject. */
+enum {
+  PIE_FAULT_NONE = 0, /* take all faults of these directions back */
+  PIE_FAULT_FAIL = 1, /* the a-th copy from now fails (1: the next) */
+  PIE_FAULT_LATE = 2, /* each batch waits a..b ms first, uniform, seeded */
+  PIE_FAULT_TORN = 3, /* each batch stops for a ms between its halves */
+};
+
+/* As pie_vllm.policy.geometry.Geometry. */
+typedef struct {
+  int64_t num_layers, page_bytes, resident_blocks, pooled_blocks;
+  int64_t ring_slots, rows, chunk_rows, granularity;
+} pie_geometry;
+
+/* A run of neighbouring blocks and rows. */
+typedef struct {
+  int64_t block, row, count;
+} pie_run;
+
+/* The work of one step. loads == NULL with num_loads < 0: the runs of the step before. */
+typedef struct {
+  int64_t step;
+  const pie_run* stores;
+  int64_t num_stores;
+  const pie_run* promotions;
+  int64_t num_promotions;
+  const pie_run* loads;
+  int64_t num_loads;
+} pie_plan;
+
+/* Bytes and copies are those the step submitted; seconds those that finished since the last one. */
+typedef struct {
+  int64_t step, bytes_loaded, bytes_stored, bytes_promoted, gates, copies;
+  double load_seconds, store_seconds, stall_seconds;
+} pie_stats;
+
+typedef struct {
+  int64_t bytes, copies;
+  double seconds;
+} pie_counters;
+
+typedef struct pie_engine pie_engine;
+
+PIE_API int pie_abi_version(void);
+PIE_API const char* pie_last_error(void);
+
+/* driver: "host" or "cuda". link_bytes_per_s <= 0: as fast as the machine. */
+PIE_API int pie_granularity(const char* driver, int64_t* bytes);
+PIE_API int pie_open(const pie_geometry* geometry, const char* driver, double link_bytes_per_s,
+                     uint32_t debug, pie_engine** engine);
+/* Drains all streams, then gives everything back. */
+PIE_API int pie_close(pie_engine* engine);
+
+PIE_API int pie_arena(pie_engine* engine, uint64_t* address, int64_t* virtual_bytes);
+PIE_API int pie_bytes(pie_engine* engine, int64_t* host, int64_t* device);
+/* Host address of a row's page of one layer. */
+PIE_API int pie_row_page(pie_engine* engine, int64_t row, int64_t layer, uint64_t* address);
+
+PIE_API int pie_begin_step(pie_engine* engine, const pie_plan* plan, uint64_t compute_stream);
+PIE_API int pie_before_write(pie_engine* engine, int64_t layer);
+PIE_API int pie_before_attention(pie_engine* engine, int64_t layer);
+PIE_API int pie_after_attention(pie_engine* engine, int64_t layer);
+PIE_API int pie_end_step(pie_engine* engine, pie_stats* stats);
+PIE_API int pie_run_idle(pie_engine* engine, const pie_plan* plan, uint64_t compute_stream,
+                         pie_stats* stats);
+PIE_API int pie_abort_step(pie_engine* engine);
+
+PIE_API int pie_self_test(pie_engine* engine);
+PIE_API int pie_zero_ring(pie_engine* engine);
+
+/* Totals of copies that are complete. */
+PIE_API int pie_counters_of(pie_engine* engine, int direction, pie_counters* counters);
+/* directions: bit 0 host to device, bit 1 device to host. */
+PIE_API int pie_inject(pie_engine* engine, int fault, int directions, double a, double b,
+                       uint64_t seed);
+
+/* The engine's driver, for tests and for the runner that has no streams of its own. */
+PIE_API int pie_stream_create(pie_engine* engine, uint64_t* stream);
+PIE_API int pie_stream_destroy(pie_engine* engine, uint64_t stream);
+PIE_API int pie_stream_synchronize(pie_engine* engine, uint64_t stream);
+PIE_API int pie_stream_wait(pie_engine* engine, uint64_t stream, uint64_t event);
+PIE_API int pie_launch_host(pie_engine* engine, uint64_t stream, void (*fn)(void*), void* arg);
+PIE_API int pie_copy(pie_engine* engine, uint64_t stream, int direction, uint64_t dst, uint64_t src,
+                     int64_t bytes);
+PIE_API int pie_event_create(pie_engine* engine, uint64_t* event);
+PIE_API int pie_event_destroy(pie_engine* engine, uint64_t event);
+PIE_API int pie_event_record(pie_engine* engine, uint64_t event, uint64_t stream);
+PIE_API int pie_event_query(pie_engine* engine, uint64_t event, int* complete);
+PIE_API int pie_event_synchronize(pie_engine* engine, uint64_t event);
+PIE_API int pie_event_elapsed(pie_engine* engine, uint64_t start, uint64_t end, double* seconds);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* PIE_H_ */

@@ -1,0 +1,170 @@
+"""Settings, parsed and checked once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from pie_vllm.errors import ConfigError
+from pie_vllm.policy.geometry import DEFAULT_RING_FRACTION
+
+BLOCK_MANAGER_KEY = "block_manager"
+SETTINGS_KEY = "pie"
+BLOCK_MANAGERS = ("default", "pie")
+
+FLAGS = {
+    "pool_gib": "--pie-pool-gib",
+    "ring_slots": "--pie-ring-slots",
+    "ring_fraction": "--pie-ring-fraction",
+}
+"""Command line flag of each setting that has one."""
+
+
+def _fail(key: str, value: object, wanted: str) -> ConfigError:
+    name = FLAGS.get(key, f'additional_config["pie"]["{key}"]')
+    return ConfigError(f"{name} is {value!r}; it must be {wanted}.")
+
+
+def parse_pool_gib(value: object) -> float | None:
+    """A pool size in GiB, or None for ``auto``. Raises ConfigError."""
+    wanted = "a number of GiB above 0, or 'auto'"
+    if value is None or value == "auto":
+        return None
+    try:
+        size = float(value) if not isinstance(value, bool) else math.nan  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        size = math.nan
+    if not math.isfinite(size) or size <= 0:
+        raise _fail("pool_gib", value, wanted)
+    return size
+
+
+def parse_ring_slots(value: object) -> int | None:
+    """A number of ring slots, or None for the default. Raises ConfigError."""
+    if value is None:
+        return None
+    try:
+        slots = int(str(value)) if not isinstance(value, bool) else 0
+    except ValueError:
+        slots = 0
+    if slots < 1:
+        raise _fail("ring_slots", value, "a whole number of slots, 1 or more")
+    return slots
+
+
+def parse_ring_fraction(value: object) -> float:
+    """A share of the device's KV bytes. Raises ConfigError."""
+    try:
+        share = float(value) if not isinstance(value, bool) else math.nan  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        share = math.nan
+    if not 0 < share < 1:
+        raise _fail("ring_fraction", value, "a share of the device's KV bytes between 0 and 1")
+    return share
+
+
+@dataclass(frozen=True)
+class PieConfig:
+    """Settings of the pie block manager.
+
+    Attributes:
+        pool_gib: CPU memory for KV in all, GiB; None chooses (``auto``).
+        ring_slots: ``B``; None chooses.
+        ring_fraction: share of the device's KV bytes that the ring may take.
+        link_gbps: emulated link speed of the host driver, GB/s per direction;
+            None is as fast as memory copies are. For tests and emulation.
+        debug: switches of the engine that break or check it on purpose.
+    """
+
+    pool_gib: float | None = None
+    ring_slots: int | None = None
+    ring_fraction: float = DEFAULT_RING_FRACTION
+    link_gbps: float | None = None
+    debug: tuple[str, ...] = ()
+
+    @classmethod
+    def from_mapping(cls, settings: object) -> PieConfig:
+        """Check the value of ``additional_config["pie"]``.
+
+        Raises:
+            ConfigError: not a mapping, an unknown key, or a bad value.
+        """
+        if settings is None:
+            settings = {}
+        valid = [field.name for field in fields(cls)]
+        if not isinstance(settings, Mapping):
+            raise ConfigError(
+                f'additional_config["pie"] is {settings!r}; it must be a mapping with keys '
+                f"among {', '.join(valid)}."
+            )
+        unknown = sorted(str(key) for key in settings if key not in valid)
+        if unknown:
+            raise ConfigError(
+                f"unknown pie setting{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}; "
+                f"valid settings are {', '.join(valid)}."
+            )
+        return cls(
+            pool_gib=parse_pool_gib(settings.get("pool_gib")),
+            ring_slots=parse_ring_slots(settings.get("ring_slots")),
+            ring_fraction=parse_ring_fraction(
+                settings.get("ring_fraction", DEFAULT_RING_FRACTION)
+            ),
+            link_gbps=_parse_link(settings.get("link_gbps")),
+            debug=_parse_debug(settings.get("debug", ())),
+        )
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The settings as plain values that ``from_mapping`` takes back."""
+        settings = asdict(self)
+        settings["debug"] = list(self.debug)
+        return settings
+
+
+def _parse_link(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise _fail("link_gbps", value, "a speed in GB/s above 0")
+    return float(value)
+
+
+def _parse_debug(value: object) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+        raise _fail("debug", value, "a list of words")
+    return tuple(value)
+
+
+def engine_args(
+    *,
+    pool_gib: float | str | None = None,
+    ring_slots: int | None = None,
+    ring_fraction: float | None = None,
+    **other: Any,
+) -> dict[str, Any]:
+    """Keyword arguments that make ``vllm.LLM`` use the pie block manager.
+
+    Example: ``LLM(model, **pie_vllm.engine_args(pool_gib=1.0))``.
+
+    Args:
+        pool_gib: CPU memory for KV in all, GiB, or ``"auto"`` (the default).
+        ring_slots: layers that the ring holds; default 3.
+        ring_fraction: share of the device's KV bytes for the ring; default 0.05.
+        other: further keys of ``additional_config["pie"]``.
+
+    Raises:
+        ConfigError: an unknown key or a bad value.
+    """
+    settings = {
+        key: value
+        for key, value in {
+            "pool_gib": pool_gib,
+            "ring_slots": ring_slots,
+            "ring_fraction": ring_fraction,
+            **other,
+        }.items()
+        if value is not None
+    }
+    PieConfig.from_mapping(settings)
+    return {"additional_config": {BLOCK_MANAGER_KEY: "pie", SETTINGS_KEY: settings}}

@@ -1,0 +1,1 @@
+"""Who owns bytes: the device arena and facts about host memory."""

@@ -1,0 +1,260 @@
+"""Sizes of everything, from the model, the device bytes and the pool bytes.
+
+Words (``p`` page bytes, ``L`` layers, ``R`` resident blocks, ``W`` pooled
+blocks, ``B`` ring slots, ``g`` mapping granularity):
+
+* a *block* is vLLM's KV cache block; its *page* in one layer has ``p`` bytes;
+* ids ``[0, R)`` are resident, ids ``[R, R + W)`` are pooled;
+* layer ``l`` owns ``R`` pages and sees ``W`` pages of ring slot ``l mod B``;
+* a *row* is the CPU copy of one block: ``L`` pages.
+
+The address range of layer ``l`` begins at ``l * layer_stride``::
+
+    | shift | R resident pages | W pooled pages (ring slot l mod B) | padding |
+            ^ block 0          ^ multiple of g                                ^ multiple of g
+
+``shift = (-R * p) mod g`` puts the resident/pooled boundary of every layer on
+a multiple of ``g`` for any page size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pie_vllm.errors import ConfigError
+
+DEFAULT_RING_SLOTS = 3
+"""One slot being read, one ready, one being filled: B = 2 hides a copy only if
+it never takes longer than the layer before it."""
+
+DEFAULT_RING_FRACTION = 0.05
+CHUNK_BYTES = 64 << 20
+"""Aim for the size of a chunk of the host pool; a chunk holds whole rows."""
+
+MIN_RESIDENT_BLOCKS = 4
+"""Null block, a tail that is being written, the block after it, one spare."""
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple of ``multiple`` that is not below ``value``."""
+    return -(-value // multiple) * multiple
+
+
+def cdiv(a: int, b: int) -> int:
+    """``ceil(a / b)`` for positive integers."""
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """All sizes that scheduler, workers and engine share.
+
+    Attributes:
+        num_layers: ``L``, attention layers with KV.
+        page_bytes: ``p``, bytes of one block in one layer.
+        resident_blocks: ``R``, with vLLM's null block (id 0).
+        pooled_blocks: ``W``, ids that can be in use at once.
+        ring_slots: ``B``.
+        rows: blocks that the CPU pool holds, at least ``W``.
+        chunk_rows: rows of one chunk; no run of rows crosses a chunk.
+        granularity: ``g``, bytes; what the driver maps in one piece.
+    """
+
+    num_layers: int
+    page_bytes: int
+    resident_blocks: int
+    pooled_blocks: int
+    ring_slots: int
+    rows: int
+    chunk_rows: int
+    granularity: int
+
+    @property
+    def num_blocks(self) -> int:
+        """``R + W``, what vLLM's block pool counts."""
+        return self.resident_blocks + self.pooled_blocks
+
+    @property
+    def row_bytes(self) -> int:
+        """``L * p``: one block over all layers."""
+        return self.num_layers * self.page_bytes
+
+    @property
+    def shift(self) -> int:
+        """Bytes before block 0 of a layer; vLLM's ``KVCacheTensor.offset``."""
+        return -self.resident_blocks * self.page_bytes % self.granularity
+
+    @property
+    def layer_resident_bytes(self) -> int:
+        """Bytes mapped for one layer's own pages; a multiple of ``g``."""
+        return self.shift + self.resident_blocks * self.page_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one ring slot: ``W * p`` rounded up to ``g``."""
+        return round_up(self.pooled_blocks * self.page_bytes, self.granularity)
+
+    @property
+    def layer_stride(self) -> int:
+        """Bytes from one layer to the next in the arena's address range."""
+        return self.layer_resident_bytes + self.slot_bytes
+
+    @property
+    def virtual_bytes(self) -> int:
+        """Bytes of address space of the arena; aliases counted once a layer."""
+        return self.num_layers * self.layer_stride
+
+    @property
+    def ring_bytes(self) -> int:
+        """Device bytes of the ring, paid also while nothing is pooled."""
+        return self.ring_slots * self.slot_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        """Device bytes in all: ``L * (shift + R * p) + B * slot_bytes``."""
+        return self.num_layers * self.layer_resident_bytes + self.ring_bytes
+
+    @property
+    def num_chunks(self) -> int:
+        return cdiv(self.rows, self.chunk_rows) if self.rows else 0
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of CPU memory that the pool's rows take."""
+        return self.rows * self.row_bytes
+
+    @property
+    def idle_cost_blocks(self) -> float:
+        """Resident blocks that the ring's bytes would have held."""
+        return self.ring_bytes / self.row_bytes
+
+    def page_offset(self, layer: int, block: int) -> int:
+        """Byte offset of a page in the arena's address range."""
+        return layer * self.layer_stride + self.shift + block * self.page_bytes
+
+
+def _device_bytes(layers: int, page: int, r: int, w: int, slots: int, g: int) -> int:
+    return layers * round_up(r * page, g) + slots * round_up(w * page, g)
+
+
+def _most_resident(layers: int, page: int, w: int, slots: int, g: int, budget: int) -> int:
+    """The largest R whose bytes, with W pooled blocks' ring, fit the budget."""
+    left = budget - slots * round_up(w * page, g)
+    return max(0, (left // layers) // g * g // page)
+
+
+def plan_geometry(
+    *,
+    num_layers: int,
+    page_bytes: int,
+    device_bytes: int,
+    pool_bytes: int,
+    granularity: int,
+    needed_blocks: int,
+    ring_slots: int | None = None,
+    ring_fraction: float = DEFAULT_RING_FRACTION,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Geometry:
+    """Divide ``device_bytes`` into resident pages and a ring.
+
+    ``rows = pool_bytes // (L * p)``. The window is ``W = min(rows,
+    ring_fraction * device_bytes // (B * p))``; where ``R + W`` would then be
+    below ``needed_blocks``, ``W`` grows to the least value that reaches it.
+    ``R`` is what the rest of the device bytes holds:
+    ``L * roundup(R * p, g) + B * roundup(W * p, g) <= device_bytes``.
+
+    Args:
+        num_layers: attention layers with KV, at least 1.
+        page_bytes: bytes of one block in one layer.
+        device_bytes: device memory for KV, ring included.
+        pool_bytes: CPU memory for KV, in all.
+        granularity: bytes that the driver maps in one piece.
+        needed_blocks: blocks of one request of ``max_model_len`` tokens.
+        ring_slots: ``B``; ``None`` takes ``min(3, L)``.
+        ring_fraction: share of ``device_bytes`` that the ring may take.
+        chunk_bytes: aim for the size of one chunk of the pool.
+
+    Raises:
+        ConfigError: the sizes cannot work; says the least that would.
+    """
+    slots = min(DEFAULT_RING_SLOTS, num_layers) if ring_slots is None else ring_slots
+    if not 1 <= slots <= num_layers:
+        raise ConfigError(
+            f"--pie-ring-slots {slots} is not possible: the model has {num_layers} attention "
+            f"layers. Use a value from 1 to {num_layers} (2 or more to copy ahead)."
+        )
+    row_bytes = num_layers * page_bytes
+    rows = pool_bytes // row_bytes
+    if rows < 1:
+        raise ConfigError(
+            f"--pie-pool-gib is too small: {pool_bytes} bytes hold no block. One block of this "
+            f"model takes {row_bytes} bytes in all layers; give at least "
+            f"{row_bytes / 2**30:.6f} GiB."
+        )
+    need = needed_blocks + 1  # vLLM's null block takes one id.
+    window = min(rows, int(ring_fraction * device_bytes) // (slots * page_bytes))
+    sizes = (num_layers, page_bytes)
+    resident = _most_resident(*sizes, window, slots, granularity, device_bytes)
+    if resident + window < need or window < 1:
+        window, resident = _widen(
+            need, max(window, 1), rows, num_layers, page_bytes, slots, granularity, device_bytes
+        )
+    if resident < MIN_RESIDENT_BLOCKS:
+        least = _device_bytes(*sizes, MIN_RESIDENT_BLOCKS, window, slots, granularity)
+        raise ConfigError(
+            f"the device's KV memory of {device_bytes} bytes is too small for a ring of {slots} "
+            f"slots x {window} pooled blocks and {MIN_RESIDENT_BLOCKS} resident blocks of "
+            f"{page_bytes} bytes a layer: {least} bytes are needed. Raise "
+            "--kv-cache-memory-bytes or --gpu-memory-utilization, or lower --max-model-len, "
+            "--pie-ring-slots or --block-size."
+        )
+    if resident + window < need:
+        missing = (need - resident - window) * row_bytes
+        raise ConfigError(
+            f"one request of --max-model-len needs {need} blocks, but {resident} resident and "
+            f"{window} pooled blocks (pool of {rows} rows) are all that fit. Raise "
+            f"--pie-pool-gib by at least {missing / 2**30:.3f} GiB, raise the device's KV memory, "
+            "or lower --max-model-len."
+        )
+    chunk_rows = max(1, min(rows, chunk_bytes // row_bytes))
+    return Geometry(
+        num_layers=num_layers,
+        page_bytes=page_bytes,
+        resident_blocks=resident,
+        pooled_blocks=window,
+        ring_slots=slots,
+        rows=rows,
+        chunk_rows=chunk_rows,
+        granularity=granularity,
+    )
+
+
+def _widen(
+    need: int,
+    window: int,
+    rows: int,
+    num_layers: int,
+    page_bytes: int,
+    slots: int,
+    granularity: int,
+    device_bytes: int,
+) -> tuple[int, int]:
+    """The least W (and its R) with ``R + W >= need``, else the W that comes nearest.
+
+    A further pooled block costs ``B`` pages and a resident one ``L >= B``, so
+    ``R + W`` does not fall as W grows, up to rounding; bisection finds the edge.
+    """
+
+    def resident(w: int) -> int:
+        return _most_resident(num_layers, page_bytes, w, slots, granularity, device_bytes)
+
+    low, high = window, rows
+    while low < high and resident(high) < MIN_RESIDENT_BLOCKS:
+        high = (low + high) // 2
+    while low < high:
+        middle = (low + high) // 2
+        if resident(middle) + middle >= need:
+            high = middle
+        else:
+            low = middle + 1
+    return low, resident(low)

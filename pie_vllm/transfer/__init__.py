@@ -1,0 +1,1 @@
+"""Who moves bytes: the binding of the native transfer engine."""

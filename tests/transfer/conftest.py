@@ -1,0 +1,53 @@
+"""An engine per test, closed after it."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from pie_vllm.transfer.engine import TransferEngine
+from tests.transfer.driving import geometry
+
+
+@pytest.fixture
+def make_engine() -> Iterator[Callable[..., TransferEngine]]:
+    """Makes engines of the small geometry; sizes and engine options by name."""
+    engines: list[TransferEngine] = []
+
+    def make(
+        debug: tuple[str, ...] = (), link_bytes_per_s: float | None = None, **sizes: Any
+    ) -> TransferEngine:
+        engine = TransferEngine(geometry(**sizes), debug=debug, link_bytes_per_s=link_bytes_per_s)
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def engine(make_engine: Callable[..., TransferEngine]) -> TransferEngine:
+    """An engine of the small geometry."""
+    return make_engine()
+
+
+@pytest.fixture
+def run_native() -> Callable[..., str]:
+    """Runs a sanitizer build without address randomisation, which old libtsan needs."""
+
+    def run(*command: object) -> str:
+        result = subprocess.run(
+            ["setarch", "-R", *map(str, command)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    return run
