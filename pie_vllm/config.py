@@ -108,9 +108,7 @@ class PieConfig:
         return cls(
             pool_gib=parse_pool_gib(settings.get("pool_gib")),
             ring_slots=parse_ring_slots(settings.get("ring_slots")),
-            ring_fraction=parse_ring_fraction(
-                settings.get("ring_fraction", DEFAULT_RING_FRACTION)
-            ),
+            ring_fraction=parse_ring_fraction(settings.get("ring_fraction", DEFAULT_RING_FRACTION)),
             link_gbps=_parse_link(settings.get("link_gbps")),
             debug=_parse_debug(settings.get("debug", ())),
         )

@@ -116,6 +116,7 @@ class Geometry:
 
     @property
     def num_chunks(self) -> int:
+        """Chunks of the host pool; the last one may be smaller."""
         return cdiv(self.rows, self.chunk_rows) if self.rows else 0
 
     @property

@@ -1,0 +1,124 @@
+"""Which pooled blocks the requests of a step read, kept from step to step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from pie_vllm.errors import IntegrityError
+from pie_vllm.policy.ledger import RowLedger
+from pie_vllm.policy.plan import Copy
+from pie_vllm.policy.runs import RunSet
+
+
+class ReadSet:
+    """Pooled blocks by request, and those that the current step must load.
+
+    Costs follow change: a step in which the same requests run over the same
+    blocks costs one set difference over the requests that have pooled blocks.
+    """
+
+    def __init__(self, rows: RowLedger, chunk_rows: int) -> None:
+        self._rows = rows
+        self._pooled: dict[str, set[int]] = {}
+        self._running: set[str] = set()
+        self._readers: dict[int, int] = {}
+        self._loads = RunSet(chunk_rows)
+        self._sent: tuple[Copy, ...] = ()
+
+    @property
+    def any_loads(self) -> bool:
+        """Whether the step loads any block."""
+        return bool(self._readers)
+
+    def pooled(self, request_id: str) -> Collection[int]:
+        """The pooled blocks of a request."""
+        return self._pooled.get(request_id, ())
+
+    def runs(self, request_id: str) -> bool:
+        """Whether the request ran in the last step followed and has pooled blocks."""
+        return request_id in self._running
+
+    def add(self, request_id: str, block_id: int) -> None:
+        """A block of the request is pooled now; it has a row."""
+        blocks = self._pooled.setdefault(request_id, set())
+        if block_id not in blocks:
+            blocks.add(block_id)
+            if request_id in self._running:
+                self._read(block_id)
+
+    def discard(self, request_id: str, block_id: int) -> None:
+        """A block of the request is not pooled any more."""
+        blocks = self._pooled[request_id]
+        blocks.remove(block_id)
+        if request_id in self._running:
+            self._unread(block_id)
+        if not blocks:
+            del self._pooled[request_id]
+            self._running.discard(request_id)
+
+    def forget(self, request_id: str) -> None:
+        """The request gives its blocks back."""
+        blocks = self._pooled.pop(request_id, None)
+        if blocks and request_id in self._running:
+            self._running.remove(request_id)
+            for block_id in blocks:
+                self._unread(block_id)
+
+    def follow(self, scheduled: Mapping[str, Any]) -> None:
+        """Make the blocks to load those of the scheduled requests."""
+        if len(self._running) == len(self._pooled) and self._running <= scheduled.keys():
+            return
+        running, pooled, readers = self._running, self._pooled, self._readers
+        gone: list[int] = []
+        new: list[int] = []
+        for request_id in [r for r in running if r not in scheduled]:
+            running.remove(request_id)
+            for block_id in pooled[request_id]:
+                readers[block_id] -= 1
+                if not readers[block_id]:
+                    del readers[block_id]
+                    gone.append(block_id)
+        for request_id in pooled.keys() - running:
+            if request_id in scheduled:
+                running.add(request_id)
+                for block_id in pooled[request_id]:
+                    count = readers.get(block_id, 0)
+                    readers[block_id] = count + 1
+                    if not count:
+                        new.append(block_id)
+        if gone or new:
+            row_of = self._rows.row_of
+            self._loads.change(gone, [(block_id, row_of(block_id)) for block_id in new])
+
+    def take(self) -> tuple[Copy, ...] | None:
+        """The merged runs to load; None when they are those taken last."""
+        runs = self._loads.runs()
+        if runs is self._sent:
+            return None
+        self._sent = runs
+        return runs
+
+    def _read(self, block_id: int) -> None:
+        readers = self._readers.get(block_id, 0)
+        self._readers[block_id] = readers + 1
+        if not readers:
+            self._loads.add(block_id, self._rows.row_of(block_id))
+
+    def _unread(self, block_id: int) -> None:
+        readers = self._readers[block_id] - 1
+        if readers:
+            self._readers[block_id] = readers
+        else:
+            del self._readers[block_id]
+            self._loads.remove(block_id)
+
+    def check_integrity(self, tables: dict[str, set[int]]) -> None:
+        """Raise IntegrityError unless the books agree with the requests' pooled ids."""
+        self._loads.check_integrity()
+        if {r: ids for r, ids in tables.items() if ids} != self._pooled:
+            raise IntegrityError("pooled blocks of the requests disagree with their tables")
+        readers = Counter(b for r in self._running for b in self._pooled[r])
+        if dict(readers) != self._readers or len(readers) != len(self._loads):
+            raise IntegrityError("readers of pooled blocks disagree")

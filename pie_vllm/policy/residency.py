@@ -1,0 +1,280 @@
+"""Where blocks live: which are demoted, which promoted, and what a step loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from pie_vllm.errors import IntegrityError
+from pie_vllm.policy.geometry import Geometry
+from pie_vllm.policy.ledger import RowLedger
+from pie_vllm.policy.plan import Copy, StepPlan
+from pie_vllm.policy.reading import ReadSet
+from pie_vllm.policy.relabels import RelabelLog
+from pie_vllm.policy.runs import merge
+from pie_vllm.policy.tiers import FreeList, TieredFreeBlockQueue
+from pie_vllm.policy.victims import Victims
+
+
+class Residency:
+    """Decides the tier of every block in use and builds the plan of each step.
+
+    It changes block tables (lists of blocks, one per request) in place and
+    calls ``move_content`` to carry a prefix-cache entry along; it owns no
+    bytes. A step is: ``begin_step``; vLLM's ``schedule``, during which
+    allocations call back and demote; ``end_step``, which returns the plan.
+
+    Attributes:
+        queue: the free blocks of both tiers, in place of vLLM's free queue.
+        rows: the ledger of the CPU pool's rows.
+        demotions, promotions: counts since the start.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        blocks: Sequence[Any],
+        make_list: Callable[[list[Any]], FreeList],
+        tables: Mapping[str, list[Any]],
+        move_content: Callable[[Any, Any], None],
+        drop_content: Callable[[Any], None],
+    ) -> None:
+        """Start with all blocks free and no request.
+
+        Args:
+            geometry: sizes; ``blocks`` has ``R + W`` entries.
+            blocks: vLLM's blocks by id.
+            make_list: vLLM's free queue class.
+            tables: blocks of each request, in order; changed in place.
+            move_content: makes the prefix-cache entry of the first block point
+                to the second, which has none.
+            drop_content: removes the prefix-cache entry of a block.
+        """
+        self._geometry = geometry
+        self._boundary = geometry.resident_blocks
+        self._window = geometry.pooled_blocks
+        self._blocks = blocks
+        self.tables = tables
+        self._move_content = move_content
+        self._drop_content = drop_content
+        self.rows = RowLedger(geometry.rows, self._boundary)
+        self.queue = TieredFreeBlockQueue(blocks, self._boundary, make_list, self)
+        self.victims = Victims(tables, self._boundary)
+        self._requests = self.victims.holders
+        self._full = self.victims.full
+        self.reading = ReadSet(self.rows, geometry.chunk_rows)
+        self._stores: dict[int, tuple[int, int]] = {}
+        self._relabels = RelabelLog()
+        self._quarantine: list[Any] = []
+        self._step = 0
+        self.demotions = 0
+        self.promotions = 0
+
+    # What vLLM's block manager tells.
+
+    def admit(self, request_id: str, hits: int = 0) -> None:
+        """A request is about to get its first blocks; ``hits`` are cached ones."""
+        self.victims.admit(request_id, hits)
+
+    def admitted(self, request_id: str) -> None:
+        """A request got its first blocks: note the pooled ones among its hits."""
+        for block in self.tables[request_id][: self._requests[request_id].full]:
+            if block.block_id >= self._boundary:
+                self.reading.add(request_id, block.block_id)
+
+    def computed(self, request_id: str, num_full: int) -> None:
+        """The first ``num_full`` blocks of a request are complete after this step."""
+        holder = self._requests[request_id]
+        if num_full > holder.full:
+            table, flags = self.tables[request_id], self._full
+            for index in range(holder.full, num_full):
+                block_id = table[index].block_id
+                if block_id < self._boundary and not flags[block_id]:
+                    flags[block_id] = 1
+                    self.queue.demotable += 1
+            holder.full = num_full
+            if not holder.listed:
+                self.victims.offer(holder)
+
+    def computed_again(self, request_id: str, num_full: int) -> None:
+        """As ``computed``, for a request admitted in this step: also its hits."""
+        for block in self.tables[request_id][:num_full]:
+            self._set_full(block)
+        request = self._requests[request_id]
+        request.full = num_full
+        self.victims.offer(request)
+
+    def forget(self, request_id: str) -> None:
+        """A request is about to give its blocks back."""
+        if self.victims.forget(request_id):
+            self.reading.forget(request_id)
+
+    def _set_full(self, block: Any) -> None:
+        block_id = block.block_id
+        if block_id < self._boundary and not self._full[block_id]:
+            self._full[block_id] = 1
+            self.queue.demotable += 1
+
+    def _clear_full(self, block_id: int) -> None:
+        if self._full[block_id]:
+            self._full[block_id] = 0
+            self.queue.demotable -= 1
+
+    # FreeObserver.
+
+    def on_reused(self, block: Any) -> None:
+        """An idle cached resident is in use again; idle cached KV is complete."""
+        self._set_full(block)
+
+    def on_resident_freed(self, block: Any) -> None:
+        """Nobody uses a resident any more; what is to be demoted there is not."""
+        self._clear_full(block.block_id)
+
+    def on_pooled_dropped(self, block: Any) -> None:
+        """The KV of a pooled block is of no use: its row is free."""
+        self._drop_content(block)
+        self._stores.pop(block.block_id, None)
+        if self.rows.holds(block.block_id):
+            self.rows.release(block.block_id)
+
+    def make_residents_free(self, count: int) -> None:
+        """Demote up to ``count`` blocks, as far as pooled ids are free."""
+        count = min(count, self.queue.free_pooled)
+        while count > 0:
+            victim = self.victims.private()
+            if victim is None:
+                break
+            self._demote(victim.index, victim.block, (victim.request_id,))
+            count -= 1
+        if count <= 0:
+            return
+        for _, index, block in self.victims.rest():
+            self._demote(index, block, self.victims.users(index, block))
+            count -= 1
+            if count <= 0:
+                return
+
+    # Relocation.
+
+    def _demote(self, index: int, block: Any, users: Collection[str]) -> None:
+        if len(users) != block.ref_cnt:
+            raise IntegrityError(
+                f"block {block.block_id} has {block.ref_cnt} users, {len(users)} were found"
+            )
+        target = self.queue.take_pooled()
+        row = self.rows.take(target.block_id)
+        self._stores[target.block_id] = (block.block_id, row)
+        self._clear_full(block.block_id)
+        self._relabel(index, block, target, users)
+        for request_id in users:
+            self.reading.add(request_id, target.block_id)
+        self.queue.prepend_n([block])
+        self.demotions += 1
+
+    def _promote(self, index: int, block: Any, users: Collection[str]) -> tuple[int, int]:
+        target = self.queue.popleft()
+        self._drop_content(target)
+        row = self.rows.row_of(block.block_id)
+        self._relabel(index, block, target, users)
+        for request_id in users:
+            self.reading.discard(request_id, block.block_id)
+            self.victims.offer_from(request_id, index)
+        self._set_full(target)
+        # The row is read in this step; nothing may be stored there before the next.
+        self._quarantine.append(block)
+        self.promotions += 1
+        return target.block_id, row
+
+    def _relabel(self, index: int, block: Any, target: Any, users: Collection[str]) -> None:
+        for request_id in users:
+            self.tables[request_id][index] = target
+            self._relabels.record(request_id, index, target.block_id)
+        target.ref_cnt = block.ref_cnt
+        block.ref_cnt = 0
+        self._move_content(block, target)
+
+    # A step.
+
+    def begin_step(self) -> None:
+        """Before vLLM's ``schedule``: what the last plan read is free now."""
+        for block in self._quarantine:
+            self.rows.release(block.block_id)
+            self.queue.give_blank(block)
+        self._quarantine.clear()
+
+    def end_step(
+        self,
+        scheduled: Mapping[str, Any],
+        fresh: Collection[str],
+        forward: bool,
+        headroom: int | None,
+    ) -> StepPlan | None:
+        """After vLLM's ``schedule``: the plan, or None when there is nothing to do.
+
+        Args:
+            scheduled: the requests that run in this step, by id.
+            fresh: ids whose whole table is sent to the workers in this step
+                (new and resumed requests); they need no relabels.
+            forward: whether the model runs.
+            headroom: free residents to leave alone by promotion; None
+                promotes nothing.
+        """
+        self._step += 1  # Steps without a plan count: the engine must notice the gap.
+        reading = self.reading
+        reading.follow(scheduled)
+        promotions: tuple[Copy, ...] = ()
+        if headroom is not None and reading.any_loads and forward and not self._stores:
+            promotions = self._promote_free(fresh, headroom)
+        self.queue.refresh()
+        relabels = self._relabels.drain(self._requests, fresh)
+        stores = self._take_stores()
+        if not (stores or promotions or relabels or reading.any_loads):
+            return None
+        return StepPlan(
+            step=self._step,
+            stores=stores,
+            promotions=promotions,
+            loads=reading.take(),
+            relabels=relabels,
+            forward=forward,
+            pooled=self.pooled_in_use,
+        )
+
+    def _take_stores(self) -> tuple[Copy, ...]:
+        if not self._stores:
+            return ()
+        stores = merge(self._stores.values(), self._geometry.chunk_rows)
+        self._stores.clear()
+        return stores
+
+    def _promote_free(self, fresh: Collection[str], headroom: int) -> tuple[Copy, ...]:
+        room = self.queue.free_residents - headroom
+        if room <= 0:
+            return ()
+        copies: list[tuple[int, int]] = []
+        for request_id in self._requests:
+            if room <= 0:
+                break
+            if request_id in fresh or not self.reading.runs(request_id):
+                continue
+            for index, block in enumerate(self.tables[request_id]):
+                if room <= 0:
+                    break
+                if block.block_id < self._boundary:
+                    continue
+                users = self.victims.users(index, block) if block.ref_cnt > 1 else (request_id,)
+                if not any(user in fresh for user in users):
+                    copies.append(self._promote(index, block, users))
+                    room -= 1
+        return merge(copies, self._geometry.chunk_rows)
+
+    @property
+    def pooled_in_use(self) -> int:
+        """Pooled ids that requests use now."""
+        return self._window - self.queue.free_pooled - len(self._quarantine)
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError unless all books agree; costs a pass over all blocks."""
+        from pie_vllm.policy.integrity import check_residency
+
+        check_residency(self)

@@ -1,0 +1,248 @@
+"""The free blocks of both tiers, behind the interface of vLLM's free queue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from heapq import heappop, heappush
+from typing import Any, Protocol
+
+from pie_vllm.errors import IntegrityError
+
+
+class Block(Protocol):
+    """What the policy needs of vLLM's ``KVCacheBlock``."""
+
+    block_id: int
+    ref_cnt: int
+    is_null: bool
+
+    @property
+    def block_hash(self) -> Any:
+        """Key of the block in the prefix cache, or None."""
+
+
+class FreeList(Protocol):
+    """What the policy needs of vLLM's ``FreeKVCacheBlockQueue``, one per tier."""
+
+    num_free_blocks: int
+
+    def popleft(self) -> Any:
+        """Take the block to be reused first."""
+
+    def popleft_n(self, n: int) -> list[Any]:
+        """Take the ``n`` blocks to be reused first."""
+
+    def remove(self, block: Any) -> None:
+        """Take a given block out."""
+
+    def append_n(self, blocks: list[Any]) -> None:
+        """Put blocks back as the last to be reused."""
+
+    def prepend_n(self, blocks: list[Any]) -> None:
+        """Put blocks back as the first to be reused."""
+
+    def get_all_free_blocks(self) -> list[Any]:
+        """All blocks, in the order of reuse."""
+
+
+class FreeObserver(Protocol):
+    """Told of what the queue does to blocks, and asked for residents."""
+
+    def make_residents_free(self, count: int) -> None:
+        """Demote until ``count`` more residents are free."""
+
+    def on_reused(self, block: Any) -> None:
+        """An idle cached resident block is in use again (prefix hit)."""
+
+    def on_resident_freed(self, block: Any) -> None:
+        """Nobody uses a resident block any more."""
+
+    def on_pooled_dropped(self, block: Any) -> None:
+        """The KV of a pooled block is of no further use to anybody."""
+
+
+class TieredFreeBlockQueue:
+    """Free blocks of two tiers with the interface of vLLM's free queue.
+
+    Allocation (``popleft``, ``popleft_n``) hands out resident blocks only;
+    where too few are free, blocks in use are demoted then and there. Pooled
+    blocks are handed out to demotion only (``take_pooled``).
+
+    ``num_free_blocks`` says what can physically be had now. With ``FR`` free
+    residents, ``FP`` free pooled ids and ``D`` residents in use that could be
+    demoted: ``FR + min(FP, D)``. While a waiting request is looked at,
+    ``admission(...)`` corrects the number for its prefix hits.
+
+    Attributes:
+        num_free_blocks: as above; a plain attribute because vLLM reads it once
+            per request and step.
+        demotable: ``D``.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Any],
+        resident_blocks: int,
+        make_list: Callable[[list[Any]], FreeList],
+        observer: FreeObserver,
+    ) -> None:
+        """Start with all ``blocks`` free.
+
+        Args:
+            blocks: all blocks, ``blocks[i].block_id == i``.
+            resident_blocks: ids below this are resident.
+            make_list: makes the list of one tier; vLLM's own queue class.
+            observer: the residency policy.
+        """
+        self._blocks = blocks
+        self._boundary = resident_blocks
+        self._observer = observer
+        self._resident = make_list(list(blocks[:resident_blocks]))
+        self._cached = make_list([])
+        self._blank = list(range(resident_blocks, len(blocks)))
+        self._blank_set = set(self._blank)
+        self.demotable = 0
+        self.num_free_blocks = 0
+        self._hits = 0
+        self._reserve = 0
+        self.refresh()
+
+    @property
+    def free_residents(self) -> int:
+        """Resident blocks that nobody uses."""
+        return self._resident.num_free_blocks
+
+    @property
+    def free_pooled(self) -> int:
+        """Pooled ids that demotion can have: blank ones and idle cached ones."""
+        return len(self._blank) + self._cached.num_free_blocks
+
+    @property
+    def free_in_all(self) -> int:
+        """Free blocks of both tiers."""
+        return self.free_residents + self.free_pooled
+
+    def refresh(self) -> None:
+        """Recompute ``num_free_blocks`` after one of its terms changed."""
+        free = self._resident.num_free_blocks
+        pooled = len(self._blank) + self._cached.num_free_blocks
+        reachable = self.demotable + self._hits - self._reserve
+        self.num_free_blocks = free + (pooled if pooled < reachable else reachable)
+
+    def admission(self, hits: int = 0, reserve: int = 0) -> None:
+        """Set the terms for the waiting request that is looked at now.
+
+        vLLM counts the request's idle prefix hits as blocks it takes, though
+        they need no resident: ``hits`` of them are given back, and ``reserve``
+        residents are kept for chunks of prompts that are under way. Then
+        ``num_free_blocks = min(FR + D + hits - reserve, FR + FP)``. Call it
+        without arguments when done.
+        """
+        self._hits = hits
+        self._reserve = reserve
+        self.refresh()
+
+    def popleft(self) -> Any:
+        """Take one resident block. Raises ValueError when none can be had."""
+        return self.popleft_n(1)[0]
+
+    def popleft_n(self, n: int) -> list[Any]:
+        """Take ``n`` resident blocks, demoting where too few are free.
+
+        Raises:
+            ValueError: that many cannot be had.
+        """
+        resident = self._resident
+        if n > resident.num_free_blocks:
+            self._observer.make_residents_free(n - resident.num_free_blocks)
+            if n > resident.num_free_blocks:
+                raise ValueError("No free blocks available")
+        self.num_free_blocks -= n
+        return resident.popleft_n(n)
+
+    def take_pooled(self) -> Any:
+        """Take a pooled block for a demotion.
+
+        A blank one, else the idle cached one that was used least recently,
+        whose cached KV is then dropped.
+        """
+        if self._blank:
+            block = self._blocks[heappop(self._blank)]
+            self._blank_set.discard(block.block_id)
+        else:
+            block = self._cached.popleft()
+            self._observer.on_pooled_dropped(block)
+        self.refresh()
+        return block
+
+    def give_blank(self, block: Any) -> None:
+        """Give back a pooled block that holds no KV."""
+        heappush(self._blank, block.block_id)
+        self._blank_set.add(block.block_id)
+        self.refresh()
+
+    def remove(self, block: Any) -> None:
+        """Take a given free block out: a prefix hit on idle cached KV."""
+        if block.block_id < self._boundary:
+            self._resident.remove(block)
+            self._observer.on_reused(block)
+        else:
+            self._cached.remove(block)
+        self.refresh()
+
+    def append(self, block: Any) -> None:
+        """Put one block back as the last to be reused."""
+        self.append_n([block])
+
+    def append_n(self, blocks: list[Any]) -> None:
+        """Put back blocks that are to be reused last: their KV is cached."""
+        self._resident.append_n(self._freed_residents(blocks))
+        self._cached.append_n([b for b in blocks if b.block_id >= self._boundary])
+        self.refresh()
+
+    def prepend_n(self, blocks: list[Any]) -> None:
+        """Put back blocks that are to be reused first: their KV is of no use."""
+        self._resident.prepend_n(self._freed_residents(blocks))
+        for block in blocks:
+            if block.block_id >= self._boundary:
+                self._observer.on_pooled_dropped(block)
+                heappush(self._blank, block.block_id)
+                self._blank_set.add(block.block_id)
+        self.refresh()
+
+    def _freed_residents(self, blocks: list[Any]) -> list[Any]:
+        residents = [b for b in blocks if b.block_id < self._boundary]
+        for block in residents:
+            self._observer.on_resident_freed(block)
+        return residents
+
+    def get_all_free_blocks(self) -> list[Any]:
+        """All free blocks: residents, then idle cached pooled ones, then blank ones."""
+        return [
+            *self._resident.get_all_free_blocks(),
+            *self._cached.get_all_free_blocks(),
+            *(self._blocks[i] for i in sorted(self._blank)),
+        ]
+
+    def iter_blocks_after(self, cursor: Any) -> Iterator[Any]:
+        """Not offered: only vLLM's offloading connectors use it, and they are refused."""
+        raise NotImplementedError("pie's free queue cannot be walked by a KV connector")
+
+    def is_blank(self, block_id: int) -> bool:
+        """Whether a pooled id is free and holds no KV."""
+        return block_id in self._blank_set
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError unless the lists and counts agree."""
+        free = self.get_all_free_blocks()
+        ids = [b.block_id for b in free]
+        if len(set(ids)) != len(ids) or len(ids) != self.free_in_all:
+            raise IntegrityError("a block is twice in the free lists, or a count is off")
+        if any(b.ref_cnt for b in free):
+            raise IntegrityError("a block in use is in a free list")
+        if set(self._blank) != self._blank_set:
+            raise IntegrityError("blank ids disagree")
+        before = self.num_free_blocks
+        self.refresh()
+        if before != self.num_free_blocks:
+            raise IntegrityError(f"num_free_blocks was {before}, is {self.num_free_blocks}")

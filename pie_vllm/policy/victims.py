@@ -1,0 +1,139 @@
+"""Which block is demoted next."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from pie_vllm.errors import IntegrityError
+
+
+class Holder:
+    """What the policy keeps of one request that holds blocks."""
+
+    __slots__ = ("cursor", "full", "listed", "request_id", "serial")
+
+    def __init__(self, request_id: str, serial: int) -> None:
+        self.request_id = request_id
+        self.serial = serial
+        self.full = 0
+        """Blocks at the front whose KV is complete."""
+        self.cursor = 0
+        """The search for a private resident full block goes on at this index."""
+        self.listed = False
+        """Whether such a block may stand at the cursor or after it."""
+
+
+class Victim(NamedTuple):
+    """A block to demote: where it stands in the table of one of its users."""
+
+    request_id: str
+    index: int  # type: ignore[assignment]  # the word for it, over tuple.index
+    block: Any
+
+
+class Victims:
+    """The requests that hold blocks, and the order in which their blocks are demoted.
+
+    Private blocks of the request admitted last go first, all of one request
+    before the next, so that few requests stream; shared blocks only where
+    private ones do not suffice. Finding a private block costs constant time on
+    average, however many requests there are.
+
+    Attributes:
+        holders: by request, in the order of admission.
+        full: by resident id, whether the block is in use and its KV complete.
+    """
+
+    def __init__(self, tables: Mapping[str, list[Any]], resident_blocks: int) -> None:
+        """Start without requests; ``tables`` are the blocks of each request."""
+        self.holders: dict[str, Holder] = {}
+        self.full = bytearray(resident_blocks)
+        self._tables = tables
+        self._boundary = resident_blocks
+        self._serial = 0
+        self._listed: list[int] = []
+        self._by_serial: dict[int, Holder] = {}
+
+    def admit(self, request_id: str, hits: int) -> None:
+        """A request gets its first blocks, ``hits`` of them full; no change if known."""
+        if request_id not in self.holders:
+            self._serial += 1
+            holder = self.holders[request_id] = Holder(request_id, self._serial)
+            self._by_serial[self._serial] = holder
+            holder.full = hits
+            self.offer(holder)
+
+    def forget(self, request_id: str) -> bool:
+        """A request gives its blocks back; returns whether it was known."""
+        holder = self.holders.pop(request_id, None)
+        if holder is None:
+            return False
+        del self._by_serial[holder.serial]
+        if holder.listed:
+            self._listed.pop(bisect_left(self._listed, holder.serial))
+        return True
+
+    def offer(self, holder: Holder) -> None:
+        """The request may have a private resident full block at its cursor or after."""
+        if not holder.listed:
+            holder.listed = True
+            insort(self._listed, holder.serial)
+
+    def offer_from(self, request_id: str, index: int) -> None:
+        """Block ``index`` of a request is resident, full and in use."""
+        holder = self.holders[request_id]
+        if index < holder.cursor:
+            holder.cursor = index
+        self.offer(holder)
+
+    def _demotable(self, block: Any) -> bool:
+        block_id = block.block_id
+        return block_id < self._boundary and bool(self.full[block_id])
+
+    def private(self) -> Victim | None:
+        """The next block that one request alone uses; None when the search finds none."""
+        full, boundary = self.full, self._boundary
+        while self._listed:
+            holder = self._by_serial[self._listed[-1]]
+            table = self._tables.get(holder.request_id, ())
+            for index in range(holder.cursor, min(holder.full, len(table))):
+                block = table[index]
+                block_id = block.block_id
+                if block_id < boundary and full[block_id] and block.ref_cnt == 1:
+                    holder.cursor = index
+                    return Victim(holder.request_id, index, block)
+            holder.cursor = holder.full
+            holder.listed = False
+            self._listed.pop()
+        return None
+
+    def rest(self) -> Iterator[Victim]:
+        """What ``private`` passed over: blocks private by now, then shared ones.
+
+        Costs a pass over the tables. Each block may be demoted when it is yielded.
+        """
+        for shared in (False, True):
+            for request_id in reversed(self.holders):
+                full = self.holders[request_id].full
+                for index, block in enumerate(self._tables.get(request_id, ())[:full]):
+                    if self._demotable(block) and (shared or block.ref_cnt == 1):
+                        yield Victim(request_id, index, block)
+
+    def users(self, index: int, block: Any) -> list[str]:
+        """Requests that hold a block; a shared prefix has one index in all."""
+        return [
+            request_id
+            for request_id in self.holders
+            if index < len(table := self._tables.get(request_id, ())) and table[index] is block
+        ]
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError unless lists and holders agree."""
+        listed = sorted(h.serial for h in self.holders.values() if h.listed)
+        if listed != self._listed:
+            raise IntegrityError("listed requests disagree with their marks")
+        serials = [h.serial for h in self.holders.values()]
+        if serials != sorted(serials) or set(serials) != set(self._by_serial):
+            raise IntegrityError("serial numbers disagree with the order of admission")

@@ -1,0 +1,111 @@
+"""A block pool, block tables and free lists without vLLM, for tests of the policy alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pie_vllm.policy.geometry import Geometry
+from pie_vllm.policy.residency import Residency
+
+
+class FakeBlock:
+    """What the policy sees of vLLM's KVCacheBlock."""
+
+    def __init__(self, block_id: int) -> None:
+        self.block_id = block_id
+        self.ref_cnt = 0
+        self.is_null = False
+        self.block_hash: Any = None
+
+
+class FakeList:
+    """A free list as vLLM's queue behaves, by a Python list."""
+
+    def __init__(self, blocks: list[Any]) -> None:
+        self.blocks = list(blocks)
+
+    @property
+    def num_free_blocks(self) -> int:
+        return len(self.blocks)
+
+    def popleft(self) -> Any:
+        return self.blocks.pop(0)
+
+    def popleft_n(self, n: int) -> list[Any]:
+        taken, self.blocks = self.blocks[:n], self.blocks[n:]
+        return taken
+
+    def remove(self, block: Any) -> None:
+        self.blocks.remove(block)
+
+    def append_n(self, blocks: list[Any]) -> None:
+        self.blocks.extend(blocks)
+
+    def prepend_n(self, blocks: list[Any]) -> None:
+        self.blocks[:0] = blocks
+
+    def get_all_free_blocks(self) -> list[Any]:
+        return list(self.blocks)
+
+
+class FakePool:
+    """The part of vLLM's BlockPool and managers that the policy meets.
+
+    Attributes:
+        residency: the policy under test.
+        cached: block by hash, the prefix cache.
+        tables: blocks of each request.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.blocks = [FakeBlock(i) for i in range(geometry.num_blocks)]
+        self.cached: dict[Any, FakeBlock] = {}
+        self.tables: dict[str, list[Any]] = {}
+        self.residency = Residency(
+            geometry, self.blocks, FakeList, self.tables, self._move, self.drop
+        )
+        null = self.residency.queue.popleft()
+        null.is_null = True
+        null.ref_cnt = 0
+
+    def _move(self, source: FakeBlock, target: FakeBlock) -> None:
+        assert target.block_hash is None
+        if source.block_hash is not None:
+            target.block_hash, source.block_hash = source.block_hash, None
+            self.cached[target.block_hash] = target
+
+    def drop(self, block: FakeBlock) -> None:
+        """Remove a block's prefix-cache entry."""
+        if block.block_hash is not None:
+            del self.cached[block.block_hash]
+            block.block_hash = None
+
+    def allocate(self, request_id: str, count: int) -> bool:
+        """Give a request new resident blocks, if they can be had."""
+        queue = self.residency.queue
+        if count > queue.num_free_blocks:
+            return False
+        for block in queue.popleft_n(count):
+            self.drop(block)
+            block.ref_cnt = 1
+            self.tables[request_id].append(block)
+        return True
+
+    def hit(self, request_id: str, blocks: list[FakeBlock]) -> None:
+        """Give a request cached blocks."""
+        for block in blocks:
+            if block.ref_cnt == 0:
+                self.residency.queue.remove(block)
+            block.ref_cnt += 1
+            self.tables[request_id].append(block)
+
+    def free(self, request_id: str) -> None:
+        """Take a request's blocks back, the last one first."""
+        self.residency.forget(request_id)
+        first, last = [], []
+        for block in reversed(self.tables.pop(request_id)):
+            block.ref_cnt -= 1
+            if block.ref_cnt == 0:
+                (last if block.block_hash is not None else first).append(block)
+        self.residency.queue.prepend_n(first)
+        self.residency.queue.append_n(last)

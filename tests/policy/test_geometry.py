@@ -1,0 +1,114 @@
+"""Geometry: every byte accounted for, every boundary aligned."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pie_vllm.errors import ConfigError
+from pie_vllm.policy.geometry import MIN_RESIDENT_BLOCKS, Geometry, plan_geometry
+
+SIZES = {
+    "num_layers": 30,
+    "page_bytes": 98_304,
+    "device_bytes": 40 * 30 * 98_304,
+    "pool_bytes": 80 * 30 * 98_304,
+    "granularity": 4096,
+    "needed_blocks": 16,
+}
+
+
+def plan(**changes: object) -> Geometry:
+    return plan_geometry(**{**SIZES, **changes})  # type: ignore[arg-type]
+
+
+@st.composite
+def settings(draw: st.DrawFn) -> dict[str, object]:
+    layers = draw(st.integers(1, 80))
+    page = draw(st.integers(1, 300_000))
+    return {
+        "num_layers": layers,
+        "page_bytes": page,
+        "device_bytes": draw(st.integers(5, 4000)) * layers * page + draw(st.integers(0, 1 << 26)),
+        "pool_bytes": draw(st.integers(1, 8000)) * layers * page,
+        "granularity": draw(st.sampled_from([4096, 2 << 20])),
+        "needed_blocks": draw(st.integers(1, 6000)),
+        "ring_slots": draw(st.one_of(st.none(), st.integers(1, layers))),
+        "ring_fraction": draw(st.floats(0.001, 0.9)),
+    }
+
+
+@given(settings())
+def test_planned_sizes_fit_and_align(arguments: dict[str, object]) -> None:
+    """A plan stays within device and pool bytes and aligns every layer's boundary."""
+    try:
+        g = plan_geometry(**arguments)  # type: ignore[arg-type]
+    except ConfigError:
+        return
+    assert g.device_bytes <= arguments["device_bytes"]  # type: ignore[operator]
+    assert g.host_bytes <= arguments["pool_bytes"]  # type: ignore[operator]
+    assert 1 <= g.pooled_blocks <= g.rows
+    assert g.resident_blocks >= MIN_RESIDENT_BLOCKS
+    assert g.num_blocks >= arguments["needed_blocks"] + 1  # type: ignore[operator]
+    for layer in {0, g.num_layers // 2, g.num_layers - 1}:
+        assert g.page_offset(layer, g.resident_blocks) % g.granularity == 0
+        assert g.page_offset(layer, 0) >= layer * g.layer_stride
+        end = g.page_offset(layer, g.num_blocks)
+        assert end <= (layer + 1) * g.layer_stride
+    assert g.layer_stride % g.granularity == 0
+    assert g.virtual_bytes == g.num_layers * g.layer_stride
+    design_bound = (
+        g.num_layers * g.resident_blocks * g.page_bytes
+        + g.ring_slots * g.pooled_blocks * g.page_bytes
+        + 2 * (g.num_layers + g.ring_slots) * g.granularity
+    )
+    assert g.device_bytes <= design_bound
+
+
+def test_the_ring_keeps_to_its_fraction() -> None:
+    """The ring takes at most its share while one longest request fits anyway."""
+    g = plan(ring_fraction=0.05)
+    assert g.ring_bytes <= 0.05 * SIZES["device_bytes"] + g.ring_slots * g.granularity
+    assert g.pooled_blocks < g.rows
+    assert g.idle_cost_blocks == pytest.approx(g.ring_bytes / g.row_bytes)
+
+
+def test_a_longest_request_widens_the_window_no_further_than_needed() -> None:
+    """Where the fraction gives too few blocks, W grows to the least that suffices."""
+    g = plan(needed_blocks=100)
+    assert g.num_blocks >= 101
+    smaller = plan(needed_blocks=99)
+    assert smaller.pooled_blocks <= g.pooled_blocks
+    assert g.num_blocks <= 101 + g.num_layers // g.ring_slots
+
+
+def test_rows_and_window_are_two_numbers() -> None:
+    """A larger pool gives more rows; the ring still caps the window."""
+    small, large = plan(ring_fraction=0.05), plan(ring_fraction=0.05, pool_bytes=1 << 34)
+    assert large.rows > small.rows
+    assert large.pooled_blocks == small.pooled_blocks
+
+
+def test_no_run_of_rows_can_leave_the_pool() -> None:
+    """Chunks hold whole rows and cover all of them."""
+    g = plan(chunk_bytes=5 * 30 * 98_304 + 17)
+    assert g.chunk_rows == 5
+    assert g.num_chunks == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ring_slots": 31}, ["--pie-ring-slots 31", "30 attention"]),
+        ({"pool_bytes": 100}, ["--pie-pool-gib", "100 bytes", "2949120"]),
+        ({"device_bytes": 3 * 30 * 98_304}, ["too small", "--kv-cache-memory-bytes"]),
+        ({"needed_blocks": 1000}, ["--max-model-len", "1001 blocks", "--pie-pool-gib"]),
+    ],
+)
+def test_impossible_sizes_say_what_would_work(changes: dict[str, int], words: list[str]) -> None:
+    """Each refusal names the flag, the value found and the way out."""
+    with pytest.raises(ConfigError) as caught:
+        plan(**changes)
+    for word in words:
+        assert word in str(caught.value)

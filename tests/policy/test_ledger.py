@@ -1,0 +1,43 @@
+"""RowLedger: no row has two owners, none is lost."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from pie_vllm.errors import IntegrityError
+from pie_vllm.policy.ledger import RowLedger
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 90])
+def test_random_takes_and_releases_keep_the_books(rows: int) -> None:
+    """After any sequence every row is free or has exactly one owner."""
+    rng = random.Random(rows)
+    ledger = RowLedger(rows, first_block=100)
+    owners: dict[int, int] = {}
+    for _ in range(2000):
+        if owners and (rng.random() < 0.5 or len(owners) == rows):
+            block = rng.choice(list(owners))
+            assert ledger.release(block) == owners.pop(block)
+        else:
+            block = rng.choice([b for b in range(100, 100 + 2 * rows) if b not in owners])
+            row = ledger.take(block)
+            assert row not in owners.values()
+            owners[block] = row
+        assert ledger.num_free == rows - len(owners)
+    ledger.check_integrity()
+
+
+def test_neighbouring_ids_get_neighbouring_rows() -> None:
+    """Ids handed out in order get one run of rows, so that they are one copy."""
+    ledger = RowLedger(16, first_block=8)
+    assert [ledger.take(block) for block in range(8, 16)] == list(range(8))
+
+
+def test_a_full_pool_says_so() -> None:
+    """The window may not be larger than the rows."""
+    ledger = RowLedger(1, first_block=0)
+    ledger.take(0)
+    with pytest.raises(IntegrityError):
+        ledger.take(1)
