@@ -1,0 +1,202 @@
+"""The command line flags, and how they reach vLLM's configuration."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+
+from pie_vllm.config import (
+    BLOCK_MANAGER_KEY,
+    BLOCK_MANAGERS,
+    SETTINGS_KEY,
+    parse_pool_gib,
+    parse_ring_fraction,
+    parse_ring_slots,
+)
+from pie_vllm.errors import ConfigError, PieError, UnsupportedError
+from pie_vllm.memory.pool_size import check_pool_fits
+from pie_vllm.vllm import compat, refusals, settings
+
+SCHEDULER = "pie_vllm.vllm.scheduler.make_scheduler"
+WORKERS = {"cpu": "pie_vllm.vllm.worker.PieCPUWorker"}
+
+
+def _parsed(parse: Callable[[object], Any]) -> Callable[[str], Any]:
+    """An argparse type that words errors as argparse does."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def _pool(value: object) -> float | str:
+    size = parse_pool_gib(value)
+    return "auto" if size is None else size
+
+
+class _Setting(argparse.Action):
+    """Stores a flag in ``additional_config`` at once.
+
+    API server processes get the parsed namespace and read it before they load
+    plugins (entrypoints/launchers/api_server/entry.py:53), so the setting must
+    be where vLLM itself looks.
+    """
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,  # noqa: ARG002
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,  # noqa: ARG002
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        _merge(namespace)
+
+
+def _merge(namespace: argparse.Namespace) -> None:
+    """Write the flags that were given into ``namespace.additional_config``."""
+    config = dict(getattr(namespace, "additional_config", None) or {})
+    manager = getattr(namespace, "block_manager", None)
+    if manager is not None:
+        config[BLOCK_MANAGER_KEY] = manager
+    given = {
+        key: value
+        for key in ("pool_gib", "ring_slots", "ring_fraction")
+        if (value := getattr(namespace, f"pie_{key}", None)) is not None
+    }
+    if given:
+        config[SETTINGS_KEY] = {**config.get(SETTINGS_KEY, {}), **given}
+    if config:
+        namespace.additional_config = config
+
+
+def _add_flags(parser: Any) -> None:
+    group = parser.add_argument_group(
+        title="BlockManager", description="Pool CPU memory into the KV cache (pie-vllm)."
+    )
+    group.add_argument(
+        "--block-manager",
+        choices=BLOCK_MANAGERS,
+        default=None,
+        action=_Setting,
+        help="Block manager of the KV cache. 'pie' serves more and longer requests than the "
+        "device's KV memory holds, with KV blocks in CPU memory that are copied in a layer "
+        "ahead. 'default' is vLLM's own.",
+    )
+    group.add_argument(
+        "--pie-pool-gib",
+        type=_parsed(_pool),
+        default=None,
+        metavar="GIB",
+        action=_Setting,
+        help="CPU memory for pooled KV in all, in GiB, or 'auto' (the default): the smaller of "
+        "four times the device's KV bytes and half of the free CPU memory.",
+    )
+    group.add_argument(
+        "--pie-ring-slots",
+        type=_parsed(parse_ring_slots),
+        default=None,
+        metavar="N",
+        action=_Setting,
+        help="Advanced: layers whose pooled blocks fit the device at once (default 3).",
+    )
+    group.add_argument(
+        "--pie-ring-fraction",
+        type=_parsed(parse_ring_fraction),
+        default=None,
+        metavar="F",
+        action=_Setting,
+        help="Advanced: share of the device's KV bytes that the ring of pooled pages may take "
+        "(default 0.05). It limits how many blocks can be pooled at once.",
+    )
+
+
+def _configure(args: EngineArgs) -> None:
+    """Set the classes that pie needs in the engine arguments, after checks."""
+    compat.check_version()
+    compat.check_engine_core()
+    taken = settings.take(args.additional_config)
+    worker = worker_class(current_platform.device_type)
+    refusals.check_engine_args(args, SCHEDULER, worker)
+    _check_pool(args, taken)
+    args.scheduler_cls = SCHEDULER
+    args.worker_cls = worker
+    args.additional_config = {**args.additional_config, SETTINGS_KEY: taken}
+
+
+def worker_class(device_type: str) -> str:
+    """Qualified name of the worker class for a platform.
+
+    Raises:
+        UnsupportedError: no driver for that platform.
+    """
+    if device_type in WORKERS:
+        return WORKERS[device_type]
+    raise UnsupportedError(
+        f"--block-manager pie has no driver for device {device_type!r} in this version; it runs "
+        f"on {', '.join(WORKERS)}. Use --block-manager default."
+    )
+
+
+def _check_pool(args: EngineArgs, taken: settings.PieSettings) -> None:
+    """Refuse a pool that cannot fit, before the model loads."""
+    size = taken.config.pool_gib
+    if size is not None:
+        device = args.kv_cache_memory_bytes if current_platform.is_cpu() else 0
+        check_pool_fits(int(size * 2**30), int(device or 0))
+
+
+def install() -> None:
+    """Wrap vLLM's argument handling; calling it again changes nothing.
+
+    Relies on ``EngineArgs.add_cli_args`` being looked up by
+    ``AsyncEngineArgs.add_cli_args`` after plugins were loaded
+    (engine/arg_utils.py:3202), and on ``from_cli_args`` copying the namespace's
+    ``additional_config`` (:1933).
+    """
+    if getattr(EngineArgs, "_pie_installed", False):
+        return
+    EngineArgs._pie_installed = True
+    add_cli_args = EngineArgs.add_cli_args
+    from_cli_args = EngineArgs.from_cli_args.__func__
+    create_engine_config = EngineArgs.create_engine_config
+
+    @functools.wraps(add_cli_args)
+    def add(parser: Any) -> Any:
+        parser = add_cli_args(parser)
+        _add_flags(parser)
+        return parser
+
+    @functools.wraps(from_cli_args)
+    def from_cli(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
+        try:
+            _merge(args)
+            settings.wants_pie(getattr(args, "additional_config", None))
+        except PieError as error:
+            print(f"vllm: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        result: EngineArgs = from_cli_args(cls, args)
+        return result
+
+    @functools.wraps(create_engine_config)
+    def create(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        if not settings.wants_pie(self.additional_config):
+            return create_engine_config(self, *args, **kwargs)
+        _configure(self)
+        config = create_engine_config(self, *args, **kwargs)
+        refusals.check_config(config)
+        return config
+
+    EngineArgs.add_cli_args = staticmethod(add)
+    EngineArgs.from_cli_args = classmethod(from_cli)
+    EngineArgs.create_engine_config = create

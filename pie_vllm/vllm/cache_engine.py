@@ -1,0 +1,192 @@
+"""The worker's half: arena, pool, transfers and gates of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+from vllm.logger import init_logger
+
+from pie_vllm.config import PieConfig
+from pie_vllm.errors import GateError, UnsupportedError
+from pie_vllm.policy.geometry import Geometry
+from pie_vllm.policy.plan import StepPlan
+from pie_vllm.transfer.engine import StepStats, TransferEngine
+from pie_vllm.vllm import compat, gate
+from pie_vllm.vllm.metrics import Totals
+
+logger = init_logger("vllm.pie")
+
+
+class PieCacheEngine:
+    """Owns the KV memory of one worker and carries out step plans.
+
+    vLLM has no CacheEngine class any more; the model runner allocates. This
+    object gives it the memory and stands between it and the transfer engine.
+
+    Attributes:
+        geometry: the sizes.
+        totals: sums over all steps.
+    """
+
+    def __init__(self, config: PieConfig, geometry: Geometry, driver: str) -> None:
+        """Reserve arena and pool and test the hand-over on this machine.
+
+        Raises:
+            TransferError: memory cannot be had, or the self-test fails.
+            NativeLibraryError: the native engine is missing or does not fit.
+        """
+        self.geometry = geometry
+        self.totals = Totals()
+        self._switch = gate.GateSwitch()
+        link = None if config.link_gbps is None else config.link_gbps * 1e9
+        self._engine = TransferEngine(
+            geometry, driver=driver, link_bytes_per_s=link, debug=config.debug
+        )
+        if config.debug:
+            logger.warning(
+                "Pie: debug switches %s are on: answers may be wrong on purpose, and the self-test "
+                "is left out.",
+                ", ".join(config.debug),
+            )
+            return
+        try:
+            self._engine.self_test()
+        except BaseException:
+            self._engine.close()
+            raise
+
+    def shape(self, kv_cache_config: Any) -> Any:
+        """A copy of vLLM's KV cache configuration laid out over the arena.
+
+        Raises:
+            UnsupportedError: vLLM laid the cache out in a way that cannot be aliased.
+        """
+        config = deepcopy(kv_cache_config)
+        geometry = self.geometry
+        tensors = config.kv_cache_tensors
+        if len(tensors) != 1 or tensors[0].block_stride != geometry.page_bytes:
+            raise UnsupportedError(
+                "--block-manager pie needs one KV cache tensor with unpadded pages of "
+                f"{geometry.page_bytes} bytes, vLLM made {len(tensors)} with block stride "
+                f"{[t.block_stride for t in tensors]}."
+            )
+        if config.num_blocks != geometry.num_blocks:
+            raise UnsupportedError(
+                f"vLLM chose {config.num_blocks} KV blocks, the block manager offered "
+                f"{geometry.num_blocks}. Do not limit the number of blocks otherwise."
+            )
+        tensors[0].size = geometry.virtual_bytes
+        tensors[0].offset = geometry.shift
+        tensors[0].layer_stride = geometry.layer_stride
+        return config
+
+    def allocate(
+        self,
+        kv_cache_config: Any,
+        device: Any,  # noqa: ARG002
+        layout: Any,
+        kernel_block_sizes: Any = None,
+    ) -> dict[str, Any]:
+        """In place of vLLM's ``allocate_kv_cache``: the same views, over the arena.
+
+        Raises:
+            UnsupportedError: the layout does not keep a page of a layer together.
+        """
+        from vllm.v1.kv_cache_interface import create_kv_cache_views
+
+        if not (layout.is_layer_compact and layout.is_block_compact):
+            raise UnsupportedError(
+                f"--block-manager pie needs the KV cache layout LBNHC or LBHNC, found "
+                f"{layout.name}. Set VLLM_KV_CACHE_LAYOUT=LBNHC (or LBHNC) if the attention "
+                "backend allows it, or use --block-manager default."
+            )
+        tensor = kv_cache_config.kv_cache_tensors[0]
+        views = create_kv_cache_views(
+            self._engine.arena.tensor(),
+            kv_cache_config.kv_cache_groups[0].kv_cache_spec,
+            kv_cache_config.num_blocks,
+            layout,
+            tensor,
+            kernel_block_size=kernel_block_sizes[0] if kernel_block_sizes else None,
+        )
+        return dict(zip(tensor.layers, views, strict=True))
+
+    def install_gates(self, layer_names: list[str], forward_context: dict[str, Any]) -> None:
+        """Put gates around the attention of each layer, in the order of the ring."""
+        for layer, name in enumerate(layer_names):
+            gate.install(forward_context[name].impl, layer, self._switch)
+
+    def warmed_up(self) -> None:
+        """Zero the ring again: warm-up writes to pages that kernels may load later."""
+        self._engine.zero_ring()
+
+    @contextmanager
+    def step(self, plan: StepPlan | None) -> Iterator[None]:
+        """Carry out ``plan`` around the model's forward pass.
+
+        Raises:
+            GateError: a layer ran without its gate; the step's tokens are not
+                returned.
+            TransferError: a copy failed.
+        """
+        if plan is None:
+            yield
+            return
+        engine = self._engine
+        if not plan.forward:
+            yield
+            self._count(plan, engine.run_idle(plan))
+            return
+        engine.begin_step(plan)
+        self._switch.engine = engine
+        try:
+            yield
+            stats = engine.end_step()
+        except BaseException:
+            engine.abort_step()
+            raise
+        finally:
+            self._switch.engine = None
+        if stats.gates != self.geometry.num_layers:
+            raise GateError(f"{stats.gates} of {self.geometry.num_layers} layers passed a gate")
+        self._count(plan, stats)
+
+    def _count(self, plan: StepPlan, stats: StepStats) -> None:
+        t = self.totals
+        self.totals = Totals(
+            steps=t.steps + 1,
+            bytes_loaded=t.bytes_loaded + stats.bytes_loaded,
+            bytes_stored=t.bytes_stored + stats.bytes_stored,
+            load_seconds=t.load_seconds + stats.load_seconds,
+            store_seconds=t.store_seconds + stats.store_seconds,
+            stall_seconds=t.stall_seconds + stats.stall_seconds,
+            gates=t.gates + stats.gates,
+            pooled_peak=max(t.pooled_peak, plan.pooled),
+        )
+
+    def relabel_before_inputs(self, runner: Any) -> None:
+        """Make the model runner apply a plan's relabels when it updates its states.
+
+        Relies on ``_update_states(scheduler_output)`` at the start of
+        ``execute_model``, v1/worker/gpu_model_runner.py:3979, inside the
+        region that is ordered with the previous step's input copies.
+        """
+        compat.expect(type(runner).execute_model, "self._update_states(scheduler_output)")
+        update_states = runner._update_states
+
+        def relabel_and_update(scheduler_output: Any) -> Any:
+            plan = getattr(scheduler_output, "pie_plan", None)
+            if plan is not None and plan.relabels:
+                gone = scheduler_output.finished_req_ids
+                live = [r for r in plan.relabels if r.request_id not in gone]
+                compat.relabel_rows(runner, live)
+            return update_states(scheduler_output)
+
+        runner._update_states = relabel_and_update
+
+    def close(self) -> None:
+        """Give all memory back. No tensor over the arena may be used after."""
+        self._engine.close()

@@ -1,0 +1,149 @@
+"""Everything that depends on a version of vLLM, and the patches of it.
+
+Read in vLLM 0.32.0 and 0.33.0. Each entry says which line it relies on; the
+line is checked when the patch is made, and a patch that no longer fits fails
+with a clear error instead of a wrong answer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import vllm
+from packaging.version import Version
+
+from pie_vllm.errors import UnsupportedError
+
+SUPPORTED = (Version("0.32"), Version("0.34"))
+
+
+def check_version(found: str | None = None) -> None:
+    """Raise UnsupportedError unless the vLLM found is a supported one."""
+    text = vllm.__version__ if found is None else found
+    low, high = SUPPORTED
+    if not low <= Version(Version(text).base_version) < high:
+        raise UnsupportedError(
+            f"--block-manager pie supports vLLM >={low},<{high}, found {text}. Install a "
+            f"supported version (pip install 'vllm>={low},<{high}') or use "
+            "--block-manager default."
+        )
+
+
+def expect(obj: Any, *fragments: str) -> None:
+    """Raise UnsupportedError unless the source of ``obj`` has each fragment."""
+    source = inspect.getsource(obj)
+    for fragment in fragments:
+        if fragment not in source:
+            name = getattr(obj, "__qualname__", getattr(obj, "__name__", repr(obj)))
+            raise UnsupportedError(
+                f"vLLM {vllm.__version__}: {name} has no '{fragment}', which pie_vllm relies "
+                "on. Use a supported vLLM version or --block-manager default."
+            )
+
+
+@contextmanager
+def swapped(module: Any, name: str, value: Any, caller: Any, line: str) -> Iterator[None]:
+    """Replace a module's global while a vLLM function that uses it runs.
+
+    Args:
+        module: the module whose global is replaced.
+        name: the global.
+        value: what it is meanwhile.
+        caller: the vLLM function that looks the global up.
+        line: what must stand in that function's source.
+    """
+    expect(caller, line)
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def own_block_pool(pool_class: type) -> Any:
+    """Make vLLM's coordinator build ``pool_class``, its one block pool.
+
+    Relies on ``self.block_pool = BlockPool(``, v1/core/kv_cache_coordinator.py:119.
+    """
+    from vllm.v1.core import kv_cache_coordinator as module
+
+    caller = module.KVCacheCoordinator.__init__
+    return swapped(module, "BlockPool", pool_class, caller, "self.block_pool = BlockPool(")
+
+
+def own_block_manager(factory: Callable[..., Any]) -> Any:
+    """Make vLLM's scheduler build its KV cache manager by ``factory``.
+
+    Relies on ``self.kv_cache_manager = KVCacheManager(``, v1/core/sched/scheduler.py:328.
+    """
+    from vllm.v1.core.sched import scheduler as module
+
+    caller = module.Scheduler.__init__
+    line = "self.kv_cache_manager = KVCacheManager("
+    return swapped(module, "KVCacheManager", factory, caller, line)
+
+
+def own_allocation(allocate: Callable[..., Any]) -> Any:
+    """Make the V1 model runner get its KV tensors from ``allocate``.
+
+    Relies on ``kv_caches = allocate_kv_cache(``, v1/worker/gpu_model_runner.py:7000.
+    """
+    from vllm.v1.worker import gpu_model_runner as module
+
+    caller = module.GPUModelRunner.initialize_kv_cache_tensors
+    line = "kv_caches = allocate_kv_cache("
+    return swapped(module, "allocate_kv_cache", allocate, caller, line)
+
+
+def after_kv_caches(then: Callable[[Any, Any], None]) -> None:
+    """Call ``then(engine_core, vllm_config)`` once the workers have their KV caches.
+
+    The scheduler needs the sizes that the workers chose; vLLM hands it the
+    number of blocks only. Relies on ``kv_cache_config = self._initialize_kv_caches(
+    vllm_config)`` before the scheduler is made, v1/engine/core.py:156.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    original = EngineCore._initialize_kv_caches
+    if getattr(original, "pie", False):
+        return
+
+    def initialize(self: Any, vllm_config: Any) -> Any:
+        result = original(self, vllm_config)
+        then(self, vllm_config)
+        return result
+
+    initialize.pie = True  # type: ignore[attr-defined]
+    EngineCore._initialize_kv_caches = initialize
+
+
+def check_engine_core() -> None:
+    """Check the line that ``after_kv_caches`` relies on."""
+    from vllm.v1.engine.core import EngineCore
+
+    expect(EngineCore.__init__, "kv_cache_config = self._initialize_kv_caches(vllm_config)")
+
+
+def relabel_rows(runner: Any, relabels: Any) -> None:
+    """Write new block ids into the V1 runner's request states and input batch.
+
+    Relies on ``CachedRequestState.block_ids`` and ``BlockTable.block_table.np``,
+    v1/worker/gpu_model_runner.py:1426 and v1/worker/block_table.py:102. A
+    request that left the persistent batch keeps its ids in its state only.
+    """
+    batch = runner.input_batch
+    for request_id, first, blocks in relabels:
+        state = runner.requests.get(request_id)
+        if state is None:
+            raise UnsupportedError(
+                f"request {request_id} is not known to the model runner, though its blocks moved"
+            )
+        end = first + len(blocks)
+        state.block_ids[0][first:end] = blocks
+        row = batch.req_id_to_index.get(request_id)
+        if row is not None:
+            batch.block_table.block_tables[0].block_table.np[row, first:end] = blocks

@@ -1,0 +1,61 @@
+"""Gates: what a layer waits for before it writes and reads KV."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pie_vllm.transfer.engine import TransferEngine
+
+
+class GateSwitch:
+    """The engine while a step with a plan runs, else None; shared by all gates."""
+
+    __slots__ = ("engine",)
+
+    def __init__(self) -> None:
+        self.engine: TransferEngine | None = None
+
+
+_classes: dict[type, type] = {}
+
+
+def _gated(base: type[Any]) -> type[Any]:
+    """The subclass of an attention implementation that passes the gates."""
+    if base in _classes:
+        return _classes[base]
+
+    class Gated(base):
+        _pie_layer: int
+        _pie_switch: GateSwitch
+
+        def do_kv_cache_update(self, *args: Any, **kwargs: Any) -> Any:
+            engine = self._pie_switch.engine
+            if engine is not None:
+                engine.before_write(self._pie_layer)
+            return super().do_kv_cache_update(*args, **kwargs)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            engine = self._pie_switch.engine
+            if engine is None:
+                return super().forward(*args, **kwargs)
+            engine.before_attention(self._pie_layer)
+            result = super().forward(*args, **kwargs)
+            engine.after_attention(self._pie_layer)
+            return result
+
+    Gated.__name__ = Gated.__qualname__ = "Pie" + base.__name__
+    _classes[base] = Gated
+    return Gated
+
+
+def install(impl: Any, layer: int, switch: GateSwitch) -> None:
+    """Put the gates of ``layer`` around an attention implementation, in place.
+
+    The object's class becomes a subclass: a proxy would break vLLM's isinstance
+    checks (v1/attention/backends/cpu_attn.py:192, flash_attn.py:576).
+    """
+    if not hasattr(impl, "_pie_switch"):
+        impl.__class__ = _gated(type(impl))
+    impl._pie_layer = layer
+    impl._pie_switch = switch

@@ -1,0 +1,87 @@
+"""Counters of the engine, as a log line and for Python users."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+from vllm.logger import init_logger
+
+from pie_vllm.policy.geometry import Geometry
+
+logger = init_logger("vllm.pie")
+
+LOG_SECONDS = 10.0
+
+
+class Totals(NamedTuple):
+    """Sums over all steps since the start.
+
+    Attributes:
+        steps: steps that had a plan.
+        bytes_loaded: from the CPU pool to the device, promotions included.
+        bytes_stored: from the device to the CPU pool.
+        load_seconds, store_seconds: time that the link was busy.
+        stall_seconds: time that the compute waited for a copy.
+        gates: layers that passed their gate.
+        pooled_peak: most pooled blocks in use in a step.
+    """
+
+    steps: int = 0
+    bytes_loaded: int = 0
+    bytes_stored: int = 0
+    load_seconds: float = 0.0
+    store_seconds: float = 0.0
+    stall_seconds: float = 0.0
+    gates: int = 0
+    pooled_peak: int = 0
+
+
+class StepLog:
+    """Writes one line of totals every few seconds while steps stream."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self._geometry = geometry
+        self._written = time.monotonic()
+        self._totals = Totals()
+        self._pooled = 0
+        self._dirty = False
+
+    def record(self, totals: Totals, pooled: int) -> None:
+        """Note the newest totals and the pooled blocks in use; write when due."""
+        self._dirty |= totals != self._totals
+        self._totals, self._pooled = totals, pooled
+        if time.monotonic() - self._written >= LOG_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Write the line, unless nothing happened since the last one."""
+        self._written = time.monotonic()
+        if not self._dirty:
+            return
+        self._dirty = False
+        totals = self._totals
+        logger.info(
+            "Pie: steps=%d pooled=%d pooled_peak=%d pooled_blocks=%d bytes_loaded=%d "
+            "bytes_stored=%d load_seconds=%.3f store_seconds=%.3f stall_seconds=%.3f",
+            totals.steps,
+            self._pooled,
+            totals.pooled_peak,
+            self._geometry.pooled_blocks,
+            totals.bytes_loaded,
+            totals.bytes_stored,
+            totals.load_seconds,
+            totals.store_seconds,
+            totals.stall_seconds,
+        )
+
+
+def counters(llm: Any) -> dict[str, Any]:
+    """Totals and sizes of the first worker of a ``vllm.LLM`` that uses pie.
+
+    Returns:
+        The fields of Totals, and of the geometry ``resident_blocks``,
+        ``pooled_blocks``, ``ring_slots``, ``ring_bytes``, ``host_bytes``,
+        ``device_bytes``, ``idle_cost_blocks``, ``page_bytes``, ``num_layers``.
+    """
+    return dict(llm.collective_rpc("pie_counters")[0])

@@ -1,0 +1,11 @@
+"""Entry point of ``vllm.general_plugins``: called in every vLLM process."""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Add ``--block-manager`` and the ``--pie-*`` flags to vLLM; twice is once."""
+    from pie_vllm.vllm import args, compat, handshake
+
+    args.install()
+    compat.after_kv_caches(handshake.give_geometry_to_scheduler)

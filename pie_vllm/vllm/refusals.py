@@ -1,0 +1,210 @@
+"""What pie does not run with yet: each refused by name, with the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pie_vllm.errors import UnsupportedError
+
+
+def _refuse(what: str, why: str, way_out: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"--block-manager pie does not support {what}: {why}. {way_out}, or use "
+        "--block-manager default."
+    )
+
+
+def check_engine_args(args: Any, scheduler: str, worker: str) -> None:
+    """Refuse before vLLM builds its configuration.
+
+    Args:
+        args: vLLM's EngineArgs.
+        scheduler: name of pie's own scheduler class.
+        worker: name of pie's own worker class.
+
+    Raises:
+        UnsupportedError: a scheduler or worker class of the user's own.
+    """
+    if args.scheduler_cls not in (None, scheduler):
+        raise _refuse(
+            f"--scheduler-cls {args.scheduler_cls}",
+            "it brings its own scheduler",
+            "Remove --scheduler-cls",
+        )
+    if args.worker_cls not in ("auto", worker):
+        raise _refuse(
+            f"--worker-cls {args.worker_cls}", "it brings its own worker", "Remove --worker-cls"
+        )
+
+
+def check_config(config: Any) -> None:
+    """Refuse what a finished VllmConfig asks for, before the model loads.
+
+    Raises:
+        UnsupportedError: names the first feature found.
+    """
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    parallel_why = "block plans were not tested over several ranks"
+    table: tuple[tuple[bool, str, str, str], ...] = (
+        (model.use_mla, "MLA models", "their KV layout differs", "Choose another model"),
+        (
+            model.runner_type == "pooling",
+            "pooling models",
+            "they were not tested",
+            "Choose a generative model",
+        ),
+        (
+            model.is_encoder_decoder,
+            "encoder-decoder models",
+            "cross attention keeps KV in a second group",
+            "Choose a decoder-only model",
+        ),
+        (
+            config.speculative_config is not None,
+            "speculative decoding (--speculative-config)",
+            "draft layers run several passes over the ring in one step",
+            "Remove --speculative-config",
+        ),
+        (
+            config.kv_transfer_config is not None or cache.kv_offloading_size is not None,
+            "KV connectors and offloading (--kv-transfer-config, --kv-offloading-size)",
+            "they read KV pages by address, and pooled pages are not there",
+            "Remove them",
+        ),
+        (
+            bool(config.kv_events_config and config.kv_events_config.enable_kv_cache_events),
+            "KV events (--kv-events-config)",
+            "a block's tier is not part of them",
+            "Remove --kv-events-config",
+        ),
+        (
+            bool(model.enable_sleep_mode),
+            "sleep mode (--enable-sleep-mode)",
+            "its allocator does not own the arena",
+            "Remove --enable-sleep-mode",
+        ),
+        (
+            cache.cache_dtype not in ("auto", "float32", "bfloat16", "float16"),
+            f"--kv-cache-dtype {cache.cache_dtype}",
+            "quantized KV was not tested",
+            "Set it to auto",
+        ),
+        (
+            cache.num_gpu_blocks_override is not None,
+            "--num-gpu-blocks-override",
+            "it bypasses the sizes of the tiers",
+            "Set --kv-cache-memory-bytes instead",
+        ),
+        (
+            bool(cache.kv_sharing_fast_prefill),
+            "--kv-sharing-fast-prefill",
+            "layers that share KV would read another layer's ring slot",
+            "Remove it",
+        ),
+        (
+            parallel.tensor_parallel_size > 1,
+            f"--tensor-parallel-size {parallel.tensor_parallel_size}",
+            parallel_why,
+            "Set it to 1",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}",
+            parallel_why,
+            "Set it to 1",
+        ),
+        (
+            parallel.data_parallel_size > 1,
+            f"--data-parallel-size {parallel.data_parallel_size}",
+            parallel_why,
+            "Set it to 1",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "context parallelism (--decode-context-parallel-size, --prefill-context-parallel-size)",
+            "a block then spans ranks",
+            "Set it to 1",
+        ),
+        (
+            bool(parallel.use_ubatching),
+            "dual batch overlap (--enable-dbo)",
+            "two interleaved batches break the order of the ring",
+            "Remove --enable-dbo",
+        ),
+        (
+            bool(config.use_v2_model_runner),
+            "the V2 model runner on this device",
+            "its block tables are not relabelled yet",
+            "Set VLLM_USE_V2_MODEL_RUNNER=0",
+        ),
+        (
+            config.compilation_config.use_inductor_graph_partition,
+            "use_inductor_graph_partition",
+            "gates would be compiled away",
+            "Remove it from --compilation-config",
+        ),
+    )
+    for found, what, why, way_out in table:
+        if found:
+            raise _refuse(what, why, way_out)
+
+
+def check_specs(specs: dict[str, Any]) -> Any:
+    """The one KV cache spec of all layers.
+
+    Raises:
+        UnsupportedError: layers differ, or are not full attention.
+    """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    if not specs:
+        raise _refuse("models without attention", "there is no KV to pool", "Choose another model")
+    first = next(iter(specs.values()))
+    for name, spec in specs.items():
+        if type(spec) is not FullAttentionSpec or getattr(spec, "sliding_window", None):
+            raise _refuse(
+                f"layer {name} with {type(spec).__name__}",
+                "only full attention in every layer keeps all blocks alive",
+                "Choose a model with full attention",
+            )
+        if spec != first:
+            raise _refuse(
+                f"layer {name} with a KV cache of its own shape",
+                "all layers must have one page size",
+                "Choose a model with equal attention layers",
+            )
+    if first.page_size_padded is not None:
+        raise _refuse("padded KV pages", "a page must be one run", "Choose another block size")
+    return first
+
+
+def check_layers(names: list[str], context: dict[str, Any]) -> None:
+    """Refuse attention implementations whose KV write cannot be gated.
+
+    Raises:
+        UnsupportedError: names the layer.
+    """
+    for name in names:
+        layer = context[name]
+        backend = layer.attn_backend.get_name()
+        if layer.attn_backend.forward_includes_kv_cache_update or not hasattr(
+            layer.impl, "do_kv_cache_update"
+        ):
+            raise _refuse(
+                f"attention backend {backend}",
+                "it writes KV inside its forward pass",
+                "Choose another --attention-backend",
+            )
+        if getattr(layer, "kv_cache_update_bypass", False):
+            raise _refuse(
+                f"layer {name}, whose KV write is fused",
+                "it cannot be ordered with copies",
+                "Choose another model",
+            )
+    for name, layer in context.items():
+        if getattr(layer, "kv_sharing_target_layer_name", None) is not None:
+            raise _refuse(
+                f"layer {name}, which shares the KV of another layer",
+                "it would read another layer's ring slot",
+                "Choose another model",
+            )

@@ -1,0 +1,156 @@
+"""vLLM's workers with the pie cache engine in place of their KV allocation."""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from pie_vllm.memory.pool_size import check_pool_fits, resolve_pool_bytes
+from pie_vllm.policy.geometry import Geometry, cdiv, plan_geometry
+from pie_vllm.vllm import compat, refusals, settings
+from pie_vllm.vllm.cache_engine import PieCacheEngine
+
+logger = init_logger("vllm.pie")
+
+
+_Mixed: Any = object  # What the mixin extends; vLLM's own classes are read as Any.
+
+
+class PieWorkerMixin(_Mixed):
+    """Sizes, allocates and drives the two tiers on one rank.
+
+    Attributes:
+        pie_driver: name of the engine's driver.
+        pie_granularity: bytes that the driver maps in one piece.
+        pie_device_is_host: whether the device's KV memory is CPU memory too.
+    """
+
+    pie_driver: str
+    pie_granularity: int
+    pie_device_is_host: bool
+    pie: PieCacheEngine | None = None
+    _pie_geometry: Geometry
+
+    def determine_available_memory(self) -> int:
+        """The bytes of all blocks, pooled ones included: vLLM counts blocks by them."""
+        device_bytes = super().determine_available_memory()
+        config = settings.of(self.vllm_config).config
+        specs = self.get_kv_cache_spec()
+        spec = refusals.check_specs(specs)
+        taken = device_bytes if self.pie_device_is_host else 0
+        pool_bytes = resolve_pool_bytes(config.pool_gib, device_bytes, taken)
+        check_pool_fits(pool_bytes, taken)
+        self._pie_geometry = plan_geometry(
+            num_layers=len(specs),
+            page_bytes=spec.page_size_bytes,
+            device_bytes=device_bytes,
+            pool_bytes=pool_bytes,
+            granularity=self.pie_granularity,
+            needed_blocks=self._pie_needed_blocks(spec.block_size),
+            ring_slots=config.ring_slots,
+            ring_fraction=config.ring_fraction,
+        )
+        geometry = self._pie_geometry
+        logger.info(
+            "Pie: %d resident blocks, %d pooled blocks, ring %d slots %.1f MiB (costs %.1f "
+            "resident blocks), host pool %.2f GiB in %d rows, longest context served %d tokens, "
+            "driver %s",
+            geometry.resident_blocks,
+            geometry.pooled_blocks,
+            geometry.ring_slots,
+            geometry.ring_bytes / 2**20,
+            geometry.idle_cost_blocks,
+            geometry.host_bytes / 2**30,
+            geometry.rows,
+            min(
+                self.vllm_config.model_config.max_model_len,
+                (geometry.num_blocks - 1) * spec.block_size,
+            ),
+            self.pie_driver,
+        )
+        return geometry.num_blocks * geometry.row_bytes
+
+    def _pie_needed_blocks(self, block_size: int) -> int:
+        """Blocks of one longest request; 1 where vLLM fits the length to the memory."""
+        model = self.vllm_config.model_config
+        if getattr(model, "original_max_model_len", None) == -1:
+            return 1
+        return cdiv(model.max_model_len, block_size)
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """Allocate arena and pool, give the runner its views, put up the gates."""
+        config = settings.of(self.vllm_config).config
+        self.pie = PieCacheEngine(config, self._pie_geometry, self.pie_driver)
+        shaped = self.pie.shape(kv_cache_config)
+        with compat.own_allocation(self.pie.allocate):
+            super().initialize_from_config(shaped)
+        context = self.vllm_config.compilation_config.static_forward_context
+        layers = shaped.kv_cache_tensors[0].layers
+        refusals.check_layers(layers, context)
+        self.pie.install_gates(layers, context)
+        self.pie.relabel_before_inputs(self.model_runner)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm up as vLLM does, then zero the ring."""
+        result = super().compile_or_warm_up_model()
+        if self.pie is not None:
+            self.pie.warmed_up()
+        return result
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """Run a step with its plan; ``pie_stats`` travels back with the result."""
+        assert self.pie is not None
+        with self.pie.step(getattr(scheduler_output, "pie_plan", None)):
+            output = super().execute_model(scheduler_output)
+        return self._tag(output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample as vLLM does, and tag the result."""
+        return self._tag(super().sample_tokens(grammar_output))
+
+    def _tag(self, output: Any) -> Any:
+        if isinstance(output, ModelRunnerOutput) and self.pie is not None:
+            output = copy(output)  # vLLM shares one empty output between steps.
+            output.pie_stats = self.pie.totals
+        return output
+
+    def pie_geometry(self) -> Geometry:
+        """The sizes, for the scheduler."""
+        return self._pie_geometry
+
+    def pie_counters(self) -> dict[str, Any]:
+        """Totals and sizes; see ``pie_vllm.vllm.counters``."""
+        geometry = self._pie_geometry
+        totals = self.pie.totals._asdict() if self.pie is not None else {}
+        names = (
+            "resident_blocks",
+            "pooled_blocks",
+            "ring_slots",
+            "ring_bytes",
+            "host_bytes",
+            "device_bytes",
+            "idle_cost_blocks",
+            "page_bytes",
+            "num_layers",
+            "rows",
+        )
+        return {**totals, **{name: getattr(geometry, name) for name in names}}
+
+    def shutdown(self) -> None:
+        """Shut down as vLLM does, then give arena and pool back."""
+        super().shutdown()
+        if self.pie is not None:
+            self.pie.close()
+            self.pie = None
+
+
+class PieCPUWorker(PieWorkerMixin, CPUWorker):
+    """vLLM's CPU worker over the host driver."""
+
+    pie_driver = "host"
+    pie_granularity = 4096
+    pie_device_is_host = True
