@@ -1,0 +1,226 @@
+"""Real vLLM engines in a process of their own, with results shared between tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.helpers.model import REPOSITORY
+
+KV_HEADS, HEAD = 3, 64
+ELEMENT = {"bfloat16": 2, "float32": 4}
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CACHE_ROOT": str(REPOSITORY / "build" / "vllm-cache"),
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class EngineError(Exception):
+    """What the engine raised, as ``Type: text``."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """An engine's settings. ``resident`` blocks and ``pooled`` ones, or the same all on the device.
+
+    Attributes:
+        model: folder.
+        layers: layers of that model.
+        resident: resident blocks (null block included); stock has as many as both.
+        pooled: pooled blocks.
+        slots: ring slots.
+        block_size: tokens of a block.
+        dtype: of weights and KV.
+        debug: words that break the transfer engine on purpose.
+        link_gbps: emulated link speed.
+        lost_relabels: the worker drops all relabels.
+        other: further arguments of ``vllm.LLM``.
+    """
+
+    model: Path
+    layers: int
+    resident: int
+    pooled: int
+    slots: int = 3
+    block_size: int = 32
+    dtype: str = "bfloat16"
+    debug: tuple[str, ...] = ()
+    link_gbps: float | None = None
+    lost_relabels: bool = False
+    other: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def page(self) -> int:
+        """Bytes of a block in one layer."""
+        return self.block_size * 2 * KV_HEADS * HEAD * ELEMENT[self.dtype]
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the resident blocks and the ring."""
+        return self.page * (self.layers * self.resident + self.slots * self.pooled)
+
+    def engine(self, kind: str) -> dict[str, Any]:
+        """Settings for the worker: ``pie``; ``stock``, with all blocks on the
+        device; or ``starved``, stock with the bytes that pie has on the device.
+        """
+        blocks = self.resident + self.pooled
+        everything = self.layers * blocks * self.page
+        llm: dict[str, Any] = {
+            "model": str(self.model),
+            "dtype": self.dtype,
+            "block_size": self.block_size,
+            "max_model_len": 1024,
+            "max_num_batched_tokens": 128,
+            "max_num_seqs": 64,
+            "enforce_eager": True,
+            "enable_prefix_caching": False,
+            "skip_tokenizer_init": True,
+            "kv_cache_memory_bytes": everything if kind == "stock" else self.device_bytes,
+            **self.other,
+        }
+        if kind != "pie":
+            return {"llm": llm, "pie": None, "lost_relabels": False}
+        ring = self.slots * self.pooled * self.page
+        pie = {
+            # A little more than the rows take: GiB are rounded down to whole rows.
+            "pool_gib": (self.pooled + 0.5) * self.layers * self.page / 2**30,
+            "ring_slots": self.slots,
+            "ring_fraction": (ring + self.page) / self.device_bytes,
+        }
+        if self.debug:
+            pie["debug"] = list(self.debug)
+        if self.link_gbps is not None:
+            pie["link_gbps"] = self.link_gbps
+        return {"llm": llm, "pie": pie, "lost_relabels": self.lost_relabels}
+
+
+def request(
+    prompt: str | list[int], *, priority: int = 0, abort_at: int | None = None, **params: Any
+) -> dict[str, Any]:
+    """A greedy request unless ``params`` say otherwise; aborted after step ``abort_at``."""
+    return {
+        "prompt": prompt,
+        "priority": priority,
+        "abort_at": abort_at,
+        "params": {"temperature": 0.0, "ignore_eos": True, **params},
+    }
+
+
+def round_(requests: list[dict[str, Any]], reset_prefix_cache: bool = False) -> dict[str, Any]:
+    """Requests that are all added before the first step."""
+    return {"requests": requests, "reset_prefix_cache": reset_prefix_cache}
+
+
+class _Lane:
+    """One worker process and the jobs sent to it, answered in order."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._process: subprocess.Popen[str] | None = None
+        self._waiting: list[str] = []
+        self._results: dict[str, dict[str, Any]] = {}
+
+    def submit(self, line: str) -> None:
+        """Send a job, unless it was sent before."""
+        if line in self._results or line in self._waiting:
+            return
+        if self._process is None:
+            self._process = self._start()
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        self._waiting.append(line)
+
+    def result(self, line: str) -> dict[str, Any]:
+        """Wait for the answer of a job that was sent."""
+        while line not in self._results:
+            assert self._process is not None
+            assert self._process.stdout is not None
+            answer = self._process.stdout.readline()
+            if not answer:
+                self.close()
+                raise RuntimeError(f"an engine's process died; its output is in {self._log}")
+            self._results[self._waiting.pop(0)] = json.loads(answer)
+        return self._results[line]
+
+    def _start(self) -> subprocess.Popen[str]:
+        with self._log.open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "tests.helpers.engine_worker"],
+                cwd=REPOSITORY,
+                env={**os.environ, **ENVIRONMENT},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def close(self) -> None:
+        """End the process."""
+        process, self._process = self._process, None
+        self._waiting.clear()
+        if process is None:
+            return
+        assert process.stdin is not None
+        try:
+            process.stdin.close()
+            process.wait(60)
+        except (BrokenPipeError, subprocess.TimeoutExpired):
+            process.kill()
+            process.wait()
+
+
+class Engines:
+    """Runs jobs on two worker processes, one for pie and one for stock, side by side.
+
+    Equal jobs are run once. Jobs with the same settings that follow each other
+    run on one engine. Call ``close`` at the end.
+    """
+
+    def __init__(self, logs: Path) -> None:
+        self._lanes = {kind: _Lane(logs / f"{kind}.log") for kind in ("pie", "stock")}
+
+    def run(
+        self, setup: Setup, rounds: list[dict[str, Any]], kind: str = "pie"
+    ) -> list[dict[str, Any]]:
+        """The record of each round. Raises EngineError with what the engine raised."""
+        lane, line = self._submit(setup, rounds, kind)
+        result = lane.result(line)
+        if "error" in result:
+            raise EngineError(result["error"])
+        records: list[dict[str, Any]] = result["rounds"]
+        return records
+
+    def both(
+        self,
+        setup: Setup,
+        rounds: list[dict[str, Any]],
+        stock: Setup | None = None,
+        stock_rounds: list[dict[str, Any]] | None = None,
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Records of pie and of stock with memory for all blocks, run side by side."""
+        job = (stock or setup, stock_rounds or rounds, "stock")
+        self._submit(*job)
+        self._submit(setup, rounds, "pie")
+        return self.run(setup, rounds), self.run(*job)
+
+    def _submit(self, setup: Setup, rounds: list[dict[str, Any]], kind: str) -> tuple[_Lane, str]:
+        lane = self._lanes["pie" if kind == "pie" else "stock"]
+        line = json.dumps({"engine": setup.engine(kind), "rounds": rounds})
+        lane.submit(line)
+        return lane, line
+
+    def close(self) -> None:
+        """End both processes."""
+        for lane in self._lanes.values():
+            lane.close()

@@ -1,0 +1,181 @@
+"""Runs engines in a process of its own: one job a line in, one result a line out.
+
+Everything happens in this process and all requests of a round are added before
+its first step, so vLLM is deterministic here.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tests.helpers.engine_record import Recorder, copy_bytes
+
+
+class Engine:
+    """One ``vllm.LLM`` and a record of what it schedules."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        import pie_vllm
+        from pie_vllm.vllm import compat
+
+        self.settings = settings
+        self._relabel = compat.relabel_rows
+        if settings["lost_relabels"]:
+            compat.relabel_rows = lambda _runner, _relabels: None
+        more = {} if settings["pie"] is None else pie_vllm.engine_args(**settings["pie"])
+        began = time.process_time()
+        try:
+            self.llm = LLM(disable_log_stats=True, **settings["llm"], **more)
+        except BaseException:
+            compat.relabel_rows = self._relabel
+            raise
+        self.start_seconds = time.process_time() - began
+        self.core = self.llm.llm_engine.engine_core.engine_core
+        self.recorder = Recorder(self.core.scheduler)
+        self._encode = _encoder(Path(settings["llm"]["model"]))
+        self._numbers = 0
+
+    def counters(self) -> dict[str, Any]:
+        """Pie's counters, or nothing."""
+        if self.settings["pie"] is None:
+            return {}
+        from pie_vllm.vllm import counters
+
+        return counters(self.llm)
+
+    def run(self, round_: dict[str, Any]) -> dict[str, Any]:
+        """Answer the requests of a round; see ``Round`` in tests/helpers/engine.py."""
+        if round_["reset_prefix_cache"]:
+            assert self.llm.reset_prefix_cache()
+        requests = round_["requests"]
+        engine = self.llm.llm_engine
+        before, began = self.counters(), time.process_time()
+        record = self.recorder.start()
+        names = [str(self._numbers + i) for i in range(len(requests))]
+        self._numbers += len(requests)
+        for name, request in zip(names, requests, strict=True):
+            prompt = request["prompt"]
+            tokens = self._encode(prompt) if isinstance(prompt, str) else prompt
+            engine.add_request(
+                name,
+                {"prompt_token_ids": tokens},
+                _params(request["params"]),
+                priority=request["priority"],
+            )
+        done: dict[str, Any] = {}
+        steps = 0
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    done[output.request_id] = _answer(output)
+            steps += 1
+            gone = [n for n, r in zip(names, requests, strict=True) if r["abort_at"] == steps]
+            engine.abort_request([name for name in gone if name not in done])
+        after = self.counters()
+        # Requests that were aborted leave the worker in a further, empty step.
+        moved = {
+            name: after[name] - before[name]
+            for name in ("bytes_loaded", "bytes_stored", "gates", "steps")
+            if name in after
+        }
+        return {
+            "answers": [done.get(name) for name in names],
+            "steps": steps,
+            "seconds": time.process_time() - began,
+            "moved": moved,
+            **record,
+            **copy_bytes(record.pop("plans"), after),
+        }
+
+    def close(self) -> None:
+        """Give everything back, so that the next engine can start in this process."""
+        from pie_vllm.vllm import compat
+
+        compat.relabel_rows = self._relabel
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm, self.core, self.recorder
+        gc.unfreeze()  # vLLM froze its own objects.
+        gc.collect()
+
+
+@cache
+def _encoder(model: Path) -> Callable[[str], list[int]]:
+    """Text to tokens; vLLM's own tokenizers take longer to start than the model."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    return lambda text: list(tokenizer.encode(text).ids)
+
+
+def _params(params: dict[str, Any]) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    params = dict(params)
+    if "structured" in params:
+        params["structured_outputs"] = StructuredOutputsParams(**params.pop("structured"))
+    return SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **params)
+
+
+def _logprobs(positions: Any) -> Any:
+    """Top logprobs of each position, with the full precision of a float."""
+    if positions is None:
+        return None
+    return [
+        None if p is None else [[token, value.logprob, value.rank] for token, value in p.items()]
+        for p in positions
+    ]
+
+
+def _answer(output: Any) -> dict[str, Any]:
+    return {
+        "tokens": [list(one.token_ids) for one in output.outputs],
+        "texts": [one.text for one in output.outputs],
+        "logprobs": [_logprobs(one.logprobs) for one in output.outputs],
+        "prompt_logprobs": _logprobs(output.prompt_logprobs),
+        "prompt_tokens": len(output.prompt_token_ids),
+        "cached_tokens": output.num_cached_tokens,
+    }
+
+
+def main() -> None:
+    """Answer jobs until standard input ends. After an error the process starts anew."""
+    # Without a buffer: what is left in the pipe must be there after a new start.
+    jobs = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115
+    results = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    engine: Engine | None = None
+    for line in iter(jobs.readline, b""):
+        job = json.loads(line)
+        try:
+            if engine is None or engine.settings != job["engine"]:
+                if engine is not None:
+                    engine.close()
+                    engine = None
+                engine = Engine(job["engine"])
+            result: dict[str, Any] = {
+                "rounds": [engine.run(round_) for round_ in job["rounds"]],
+                "start_seconds": engine.start_seconds,
+            }
+        except Exception as error:
+            traceback.print_exc()
+            result = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(result), file=results, flush=True)
+        if "error" in result:
+            os.dup2(results.fileno(), 1)
+            os.execv(sys.executable, [sys.executable, "-m", "tests.helpers.engine_worker"])
+
+
+if __name__ == "__main__":
+    main()

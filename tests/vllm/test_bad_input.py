@@ -1,0 +1,221 @@
+"""Bad input: one clear error at start that names the flag, the value and the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+import pie_vllm
+from pie_vllm.errors import ConfigError, NativeLibraryError, UnsupportedError
+from pie_vllm.memory.pool_size import check_pool_fits
+from pie_vllm.transfer.native import load_library
+from pie_vllm.vllm import compat, refusals
+from pie_vllm.vllm.args import worker_class
+
+pytestmark = pytest.mark.vllm
+
+
+def configure(model: Path, pie: Any = None, **arguments: Any) -> Any:
+    """The finished configuration of an engine with pie."""
+    config = {"block_manager": "pie", "pie": {"pool_gib": 0.1} if pie is None else pie}
+    arguments = {"kv_cache_memory_bytes": 1 << 28, "max_model_len": 512, **arguments}
+    return EngineArgs(
+        model=str(model), enforce_eager=True, additional_config=config, **arguments
+    ).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("pie", "words"),
+    [
+        ({"pool_gib": 0}, ["--pie-pool-gib", "0", "above 0"]),
+        ({"pool_gib": -1.5}, ["--pie-pool-gib", "-1.5"]),
+        ({"pool_gib": "much"}, ["--pie-pool-gib", "much", "auto"]),
+        ({"pool_gib": float("nan")}, ["--pie-pool-gib", "nan"]),
+        ({"pool_gib": True}, ["--pie-pool-gib", "True"]),
+        ({"pool_gib": 1e6}, ["--pie-pool-gib", "does not fit", "GiB of CPU memory are free"]),
+        ({"ring_slots": 0}, ["--pie-ring-slots", "1 or more"]),
+        ({"ring_slots": 2.5}, ["--pie-ring-slots", "2.5"]),
+        ({"ring_fraction": 1.0}, ["--pie-ring-fraction", "between 0 and 1"]),
+        ({"ring_fraction": "half"}, ["--pie-ring-fraction", "half"]),
+        ({"pool": 1}, ["unknown pie setting pool", "pool_gib", "ring_slots", "ring_fraction"]),
+        ([1], ["must be a mapping", "pool_gib"]),
+        ({"debug": "poison"}, ["debug", "list of words"]),
+    ],
+)
+def test_bad_settings_are_refused_before_the_model_loads(
+    model: Path, pie: Any, words: list[str]
+) -> None:
+    """Each bad value is one error that names the setting and what it must be."""
+    with pytest.raises(ConfigError) as caught:
+        configure(model, pie)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_engine_args_checks_at_once() -> None:
+    """Python users get the same errors where they write the value."""
+    with pytest.raises(ConfigError, match="--pie-pool-gib is 0"):
+        pie_vllm.engine_args(pool_gib=0)
+    with pytest.raises(ConfigError, match="unknown pie setting poolgib"):
+        pie_vllm.engine_args(poolgib=1)
+
+
+def test_a_pool_beyond_free_memory_states_the_amounts() -> None:
+    """What vLLM itself will take counts too."""
+    with pytest.raises(ConfigError) as caught:
+        check_pool_fits(1 << 30, taken=1 << 60)
+    assert "GiB of CPU memory are free" in str(caught.value)
+    assert "vLLM itself will take" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"num_gpu_blocks_override": 64}, ["--num-gpu-blocks-override"]),
+        ({"pipeline_parallel_size": 2}, ["--pipeline-parallel-size 2"]),
+        ({"data_parallel_size": 2}, ["--data-parallel-size 2"]),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            ["speculative decoding"],
+        ),
+        ({"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype fp8"]),
+        ({"kv_sharing_fast_prefill": True}, ["--kv-sharing-fast-prefill"]),
+        ({"scheduler_cls": "mine.Scheduler"}, ["--scheduler-cls mine.Scheduler"]),
+        ({"worker_cls": "mine.Worker"}, ["--worker-cls mine.Worker"]),
+    ],
+)
+def test_features_are_refused_by_name(
+    model: Path, arguments: dict[str, Any], words: list[str]
+) -> None:
+    """A refusal names the feature, the reason and the way out, before the model loads."""
+    with pytest.raises(UnsupportedError) as caught:
+        configure(model, **arguments)
+    for word in [*words, "--block-manager default"]:
+        assert word in str(caught.value)
+
+
+CHANGES: list[tuple[str, str, Any, str]] = [
+    ("model_config", "use_mla", True, "MLA"),
+    ("model_config", "runner_type", "pooling", "pooling models"),
+    ("model_config", "is_encoder_decoder", True, "encoder-decoder"),
+    ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
+    ("cache_config", "kv_offloading_size", 1.0, "--kv-offloading-size"),
+    ("", "kv_transfer_config", object(), "--kv-transfer-config"),
+    (
+        "",
+        "kv_events_config",
+        SimpleNamespace(enable_kv_cache_events=True),
+        "--kv-events-config",
+    ),
+    ("parallel_config", "tensor_parallel_size", 2, "--tensor-parallel-size 2"),
+    ("parallel_config", "decode_context_parallel_size", 2, "context parallelism"),
+    ("parallel_config", "prefill_context_parallel_size", 2, "context parallelism"),
+    ("parallel_config", "use_ubatching", True, "--enable-dbo"),
+    ("", "use_v2_model_runner", True, "V2 model runner"),
+    ("compilation_config", "use_inductor_graph_partition", True, "use_inductor_graph_partition"),
+]
+
+
+def plain_config() -> SimpleNamespace:
+    """The part of a VllmConfig that the refusals look at, with nothing to refuse."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            use_mla=False, runner_type="generate", is_encoder_decoder=False, enable_sleep_mode=False
+        ),
+        cache_config=SimpleNamespace(
+            kv_offloading_size=None,
+            cache_dtype="auto",
+            num_gpu_blocks_override=None,
+            kv_sharing_fast_prefill=False,
+        ),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=1,
+            pipeline_parallel_size=1,
+            data_parallel_size=1,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            use_ubatching=False,
+        ),
+        compilation_config=SimpleNamespace(use_inductor_graph_partition=False),
+        speculative_config=None,
+        kv_transfer_config=None,
+        kv_events_config=None,
+        use_v2_model_runner=False,
+    )
+
+
+@pytest.mark.parametrize(("owner", "name", "value", "word"), CHANGES)
+def test_features_that_this_platform_cannot_configure_are_refused(
+    owner: str, name: str, value: Any, word: str
+) -> None:
+    """The same for what the CPU platform or the small model would refuse for other reasons."""
+    config = plain_config()
+    refusals.check_config(config)
+    setattr(getattr(config, owner) if owner else config, name, value)
+    with pytest.raises(UnsupportedError, match=word):
+        refusals.check_config(config)
+
+
+def test_the_refusals_look_at_fields_that_vllm_has(model: Path) -> None:
+    """The plain configuration above has no field that a real one lacks."""
+    real = configure(model)
+    plain = plain_config()
+    for name, value in vars(plain).items():
+        assert hasattr(real, name), name
+        for inner in vars(value) if isinstance(value, SimpleNamespace) else ():
+            assert hasattr(getattr(real, name), inner), f"{name}.{inner}"
+
+
+def test_layers_that_are_not_alike_are_refused() -> None:
+    """One page size and full attention everywhere, or a refusal that names the layer."""
+    full = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=64, dtype=torch.float32)
+    wide = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32)
+    window = SlidingWindowSpec(
+        block_size=32, num_kv_heads=1, head_size=64, dtype=torch.float32, sliding_window=64
+    )
+    assert refusals.check_specs({"a": full, "b": full}) is full
+    with pytest.raises(UnsupportedError, match="layer b"):
+        refusals.check_specs({"a": full, "b": wide})
+    with pytest.raises(UnsupportedError, match="layer b with SlidingWindowSpec"):
+        refusals.check_specs({"a": full, "b": window})
+    with pytest.raises(UnsupportedError, match="without attention"):
+        refusals.check_specs({})
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "0.34.0+cu130", "1.0"])
+def test_other_versions_of_vllm_are_refused(version: str) -> None:
+    """The error says what was found, what is supported and what to install."""
+    with pytest.raises(UnsupportedError) as caught:
+        compat.check_version(version)
+    for word in (version, ">=0.32,<0.34", "pip install"):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1.post1", "0.33.0+cpu"])
+def test_supported_versions_of_vllm_pass(version: str) -> None:
+    """Local and post versions of a supported release count as that release."""
+    compat.check_version(version)
+
+
+def test_a_changed_line_of_vllm_is_an_error_that_names_it() -> None:
+    """A patch that no longer fits fails with the function and the line."""
+    with pytest.raises(UnsupportedError, match="create_engine_config has no 'no such line'"):
+        compat.expect(EngineArgs.create_engine_config, "no such line")
+
+
+def test_other_devices_are_refused() -> None:
+    """A platform without a driver is named, with the way out."""
+    with pytest.raises(UnsupportedError, match=r"'cuda'.*--block-manager default"):
+        worker_class("cuda")
+
+
+def test_a_missing_native_library_says_how_to_build_it(tmp_path: Path) -> None:
+    """Without the engine nothing starts, and the error says what to do."""
+    with pytest.raises(NativeLibraryError, match="build"):
+        load_library(tmp_path / "libpie.so")

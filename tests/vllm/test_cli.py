@@ -1,0 +1,165 @@
+"""Command line and Python settings reach vLLM's configuration, everywhere they are parsed."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+import pie_vllm
+from pie_vllm.config import PieConfig
+from pie_vllm.vllm import settings
+from tests.helpers.model import model_path
+
+pytestmark = pytest.mark.vllm
+
+PIE = ["--block-manager", "pie", "--pie-pool-gib", "0.5"]
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """What `vllm serve` makes of its arguments."""
+    parser = make_arg_parser(FlexibleArgumentParser())
+    namespace: argparse.Namespace = parser.parse_args(["--model", str(model_path()), *arguments])
+    return namespace
+
+
+def settings_of(arguments: list[str]) -> Any:
+    """`additional_config` of the engine arguments."""
+    return AsyncEngineArgs.from_cli_args(parse(arguments)).additional_config
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--block-manager", "pie", "--pie-pool-gib", "0.5"],
+        ["--block-manager=pie", "--pie-pool-gib=0.5"],
+        ["--block_manager", "pie", "--pie_pool_gib", "0.5"],
+        ["--pie-pool-gib", "0.5", "--block-manager", "pie"],
+    ],
+)
+def test_flags_arrive_in_any_form(arguments: list[str]) -> None:
+    """Hyphens, underscores, equals signs and order make no difference."""
+    found = settings_of(arguments)
+    assert found == {"block_manager": "pie", "pie": {"pool_gib": 0.5}}
+
+
+def test_all_flags_arrive() -> None:
+    """Every flag has its key, and `auto` is a value."""
+    more = ["--pie-pool-gib", "auto", "--pie-ring-slots", "2", "--pie-ring-fraction", "0.2"]
+    found = settings_of(["--block-manager", "pie", *more])["pie"]
+    assert found == {"pool_gib": "auto", "ring_slots": 2, "ring_fraction": 0.2}
+    assert PieConfig.from_mapping(found) == PieConfig(None, 2, 0.2)
+
+
+@pytest.mark.parametrize("flags_first", [True, False])
+def test_flags_and_additional_config_are_merged(flags_first: bool) -> None:
+    """Neither silently replaces the other, whichever comes first."""
+    other = ["--additional-config", '{"mine": 1, "pie": {"ring_slots": 2}}']
+    found = settings_of([*PIE, *other] if flags_first else [*other, *PIE])
+    assert found["mine"] == 1
+    assert found["block_manager"] == "pie"
+    assert found["pie"] == {"pool_gib": 0.5, "ring_slots": 2}
+
+
+def test_flags_work_in_a_yaml_file(tmp_path: Path) -> None:
+    """vLLM's --config file takes the flags by their names."""
+    path = tmp_path / "serve.yaml"
+    path.write_text("block-manager: pie\npie-pool-gib: 0.5\npie-ring-slots: 2\n")
+    found = settings_of(["--config", str(path)])
+    assert found["block_manager"] == "pie"
+    assert found["pie"] == {"pool_gib": 0.5, "ring_slots": 2}
+
+
+def test_settings_reach_a_process_that_has_no_plugin_yet() -> None:
+    """API server processes read the pickled namespace before plugins are loaded."""
+    namespace = pickle.dumps(parse(PIE))
+    code = (
+        "import os, pickle, sys; os.environ['VLLM_PLUGINS'] = '';"
+        "from vllm.engine.arg_utils import AsyncEngineArgs;"
+        "args = pickle.loads(sys.stdin.buffer.read());"
+        "print('FOUND', AsyncEngineArgs.from_cli_args(args).additional_config)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=namespace, capture_output=True, timeout=200, check=False
+    )
+    assert b"FOUND {'block_manager': 'pie', 'pie': {'pool_gib': 0.5}}" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--pie-pool-gib", "0.5"], ["without --block-manager pie"]),
+        (["--block-manager", "default", "--pie-ring-slots", "2"], ["without --block-manager pie"]),
+        ([*PIE[:2], "--pie-pool-gib", "0"], ["--pie-pool-gib", "above 0"]),
+        ([*PIE[:2], "--pie-pool-gib", "-2"], ["--pie-pool-gib"]),
+        ([*PIE[:2], "--pie-pool-gib", "lots"], ["--pie-pool-gib", "lots", "auto"]),
+        ([*PIE, "--pie-ring-slots", "none"], ["--pie-ring-slots", "none"]),
+        ([*PIE, "--pie-ring-fraction", "1.5"], ["--pie-ring-fraction", "1.5"]),
+        (["--block-manager", "cake"], ["--block-manager", "cake", "pie"]),
+    ],
+)
+def test_bad_flags_end_with_one_clear_line(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command line answers with an error, not a traceback."""
+    with pytest.raises(SystemExit) as caught:
+        settings_of(arguments)
+    assert caught.value.code == 2
+    text = capsys.readouterr().err
+    for word in words:
+        assert word in text
+
+
+def test_help_lists_the_flags() -> None:
+    """`vllm serve --help` shows the group with all flags."""
+    text = make_arg_parser(FlexibleArgumentParser()).format_help()
+    for flag in ("--block-manager", "--pie-pool-gib", "--pie-ring-slots", "--pie-ring-fraction"):
+        assert flag in text
+
+
+def test_without_the_flag_vllm_is_untouched(model: Path) -> None:
+    """Merely installed, the plugin changes no class and no setting."""
+    for config in ({}, {"block_manager": "default"}):
+        args = EngineArgs(model=str(model), enforce_eager=True, additional_config=config)
+        found = args.create_engine_config()
+        assert found.scheduler_config.scheduler_cls is None
+        assert "pie" not in found.parallel_config.worker_cls.lower()
+
+
+@pytest.mark.parametrize("way", ["engine_args", "additional_config"])
+def test_python_users_have_two_ways(model: Path, way: str) -> None:
+    """A call that returns engine arguments, or `additional_config` alone."""
+    config = {"block_manager": "pie", "pie": {"pool_gib": 0.25}}
+    given = (
+        pie_vllm.engine_args(pool_gib=0.25)
+        if way == "engine_args"
+        else {"additional_config": config}
+    )
+    args = EngineArgs(model=str(model), enforce_eager=True, kv_cache_memory_bytes=1 << 28, **given)
+    for found in (args.create_engine_config(), args.create_engine_config()):
+        assert found.scheduler_config.scheduler_cls == "pie_vllm.vllm.scheduler.make_scheduler"
+        assert found.parallel_config.worker_cls == "pie_vllm.vllm.worker.PieCPUWorker"
+        assert settings.of(found).config == PieConfig(pool_gib=0.25)
+        again = pickle.loads(pickle.dumps(settings.of(found)))
+        assert again.config == settings.of(found).config
+
+
+def test_sizes_cause_no_compilation(model: Path) -> None:
+    """The key of vLLM's compile cache does not depend on the pool."""
+    hashes = {
+        EngineArgs(
+            model=str(model), kv_cache_memory_bytes=1 << 28, **pie_vllm.engine_args(pool_gib=size)
+        )
+        .create_engine_config()
+        .compute_hash()
+        for size in (0.1, 0.2)
+    }
+    assert len(hashes) == 1

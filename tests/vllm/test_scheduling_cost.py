@@ -1,0 +1,52 @@
+"""What pie adds to a scheduler step stays small and does not grow with the number of blocks.
+
+The exact figures are those of ``benchmarks.scheduler_cost``; the bounds here are wide, for a
+machine that is busy with something else.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import scheduler_cost
+from benchmarks.scheduler_cost import POOLED_EACH, POOLED_REQUESTS, Cost
+
+pytestmark = pytest.mark.vllm
+
+PHASES = ("idle", "steady", "demoting")
+MOST_ADDED_US = 1000.0
+MOST_DEMOTION_US = 400.0
+NOISE_US = 100.0
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[int, dict[str, Cost]]:
+    """Costs over ten and a hundred thousand blocks, the same load."""
+    return {n: scheduler_cost.costs(n, steps=32, phases=PHASES) for n in (10_000, 100_000)}
+
+
+def test_the_load_is_the_one_that_is_meant(measured: dict[int, dict[str, Cost]]) -> None:
+    """64 requests hold 32 pooled blocks each, and only one phase demotes."""
+    for costs in measured.values():
+        assert costs["idle"].pooled == 0
+        assert costs["steady"].pooled == pytest.approx(POOLED_REQUESTS * POOLED_EACH, rel=0.02)
+        assert costs["steady"].demotions == 0
+        assert costs["demoting"].demotions == pytest.approx(16, abs=2)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_the_cost_does_not_grow_with_the_number_of_blocks(
+    measured: dict[int, dict[str, Cost]], phase: str
+) -> None:
+    """Ten times the blocks cost less than half as much again."""
+    few, many = (costs[phase].own_us for costs in measured.values())
+    assert many < 1.5 * few + NOISE_US
+
+
+def test_a_step_stays_cheap(measured: dict[int, dict[str, Cost]]) -> None:
+    """A steady step and a demotion stay within wide bounds (target: 100 us a steady step)."""
+    for costs in measured.values():
+        assert costs["steady"].own_us < MOST_ADDED_US
+        assert costs["steady"].added_us < MOST_ADDED_US + 0.1 * costs["steady"].stock_us
+        demotions = costs["demoting"].added_us - costs["steady"].added_us
+        assert demotions < MOST_DEMOTION_US * costs["demoting"].demotions + NOISE_US
