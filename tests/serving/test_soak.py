@@ -1,0 +1,117 @@
+"""Minutes of load from 32 clients: nothing grows, nothing changes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness.counters import last_pie_line
+from tests.serving.process import Server, Usage, frames_of_ours, tracebacks_in_service
+from tests.serving.settings import make_server
+from tests.serving.traffic import CLIENTS, alone, differing, interrupted, load, load_for
+
+SOAK_SECONDS = float(os.environ.get("PIE_SOAK_SECONDS", "300"))
+SAMPLE_SECONDS = min(5.0, SOAK_SECONDS / 12)
+DRAIN_SECONDS = 240
+"""For 32 answers in flight on a busy machine; 20 s are enough on an idle one."""
+
+END_SECONDS = 60.0
+
+ALONE = 4
+MIB = 1 << 20
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.soak,
+    pytest.mark.timeout(int(SOAK_SECONDS) + 2400),
+]
+
+
+@contextmanager
+def sampling(server: Server) -> Iterator[list[dict[str, Usage]]]:
+    """What the engine's processes use, every few seconds."""
+    samples: list[dict[str, Usage]] = []
+    stop = threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(SAMPLE_SECONDS):
+            samples.append(server.engine_usage())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        stop.set()
+        thread.join()
+
+
+def assert_flat(samples: list[dict[str, Usage]]) -> None:
+    """Compare the second quarter of the samples with the last one, by process."""
+    quarter = len(samples) // 4
+    assert quarter >= 2, f"only {len(samples)} samples"
+    for title in samples[0]:
+        early = [sample[title] for sample in samples[quarter : 2 * quarter]]
+        late = [sample[title] for sample in samples[-quarter:]]
+        assert max(u.threads for u in late) <= max(u.threads for u in early), title
+        assert max(u.descriptors for u in late) <= max(u.descriptors for u in early) + 2, title
+        grown = statistics.median(u.private_bytes for u in late) - statistics.median(
+            u.private_bytes for u in early
+        )
+        assert grown <= 16 * MIB, f"{title} grew by {grown / MIB:.1f} MiB"
+
+
+def test_minutes_of_load_change_nothing(model: Path) -> None:
+    """Usage flat, answers equal, blocks all free after, nothing left at the end."""
+    with make_server(model, "soak", "--api-server-count=2") as server:
+        server.start()
+        load(server.url, range(0, 1))  # warm-up: grammar threads, allocators
+        with sampling(server) as samples:
+            answers = load_for(server.url, SOAK_SECONDS)
+        assert [a for a in answers if a.error is not None] == []
+        assert [a for a in answers if a.kind != "aborted" and not a.complete] == []
+        assert len(answers) > 2 * CLIENTS
+        references = [alone(server.url, client) for client in range(ALONE)]
+        assert differing([*answers, *references]) == []
+        assert_flat(samples)
+        metrics = server.metrics()
+        assert metrics["vllm:num_preemptions_total"] > 0
+        assert metrics["vllm:kv_cache_usage_perc"] == 0
+        assert last_pie_line(server.log)["bytes_loaded"] > 0
+        server.signal(signal.SIGTERM)
+        assert_clean(server, END_SECONDS)
+
+
+def test_a_drain_completes_the_streams(model: Path) -> None:
+    """With --shutdown-timeout, SIGTERM lets answers in flight complete; the worker closes pie.
+
+    With one API server: stock vLLM 0.32 with two of them closes their sockets to the engine
+    at once, and their streams hang until the time is over.
+    """
+    with make_server(model, "drain", f"--shutdown-timeout={DRAIN_SECONDS}") as server:
+        server.start()
+        reference = alone(server.url, 0)
+        last = interrupted(
+            server.url, lambda: server.signal(signal.SIGTERM), DRAIN_SECONDS + END_SECONDS
+        )
+        assert_clean(server, DRAIN_SECONDS)
+        assert "all workers exited gracefully" in server.text()
+        assert [a for a in last if not a.complete] == []
+        assert differing([reference, *last]) == []
+        assert last_pie_line(server.log)["pooled"] == 0, "the totals are logged at the end"
+
+
+def assert_clean(server: Server, seconds: float) -> None:
+    """The server ends in time with status 0, leaves nothing and has logged no error of ours."""
+    ending = server.await_end(seconds)
+    assert ending.status == 0
+    assert ending.left == ()
+    assert server.maps_an_arena
+    assert tracebacks_in_service(server.text()) == []
+    assert frames_of_ours(server.text()) == []
