@@ -1,0 +1,1 @@
+"""Parts that the benchmarks and the demo share."""

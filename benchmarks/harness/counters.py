@@ -1,0 +1,31 @@
+"""Reads counters: Prometheus text of a vLLM server, and the `Pie:` lines of its log."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_SAMPLE = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{[^}]*\})? (?P<value>\S+)$")
+_PIE_LINE = re.compile(r"\bPie: (?P<fields>steps=.*)$")
+
+
+def parse_metrics(text: str) -> dict[str, float]:
+    """Sum the samples of each metric of a Prometheus page over their labels."""
+    totals: dict[str, float] = {}
+    for line in text.splitlines():
+        found = _SAMPLE.match(line)
+        if found:
+            name = found["name"]
+            totals[name] = totals.get(name, 0.0) + float(found["value"])
+    return totals
+
+
+def last_pie_line(log: Path) -> dict[str, float]:
+    """Return the fields of the last `Pie: steps=… pooled=…` line of a log, {} without one."""
+    fields: dict[str, float] = {}
+    for line in log.read_text(errors="replace").splitlines():
+        found = _PIE_LINE.search(line)
+        if found:
+            pairs = (item.partition("=") for item in found["fields"].split())
+            fields = {key: float(value) for key, mark, value in pairs if mark}
+    return fields

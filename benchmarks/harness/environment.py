@@ -1,0 +1,22 @@
+"""The environment that every measured vLLM process gets: the same for stock and pie."""
+
+from __future__ import annotations
+
+import os
+
+
+def vllm_environment(**more: str) -> dict[str, str]:
+    """Return this process's environment with what vLLM needs on a closed machine.
+
+    No usage reports and no look-ups on a model hub: on a machine without a network they wait
+    for time-outs. Output is unbuffered, so that a log is complete when a server is killed.
+    """
+    return {
+        **os.environ,
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        **more,
+    }

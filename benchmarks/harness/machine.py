@@ -1,0 +1,76 @@
+"""Facts that every result file carries: machine, versions, date, command."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path("benchmarks/results")
+
+
+def cpu_model() -> str:
+    """The processor's name as the kernel tells it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def bfloat16_instructions() -> bool:
+    """Whether the processor multiplies bfloat16 itself; without, the model runs far slower."""
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def package_version(name: str) -> str:
+    """The installed version of a distribution, or "none"."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
+
+
+def commit() -> str:
+    """The checked-out commit, with a mark where the tree differs from it."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def facts() -> dict[str, Any]:
+    """What a reader needs in order to judge or repeat a measurement."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python", "-m", module_name(), *sys.argv[1:]]),
+        "commit": commit(),
+        "cpu": cpu_model(),
+        "bfloat16_instructions": bfloat16_instructions(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(pages / 2**30, 1),
+        "python": platform.python_version(),
+        **{name: package_version(name) for name in ("vllm", "torch", "pie-vllm")},
+    }
+
+
+def module_name() -> str:
+    """The benchmark module that is running."""
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec else Path(sys.argv[0]).name
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write `data` to `path`, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2) + "\n")

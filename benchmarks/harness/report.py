@@ -1,0 +1,122 @@
+"""Prints, plots and stores what rounds of runs showed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.display import console, table
+from benchmarks.harness.machine import facts, write_json
+from benchmarks.harness.rounds import Figures, Question, answers, column, summarize
+from benchmarks.harness.stats import spread
+
+FIGURES = (
+    ("tok_s", "tokens/s", 0),
+    ("ttft_p50_ms", "TTFT p50 ms", 0),
+    ("ttft_p99_ms", "TTFT p99 ms", 0),
+    ("tpot_p50_ms", "TPOT p50 ms", 1),
+    ("tpot_p99_ms", "TPOT p99 ms", 1),
+    ("itl_p50_ms", "ITL p50 ms", 1),
+    ("itl_p99_ms", "ITL p99 ms", 1),
+    ("preemptions", "preemptions", 0),
+    ("pie_pooled_peak", "pooled peak", 0),
+    ("loaded_mib", "loaded MiB", 0),
+    ("stored_mib", "stored MiB", 0),
+    ("idle_cost_blocks", "ring costs, blocks", 2),
+    ("equal_answers", "equal answers", 0),
+)
+
+
+def print_figures(title: str, figures: Mapping[str, Sequence[Figures]]) -> None:
+    """Print the medians, a column for each configuration; figures that no run has are left out."""
+    rows = []
+    for key, label, digits in FIGURES:
+        cells = [
+            f"{spread(column(rounds, key)).median:,.{digits}f}" if key in rounds[0] else "-"
+            for rounds in figures.values()
+        ]
+        if any(cell != "-" for cell in cells):
+            rows.append([label, *cells])
+    table(f"{title}: medians", ["", *figures], rows)
+
+
+def print_answers(
+    questions: Sequence[Question], figures: Mapping[str, Sequence[Figures]]
+) -> dict[str, Any]:
+    """Print each ratio beside what is asked of it; returns them for the result file."""
+    found = answers(questions, figures)
+    rows, data = [], {}
+    for question in questions:
+        if question.name not in found:
+            continue
+        ratio = found[question.name]
+        reached = ratio.median >= question.asked
+        rows.append(
+            [question.name, ratio.text(), f"{question.asked:.2f}", "yes" if reached else "NO"]
+        )
+        data[question.name] = {**ratio.as_dict(), "asked": question.asked, "reached": reached}
+    if rows:
+        table(
+            "Throughput, paired by round: median [least .. most]",
+            ["ratio", "measured", "asked", "reached"],
+            rows,
+        )
+    return data
+
+
+def plot(path: Path, title: str, figures: Mapping[str, Sequence[Figures]]) -> None:
+    """Draw throughput (bars, every run a dot) and inter-token latency of the configurations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(figures)
+    places = range(len(names))
+    drawing, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    drawing.suptitle(title)
+    colors = ["tab:orange" if name.startswith("pie") else "tab:gray" for name in names]
+    throughput = [column(figures[name], "tok_s") for name in names]
+    left.bar(places, [spread(values).median for values in throughput], color=colors)
+    for place, values in zip(places, throughput, strict=True):
+        left.plot([place] * len(values), values, "k.", markersize=5)
+    left.set_ylabel("tokens/s, median; dots are runs")
+    for key, offset, shade, label in (
+        ("itl_p50_ms", -0.2, 0.55, "p50"),
+        ("itl_p99_ms", 0.2, 1.0, "p99"),
+    ):
+        medians = [spread(column(figures[name], key)).median for name in names]
+        bars = [place + offset for place in places]
+        right.bar(bars, medians, width=0.4, color=colors, alpha=shade)
+        for x, height in zip(bars, medians, strict=True):
+            right.annotate(label, (x, height), ha="center", va="bottom", fontsize=8)
+    right.set_ylabel("time between tokens, ms")
+    for axes in (left, right):
+        axes.set_xticks(places, [name.replace("_", "\n") for name in names])
+    drawing.savefig(path, dpi=120)
+    pyplot.close(drawing)
+
+
+def publish(
+    stem: Path,
+    title: str,
+    setup: Mapping[str, Any],
+    questions: Sequence[Question],
+    figures: Mapping[str, Sequence[Figures]],
+) -> None:
+    """Print everything, and write `stem`.json and `stem`.png."""
+    print_figures(title, figures)
+    ratios = print_answers(questions, figures)
+    keys = [key for key, _, _ in FIGURES]
+    data = {
+        "question": title,
+        "machine": facts(),
+        "setup": dict(setup),
+        "ratios": ratios,
+        "medians": {name: summarize(rounds, keys) for name, rounds in figures.items()},
+        "runs": {name: list(rounds) for name, rounds in figures.items()},
+    }
+    write_json(stem.with_suffix(".json"), data)
+    plot(stem.with_suffix(".png"), title, figures)
+    console.print(f"written: {stem}.json, {stem}.png")

@@ -1,0 +1,86 @@
+"""The comparison of `benchmarks.throughput` over HTTP: real servers, streaming OpenAI clients.
+
+stock_equal     `vllm serve` with the device bytes of `--device-blocks`; preempts
+stock_all       `vllm serve` with KV memory for every chat
+pie_starved     `--block-manager pie` with the device bytes of stock_equal, ring included
+
+python -m benchmarks.serving [--repeats 3] [--only stock_equal,pie_starved]
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.harness.load import Load
+from benchmarks.harness.machine import RESULTS
+from benchmarks.harness.report import publish
+from benchmarks.harness.rounds import Figures, Question, run_rounds
+from benchmarks.harness.serving_run import Setting, run_server, server_arguments
+from benchmarks.harness.shape import PieSizes, kv_shape, wide_ring
+
+MIB = 2**20
+QUESTIONS = (
+    Question("pie_starved", "stock_equal", 1.25),
+    Question("pie_starved", "stock_all", 0.75),
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--model", type=Path, default=Path("build/models/smollm2-135m"))
+    parser.add_argument("--chats", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=300)
+    parser.add_argument("--block-size", type=int, default=128)
+    parser.add_argument("--device-blocks", type=int, default=40)
+    parser.add_argument("--all-blocks", type=int, default=128, help="enough for every chat")
+    parser.add_argument("--pool-blocks", type=int, default=80)
+    parser.add_argument("--ring-slots", type=int, default=2)
+    parser.add_argument("--compiled", action="store_true", help="torch.compile instead of eager")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", default="", help="comma-separated configurations")
+    parser.add_argument("--output", type=Path, default=RESULTS / "serving")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run all rounds, print the comparison, write JSON and plot."""
+    args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    load = Load(args.chats, args.tokens)
+    shape = kv_shape(args.model, args.block_size, "bfloat16")
+    setting = Setting(args.model, shape, args.block_size, 1024, args.compiled, Path("build/logs"))
+    pie = wide_ring(shape, args.device_blocks, args.pool_blocks, args.ring_slots)
+    sides: dict[str, tuple[int, PieSizes | None]] = {
+        "stock_equal": (args.device_blocks, None),
+        "pie_starved": (args.device_blocks, pie),
+        "stock_all": (args.all_blocks, None),
+    }
+    wanted = args.only.split(",") if args.only else list(sides)
+
+    def runner(name: str) -> Callable[[int], Figures]:
+        def run(index: int) -> Figures:
+            figures: Figures = dict(run_server(f"{name}-{index}", setting, load, *sides[name]))
+            if sides[name][1] is not None:
+                figures["loaded_mib"] = figures["pie_bytes_loaded"] / MIB
+                figures["stored_mib"] = figures["pie_bytes_stored"] / MIB
+            return figures
+
+        return run
+
+    figures = run_rounds({name: runner(name) for name in wanted}, args.repeats)
+    setup = {
+        "repeats": args.repeats,
+        "arguments": {name: server_arguments(setting, *sides[name]) for name in wanted},
+    }
+    title = f"{load.chats} chats x {load.tokens} tokens over HTTP, bfloat16"
+    publish(args.output, title, setup, QUESTIONS, figures)
+
+
+if __name__ == "__main__":
+    main()
