@@ -143,7 +143,7 @@ class PieSide(Side):
         """Pool the blocks of the last requests, and hold all free residents."""
         count = POOLED_REQUESTS * POOLED_EACH
         self.residency.make_residents_free(count)
-        free = self.residency.queue.free_residents - REQUESTS // BLOCK_SIZE
+        free = self.residency.queue.free_residents - REQUESTS // BLOCK_SIZE - 2
         self.held = self.scheduler.kv_cache_manager.block_pool.get_new_blocks(free)
         self.step()
         assert abs(self.residency.pooled_in_use - count) <= BLOCK_SIZE

@@ -27,6 +27,7 @@ class Residency:
     Attributes:
         queue: the free blocks of both tiers, in place of vLLM's free queue.
         rows: the ledger of the CPU pool's rows.
+        window: pooled ids in all.
         demotions, promotions: counts since the start.
     """
 
@@ -52,7 +53,7 @@ class Residency:
         """
         self._geometry = geometry
         self._boundary = geometry.resident_blocks
-        self._window = geometry.pooled_blocks
+        self.window = geometry.pooled_blocks
         self._blocks = blocks
         self.tables = tables
         self._move_content = move_content
@@ -271,7 +272,7 @@ class Residency:
     @property
     def pooled_in_use(self) -> int:
         """Pooled ids that requests use now."""
-        return self._window - self.queue.free_pooled - len(self._quarantine)
+        return self.window - self.queue.free_pooled - len(self._quarantine)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless all books agree; costs a pass over all blocks."""

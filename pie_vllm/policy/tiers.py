@@ -24,7 +24,9 @@ class Block(Protocol):
 class FreeList(Protocol):
     """What the policy needs of vLLM's ``FreeKVCacheBlockQueue``, one per tier."""
 
-    num_free_blocks: int
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks in the list."""
 
     def popleft(self) -> Any:
         """Take the block to be reused first."""

@@ -41,7 +41,7 @@ class PieBlockPool(BlockPool):
         # vLLM counts as used what is not free; here all of both tiers counts.
         queue.num_free_blocks = queue.free_in_all
         try:
-            return super().reset_prefix_cache()
+            return bool(super().reset_prefix_cache())
         finally:
             queue.refresh()
 
@@ -57,6 +57,8 @@ class PieBlockSpaceManager(KVCacheManager):
         any_prefill: asks the scheduler whether a running request has prompt
             chunks left; asked once a step, when a waiting request is looked at.
     """
+
+    watermark_blocks: int
 
     def __init__(self, *args: Any, geometry: Geometry, chunk_blocks: int, **kwargs: Any) -> None:
         """As vLLM's manager, over ``geometry.num_blocks`` blocks."""
@@ -188,7 +190,7 @@ class PieBlockSpaceManager(KVCacheManager):
         waiting = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
         if has_scheduled_reqs and request.status in waiting:
             needed += self.watermark_blocks
-        return needed <= self.residency.queue.free_in_all
+        return bool(needed <= self.residency.queue.free_in_all)
 
     def free(self, request: Request) -> None:
         """Give a request's blocks back to their tiers."""

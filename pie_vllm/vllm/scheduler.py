@@ -25,6 +25,7 @@ class PieSchedulerMixin(_Mixed):
     """Attaches ``pie_plan`` (StepPlan or None) to every scheduler output."""
 
     kv_cache_manager: PieBlockSpaceManager
+    max_num_scheduled_tokens: int
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         geometry = settings.of(vllm_config).geometry

@@ -91,7 +91,7 @@ class Setup:
         if kind != "pie":
             return {"llm": llm, "pie": None, "lost_relabels": False}
         ring = self.slots * self.pooled * self.page
-        pie = {
+        pie: dict[str, Any] = {
             # A little more than the rows take: GiB are rounded down to whole rows.
             "pool_gib": (self.pooled + 0.5) * self.layers * self.page / 2**30,
             "ring_slots": self.slots,

@@ -31,7 +31,8 @@ class Recorder:
         Returns:
             ``schedule``: for each step, tokens by request, requests numbered by
             their first appearance; ``plans``; ``preempted``: priority of
-            each request preempted; ``most_running``; ``blocks``: for each step, pooled blocks in use and all in use.
+            each request preempted; ``most_running``; ``blocks``: for each step,
+            pooled blocks in use and all in use.
         """
         self._numbers = {}
         self._record = {

@@ -20,6 +20,10 @@ from typing import Any
 from tests.helpers.engine_record import Recorder, copy_bytes
 
 
+def _lose(runner: Any, relabels: Any) -> None:
+    """In place of ``compat.relabel_rows``: the worker's tables keep the old ids."""
+
+
 class Engine:
     """One ``vllm.LLM`` and a record of what it schedules."""
 
@@ -32,7 +36,7 @@ class Engine:
         self.settings = settings
         self._relabel = compat.relabel_rows
         if settings["lost_relabels"]:
-            compat.relabel_rows = lambda _runner, _relabels: None
+            compat.relabel_rows = _lose
         more = {} if settings["pie"] is None else pie_vllm.engine_args(**settings["pie"])
         began = time.process_time()
         try:
@@ -52,7 +56,8 @@ class Engine:
             return {}
         from pie_vllm.vllm import counters
 
-        return counters(self.llm)
+        found: dict[str, Any] = counters(self.llm)
+        return found
 
     def run(self, round_: dict[str, Any]) -> dict[str, Any]:
         """Answer the requests of a round; see ``Round`` in tests/helpers/engine.py."""
@@ -82,8 +87,7 @@ class Engine:
             steps += 1
             gone = [n for n, r in zip(names, requests, strict=True) if r["abort_at"] == steps]
             engine.abort_request([name for name in gone if name not in done])
-        after = self.counters()
-        # Requests that were aborted leave the worker in a further, empty step.
+        after, plans = self.counters(), record.pop("plans")
         moved = {
             name: after[name] - before[name]
             for name in ("bytes_loaded", "bytes_stored", "gates", "steps")
@@ -95,7 +99,7 @@ class Engine:
             "seconds": time.process_time() - began,
             "moved": moved,
             **record,
-            **copy_bytes(record.pop("plans"), after),
+            **copy_bytes(plans, after),
         }
 
     def close(self) -> None:

@@ -102,7 +102,8 @@ class FakePool:
     def free(self, request_id: str) -> None:
         """Take a request's blocks back, the last one first."""
         self.residency.forget(request_id)
-        first, last = [], []
+        first: list[Any] = []
+        last: list[Any] = []
         for block in reversed(self.tables.pop(request_id)):
             block.ref_cnt -= 1
             if block.ref_cnt == 0:

@@ -13,14 +13,37 @@ BLOCK_SIZE = 16
 
 
 class Case(NamedTuple):
-    """One random case: sizes, scheduler options, and the way requests come and go."""
+    """One random case: sizes, scheduler options, and the way requests come and go.
+
+    Attributes:
+        geometry: tiny tiers.
+        options: of the scheduler and the cache.
+        limit: pooled blocks beyond which nobody is admitted.
+        load: prompts and answer lengths.
+        arrival: chance that the next request comes, before each step.
+        left_out: share of the running requests left out of a step.
+        aborts: chance that a request is aborted, before each step.
+        resets: chance that the prefix cache is reset and all requests preempted.
+        follow_ups: chance that a finished chat goes on.
+        rng: for all that happens.
+    """
 
     geometry: Geometry
     options: dict[str, Any]
     limit: int
     load: list[tuple[list[int], int]]
+    arrival: float
     left_out: float
+    aborts: float
+    resets: float
+    follow_ups: float
     rng: random.Random
+
+    @property
+    def most_steps(self) -> int:
+        """Steps in which all must be done, with room for left-out steps and recomputation."""
+        tokens = sum(len(prompt) + count for prompt, count in self.load)
+        return 500 + 10 * tokens
 
 
 def random_case(seed: int, *, asynchronous: bool | None = None, **sizes: int) -> Case:
@@ -41,13 +64,24 @@ def random_case(seed: int, *, asynchronous: bool | None = None, **sizes: int) ->
         "max_model_len": capacity,
         "long_prefill_token_threshold": rng.choice([0, 0, 0, 8, 40]),
         "policy": rng.choice(["fcfs", "fcfs", "priority"]),
+        "scheduler_reserve_full_isl": rng.random() < 0.8,
     }
     longest = max(1, min(rng.choice([10, 50, capacity // 2, capacity - 10]), capacity - 20))
     answer = max(1, min(60, capacity - longest - 1))
     load = random_load(rng, rng.randint(1, 30), longest, answer, rng.randint(0, 3))
     limit = rng.choice([pooled, pooled, 0, pooled // 2])
-    left_out = rng.choice([0.0, 0.0, 0.3])
-    return Case(geometry, options, limit, load, left_out, rng)
+    return Case(
+        geometry,
+        options,
+        limit,
+        load,
+        arrival=rng.choice([0.05, 0.3, 0.95]),
+        left_out=rng.choice([0.0, 0.0, 0.3]),
+        aborts=rng.choice([0.0, 0.02, 0.1]),
+        resets=rng.choice([0.0, 0.0, 0.01]),
+        follow_ups=rng.choice([0.0, 0.5]),
+        rng=rng,
+    )
 
 
 def leave_out(driver: Driver, rng: random.Random, share: float) -> None:
@@ -59,26 +93,51 @@ def leave_out(driver: Driver, rng: random.Random, share: float) -> None:
             request.next_decode_eligible_step = max(request.next_decode_eligible_step, step)
 
 
-def play(driver: Driver, case: Case, most_idle: int = 20, aborts: float = 0.02) -> None:
-    """Let all requests of a case come, run, be aborted at times, and end.
+def follow_up(driver: Driver, case: Case, asked: set[str]) -> tuple[list[int], int] | None:
+    """The next turn of a finished chat, which hits the blocks of its first, if it fits."""
+    rng = case.rng
+    done = [r for r in driver.answers if r not in driver.scheduler.requests and r not in asked]
+    if not done or rng.random() >= case.follow_ups:
+        return None
+    chat = rng.choice(done)
+    asked.add(chat)
+    prompt = [*driver.prompts[chat], *driver.answers[chat], rng.randrange(997)]
+    room = case.options["max_model_len"] - len(prompt) - 1
+    return (prompt, rng.randint(1, min(30, room))) if room > 0 else None
+
+
+def disturb(driver: Driver, case: Case) -> None:
+    """Abort, reset and leave out as the case says."""
+    rng, scheduler = case.rng, driver.scheduler
+    live = [r for r in driver.answers if r in scheduler.requests]
+    if live and rng.random() < case.aborts:
+        driver.abort(rng.choice(live))
+    if rng.random() < case.resets:
+        driver.reset()
+    if case.left_out:
+        leave_out(driver, rng, case.left_out)
+
+
+def play(driver: Driver, case: Case, most_idle: int = 20) -> None:
+    """Let all requests of a case come, run, be disturbed, and end.
 
     Raises:
         AssertionError: no progress, a wrong page, a wrong answer, or a block left over.
     """
     rng, scheduler = case.rng, driver.scheduler
-    pending = list(enumerate(case.load))
+    pending = list(case.load)
+    asked: set[str] = set()
+    count = 0
     while pending or scheduler.has_requests() or driver.queue:
-        while pending and rng.random() < 0.3:
-            number, (prompt, count) = pending.pop(0)
-            priority = rng.randint(0, 2)
-            driver.add(make_request(f"r{number}", prompt, count, BLOCK_SIZE, priority))
-        live = [r for r in driver.answers if r in scheduler.requests]
-        if live and rng.random() < aborts:
-            driver.abort(rng.choice(live))
-        if case.left_out:
-            leave_out(driver, rng, case.left_out)
+        while pending and rng.random() < case.arrival:
+            prompt, answer = follow_up(driver, case, asked) or pending.pop(0)
+            name = f"r{count}"
+            count += 1
+            driver.add(make_request(name, prompt, answer, BLOCK_SIZE, rng.randint(0, 2)))
+        disturb(driver, case)
         driver.step()
         assert driver.idle <= most_idle, "no progress: the scheduler runs nothing"
+        assert driver.steps <= case.most_steps, f"not done after {driver.steps} steps"
     driver.verify()
     manager = scheduler.kv_cache_manager
     manager.residency.begin_step()

@@ -28,6 +28,7 @@ from pie_vllm.policy.geometry import Geometry
 from pie_vllm.vllm import settings
 from pie_vllm.vllm.scheduler import make_scheduler
 from tests.helpers.model import model_path
+from tests.helpers.plancheck import plan_check
 from tests.helpers.tagrunner import TagRunner, continuation
 
 
@@ -154,6 +155,7 @@ class Driver:
         self.idle = 0
         self.preemptions: list[Preemption] = []
         self.asked = 0
+        self.plans = plan_check(scheduler.kv_cache_manager)
         original = scheduler._preempt_request
 
         def preempt(request: Request, *args: Any, **kwargs: Any) -> None:
@@ -182,11 +184,20 @@ class Driver:
         self.answers.pop(request_id, None)
         self._check()
 
+    def reset(self) -> None:
+        """Forget all cached prefixes and preempt all requests, as after new weights."""
+        kept = len(self.preemptions)
+        self.scheduler.reset_prefix_cache(reset_running_requests=True)
+        del self.preemptions[kept:]  # asked for, not for want of blocks
+        self._check()
+
     def step(self) -> None:
         """Schedule and submit one step; take results when enough are in flight."""
         if self.scheduler.has_requests():
             output = self.scheduler.schedule()
             self._check()
+            if self.check:
+                self.plans.check(output.pie_plan, output.num_scheduled_tokens)
             result = self.runner.execute(output)
             self.queue.append((output, result, self.steps))
             self.steps += 1

@@ -64,15 +64,11 @@ def test_broken_engine_shows(
     broken: dict[str, Any],
 ) -> None:
     """Loads off, stores off, poison not loaded over, a wait before its record, a relabel lost."""
-    try:
-        (pie,) = engines.run(replace(setup, **broken), rounds)
-    except EngineError as error:
-        assert "Error" in str(error)
-    else:
-        assert tokens(pie) != right
+    (pie,) = engines.run(replace(setup, **broken), rounds)
+    assert tokens(pie) != right
 
 
 def test_skipped_gate_raises(engines: Engines, setup: Setup, rounds: list[dict[str, Any]]) -> None:
     """A layer that ran without its gate fails the step: no plausible wrong text comes back."""
-    with pytest.raises(EngineError, match="GateError: .*gate"):
+    with pytest.raises(EngineError, match="GateError"):
         engines.run(replace(setup, debug=("skip_gate",)), rounds)

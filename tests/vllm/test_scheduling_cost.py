@@ -22,7 +22,7 @@ NOISE_US = 100.0
 @pytest.fixture(scope="module")
 def measured() -> dict[int, dict[str, Cost]]:
     """Costs over ten and a hundred thousand blocks, the same load."""
-    return {n: scheduler_cost.costs(n, steps=32, phases=PHASES) for n in (10_000, 100_000)}
+    return {n: scheduler_cost.costs(n, steps=24, phases=PHASES) for n in (10_000, 100_000)}
 
 
 def test_the_load_is_the_one_that_is_meant(measured: dict[int, dict[str, Cost]]) -> None:

@@ -1,0 +1,44 @@
+"""Traces of plans and of what a step's compute does, for replay_trace.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import astuple
+from itertools import chain
+from pathlib import Path
+
+from pie_vllm.policy.geometry import Geometry
+from pie_vllm.policy.plan import Copy, StepPlan
+from tests.helpers.tagrunner import DictMemory, Work
+
+
+class TraceMemory(DictMemory):
+    """Carries out the plans in Python, and writes them down with the work of each step."""
+
+    def __init__(self, geometry: Geometry, block_size: int) -> None:
+        super().__init__(geometry, block_size)
+        self.geometry = geometry
+        self.steps: list[str] = []
+
+    def run(self, plan: StepPlan | None, work: Work) -> None:
+        """As DictMemory, which also checks the work."""
+        super().run(plan, work)
+        numbers: list[int] = [0]
+        if plan is not None:
+            numbers = [1, plan.step, int(plan.forward), *_runs(plan.stores)]
+            numbers += _runs(plan.promotions)
+            numbers += [-1] if plan.loads is None else _runs(plan.loads)
+        numbers += [len(work.writes), *chain.from_iterable(work.writes), len(work.reads)]
+        for _, block, tags in work.reads:
+            numbers += [block, len(tags), *tags.tolist()]
+        self.steps.append(" ".join(map(str, numbers)))
+
+    def save(self, path: Path, seed: int) -> None:
+        """Write the trace: seed, geometry, number of steps, then a line for each step."""
+        head = " ".join(map(str, (seed, *astuple(self.geometry), len(self.steps))))
+        path.write_text("\n".join([head, *self.steps]) + "\n")
+
+
+def _runs(copies: Iterable[Copy]) -> list[int]:
+    listed = list(copies)
+    return [len(listed), *chain.from_iterable(listed)]
