@@ -21,6 +21,7 @@ from pie_vllm.config import (
 )
 from pie_vllm.errors import ConfigError, PieError, UnsupportedError
 from pie_vllm.memory.pool_size import check_pool_fits
+from pie_vllm.transfer.native import load_library
 from pie_vllm.vllm import compat, refusals, settings
 
 SCHEDULER = "pie_vllm.vllm.scheduler.make_scheduler"
@@ -125,6 +126,7 @@ def _configure(args: EngineArgs) -> None:
     """Set the classes that pie needs in the engine arguments, after checks."""
     compat.check_version()
     compat.check_engine_core()
+    load_library()  # A missing or foreign build must show before the model loads.
     taken = settings.take(args.additional_config)
     worker = worker_class(current_platform.device_type)
     refusals.check_engine_args(args, SCHEDULER, worker)

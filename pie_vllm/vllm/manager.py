@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -46,6 +46,18 @@ class PieBlockPool(BlockPool):
             queue.refresh()
 
 
+class Claims(NamedTuple):
+    """What running requests still need of the residents, beyond the blocks they have.
+
+    Attributes:
+        prompts: whether one of them has prompt chunks left.
+        tails: how many will ask for a block though this step gave them none.
+    """
+
+    prompts: bool = False
+    tails: int = 0
+
+
 class PieBlockSpaceManager(KVCacheManager):
     """vLLM's KV cache manager over resident and pooled blocks.
 
@@ -54,8 +66,8 @@ class PieBlockSpaceManager(KVCacheManager):
         limit: pooled blocks in use beyond which no waiting request is admitted
             while others run; it never touches running requests.
         chunk_blocks: blocks that one step may fill with prompt tokens.
-        any_prefill: asks the scheduler whether a running request has prompt
-            chunks left; asked once a step, when a waiting request is looked at.
+        claims: asks the scheduler what running requests still need; asked once
+            a step, when a waiting request is looked at.
     """
 
     watermark_blocks: int
@@ -85,8 +97,8 @@ class PieBlockSpaceManager(KVCacheManager):
         self.completions = Completions(self.block_size)
         self.limit = geometry.pooled_blocks
         self.chunk_blocks = chunk_blocks
-        self.any_prefill: Callable[[], bool] = bool
-        self._prefill: bool | None = None
+        self.claims: Callable[[], Claims] = Claims
+        self._claims: Claims | None = None
         self._base_watermark = self.watermark_blocks
 
     def begin_step(self) -> None:
@@ -96,7 +108,7 @@ class PieBlockSpaceManager(KVCacheManager):
         only while something runs, so a limit can neither preempt nor deadlock.
         """
         self.residency.begin_step()
-        self._prefill = None
+        self._claims = None
         beyond = 0
         if self.limit < self.geometry.pooled_blocks:
             beyond = self.geometry.pooled_blocks - max(self.limit, self.residency.pooled_in_use)
@@ -125,8 +137,9 @@ class PieBlockSpaceManager(KVCacheManager):
         """As vLLM's ``allocate_slots``, with the terms of waiting requests corrected.
 
         The request's idle prefix hits are not counted as residents, the whole
-        sequence must fit both tiers together, and residents for the chunks of
-        prompts under way are left alone.
+        sequence must fit both tiers together, and residents that running
+        requests still need are left alone: for the chunks of prompts under way,
+        and for those left out of this step at the end of a block.
         """
         del self.allocate_slots
         if new_computed_blocks is None:  # vLLM passed the waiting request over
@@ -141,11 +154,11 @@ class PieBlockSpaceManager(KVCacheManager):
         ):
             return None
         partial = computed + num_new_tokens < request.num_tokens
-        if self._prefill is None:
-            self._prefill = self.any_prefill()
-        reserve = 0
-        if has_scheduled_reqs and (partial or self._prefill):
-            reserve = self.chunk_blocks + 1
+        if self._claims is None:
+            self._claims = self.claims()
+        reserve = self._claims.tails
+        if has_scheduled_reqs and (partial or self._claims.prompts):
+            reserve += self.chunk_blocks + 1
         residency.admit(request.request_id, len(hits))
         queue.admission(sum(block.ref_cnt == 0 for block in hits), reserve)
         try:
@@ -164,7 +177,8 @@ class PieBlockSpaceManager(KVCacheManager):
             residency.forget(request.request_id)
             return None
         residency.admitted(request.request_id)
-        self._prefill |= partial
+        if partial:
+            self._claims = self._claims._replace(prompts=True)
         return blocks
 
     def _fits(

@@ -12,7 +12,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from pie_vllm.policy.plan import StepPlan
 from pie_vllm.vllm import compat, settings
-from pie_vllm.vllm.manager import PieBlockSpaceManager, chunk_blocks_of
+from pie_vllm.vllm.manager import Claims, PieBlockSpaceManager, chunk_blocks_of
 from pie_vllm.vllm.metrics import StepLog
 
 logger = init_logger("vllm.pie")
@@ -47,7 +47,7 @@ class PieSchedulerMixin(_Mixed):
                 geometry.resident_blocks,
             )
             self.max_num_scheduled_tokens = most
-        self.kv_cache_manager.any_prefill = self._any_prefill
+        self.kv_cache_manager.claims = self._claims
         self.pie_log = StepLog(geometry)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -57,8 +57,16 @@ class PieSchedulerMixin(_Mixed):
         output.pie_plan = self._plan(output)
         return output
 
-    def _any_prefill(self) -> bool:
-        return any(request.is_prefill_chunk for request in self.running)
+    def _claims(self) -> Claims:
+        step, block_size = self.current_step, self.kv_cache_manager.block_size
+        prompts = any(request.is_prefill_chunk for request in self.running)
+        tails = [
+            request
+            for request in self.running
+            if step < request.next_decode_eligible_step
+            and request.num_computed_tokens % block_size == 0
+        ]
+        return Claims(prompts, len(tails))
 
     def _plan(self, output: SchedulerOutput) -> StepPlan | None:
         manager = self.kv_cache_manager

@@ -154,13 +154,11 @@ def _answer(output: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer jobs until standard input ends. After an error the process starts anew."""
-    # Without a buffer: what is left in the pipe must be there after a new start.
-    jobs = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115
+    """Answer jobs until standard input ends. An error is an answer and ends the engine."""
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     engine: Engine | None = None
-    for line in iter(jobs.readline, b""):
+    for line in sys.stdin:
         job = json.loads(line)
         try:
             if engine is None or engine.settings != job["engine"]:
@@ -175,10 +173,10 @@ def main() -> None:
         except Exception as error:
             traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {error}"}
+        if "error" in result and engine is not None:
+            engine.close()
+            engine = None
         print(json.dumps(result), file=results, flush=True)
-        if "error" in result:
-            os.dup2(results.fileno(), 1)
-            os.execv(sys.executable, [sys.executable, "-m", "tests.helpers.engine_worker"])
 
 
 if __name__ == "__main__":

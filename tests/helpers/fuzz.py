@@ -21,6 +21,8 @@ class Case(NamedTuple):
         limit: pooled blocks beyond which nobody is admitted.
         load: prompts and answer lengths.
         arrival: chance that the next request comes, before each step.
+        wave: requests that come at once when all but one of the others are done; 0
+            for arrivals one by one. Between waves residents are free for promotion.
         left_out: share of the running requests left out of a step.
         aborts: chance that a request is aborted, before each step.
         resets: chance that the prefix cache is reset and all requests preempted.
@@ -33,6 +35,7 @@ class Case(NamedTuple):
     limit: int
     load: list[tuple[list[int], int]]
     arrival: float
+    wave: int
     left_out: float
     aborts: float
     resets: float
@@ -51,7 +54,10 @@ def random_case(seed: int, *, asynchronous: bool | None = None, **sizes: int) ->
     rng = random.Random(seed)
     pooled = rng.randint(1, 40)
     geometry = scheduling.geometry(
-        rng.randint(4, 20), pooled, pooled + rng.choice([0, 0, rng.randint(1, 9)]), **sizes
+        rng.choice([rng.randint(4, 20), rng.randint(4, 40)]),
+        pooled,
+        pooled + rng.choice([0, 0, rng.randint(1, 9)]),
+        **sizes,
     )
     capacity = (geometry.num_blocks - 1) * BLOCK_SIZE
     budget = rng.choice([16, 32, 64, 256, 1024])
@@ -75,7 +81,8 @@ def random_case(seed: int, *, asynchronous: bool | None = None, **sizes: int) ->
         options,
         limit,
         load,
-        arrival=rng.choice([0.05, 0.3, 0.95]),
+        arrival=rng.choice([0.1, 0.3, 0.95]),
+        wave=rng.choice([0, 3, 10]),
         left_out=rng.choice([0.0, 0.0, 0.3]),
         aborts=rng.choice([0.0, 0.02, 0.1]),
         resets=rng.choice([0.0, 0.0, 0.01]),
@@ -118,6 +125,17 @@ def disturb(driver: Driver, case: Case) -> None:
         leave_out(driver, rng, case.left_out)
 
 
+def arriving(driver: Driver, case: Case) -> int:
+    """How many requests come before the next step."""
+    if not case.wave:
+        count = 0
+        while case.rng.random() < case.arrival:
+            count += 1
+        return count
+    live = sum(request_id in driver.scheduler.requests for request_id in driver.answers)
+    return case.wave if live <= 1 else 0
+
+
 def play(driver: Driver, case: Case, most_idle: int = 20) -> None:
     """Let all requests of a case come, run, be disturbed, and end.
 
@@ -129,7 +147,7 @@ def play(driver: Driver, case: Case, most_idle: int = 20) -> None:
     asked: set[str] = set()
     count = 0
     while pending or scheduler.has_requests() or driver.queue:
-        while pending and rng.random() < case.arrival:
+        for _ in range(min(arriving(driver, case), len(pending))):
             prompt, answer = follow_up(driver, case, asked) or pending.pop(0)
             name = f"r{count}"
             count += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import deque
 from copy import deepcopy
@@ -30,6 +31,8 @@ from pie_vllm.vllm.scheduler import make_scheduler
 from tests.helpers.model import model_path
 from tests.helpers.plancheck import plan_check
 from tests.helpers.tagrunner import TagRunner, continuation
+
+_ARRIVALS = itertools.count()
 
 
 def geometry(resident: int, pooled: int, rows: int | None = None, **other: int) -> Geometry:
@@ -120,7 +123,7 @@ def make_request(
         sampling_params=parameters,
         pooling_params=None,
         priority=priority,
-        arrival_time=float(len(request_id)),
+        arrival_time=float(next(_ARRIVALS)),
         block_hasher=get_request_block_hasher(block_size, hash_function),
     )
 

@@ -69,4 +69,4 @@ def test_compiled(engines: Engines, few: Path) -> None:
 
 def test_all_layers(engines: Engines, model: Path) -> None:
     """The whole real model."""
-    check(engines, Setup(model, 30, RESIDENT[32], 150), load(3, 4, 16))
+    check(engines, Setup(model, 30, RESIDENT[32], 150), load(3, 6, 22))

@@ -6,6 +6,8 @@ test's own: it writes tags layer by layer and checks every page that it reads.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from pie_vllm.transfer.engine import TransferEngine
@@ -19,13 +21,19 @@ from tests.helpers.tagrunner import TagRunner
 pytestmark = pytest.mark.vllm
 
 FAULTS = ("none", "late", "torn", "late")
+PAGE_BYTES = (4096, 1032, 200)
+"""A page with the tags of 16 tokens; the odd ones shift each layer's boundary."""
 
 
-def run(seed: int, debug: tuple[str, ...] = (), fault: str | None = None) -> tuple[int, int]:
-    """Play one random case; returns the steps and the pages loaded."""
+def run(seed: int, debug: tuple[str, ...] = (), fault: str | None = None) -> Counter[str]:
+    """Play one random case; returns how often what happened."""
     layers, slots = 3 + seed % 4, 1 + seed % 3
     case = random_case(
-        seed, asynchronous=True, num_layers=layers, ring_slots=slots, page_bytes=4096
+        seed,
+        asynchronous=True,
+        num_layers=layers,
+        ring_slots=slots,
+        page_bytes=PAGE_BYTES[seed % len(PAGE_BYTES)],
     )
     link = (None, 2e8, None)[seed % 3]
     with TransferEngine(case.geometry, link_bytes_per_s=link, debug=debug) as engine:
@@ -47,18 +55,26 @@ def run(seed: int, debug: tuple[str, ...] = (), fault: str | None = None) -> tup
             assert sum(s.bytes_stored for s in memory.stats) == memory.pages_stored * page
             assert counters(engine, "load").bytes == memory.pages_loaded * page
             assert counters(engine, "store").bytes == memory.pages_stored * page
-        return driver.steps, memory.pages_loaded
+        residency = scheduler.kv_cache_manager.residency
+        return Counter(
+            steps=driver.steps,
+            pages_loaded=memory.pages_loaded,
+            demotions=residency.demotions,
+            promotions=residency.promotions,
+            preemptions=len(driver.preemptions),
+        )
 
 
 def test_every_page_read_with_two_steps_in_flight_is_right() -> None:
     """Whatever the speed and order of copies, no layer reads a foreign or torn page."""
-    steps = pages = 0
-    for seed in range(16):
-        more_steps, more_pages = run(seed)
-        steps += more_steps
-        pages += more_pages
-    assert steps > 2000
-    assert pages > 1000
+    total: Counter[str] = Counter()
+    for seed in range(32):
+        total += run(seed)
+    assert total["steps"] > 5000
+    assert total["pages_loaded"] > 10_000
+    assert total["demotions"] > 500
+    assert total["promotions"] > 10
+    assert total["preemptions"] > 10
 
 
 @pytest.mark.parametrize("debug", ["skip_loads", "skip_stores", "late_submit"])

@@ -102,22 +102,6 @@ def test_aborts_change_no_other_request(
     assert [tokens(pie)[i] for i in kept] == [tokens(stock)[i] for i in kept]
 
 
-def test_several_seeded_samples(engines: Engines, few: Path, texts: list[str]) -> None:
-    """``n > 1``: all samples of a seeded request are stock's.
-
-    Prompts are not chunked: vLLM on CPU cannot chunk prompts of seeded requests.
-    """
-    other = {"enable_chunked_prefill": False, "max_model_len": 256, "max_num_batched_tokens": 256}
-    setup = Setup(few, len(LAYERS), 52, 100, dtype="float32", other=other)
-    requests = [
-        request(t, max_tokens=ANSWER, n=3, seed=i, temperature=0.8, top_p=0.9)
-        for i, t in enumerate(texts[:12])
-    ]
-    pie, stock = both(engines, setup, setup, requests)
-    assert all(len(answer) == 3 for answer in tokens(pie))
-    assert tokens(pie) == tokens(stock)
-
-
 def test_structured_output(engines: Engines, ample: Setup, scarce: Setup, texts: list[str]) -> None:
     """Grammars hold over pooled blocks: choice, regex and JSON, beside free text."""
     schema = {
@@ -149,17 +133,6 @@ def test_structured_output(engines: Engines, ample: Setup, scarce: Setup, texts:
             assert set(json.loads(text)) == {"kind", "full"}
 
 
-def test_logprobs_of_prompts(engines: Engines, few: Path, texts: list[str]) -> None:
-    """Logprobs of prompt tokens and answers are bit for bit stock's on the same schedule."""
-    setup = Setup(few, len(LAYERS), 20, 80, dtype="float32")
-    requests = [request(t, max_tokens=16, logprobs=3, prompt_logprobs=2) for t in texts[:10]]
-    (pie,), (stock,) = engines.both(setup, [round_(requests)])
-    assert pie["schedule"] == stock["schedule"]
-    assert all(answer["prompt_logprobs"] for answer in stock["answers"])
-    assert pie["answers"] == stock["answers"]
-    check_traffic(pie, setup.page * setup.layers)
-
-
 def test_prefix_cache_and_second_round(engines: Engines, ample: Setup, cached: Setup) -> None:
     """A shared system prompt, then the same chats with their answers and a next question."""
     system = f"<|im_start|>system\n{facts(77, 12)}<|im_end|>\n"
@@ -188,3 +161,30 @@ def test_priorities(engines: Engines, ample: Setup, cached: Setup, texts: list[s
     assert pie["preempted"]
     assert min(pie["preempted"]) > -18
     assert tokens(pie) == tokens(stock)
+
+
+def test_several_seeded_samples(engines: Engines, few: Path, texts: list[str]) -> None:
+    """``n > 1``: all samples of a seeded request are stock's.
+
+    Prompts are not chunked: vLLM on CPU cannot chunk prompts of seeded requests.
+    """
+    other = {"enable_chunked_prefill": False, "max_model_len": 256, "max_num_batched_tokens": 256}
+    setup = Setup(few, len(LAYERS), 52, 100, dtype="float32", other=other)
+    requests = [
+        request(t, max_tokens=ANSWER, n=3, seed=i, temperature=0.8, top_p=0.9)
+        for i, t in enumerate(texts[:12])
+    ]
+    pie, stock = both(engines, setup, setup, requests)
+    assert all(len(answer) == 3 for answer in tokens(pie))
+    assert tokens(pie) == tokens(stock)
+
+
+def test_logprobs_of_prompts(engines: Engines, few: Path, texts: list[str]) -> None:
+    """Logprobs of prompt tokens and answers are bit for bit stock's on the same schedule."""
+    setup = Setup(few, len(LAYERS), 20, 80, dtype="float32")
+    requests = [request(t, max_tokens=16, logprobs=3, prompt_logprobs=2) for t in texts[:10]]
+    (pie,), (stock,) = engines.both(setup, [round_(requests)])
+    assert pie["schedule"] == stock["schedule"]
+    assert all(answer["prompt_logprobs"] for answer in stock["answers"])
+    assert pie["answers"] == stock["answers"]
+    check_traffic(pie, setup.page * setup.layers)
