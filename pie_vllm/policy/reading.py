@@ -66,9 +66,16 @@ class ReadSet:
             for block_id in blocks:
                 self._unread(block_id)
 
-    def follow(self, scheduled: Mapping[str, Any]) -> None:
-        """Make the blocks to load those of the scheduled requests."""
-        if len(self._running) == len(self._pooled) and self._running <= scheduled.keys():
+    def follow(self, scheduled: Mapping[str, Any], everyone: bool = False) -> None:
+        """Make the blocks to load those of the scheduled requests.
+
+        Args:
+            scheduled: the requests that run in this step, by id.
+            everyone: whether these are all requests, which saves a comparison.
+        """
+        if len(self._running) == len(self._pooled) and (
+            everyone or self._running <= scheduled.keys()
+        ):
             return
         running, pooled, readers = self._running, self._pooled, self._readers
         gone: list[int] = []

@@ -222,7 +222,7 @@ class Residency:
         """
         self._step += 1  # Steps without a plan count: the engine must notice the gap.
         reading = self.reading
-        reading.follow(scheduled)
+        reading.follow(scheduled, len(scheduled) == len(self._requests))
         promotions: tuple[Copy, ...] = ()
         if headroom is not None and reading.any_loads and forward and not self._stores:
             promotions = self._promote_free(fresh, headroom)
