@@ -1,39 +1,72 @@
-"""Which requests may complete a block in a step, without asking all of them."""
+"""Which blocks are complete after a step, without asking every request."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
+
+from pie_vllm.policy.residency import Residency
+from pie_vllm.policy.victims import Holder
+
+
+class Progress(Protocol):
+    """What the policy needs of vLLM's ``Request``."""
+
+    num_computed_tokens: int
+
 
 class Completions:
-    """Requests by the first step in which their last block can be full.
+    """Tells the residency of complete blocks, in the step that completes them.
 
     A request computes one token a step or is left out, unless it works on its
-    prompt; so a block that lacks ``k`` tokens is not full for ``k - 1`` steps.
-    Whoever finds that a request was slower, or computed more, says so by
-    ``expect`` again.
+    prompt; so a block that lacks ``k`` tokens is not complete for ``k - 1``
+    steps, and nobody need look at its request before.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, residency: Residency) -> None:
+        """Start before the first step."""
         self._block_size = block_size
+        self._residency = residency
         self._step = 0
-        self._due: dict[str, int] = {}
-        self._on: dict[int, dict[str, None]] = {}
+        self._on: dict[int, list[Holder]] = {}
 
-    def next_step(self) -> list[str]:
-        """Go on by one step; the requests that may complete a block in it."""
+    def next_step(
+        self, requests: Mapping[str, Any], several: Collection[str], fresh: Collection[str]
+    ) -> None:
+        """Go on by one step, and note the blocks that are complete after it.
+
+        Args:
+            requests: Progress by id, of all requests that hold blocks.
+            several: those that compute more than one token in this step.
+            fresh: those that got their first blocks in this step.
+        """
         self._step = step = self._step + 1
-        due = self._due
-        return [r for r in self._on.pop(step, ()) if due.get(r) == step]
+        size = self._block_size
+        for request_id in several:
+            self._note(request_id, requests[request_id])
+        ended = []
+        for holder in self._on.pop(step, ()):
+            if holder.due == step:
+                tokens = requests[holder.request_id].num_computed_tokens
+                if tokens // size > holder.full:
+                    ended.append(holder)
+                    holder.due = step + size
+                else:  # it was left out of a step
+                    self._expect(holder, tokens)
+        if ended:
+            self._on.setdefault(step + size, []).extend(ended)
+            self._residency.tails_completed(ended)
+        for request_id in fresh:
+            self._note(request_id, requests[request_id], self._residency.computed_again)
 
-    def expect(self, request_id: str, computed: int) -> None:
-        """After this step the request has ``computed`` tokens."""
-        step = self._step + self._block_size - computed % self._block_size
-        if self._due.get(request_id) != step:
-            self._due[request_id] = step
-            if step in self._on:
-                self._on[step][request_id] = None
-            else:
-                self._on[step] = {request_id: None}
+    def _note(self, request_id: str, request: Progress, computed: Any = None) -> None:
+        tokens = request.num_computed_tokens
+        note = computed or self._residency.computed
+        note(request_id, tokens // self._block_size)
+        self._expect(self._residency.victims.holders[request_id], tokens)
 
-    def forget(self, request_id: str) -> None:
-        """The request gives its blocks back; no change if unknown."""
-        self._due.pop(request_id, None)
+    def _expect(self, holder: Holder, tokens: int) -> None:
+        due = self._step + self._block_size - tokens % self._block_size
+        if holder.due != due:
+            holder.due = due
+            self._on.setdefault(due, []).append(holder)

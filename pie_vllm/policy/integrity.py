@@ -44,12 +44,10 @@ def check_residency(r: Residency) -> None:
     flagged = {i for i in range(boundary) if r._full[i]}
     _require(flagged == full, "full flags disagree with the tables")
     _require(r.queue.demotable == len(flagged), "demotable count disagrees")
-    quarantined = {b.block_id for b in r._quarantine}
     for block_id in range(boundary, len(r._blocks)):
         blank = r.queue.is_blank(block_id)
         _require(blank != r.rows.holds(block_id), f"pooled block {block_id}: row and content")
         _require(not (blank and users[block_id]), f"blank block {block_id} is in use")
-        _require(not (block_id in quarantined and users[block_id]), "quarantined block in use")
     r.reading.check_integrity(pooled)
     for block_id, (resident, row) in r._stores.items():
         _require(r.rows.row_of(block_id) == row, "a store goes to a foreign row")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from pie_vllm.errors import IntegrityError
@@ -13,7 +13,7 @@ from pie_vllm.policy.reading import ReadSet
 from pie_vllm.policy.relabels import RelabelLog
 from pie_vllm.policy.runs import merge
 from pie_vllm.policy.tiers import FreeList, TieredFreeBlockQueue
-from pie_vllm.policy.victims import Victims
+from pie_vllm.policy.victims import Holder, Victims
 
 
 class Residency:
@@ -21,8 +21,8 @@ class Residency:
 
     It changes block tables (lists of blocks, one per request) in place and
     calls ``move_content`` to carry a prefix-cache entry along; it owns no
-    bytes. A step is: ``begin_step``; vLLM's ``schedule``, during which
-    allocations call back and demote; ``end_step``, which returns the plan.
+    bytes. A step is: vLLM's ``schedule``, during which allocations call back
+    and demote; then ``end_step``, which returns the plan.
 
     Attributes:
         queue: the free blocks of both tiers, in place of vLLM's free queue.
@@ -66,7 +66,6 @@ class Residency:
         self.reading = ReadSet(self.rows, geometry.chunk_rows)
         self._stores: dict[int, tuple[int, int]] = {}
         self._relabels = RelabelLog()
-        self._quarantine: list[Any] = []
         self._step = 0
         self.demotions = 0
         self.promotions = 0
@@ -87,13 +86,20 @@ class Residency:
         """The first ``num_full`` blocks of a request are complete after this step."""
         holder = self._requests[request_id]
         if num_full > holder.full:
-            table, flags = self.tables[request_id], self._full
-            for index in range(holder.full, num_full):
-                block_id = table[index].block_id
-                if block_id < self._boundary and not flags[block_id]:
-                    flags[block_id] = 1
-                    self.queue.demotable += 1
+            for block in self.tables[request_id][holder.full : num_full]:
+                self._set_full(block)
             holder.full = num_full
+            self.victims.offer(holder)
+
+    def tails_completed(self, holders: Iterable[Holder]) -> None:
+        """As ``computed`` with one block more, for requests that decode: the common case."""
+        flags, tables = self._full, self.tables
+        for holder in holders:
+            block_id = tables[holder.request_id][holder.full].block_id
+            holder.full += 1
+            if not flags[block_id]:  # else a request that hit it was first
+                flags[block_id] = 1
+                self.queue.demotable += 1
             if not holder.listed:
                 self.victims.offer(holder)
 
@@ -181,8 +187,10 @@ class Residency:
             self.reading.discard(request_id, block.block_id)
             self.victims.offer_from(request_id, index)
         self._set_full(target)
-        # The row is read in this step; nothing may be stored there before the next.
-        self._quarantine.append(block)
+        # Promotions are the last of a step: whoever takes the row next stores to it in a later
+        # step, which the engine orders after this step's loads.
+        self.rows.release(block.block_id)
+        self.queue.give_blank(block)
         self.promotions += 1
         return target.block_id, row
 
@@ -195,13 +203,6 @@ class Residency:
         self._move_content(block, target)
 
     # A step.
-
-    def begin_step(self) -> None:
-        """Before vLLM's ``schedule``: what the last plan read is free now."""
-        for block in self._quarantine:
-            self.rows.release(block.block_id)
-            self.queue.give_blank(block)
-        self._quarantine.clear()
 
     def end_step(
         self,
@@ -272,7 +273,7 @@ class Residency:
     @property
     def pooled_in_use(self) -> int:
         """Pooled ids that requests use now."""
-        return self.window - self.queue.free_pooled - len(self._quarantine)
+        return self.window - self.queue.free_pooled
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless all books agree; costs a pass over all blocks."""

@@ -12,7 +12,7 @@ from pie_vllm.errors import IntegrityError
 class Holder:
     """What the policy keeps of one request that holds blocks."""
 
-    __slots__ = ("cursor", "full", "listed", "request_id", "serial")
+    __slots__ = ("cursor", "due", "full", "listed", "request_id", "serial")
 
     def __init__(self, request_id: str, serial: int) -> None:
         self.request_id = request_id
@@ -21,6 +21,8 @@ class Holder:
         """Blocks at the front whose KV is complete."""
         self.cursor = 0
         """The search for a private resident full block goes on at this index."""
+        self.due = 0
+        """The first step in which its last block can be complete; 0: it is not asked."""
         self.listed = False
         """Whether such a block may stand at the cursor or after it."""
 
@@ -70,6 +72,7 @@ class Victims:
         holder = self.holders.pop(request_id, None)
         if holder is None:
             return False
+        holder.due = 0
         del self._by_serial[holder.serial]
         if holder.listed:
             self._listed.pop(bisect_left(self._listed, holder.serial))

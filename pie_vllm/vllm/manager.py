@@ -36,7 +36,6 @@ class PieBlockPool(BlockPool):
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes, provided that no request holds blocks."""
-        self.residency.begin_step()
         queue = self.free_block_queue
         # vLLM counts as used what is not free; here all of both tiers counts.
         queue.num_free_blocks = queue.free_in_all
@@ -94,7 +93,7 @@ class PieBlockSpaceManager(KVCacheManager):
         )
         pool.attach(self.residency)
         self.block_size = managers[0].block_size
-        self.completions = Completions(self.block_size)
+        self.completions = Completions(self.block_size, self.residency)
         self.limit = geometry.pooled_blocks
         self.chunk_blocks = chunk_blocks
         self.claims: Callable[[], Claims] = Claims
@@ -107,11 +106,11 @@ class PieBlockSpaceManager(KVCacheManager):
         vLLM applies the watermark to waiting and preempted requests only, and
         only while something runs, so a limit can neither preempt nor deadlock.
         """
-        self.residency.begin_step()
         self._claims = None
+        pooled = self.geometry.pooled_blocks
         beyond = 0
-        if self.limit < self.geometry.pooled_blocks:
-            beyond = self.geometry.pooled_blocks - max(self.limit, self.residency.pooled_in_use)
+        if self.limit < pooled:
+            beyond = pooled - max(self.limit, self.residency.pooled_in_use)
         self.watermark_blocks = self._base_watermark + beyond
 
     def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
@@ -208,7 +207,6 @@ class PieBlockSpaceManager(KVCacheManager):
 
     def free(self, request: Request) -> None:
         """Give a request's blocks back to their tiers."""
-        self.completions.forget(request.request_id)
         self.residency.forget(request.request_id)
         super().free(request)
 

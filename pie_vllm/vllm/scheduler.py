@@ -74,23 +74,14 @@ class PieSchedulerMixin(_Mixed):
         scheduled = output.num_scheduled_tokens
         fresh = {r.req_id for r in output.scheduled_new_reqs}
         fresh.update(output.scheduled_cached_reqs.resumed_req_ids)
-        ended = manager.completions.next_step()
+        several: list[str] = []
         if output.total_num_scheduled_tokens > len(scheduled):
-            ended += [r for r, tokens in scheduled.items() if tokens > 1 and r not in fresh]
-        block_size, requests = manager.block_size, self.requests
-        computed, expect = residency.computed, manager.completions.expect
-        for request_id in ended:
-            tokens = requests[request_id].num_computed_tokens
-            computed(request_id, tokens // block_size)
-            expect(request_id, tokens)
-        for request_id in fresh:
-            tokens = requests[request_id].num_computed_tokens
-            residency.computed_again(request_id, tokens // block_size)
-            expect(request_id, tokens)
+            several = [r for r, tokens in scheduled.items() if tokens > 1 and r not in fresh]
+        manager.completions.next_step(self.requests, several, fresh)
         running = len(self.running)
         headroom = None
         if not self.waiting or running >= self.max_num_running_reqs:
-            headroom = running // block_size + 2
+            headroom = running // manager.block_size + 2
         return residency.end_step(scheduled, fresh, output.total_num_scheduled_tokens > 0, headroom)
 
     def update_from_output(

@@ -158,7 +158,6 @@ def play(driver: Driver, case: Case, most_idle: int = 20) -> None:
         assert driver.steps <= case.most_steps, f"not done after {driver.steps} steps"
     driver.verify()
     manager = scheduler.kv_cache_manager
-    manager.residency.begin_step()
     assert manager.usage == 0.0
     assert manager.residency.pooled_in_use == 0
     assert manager.reset_prefix_cache()

@@ -142,6 +142,7 @@ class Driver:
     Attributes:
         answers: tokens of each finished request.
         preemptions: all preemptions so far.
+        output: of the newest ``schedule``.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class Driver:
         self.steps = 0
         self.idle = 0
         self.preemptions: list[Preemption] = []
+        self.output: Any = None
         self.asked = 0
         self.plans = plan_check(scheduler.kv_cache_manager)
         original = scheduler._preempt_request
@@ -197,7 +199,7 @@ class Driver:
     def step(self) -> None:
         """Schedule and submit one step; take results when enough are in flight."""
         if self.scheduler.has_requests():
-            output = self.scheduler.schedule()
+            output = self.output = self.scheduler.schedule()
             self._check()
             if self.check:
                 self.plans.check(output.pie_plan, output.num_scheduled_tokens)

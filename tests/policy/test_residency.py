@@ -50,12 +50,6 @@ class Tiers(RuleBasedStateMachine):
         self.worker: dict[str, list[int]] = {}
         self.fresh: set[str] = set()
         self.serial = 0
-        self.open = False
-
-    def _open(self) -> None:
-        if not self.open:
-            self.residency.begin_step()
-            self.open = True
 
     def _write(self, request_id: str) -> None:
         """Put content into the blocks that the request just got."""
@@ -68,7 +62,6 @@ class Tiers(RuleBasedStateMachine):
     @rule(data=st.data())
     def admit(self, data: st.DataObject) -> None:
         """A request comes, perhaps with prefix hits, and takes new blocks."""
-        self._open()
         request_id = f"q{self.serial}-{len(self.written)}"
         self.serial += 1
         hits: list[Any] = []
@@ -102,7 +95,7 @@ class Tiers(RuleBasedStateMachine):
         self._write(request_id)
         self.fresh.add(request_id)
 
-    @precondition(lambda self: self.open and set(self.written) - self.fresh)
+    @precondition(lambda self: set(self.written) - self.fresh)
     @rule(data=st.data())
     def grow(self, data: st.DataObject) -> None:
         """A running request takes a new block; it fails only when nothing can be had."""
@@ -122,7 +115,6 @@ class Tiers(RuleBasedStateMachine):
             book.pop(request_id, None)
         self.fresh.discard(request_id)
 
-    @precondition(lambda self: self.open)
     @rule(data=st.data())
     def end(self, data: st.DataObject) -> None:
         """The step ends: carry out its plan and check what the scheduled requests read."""
@@ -168,7 +160,6 @@ class Tiers(RuleBasedStateMachine):
                     block.pending = None
                 assert self.pages[block.block_id] == content, "foreign content"
         self.fresh -= scheduled.keys()
-        self.open = False
 
     @invariant()
     def books_agree(self) -> None:
@@ -191,7 +182,6 @@ def test_demotion_takes_the_request_admitted_last_first() -> None:
     """Few requests stream: all blocks of the last one before any of the one before."""
     pool = FakePool(sizes(8, 8))
     residency = pool.residency
-    residency.begin_step()
     for name in ("first", "second"):
         pool.tables[name] = []
         residency.admit(name)
@@ -199,7 +189,6 @@ def test_demotion_takes_the_request_admitted_last_first() -> None:
         residency.admitted(name)
         residency.computed_again(name, 2)
     residency.end_step(running("first", "second"), {"first", "second"}, True, None)
-    residency.begin_step()
     assert pool.allocate("first", 3)
     pooled = {name: sum(b.block_id >= 8 for b in table) for name, table in pool.tables.items()}
     assert pooled == {"first": 0, "second": 2}
@@ -210,11 +199,9 @@ def test_demotion_takes_the_request_admitted_last_first() -> None:
     assert [r.request_id for r in plan.relabels] == ["second"]
     assert plan.loads is not None
     assert sum(copy.count for copy in plan.loads) == 2
-    residency.begin_step()
     again = residency.end_step(running("first", "second"), (), True, None)
     assert again is not None
     assert again.loads is None, "unchanged loads are not sent again"
-    residency.begin_step()
     alone = residency.end_step(running("first"), (), True, None)
     assert alone is None, "a step that reads no pooled block has no plan"
 
@@ -223,7 +210,6 @@ def test_free_residents_are_used_for_promotion() -> None:
     """When residents are free again, pooled blocks of running requests return for good."""
     pool = FakePool(sizes(8, 8))
     residency = pool.residency
-    residency.begin_step()
     for name, count in (("a", 4), ("b", 5)):
         pool.tables[name] = []
         residency.admit(name)
@@ -231,15 +217,37 @@ def test_free_residents_are_used_for_promotion() -> None:
         residency.admitted(name)
         residency.computed_again(name, count)
         residency.end_step(running(name), {name}, True, None)
-        residency.begin_step()
     assert residency.demotions == 2
     pool.free("b")
     plan = residency.end_step(running("a"), (), True, 1)
     assert plan is not None
     assert sum(copy.count for copy in plan.promotions) == 2
     assert all(block.block_id < 8 for block in pool.tables["a"])
-    residency.begin_step()
     assert residency.end_step(running("a"), (), True, 1) is None
+    residency.check_integrity()
+
+
+def test_promoted_blocks_are_the_first_to_be_demoted_again() -> None:
+    """A promotion does not hide a request from the search for what to demote."""
+    pool = FakePool(sizes(9, 8))
+    residency = pool.residency
+    for name, count in (("old", 2), ("filler", 3), ("new", 4)):
+        pool.tables[name] = []
+        residency.admit(name)
+        assert pool.allocate(name, count)
+        residency.admitted(name)
+        residency.computed_again(name, count)
+        residency.end_step(running(name), {name}, True, None)
+    everyone = running("old", "filler", "new")
+    assert pool.allocate("old", 3)
+    residency.end_step(everyone, (), True, None)
+    assert sum(block.block_id >= 9 for block in pool.tables["new"]) == 3
+    pool.free("filler")
+    residency.end_step(running("old", "new"), (), True, 0)
+    assert residency.promotions == 2
+    assert pool.allocate("old", 2)
+    assert all(block.block_id < 9 for block in pool.tables["old"])
+    assert sum(block.block_id >= 9 for block in pool.tables["new"]) == 3
     residency.check_integrity()
 
 
@@ -248,7 +256,6 @@ def test_a_shared_block_moves_with_all_its_users() -> None:
     pool = FakePool(sizes(5, 8))
     residency = pool.residency
     rng = random.Random(0)
-    residency.begin_step()
     pool.tables["one"] = []
     residency.admit("one")
     assert pool.allocate("one", 2)
@@ -258,7 +265,6 @@ def test_a_shared_block_moves_with_all_its_users() -> None:
     pool.cached[shared.block_hash] = shared
     residency.computed_again("one", 1)
     residency.end_step(running("one"), {"one"}, True, None)
-    residency.begin_step()
     pool.tables["two"] = []
     residency.admit("two", 1)
     pool.hit("two", [shared])
@@ -266,7 +272,6 @@ def test_a_shared_block_moves_with_all_its_users() -> None:
     residency.admitted("two")
     residency.computed_again("two", 1)
     residency.end_step(running("one", "two"), {"two"}, True, None)
-    residency.begin_step()
     assert pool.allocate("one", 2)
     assert pool.tables["one"][0] is pool.tables["two"][0]
     assert pool.tables["one"][0].block_id >= 5

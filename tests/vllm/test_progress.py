@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pie_vllm.policy.geometry import Geometry
 from tests.helpers import scheduling
 from tests.helpers.fuzz import BLOCK_SIZE, Case, play, random_case
 from tests.helpers.scheduling import Driver, make_request
@@ -62,6 +63,108 @@ def test_a_prompt_longer_than_the_residents_is_served(limit: int) -> None:
     driver.verify()
     assert len(driver.answers["long"]) == 100
     assert not driver.preemptions
+
+
+def test_a_request_left_out_at_the_end_of_a_block_finds_a_resident() -> None:
+    """Waiting requests may not take the residents that a left-out request needs next."""
+    sizes = scheduling.geometry(4, 20)
+    scheduler = scheduling.make(sizes, BLOCK_SIZE, max_model_len=20 * 16)
+    driver = Driver(scheduler, TagRunner(DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE))
+    driver.add(make_request("first", list(range(15)), 40, BLOCK_SIZE))
+    driver.step()
+    driver.step()
+    request = scheduler.requests["first"]
+    assert request.num_computed_tokens == 16
+    request.next_decode_eligible_step = scheduler.current_step + 2
+    for name in ("b", "c", "d"):
+        driver.add(make_request(name, [1, 2, 3, ord(name)], 30, BLOCK_SIZE))
+    driver.step()
+    assert [r.request_id for r in scheduler.running] == ["first", "b", "c"]
+    driver.run()
+    driver.verify()
+    assert not driver.preemptions
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_smallest_tiers_serve_many_requests(asynchronous: bool) -> None:
+    """Four residents, one pooled block, limit zero: all requests get their answers."""
+    sizes = scheduling.geometry(4, 1)
+    scheduler = scheduling.make(
+        sizes, BLOCK_SIZE, max_model_len=64, async_scheduling=asynchronous, max_num_seqs=8
+    )
+    scheduler.kv_cache_manager.limit = 0
+    runner = TagRunner(DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE)
+    driver = Driver(scheduler, runner, in_flight=1 + asynchronous)
+    for number in range(12):
+        driver.add(make_request(f"r{number}", list(range(number, number + 30)), 30, BLOCK_SIZE))
+    driver.run()
+    driver.verify()
+    assert all(len(answer) == 30 for answer in driver.answers.values())
+
+
+def test_usage_counts_both_tiers_and_a_reset_waits_for_all_blocks() -> None:
+    """vLLM's two views of the free blocks are right while some are pooled."""
+    sizes = scheduling.geometry(6, 10)
+    scheduler = scheduling.make(sizes, BLOCK_SIZE, max_model_len=200)
+    manager = scheduler.kv_cache_manager
+    driver = Driver(scheduler, TagRunner(DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE))
+    driver.add(make_request("one", list(range(100)), 40, BLOCK_SIZE))
+    while len(driver.answers["one"]) < 20:
+        driver.step()
+    assert manager.residency.pooled_in_use > 0
+    blocks = len(manager.residency.tables["one"])
+    assert manager.usage == pytest.approx(blocks / (sizes.num_blocks - 1))
+    assert not manager.reset_prefix_cache()
+    driver.run()
+    assert manager.usage == 0.0
+    assert manager.reset_prefix_cache()
+
+
+def pooled_beside_another(sizes: Geometry) -> Driver:
+    """A request that holds blocks and ends soon, and one whose first blocks are pooled."""
+    scheduler = scheduling.make(sizes, BLOCK_SIZE, max_model_len=200)
+    driver = Driver(scheduler, TagRunner(DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE))
+    driver.add(make_request("other", list(range(100, 180)), 15, BLOCK_SIZE))
+    driver.add(make_request("long", list(range(66)), 40, BLOCK_SIZE))
+    while len(driver.answers["long"]) < 2:
+        driver.step()
+    assert "other" in scheduler.requests
+    ids = [b.block_id for b in scheduler.kv_cache_manager.residency.tables["long"]]
+    assert any(i >= sizes.resident_blocks for i in ids)
+    return driver
+
+
+def test_a_demoted_prefix_is_still_hit() -> None:
+    """The prefix cache follows a block into the pool, in use and idle."""
+    sizes = scheduling.geometry(10, 20)
+    driver = pooled_beside_another(sizes)
+    driver.add(make_request("again", [*range(66), 7], 3, BLOCK_SIZE))
+    driver.step()
+    assert driver.output.scheduled_new_reqs[0].num_computed_tokens == 64
+    driver.abort("long")
+    driver.abort("again")
+    driver.add(make_request("later", [*range(66), 8], 3, BLOCK_SIZE))
+    driver.step()
+    assert driver.output.scheduled_new_reqs[0].num_computed_tokens == 64
+    driver.run()
+    driver.verify()
+
+
+def test_a_block_is_not_promoted_under_a_request_that_just_came() -> None:
+    """A new request's table is sent before promotions are chosen, so its blocks stay this step."""
+    sizes = scheduling.geometry(10, 20)
+    driver = pooled_beside_another(sizes)
+    while "other" in driver.scheduler.requests:
+        driver.step()
+    residency = driver.scheduler.kv_cache_manager.residency
+    assert residency.promotions == 0
+    driver.add(make_request("again", [*range(66), 7], 9, BLOCK_SIZE))
+    driver.step()
+    assert driver.output.scheduled_new_reqs[0].num_computed_tokens == 64
+    assert residency.queue.free_residents > 2, "there is room for promotion"
+    driver.run()
+    driver.verify()
+    assert residency.promotions > 0
 
 
 class _SkipsLoads(DictMemory):
