@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.harness.display import console, table
 from benchmarks.harness.load import Load
-from benchmarks.harness.machine import facts, write_json
+from benchmarks.harness.machine import facts, fast_dtype, write_json
 from benchmarks.harness.server import ServerError
 from benchmarks.harness.serving_run import Setting, run_server
 from benchmarks.harness.shape import PieSizes, kv_shape, wide_ring
@@ -60,7 +60,7 @@ def introduce(setting: Setting, load: Load, device_blocks: int, pie: PieSizes) -
     ring = pie.ring_slots * pie.pool_blocks * setting.shape.page_bytes
     console.print(
         f"{load.chats} chats of {load.tokens} tokens need about {need} KV blocks of "
-        f"{setting.block_size} tokens; the device is given {device_blocks} "
+        f"{setting.block_size} tokens in {setting.dtype}; the device is given {device_blocks} "
         f"({device_blocks * block / MIB:.0f} MiB) on both sides.\n"
         f"Pie adds a CPU pool of {pie.pool_blocks} blocks ({pie.pool_blocks * block / MIB:.0f} "
         f"MiB) and pays for a ring of {ring / MIB:.0f} MiB out of its device bytes: "
@@ -117,8 +117,9 @@ def main() -> int:
     """Run both sides and write build/demo.json."""
     args = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    shape = kv_shape(args.model, BLOCK_SIZE, "bfloat16")
-    setting = Setting(args.model, shape, BLOCK_SIZE, 1024, args.compiled, Path("build/logs"))
+    dtype, logs = fast_dtype(), Path("build/logs")
+    shape = kv_shape(args.model, BLOCK_SIZE, dtype)
+    setting = Setting(args.model, shape, BLOCK_SIZE, dtype, 1024, args.compiled, logs)
     load = Load(args.chats, args.tokens)
     sizes = wide_ring(shape, args.device_blocks, args.pool_blocks, args.ring_slots)
     introduce(setting, load, args.device_blocks, sizes)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.harness.load import Load
-from benchmarks.harness.machine import RESULTS
+from benchmarks.harness.machine import RESULTS, fast_dtype
 from benchmarks.harness.report import publish
 from benchmarks.harness.rounds import Figures, Question, run_rounds
 from benchmarks.harness.serving_run import Setting, run_server, server_arguments
@@ -34,6 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", type=Path, default=Path("build/models/smollm2-135m"))
+    parser.add_argument("--dtype", default=fast_dtype(), choices=("bfloat16", "float32"))
     parser.add_argument("--chats", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--block-size", type=int, default=128)
@@ -53,8 +54,9 @@ def main() -> None:
     args = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     load = Load(args.chats, args.tokens)
-    shape = kv_shape(args.model, args.block_size, "bfloat16")
-    setting = Setting(args.model, shape, args.block_size, 1024, args.compiled, Path("build/logs"))
+    shape = kv_shape(args.model, args.block_size, args.dtype)
+    logs = Path("build/logs")
+    setting = Setting(args.model, shape, args.block_size, args.dtype, 1024, args.compiled, logs)
     pie = wide_ring(shape, args.device_blocks, args.pool_blocks, args.ring_slots)
     sides: dict[str, tuple[int, PieSizes | None]] = {
         "stock_equal": (args.device_blocks, None),
@@ -78,7 +80,7 @@ def main() -> None:
         "repeats": args.repeats,
         "arguments": {name: server_arguments(setting, *sides[name]) for name in wanted},
     }
-    title = f"{load.chats} chats x {load.tokens} tokens over HTTP, bfloat16"
+    title = f"{load.chats} chats x {load.tokens} tokens over HTTP, {args.dtype}"
     publish(args.output, title, setup, QUESTIONS, figures)
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.harness.display import working
 from benchmarks.harness.environment import vllm_environment
 from benchmarks.harness.load import Load
-from benchmarks.harness.machine import RESULTS
+from benchmarks.harness.machine import RESULTS, fast_dtype
 from benchmarks.harness.report import publish
 from benchmarks.harness.rounds import Figures, Question, run_rounds
 from benchmarks.harness.shape import KvShape, PieSizes, kv_shape, wide_ring
@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", type=Path, default=Path("build/models/smollm2-135m"))
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--dtype", default=fast_dtype(), choices=("bfloat16", "float32"))
     parser.add_argument("--chats", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--block-size", type=int, default=128)

@@ -26,6 +26,7 @@ class Setting:
         model: folder of the model.
         shape: its KV sizes at `block_size`.
         block_size: tokens of one block.
+        dtype: that the model runs in.
         max_model_len: longest context served.
         compiled: torch.compile on; off (eager) starts faster.
         logs: folder of the servers' logs.
@@ -34,6 +35,7 @@ class Setting:
     model: Path
     shape: KvShape
     block_size: int
+    dtype: str
     max_model_len: int
     compiled: bool
     logs: Path
@@ -46,7 +48,7 @@ def server_arguments(setting: Setting, device_blocks: int, pie: PieSizes | None)
         f"--block-size={setting.block_size}",
         f"--max-model-len={setting.max_model_len}",
         f"--kv-cache-memory-bytes={device_blocks * setting.shape.block_bytes}",
-        "--dtype=bfloat16",
+        f"--dtype={setting.dtype}",
     ]
     if not setting.compiled:
         arguments.append("--enforce-eager")
