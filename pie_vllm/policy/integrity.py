@@ -18,7 +18,7 @@ def _require(condition: bool, text: str) -> None:
 
 def check_residency(r: Residency) -> None:
     """Raise IntegrityError at the first book that disagrees with the block tables."""
-    boundary = r._boundary
+    boundary = r.boundary
     r.queue.check_integrity()
     r.rows.check_integrity()
     r.victims.check_integrity()

@@ -32,6 +32,11 @@ class ReadSet:
         """Whether the step loads any block."""
         return bool(self._readers)
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that the step loads; a shared one counts once."""
+        return len(self._readers)
+
     def pooled(self, request_id: str) -> Collection[int]:
         """The pooled blocks of a request."""
         return self._pooled.get(request_id, ())

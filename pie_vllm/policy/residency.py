@@ -27,6 +27,7 @@ class Residency:
     Attributes:
         queue: the free blocks of both tiers, in place of vLLM's free queue.
         rows: the ledger of the CPU pool's rows.
+        boundary: ids below it are resident.
         window: pooled ids in all.
         demotions, promotions: counts since the start.
     """
@@ -52,15 +53,15 @@ class Residency:
             drop_content: removes the prefix-cache entry of a block.
         """
         self._geometry = geometry
-        self._boundary = geometry.resident_blocks
+        self.boundary = geometry.resident_blocks
         self.window = geometry.pooled_blocks
         self._blocks = blocks
         self.tables = tables
         self._move_content = move_content
         self._drop_content = drop_content
-        self.rows = RowLedger(geometry.rows, self._boundary)
-        self.queue = TieredFreeBlockQueue(blocks, self._boundary, make_list, self)
-        self.victims = Victims(tables, self._boundary)
+        self.rows = RowLedger(geometry.rows, self.boundary)
+        self.queue = TieredFreeBlockQueue(blocks, self.boundary, make_list, self)
+        self.victims = Victims(tables, self.boundary)
         self._requests = self.victims.holders
         self._full = self.victims.full
         self.reading = ReadSet(self.rows, geometry.chunk_rows)
@@ -79,7 +80,7 @@ class Residency:
     def admitted(self, request_id: str) -> None:
         """A request got its first blocks: note the pooled ones among its hits."""
         for block in self.tables[request_id][: self._requests[request_id].full]:
-            if block.block_id >= self._boundary:
+            if block.block_id >= self.boundary:
                 self.reading.add(request_id, block.block_id)
 
     def computed(self, request_id: str, num_full: int) -> None:
@@ -118,7 +119,7 @@ class Residency:
 
     def _set_full(self, block: Any) -> None:
         block_id = block.block_id
-        if block_id < self._boundary and not self._full[block_id]:
+        if block_id < self.boundary and not self._full[block_id]:
             self._full[block_id] = 1
             self.queue.demotable += 1
 
@@ -262,7 +263,7 @@ class Residency:
             for index, block in enumerate(self.tables[request_id]):
                 if room <= 0:
                     break
-                if block.block_id < self._boundary:
+                if block.block_id < self.boundary:
                     continue
                 users = self.victims.users(index, block) if block.ref_cnt > 1 else (request_id,)
                 if not any(user in fresh for user in users):

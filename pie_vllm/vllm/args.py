@@ -126,6 +126,7 @@ def _configure(args: EngineArgs) -> None:
     """Set the classes that pie needs in the engine arguments, after checks."""
     compat.check_version()
     compat.check_engine_core()
+    compat.check_metrics()
     load_library()  # A missing or foreign build must show before the model loads.
     taken = settings.take(args.additional_config)
     worker = worker_class(current_platform.device_type)

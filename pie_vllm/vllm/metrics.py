@@ -1,4 +1,4 @@
-"""Counters of the engine, as a log line and for Python users."""
+"""Counters of the engine and the tiers: as a log line, for the front end, for Python users."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from vllm.logger import init_logger
 
 from pie_vllm.policy.geometry import Geometry
+from pie_vllm.policy.residency import Residency
 
 logger = init_logger("vllm.pie")
 
@@ -37,6 +38,57 @@ class Totals(NamedTuple):
     pooled_peak: int = 0
 
 
+MICROSECONDS = 1e6
+
+
+class Report:
+    """What the front end has not been told yet, as whole numbers.
+
+    Each report of vLLM's scheduler reaches one front-end process only, so counters travel as
+    increments, and add up over the processes. Names are those in ``prometheus.py``.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        """Nothing has been told; the first report has the sizes."""
+        self._counters: dict[str, int] = {}
+        self._gauges: dict[str, int] = {}
+        self._sizes = {
+            "pie_resident_blocks": geometry.resident_blocks,
+            "pie_pooled_blocks": geometry.pooled_blocks,
+            "pie_ring_bytes": geometry.ring_bytes,
+            "pie_pool_bytes": geometry.host_bytes,
+        }
+
+    def changes(self, totals: Totals, residency: Residency) -> dict[str, int]:
+        """Increments of counters and new values of gauges since the last call."""
+        queue = residency.queue
+        gauges = {
+            "pie_resident_blocks_used": residency.boundary - 1 - queue.free_residents,
+            "pie_pooled_blocks_used": residency.pooled_in_use,
+            "pie_pooled_blocks_read": residency.reading.num_blocks,
+        }
+        counters = {
+            "pie_streaming_steps": totals.steps,
+            "pie_loaded_bytes": totals.bytes_loaded,
+            "pie_stored_bytes": totals.bytes_stored,
+            "pie_load_us": int(totals.load_seconds * MICROSECONDS),
+            "pie_store_us": int(totals.store_seconds * MICROSECONDS),
+            "pie_stall_us": int(totals.stall_seconds * MICROSECONDS),
+            "pie_demoted_blocks": residency.demotions,
+            "pie_promoted_blocks": residency.promotions,
+        }
+        changed = {**self._sizes}
+        self._sizes = {}
+        if gauges != self._gauges:
+            changed |= gauges
+            self._gauges = gauges
+        if counters != self._counters:
+            told = self._counters
+            changed |= {name: n - told.get(name, 0) for name, n in counters.items()}
+            self._counters = counters
+        return changed
+
+
 class StepLog:
     """Writes one line of totals every few seconds while steps stream."""
 
@@ -53,6 +105,11 @@ class StepLog:
         self._totals, self._pooled = totals, pooled
         if time.monotonic() - self._written >= LOG_SECONDS:
             self.write()
+
+    @property
+    def totals(self) -> Totals:
+        """The newest totals."""
+        return self._totals
 
     def write(self) -> None:
         """Write the line, unless nothing happened since the last one."""

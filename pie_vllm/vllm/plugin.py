@@ -5,7 +5,8 @@ from __future__ import annotations
 
 def register() -> None:
     """Add ``--block-manager`` and the ``--pie-*`` flags to vLLM; twice is once."""
-    from pie_vllm.vllm import args, compat, handshake
+    from pie_vllm.vllm import args, compat, handshake, prometheus
 
     args.install()
     compat.after_kv_caches(handshake.give_geometry_to_scheduler)
+    compat.with_prometheus_logger(prometheus.extend)

@@ -13,7 +13,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from pie_vllm.policy.plan import StepPlan
 from pie_vllm.vllm import compat, settings
 from pie_vllm.vllm.manager import Claims, PieBlockSpaceManager, chunk_blocks_of
-from pie_vllm.vllm.metrics import StepLog
+from pie_vllm.vllm.metrics import Report, StepLog
 
 logger = init_logger("vllm.pie")
 
@@ -49,6 +49,7 @@ class PieSchedulerMixin(_Mixed):
             self.max_num_scheduled_tokens = most
         self.kv_cache_manager.claims = self._claims
         self.pie_log = StepLog(geometry)
+        self.pie_report = Report(geometry)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule as vLLM does, then plan what the step stores, loads and relabels."""
@@ -92,6 +93,15 @@ class PieSchedulerMixin(_Mixed):
         if stats is not None:
             self.pie_log.record(stats, self.kv_cache_manager.residency.pooled_in_use)
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """Make vLLM's statistics of a step, with pie's among them."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            residency = self.kv_cache_manager.residency
+            changes = self.pie_report.changes(self.pie_log.totals, residency)
+            compat.carry(stats).update(changes)
+        return stats
 
     def shutdown(self) -> None:
         """Shut down as vLLM does, and log the totals."""

@@ -40,7 +40,7 @@ class Engine:
         more = {} if settings["pie"] is None else pie_vllm.engine_args(**settings["pie"])
         began = time.process_time()
         try:
-            self.llm = LLM(disable_log_stats=True, **settings["llm"], **more)
+            self.llm = LLM(**{"disable_log_stats": True, **settings["llm"]}, **more)
         except BaseException:
             compat.relabel_rows = self._relabel
             raise
@@ -58,6 +58,13 @@ class Engine:
 
         found: dict[str, Any] = counters(self.llm)
         return found
+
+    def metrics(self) -> dict[str, float]:
+        """vLLM's metrics that are one number, where they are on."""
+        if self.settings["llm"].get("disable_log_stats", True):
+            return {}
+        found = self.llm.get_metrics()
+        return {metric.name: metric.value for metric in found if hasattr(metric, "value")}
 
     def run(self, round_: dict[str, Any]) -> dict[str, Any]:
         """Answer the requests of a round; see ``Round`` in tests/helpers/engine.py."""
@@ -98,6 +105,8 @@ class Engine:
             "steps": steps,
             "seconds": time.process_time() - began,
             "moved": moved,
+            "counters": after,
+            "metrics": self.metrics(),
             **record,
             **copy_bytes(plans, after),
         }

@@ -6,6 +6,7 @@ One server lives through the whole story; each test checks one thing of the reco
 from __future__ import annotations
 
 import json
+import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.counters import last_pie_line
+from tests.helpers.model import REPOSITORY
 from tests.serving.process import (
     START_LINE,
     Ending,
@@ -35,6 +37,7 @@ from tests.serving.traffic import (
 END_SECONDS = 40.0
 """Stock vLLM ends within 7 s of SIGTERM on a busy machine of two cores (0.32, 2026-11-22)."""
 
+DASHBOARD = REPOSITORY / "pie_vllm" / "grafana" / "dashboard.json"
 ALONE = 2
 MIB = 1 << 20
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -157,6 +160,26 @@ def test_metrics_count_and_return_to_zero(story: Story) -> None:
     assert story.metrics["vllm:num_requests_running"] == 0
     assert story.metrics["vllm:num_requests_waiting"] == 0
     assert story.metrics["vllm:kv_cache_usage_perc"] == 0
+
+
+def test_pie_metrics_add_up_over_two_api_servers(story: Story) -> None:
+    """Counters reach one API server each time, and their sum is what the engine moved."""
+    metrics, counters = story.metrics, story.counters
+    assert metrics["vllm:pie_pooled_blocks"] == POOL_BLOCKS
+    assert metrics["vllm:pie_pooled_blocks_used"] == 0
+    for metric, counter in (("loaded", "bytes_loaded"), ("stored", "bytes_stored")):
+        # The last line of the log counts the streams that SIGTERM ended, too.
+        assert 0 < metrics[f"vllm:pie_{metric}_bytes_total"] <= counters[counter]
+    assert metrics["vllm:pie_loaded_bytes_total"] > counters["bytes_loaded"] / 4
+
+
+def test_the_dashboard_names_metrics_that_the_server_exports(story: Story) -> None:
+    """No panel stays empty because of a name."""
+    text = DASHBOARD.read_text()
+    names = set(re.findall(r"vllm:\w+", text))
+    assert len(names) > 10
+    assert names <= story.metrics.keys()
+    assert [panel["title"] for panel in json.loads(text)["panels"]]
 
 
 def test_a_second_load_takes_no_more(story: Story) -> None:

@@ -125,6 +125,20 @@ def test_help_lists_the_flags() -> None:
         assert flag in text
 
 
+def test_help_of_the_real_command_lists_the_flags() -> None:
+    """`vllm serve --help=pie` finds them in a process that loads the plugin by itself."""
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("vllm")), "serve", "--help=pie"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for flag in ("--block-manager", "--pie-pool-gib", "--pie-ring-slots", "--pie-ring-fraction"):
+        assert flag in done.stdout
+
+
 def test_without_the_flag_vllm_is_untouched(model: Path) -> None:
     """Merely installed, the plugin changes no class and no setting."""
     for config in ({}, {"block_manager": "default"}):

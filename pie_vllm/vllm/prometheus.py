@@ -1,0 +1,82 @@
+"""Pie's metrics among those of vLLM: ``/metrics`` of a server, ``LLM.get_metrics()``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pie_vllm.vllm import compat, settings
+
+GAUGES = {
+    "pie_resident_blocks": "KV cache blocks in device memory, the null block included.",
+    "pie_resident_blocks_used": "Resident blocks that requests use.",
+    "pie_pooled_blocks": "KV cache blocks that can be pooled in CPU memory at once.",
+    "pie_pooled_blocks_used": "Pooled blocks that requests use.",
+    "pie_pooled_blocks_read": "Pooled blocks that the last step read through the ring.",
+    "pie_ring_bytes": "Device memory of the ring, in bytes.",
+    "pie_pool_bytes": "CPU memory of the pool, in bytes.",
+}
+"""Name as it travels, without ``vllm:``: documentation."""
+
+COUNTERS: dict[str, tuple[str, float, str]] = {
+    "pie_streaming_steps": ("pie_streaming_steps", 1, "Engine steps that moved KV."),
+    "pie_loaded_bytes": ("pie_loaded_bytes", 1, "KV copied from the CPU pool, in bytes."),
+    "pie_stored_bytes": ("pie_stored_bytes", 1, "KV copied to the CPU pool, in bytes."),
+    "pie_load_us": ("pie_load_seconds", 1e-6, "Time the link was busy loading, in seconds."),
+    "pie_store_us": ("pie_store_seconds", 1e-6, "Time the link was busy storing, in seconds."),
+    "pie_stall_us": ("pie_stall_seconds", 1e-6, "Time the compute waited for KV, in seconds."),
+    "pie_demoted_blocks": ("pie_demoted_blocks", 1, "Blocks moved from the device to the pool."),
+    "pie_promoted_blocks": ("pie_promoted_blocks", 1, "Blocks moved back to the device for good."),
+}
+"""Name as its increments travel: name and unit exported, documentation."""
+
+
+class PieMetrics:
+    """The gauges and counters of one PrometheusStatLogger."""
+
+    def __init__(self, logger: Any) -> None:
+        """Register them beside those of ``logger``, with its classes and labels."""
+        labels = ["model_name", "engine"]
+        values = logger.per_engine_labelvalues
+        self._gauges = {}
+        for name, text in GAUGES.items():
+            gauge = logger._gauge_cls(
+                name=f"vllm:{name}",
+                documentation=text,
+                multiprocess_mode="mostrecent",
+                labelnames=labels,
+            )
+            self._gauges[name] = {i: gauge.labels(*found) for i, found in values.items()}
+        self._counters = {}
+        for name, (exported, unit, text) in COUNTERS.items():
+            counter = logger._counter_cls(
+                name=f"vllm:{exported}", documentation=text, labelnames=labels
+            )
+            children = {i: counter.labels(*found) for i, found in values.items()}
+            self._counters[name] = (unit, children)
+
+    def record(self, carried: dict[str, int], engine: int) -> None:
+        """Take pie's numbers out of ``carried``, and note them for an engine."""
+        for name in [name for name in carried if name.startswith("pie_")]:
+            value = carried.pop(name)
+            if name in self._gauges:
+                self._gauges[name][engine].set(value)
+            elif name in self._counters:
+                unit, children = self._counters[name]
+                children[engine].inc(value * unit)
+
+
+def extend(logger: Any, vllm_config: Any) -> None:
+    """Give a PrometheusStatLogger pie's metrics, where the engine uses pie."""
+    if not settings.wants_pie(vllm_config.additional_config):
+        return
+    metrics = PieMetrics(logger)
+    record = logger.record
+
+    def record_all(
+        scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        if scheduler_stats is not None:
+            metrics.record(compat.carry(scheduler_stats), engine_idx)
+        record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
+
+    logger.record = record_all
