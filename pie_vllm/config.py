@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from pie_vllm.errors import ConfigError
+from pie_vllm.policy.decider import DEFAULT_TARGET_SLOWDOWN
 from pie_vllm.policy.geometry import DEFAULT_RING_FRACTION
 
 BLOCK_MANAGER_KEY = "block_manager"
@@ -18,6 +19,7 @@ FLAGS = {
     "pool_gib": "--pie-pool-gib",
     "ring_slots": "--pie-ring-slots",
     "ring_fraction": "--pie-ring-fraction",
+    "target_slowdown": "--pie-target-slowdown",
 }
 """Command line flag of each setting that has one."""
 
@@ -54,15 +56,28 @@ def parse_ring_slots(value: object) -> int | None:
     return slots
 
 
-def parse_ring_fraction(value: object) -> float:
-    """A share of the device's KV bytes. Raises ConfigError."""
+def _parse_share(key: str, value: object, wanted: str) -> float:
     try:
         share = float(value) if not isinstance(value, bool) else math.nan  # type: ignore[arg-type]
     except (TypeError, ValueError):
         share = math.nan
     if not 0 < share < 1:
-        raise _fail("ring_fraction", value, "a share of the device's KV bytes between 0 and 1")
+        raise _fail(key, value, wanted)
     return share
+
+
+def parse_ring_fraction(value: object) -> float:
+    """A share of the device's KV bytes. Raises ConfigError."""
+    return _parse_share("ring_fraction", value, "a share of the device's KV bytes between 0 and 1")
+
+
+def parse_target_slowdown(value: object) -> float | None:
+    """A share of a step's time, or None for ``off``. Raises ConfigError."""
+    if value == "off":
+        return None
+    return _parse_share(
+        "target_slowdown", value, "a share of a step's time between 0 and 1, or 'off'"
+    )
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,8 @@ class PieConfig:
         pool_gib: CPU memory for KV in all, GiB; None chooses (``auto``).
         ring_slots: ``B``; None chooses.
         ring_fraction: share of the device's KV bytes that the ring may take.
+        target_slowdown: stall that pooling may cause, as a share of a step's time;
+            None pools as much as fits, whatever it costs.
         link_gbps: emulated link speed of the host driver, GB/s per direction;
             None is as fast as memory copies are. For tests and emulation.
         debug: switches of the engine that break or check it on purpose.
@@ -81,6 +98,7 @@ class PieConfig:
     pool_gib: float | None = None
     ring_slots: int | None = None
     ring_fraction: float = DEFAULT_RING_FRACTION
+    target_slowdown: float | None = DEFAULT_TARGET_SLOWDOWN
     link_gbps: float | None = None
     debug: tuple[str, ...] = ()
 
@@ -109,6 +127,9 @@ class PieConfig:
             pool_gib=parse_pool_gib(settings.get("pool_gib")),
             ring_slots=parse_ring_slots(settings.get("ring_slots")),
             ring_fraction=parse_ring_fraction(settings.get("ring_fraction", DEFAULT_RING_FRACTION)),
+            target_slowdown=parse_target_slowdown(
+                settings.get("target_slowdown", DEFAULT_TARGET_SLOWDOWN)
+            ),
             link_gbps=_parse_link(settings.get("link_gbps")),
             debug=_parse_debug(settings.get("debug", ())),
         )
@@ -117,6 +138,8 @@ class PieConfig:
         """The settings as plain values that ``from_mapping`` takes back."""
         settings = asdict(self)
         settings["debug"] = list(self.debug)
+        if self.target_slowdown is None:
+            settings["target_slowdown"] = "off"
         return settings
 
 
@@ -139,6 +162,7 @@ def engine_args(
     pool_gib: float | str | None = None,
     ring_slots: int | None = None,
     ring_fraction: float | None = None,
+    target_slowdown: float | str | None = None,
     **other: Any,
 ) -> dict[str, Any]:
     """Keyword arguments that make ``vllm.LLM`` use the pie block manager.
@@ -149,6 +173,7 @@ def engine_args(
         pool_gib: CPU memory for KV in all, GiB, or ``"auto"`` (the default).
         ring_slots: layers that the ring holds; default 3.
         ring_fraction: share of the device's KV bytes for the ring; default 0.05.
+        target_slowdown: stall allowed as a share of a step's time, or ``"off"``; default 0.01.
         other: further keys of ``additional_config["pie"]``.
 
     Raises:
@@ -160,6 +185,7 @@ def engine_args(
             "pool_gib": pool_gib,
             "ring_slots": ring_slots,
             "ring_fraction": ring_fraction,
+            "target_slowdown": target_slowdown,
             **other,
         }.items()
         if value is not None

@@ -24,6 +24,7 @@ FIGURES = (
     ("loaded_mib", "loaded MiB", 0),
     ("stored_mib", "stored MiB", 0),
     ("idle_cost_blocks", "ring costs, blocks", 2),
+    ("stall_share", "stall, share", 4),
     ("equal_answers", "equal answers", 0),
 )
 

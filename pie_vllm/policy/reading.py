@@ -33,6 +33,11 @@ class ReadSet:
         return bool(self._readers)
 
     @property
+    def any_pooled(self) -> bool:
+        """Whether any request has a pooled block."""
+        return bool(self._pooled)
+
+    @property
     def num_blocks(self) -> int:
         """Blocks that the step loads; a shared one counts once."""
         return len(self._readers)

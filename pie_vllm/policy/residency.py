@@ -211,6 +211,7 @@ class Residency:
         fresh: Collection[str],
         forward: bool,
         headroom: int | None,
+        budget: int | None = None,
     ) -> StepPlan | None:
         """After vLLM's ``schedule``: the plan, or None when there is nothing to do.
 
@@ -221,13 +222,15 @@ class Residency:
             forward: whether the model runs.
             headroom: free residents to leave alone by promotion; None
                 promotes nothing.
+            budget: blocks that the step may load; promotions of requests that
+                do not run in it keep within. None is without end.
         """
         self._step += 1  # Steps without a plan count: the engine must notice the gap.
         reading = self.reading
         reading.follow(scheduled, len(scheduled) == len(self._requests))
         promotions: tuple[Copy, ...] = ()
-        if headroom is not None and reading.any_loads and forward and not self._stores:
-            promotions = self._promote_free(fresh, headroom)
+        if headroom is not None and reading.any_pooled and forward and not self._stores:
+            promotions = self._promote_free(fresh, headroom, budget)
         self.queue.refresh()
         relabels = self._relabels.drain(self._requests, fresh)
         stores = self._take_stores()
@@ -250,21 +253,30 @@ class Residency:
         self._stores.clear()
         return stores
 
-    def _promote_free(self, fresh: Collection[str], headroom: int) -> tuple[Copy, ...]:
+    def _promote_free(
+        self, fresh: Collection[str], headroom: int, budget: int | None
+    ) -> tuple[Copy, ...]:
         room = self.queue.free_residents - headroom
         if room <= 0:
             return ()
+        reading = self.reading
+        spare = self.window if budget is None else budget - reading.num_blocks
         copies: list[tuple[int, int]] = []
         for request_id in self._requests:
             if room <= 0:
                 break
-            if request_id in fresh or not self.reading.runs(request_id):
+            if request_id in fresh or not reading.pooled(request_id):
                 continue
+            runs = reading.runs(request_id)
             for index, block in enumerate(self.tables[request_id]):
                 if room <= 0:
                     break
                 if block.block_id < self.boundary:
                     continue
+                if not runs:  # A load that the step would do without.
+                    if spare <= 0:
+                        break
+                    spare -= 1
                 users = self.victims.users(index, block) if block.ref_cnt > 1 else (request_id,)
                 if not any(user in fresh for user in users):
                     copies.append(self._promote(index, block, users))

@@ -18,6 +18,7 @@ from pie_vllm.config import (
     parse_pool_gib,
     parse_ring_fraction,
     parse_ring_slots,
+    parse_target_slowdown,
 )
 from pie_vllm.errors import ConfigError, PieError, UnsupportedError
 from pie_vllm.memory.pool_size import check_pool_fits
@@ -43,6 +44,11 @@ def _parsed(parse: Callable[[object], Any]) -> Callable[[str], Any]:
 def _pool(value: object) -> float | str:
     size = parse_pool_gib(value)
     return "auto" if size is None else size
+
+
+def _target(value: object) -> float | str:
+    share = parse_target_slowdown(value)
+    return "off" if share is None else share
 
 
 class _Setting(argparse.Action):
@@ -72,7 +78,7 @@ def _merge(namespace: argparse.Namespace) -> None:
         config[BLOCK_MANAGER_KEY] = manager
     given = {
         key: value
-        for key in ("pool_gib", "ring_slots", "ring_fraction")
+        for key in ("pool_gib", "target_slowdown", "ring_slots", "ring_fraction")
         if (value := getattr(namespace, f"pie_{key}", None)) is not None
     }
     if given:
@@ -102,6 +108,16 @@ def _add_flags(parser: Any) -> None:
         action=_Setting,
         help="CPU memory for pooled KV in all, in GiB, or 'auto' (the default): the smaller of "
         "four times the device's KV bytes and half of the free CPU memory.",
+    )
+    group.add_argument(
+        "--pie-target-slowdown",
+        type=_parsed(_target),
+        default=None,
+        metavar="F",
+        action=_Setting,
+        help="How long steps may wait for pooled KV, as a share of their time (default 0.01). "
+        "It limits how much is pooled, and how often requests with pooled KV run. 'off' pools as "
+        "much as fits, whatever it costs.",
     )
     group.add_argument(
         "--pie-ring-slots",

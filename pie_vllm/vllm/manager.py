@@ -63,7 +63,8 @@ class PieBlockSpaceManager(KVCacheManager):
     Attributes:
         residency: the policy that owns tiers, ledger and relocation.
         limit: pooled blocks in use beyond which no waiting request is admitted
-            while others run; it never touches running requests.
+            while others run; it never touches running requests. What is pooled
+            beyond it has the first call on free residents.
         chunk_blocks: blocks that one step may fill with prompt tokens.
         claims: asks the scheduler what running requests still need; asked once
             a step, when a waiting request is looked at.
@@ -110,7 +111,9 @@ class PieBlockSpaceManager(KVCacheManager):
         pooled = self.geometry.pooled_blocks
         beyond = 0
         if self.limit < pooled:
-            beyond = pooled - max(self.limit, self.residency.pooled_in_use)
+            used = self.residency.pooled_in_use
+            over = used - self.limit
+            beyond = pooled - self.limit if over <= 0 else pooled - used + over
         self.watermark_blocks = self._base_watermark + beyond
 
     def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:

@@ -38,6 +38,22 @@ class Totals(NamedTuple):
     pooled_peak: int = 0
 
 
+class Control(NamedTuple):
+    """What was decided for the last step, and what it led to.
+
+    Attributes:
+        limit: pooled blocks in use beyond which nobody is admitted.
+        budget: blocks that the step may load.
+        bandwidth: of the link to the device, bytes per second; 0 while unknown.
+        left_out: requests left out of steps since the start; one may count often.
+    """
+
+    limit: int
+    budget: int
+    bandwidth: int
+    left_out: int
+
+
 MICROSECONDS = 1e6
 
 
@@ -59,13 +75,16 @@ class Report:
             "pie_pool_bytes": geometry.host_bytes,
         }
 
-    def changes(self, totals: Totals, residency: Residency) -> dict[str, int]:
+    def changes(self, totals: Totals, residency: Residency, control: Control) -> dict[str, int]:
         """Increments of counters and new values of gauges since the last call."""
         queue = residency.queue
         gauges = {
             "pie_resident_blocks_used": residency.boundary - 1 - queue.free_residents,
             "pie_pooled_blocks_used": residency.pooled_in_use,
             "pie_pooled_blocks_read": residency.reading.num_blocks,
+            "pie_admission_limit_blocks": control.limit,
+            "pie_step_budget_blocks": control.budget,
+            "pie_link_bytes_per_second": control.bandwidth,
         }
         counters = {
             "pie_streaming_steps": totals.steps,
@@ -76,6 +95,7 @@ class Report:
             "pie_stall_us": int(totals.stall_seconds * MICROSECONDS),
             "pie_demoted_blocks": residency.demotions,
             "pie_promoted_blocks": residency.promotions,
+            "pie_left_out_requests": control.left_out,
         }
         changed = {**self._sizes}
         self._sizes = {}

@@ -12,6 +12,9 @@ GAUGES = {
     "pie_pooled_blocks": "KV cache blocks that can be pooled in CPU memory at once.",
     "pie_pooled_blocks_used": "Pooled blocks that requests use.",
     "pie_pooled_blocks_read": "Pooled blocks that the last step read through the ring.",
+    "pie_admission_limit_blocks": "Pooled blocks in use beyond which no request is admitted.",
+    "pie_step_budget_blocks": "Pooled blocks that the last step was allowed to read.",
+    "pie_link_bytes_per_second": "Speed of the link to the device as measured; 0 while unknown.",
     "pie_ring_bytes": "Device memory of the ring, in bytes.",
     "pie_pool_bytes": "CPU memory of the pool, in bytes.",
 }
@@ -26,6 +29,11 @@ COUNTERS: dict[str, tuple[str, float, str]] = {
     "pie_stall_us": ("pie_stall_seconds", 1e-6, "Time the compute waited for KV, in seconds."),
     "pie_demoted_blocks": ("pie_demoted_blocks", 1, "Blocks moved from the device to the pool."),
     "pie_promoted_blocks": ("pie_promoted_blocks", 1, "Blocks moved back to the device for good."),
+    "pie_left_out_requests": (
+        "pie_left_out_requests",
+        1,
+        "Running requests left out of a step because the link could not feed them.",
+    ),
 }
 """Name as its increments travel: name and unit exported, documentation."""
 

@@ -10,10 +10,13 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from pie_vllm.policy.decider import Decider, Decision
+from pie_vllm.policy.detector import Observation
 from pie_vllm.policy.plan import StepPlan
+from pie_vllm.policy.rotation import Turns
 from pie_vllm.vllm import compat, settings
 from pie_vllm.vllm.manager import Claims, PieBlockSpaceManager, chunk_blocks_of
-from pie_vllm.vllm.metrics import Report, StepLog
+from pie_vllm.vllm.metrics import Control, Report, StepLog, Totals
 
 logger = init_logger("vllm.pie")
 
@@ -48,15 +51,62 @@ class PieSchedulerMixin(_Mixed):
             )
             self.max_num_scheduled_tokens = most
         self.kv_cache_manager.claims = self._claims
+        config = settings.of(vllm_config).config
+        self.pie_decider = Decider(
+            geometry.row_bytes, geometry.pooled_blocks, config.target_slowdown
+        )
+        self.pie_turns = Turns()
+        self.pie_left_out = 0
+        self.pie_decision = self.pie_decider.decide()
+        self._by_priority = vllm_config.scheduler_config.policy == "priority"
         self.pie_log = StepLog(geometry)
         self.pie_report = Report(geometry)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule as vLLM does, then plan what the step stores, loads and relabels."""
-        self.kv_cache_manager.begin_step()
+        manager = self.kv_cache_manager
+        decision = self.pie_decision = self.pie_decider.decide(self._prompt_tokens())
+        manager.limit = decision.limit
+        manager.begin_step()
+        exceeds = False
+        turns = manager.residency.pooled_in_use > decision.budget
+        if turns:
+            exceeds = self._take_turns(decision)
         output: SchedulerOutput = super().schedule(*args, **kwargs)
-        output.pie_plan = self._plan(output)
+        output.pie_plan = self._plan(output, decision)
+        output.pie_within_budget = not exceeds
+        if turns:
+            reading = manager.residency.reading
+            self.pie_turns.ran(r for r in output.num_scheduled_tokens if reading.runs(r))
         return output
+
+    def _prompt_tokens(self) -> int:
+        """Prompt tokens that running requests will compute in the coming step, about."""
+        if not self.kv_cache_manager.residency.reading.any_pooled:
+            return 0
+        left = sum(r.num_tokens - r.num_computed_tokens for r in self.running if r.is_prefill_chunk)
+        return int(min(left, self.max_num_scheduled_tokens))
+
+    def _take_turns(self, decision: Decision) -> bool:
+        """Leave requests out of the coming step; returns whether one exceeds its budget."""
+        reading = self.kv_cache_manager.residency.reading
+        pooled = {
+            request.request_id: blocks
+            for request in self.running
+            if (blocks := reading.pooled(request.request_id))
+        }
+        requests = self.requests
+        priority = (lambda name: requests[name].priority) if self._by_priority else None
+        others = len(self.running) > len(pooled)
+        out, exceeds = self.pie_turns.choose(
+            pooled, decision.budget, decision.spare, others, priority
+        )
+        # vLLM counts the step when it schedules it, and runs who is due in it or before.
+        later = self.current_step + 2
+        for request_id in out:
+            requests[request_id].next_decode_eligible_step = later
+        self.pie_left_out += len(out)
+        return exceeds
 
     def _claims(self) -> Claims:
         step, block_size = self.current_step, self.kv_cache_manager.block_size
@@ -69,7 +119,7 @@ class PieSchedulerMixin(_Mixed):
         ]
         return Claims(prompts, len(tails))
 
-    def _plan(self, output: SchedulerOutput) -> StepPlan | None:
+    def _plan(self, output: SchedulerOutput, decision: Decision) -> StepPlan | None:
         manager = self.kv_cache_manager
         residency = manager.residency
         scheduled = output.num_scheduled_tokens
@@ -81,9 +131,11 @@ class PieSchedulerMixin(_Mixed):
         manager.completions.next_step(self.requests, several, fresh)
         running = len(self.running)
         headroom = None
-        if not self.waiting or running >= self.max_num_running_reqs:
+        over = residency.pooled_in_use > decision.limit
+        if over or not self.waiting or running >= self.max_num_running_reqs:
             headroom = running // manager.block_size + 2
-        return residency.end_step(scheduled, fresh, output.total_num_scheduled_tokens > 0, headroom)
+        forward = output.total_num_scheduled_tokens > 0
+        return residency.end_step(scheduled, fresh, forward, headroom, decision.budget)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: Any
@@ -91,15 +143,34 @@ class PieSchedulerMixin(_Mixed):
         """Take vLLM's results, and the engine's counters that came with them."""
         stats = getattr(model_runner_output, "pie_stats", None)
         if stats is not None:
+            self._observe(scheduler_output, stats, model_runner_output.pie_seconds)
             self.pie_log.record(stats, self.kv_cache_manager.residency.pooled_in_use)
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _observe(self, output: Any, totals: Totals, seconds: float) -> None:
+        before = self.pie_log.totals
+        seen = Observation(
+            tokens=output.total_num_scheduled_tokens,
+            requests=len(output.num_scheduled_tokens),
+            seconds=seconds,
+            stall_seconds=totals.stall_seconds - before.stall_seconds,
+            bytes_loaded=totals.bytes_loaded - before.bytes_loaded,
+            load_seconds=totals.load_seconds - before.load_seconds,
+        )
+        self.pie_decider.observe(seen, within_budget=output.pie_within_budget)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         """Make vLLM's statistics of a step, with pie's among them."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
+            control = Control(
+                self.pie_decision.limit,
+                self.pie_decision.budget,
+                int(self.pie_decider.detector.bandwidth or 0),
+                self.pie_left_out,
+            )
             residency = self.kv_cache_manager.residency
-            changes = self.pie_report.changes(self.pie_log.totals, residency)
+            changes = self.pie_report.changes(self.pie_log.totals, residency, control)
             compat.carry(stats).update(changes)
         return stats
 

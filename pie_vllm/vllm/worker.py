@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from time import perf_counter
 from typing import Any
 
 from vllm.logger import init_logger
@@ -34,6 +35,7 @@ class PieWorkerMixin(_Mixed):
     pie_device_is_host: bool
     pie: PieCacheEngine | None = None
     _pie_geometry: Geometry
+    _pie_seconds = 0.0
 
     def determine_available_memory(self) -> int:
         """The bytes of all blocks, pooled ones included: vLLM counts blocks by them."""
@@ -104,8 +106,10 @@ class PieWorkerMixin(_Mixed):
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a step with its plan; ``pie_stats`` travels back with the result."""
         assert self.pie is not None
+        start = perf_counter()
         with self.pie.step(getattr(scheduler_output, "pie_plan", None)):
             output = super().execute_model(scheduler_output)
+        self._pie_seconds = perf_counter() - start
         return self._tag(output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -116,6 +120,7 @@ class PieWorkerMixin(_Mixed):
         if isinstance(output, ModelRunnerOutput) and self.pie is not None:
             output = copy(output)  # vLLM shares one empty output between steps.
             output.pie_stats = self.pie.totals
+            output.pie_seconds = self._pie_seconds
         return output
 
     def pie_geometry(self) -> Geometry:

@@ -43,6 +43,7 @@ class Setup:
         dtype: of weights and KV.
         debug: words that break the transfer engine on purpose.
         link_gbps: emulated link speed.
+        target: of the slowdown; "off" keeps the schedule that stock has.
         lost_relabels: the worker drops all relabels.
         other: further arguments of ``vllm.LLM``.
     """
@@ -56,6 +57,7 @@ class Setup:
     dtype: str = "bfloat16"
     debug: tuple[str, ...] = ()
     link_gbps: float | None = None
+    target: float | str = "off"
     lost_relabels: bool = False
     other: dict[str, Any] = field(default_factory=dict)
 
@@ -96,6 +98,7 @@ class Setup:
             "pool_gib": (self.pooled + 0.5) * self.layers * self.page / 2**30,
             "ring_slots": self.slots,
             "ring_fraction": (ring + self.page) / self.device_bytes,
+            "target_slowdown": self.target,
         }
         if self.debug:
             pie["debug"] = list(self.debug)

@@ -107,6 +107,7 @@ class Engine:
             "moved": moved,
             "counters": after,
             "metrics": self.metrics(),
+            "left_out": getattr(self.core.scheduler, "pie_left_out", 0),
             **record,
             **copy_bytes(plans, after),
         }

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from pie_vllm.policy.geometry import Geometry
 from tests.helpers import scheduling
+from tests.helpers.deciders import Fixed, Wavering
 from tests.helpers.scheduling import Driver, make_request, random_load
 
 BLOCK_SIZE = 16
@@ -27,6 +28,7 @@ class Case(NamedTuple):
         aborts: chance that a request is aborted, before each step.
         resets: chance that the prefix cache is reset and all requests preempted.
         follow_ups: chance that a finished chat goes on.
+        wavering: whether budget and limit change all the time; else the budget is without end.
         rng: for all that happens.
     """
 
@@ -40,6 +42,7 @@ class Case(NamedTuple):
     aborts: float
     resets: float
     follow_ups: float
+    wavering: bool
     rng: random.Random
 
     @property
@@ -47,6 +50,13 @@ class Case(NamedTuple):
         """Steps in which all must be done, with room for left-out steps and recomputation."""
         tokens = sum(len(prompt) + count for prompt, count in self.load)
         return 500 + 10 * tokens
+
+    def decider(self) -> Fixed:
+        """What stands for the decider."""
+        window = self.geometry.pooled_blocks
+        if self.wavering:
+            return Wavering(window, self.rng.randrange(1 << 30))
+        return Fixed(window, self.limit)
 
 
 def random_case(seed: int, *, asynchronous: bool | None = None, **sizes: int) -> Case:
@@ -87,6 +97,7 @@ def random_case(seed: int, *, asynchronous: bool | None = None, **sizes: int) ->
         aborts=rng.choice([0.0, 0.02, 0.1]),
         resets=rng.choice([0.0, 0.0, 0.01]),
         follow_ups=rng.choice([0.0, 0.5]),
+        wavering=rng.random() < 0.4,
         rng=rng,
     )
 

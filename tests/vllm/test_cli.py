@@ -54,9 +54,17 @@ def test_flags_arrive_in_any_form(arguments: list[str]) -> None:
 def test_all_flags_arrive() -> None:
     """Every flag has its key, and `auto` is a value."""
     more = ["--pie-pool-gib", "auto", "--pie-ring-slots", "2", "--pie-ring-fraction", "0.2"]
+    more += ["--pie-target-slowdown", "0.05"]
     found = settings_of(["--block-manager", "pie", *more])["pie"]
-    assert found == {"pool_gib": "auto", "ring_slots": 2, "ring_fraction": 0.2}
-    assert PieConfig.from_mapping(found) == PieConfig(None, 2, 0.2)
+    assert found == {
+        "pool_gib": "auto",
+        "ring_slots": 2,
+        "ring_fraction": 0.2,
+        "target_slowdown": 0.05,
+    }
+    assert PieConfig.from_mapping(found) == PieConfig(None, 2, 0.2, 0.05)
+    off = settings_of([*PIE, "--pie-target-slowdown", "off"])["pie"]
+    assert PieConfig.from_mapping(off).target_slowdown is None
 
 
 @pytest.mark.parametrize("flags_first", [True, False])

@@ -43,7 +43,7 @@ def run(seed: int, debug: tuple[str, ...] = (), fault: str | None = None) -> Cou
             inject(engine, kind, milliseconds=0.05, up_to=most, seed=seed)
         memory = EngineMemory(engine, BLOCK_SIZE)
         scheduler = scheduling.make(case.geometry, BLOCK_SIZE, **case.options)
-        scheduler.kv_cache_manager.limit = case.limit
+        scheduler.pie_decider = case.decider()
         driver = Driver(scheduler, TagRunner(memory, BLOCK_SIZE), in_flight=2, check=False)
         try:
             play(driver, case)

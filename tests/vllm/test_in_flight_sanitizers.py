@@ -40,7 +40,7 @@ def record(seed: int, folder: Path) -> TraceMemory:
     )
     memory = TraceMemory(case.geometry, BLOCK_SIZE)
     scheduler = scheduling.make(case.geometry, BLOCK_SIZE, **case.options)
-    scheduler.kv_cache_manager.limit = case.limit
+    scheduler.pie_decider = case.decider()
     play(Driver(scheduler, TagRunner(memory, BLOCK_SIZE), in_flight=2, check=False), case)
     memory.save(folder / f"{seed}.trace", seed)
     return memory

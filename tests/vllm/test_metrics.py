@@ -16,7 +16,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 import pie_vllm
 from pie_vllm.vllm import compat
-from pie_vllm.vllm.metrics import Report, Totals
+from pie_vllm.vllm.metrics import Control, Report, Totals
 from pie_vllm.vllm.prometheus import COUNTERS, GAUGES
 from tests.helpers import scheduling
 from tests.helpers.engine import Engines, Setup, request, round_
@@ -24,6 +24,8 @@ from tests.helpers.engine_load import chats
 from tests.helpers.engine_model import LAYERS
 
 pytestmark = pytest.mark.vllm
+
+CONTROL = Control(7, 5, 3_000_000_000, 11)
 
 
 def config(model: Path, **more: Any) -> VllmConfig:
@@ -58,11 +60,11 @@ def test_increments_add_up_and_gauges_follow(model: Path) -> None:
     managers = StatLoggerManager(config(model, **pie_vllm.engine_args(pool_gib=0.1)))
     for totals in (Totals(3, 1000, 300, 0.25, 0.1, 0.004), Totals(5, 1700, 300, 0.5, 0.1, 0.004)):
         stats = SchedulerStats()
-        compat.carry(stats).update(report.changes(totals, residency))
+        compat.carry(stats).update(report.changes(totals, residency, CONTROL))
         received = over_the_wire(stats)
         managers.record(received, None)
         assert compat.carry(received) == {}, "vLLM's log line would count them as fetches"
-    again = report.changes(totals, residency)
+    again = report.changes(totals, residency, CONTROL)
     assert again == {}, "an idle engine sends nothing"
     found = exported()
     assert found["vllm:pie_streaming_steps_total"] == 5
@@ -72,6 +74,10 @@ def test_increments_add_up_and_gauges_follow(model: Path) -> None:
     assert found["vllm:pie_stall_seconds_total"] == pytest.approx(0.004)
     assert found["vllm:pie_resident_blocks"] == 8
     assert found["vllm:pie_pooled_blocks"] == 12
+    assert found["vllm:pie_admission_limit_blocks"] == 7
+    assert found["vllm:pie_step_budget_blocks"] == 5
+    assert found["vllm:pie_link_bytes_per_second"] == 3e9
+    assert found["vllm:pie_left_out_requests_total"] == 11
     assert found["vllm:pie_pool_bytes"] == geometry.host_bytes
     wanted = {f"vllm:{name}" for name in GAUGES}
     wanted |= {f"vllm:{name}_total" for name, _, _ in COUNTERS.values()}

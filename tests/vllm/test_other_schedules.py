@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,17 @@ def test_preemption(engines: Engines, ample: Setup, scarce: Setup, texts: list[s
     pie, stock = both(engines, scarce, ample, [request(t, max_tokens=ANSWER) for t in texts])
     assert pie["preempted"]
     assert not stock["preempted"]
+    assert tokens(pie) == tokens(stock)
+
+
+@pytest.mark.parametrize("link_gbps", [0.02, 0.2])
+def test_turns_and_limits(
+    engines: Engines, ample: Setup, scarce: Setup, texts: list[str], link_gbps: float
+) -> None:
+    """On a slow link requests wait, take turns and come back; their answers do not change."""
+    setup = replace(scarce, target=0.01, link_gbps=link_gbps)
+    pie, stock = both(engines, setup, ample, [request(t, max_tokens=ANSWER) for t in texts])
+    assert pie["left_out"] > 0
     assert tokens(pie) == tokens(stock)
 
 

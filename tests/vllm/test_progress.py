@@ -10,6 +10,7 @@ import pytest
 
 from pie_vllm.policy.geometry import Geometry
 from tests.helpers import scheduling
+from tests.helpers.deciders import Fixed
 from tests.helpers.fuzz import BLOCK_SIZE, Case, play, random_case
 from tests.helpers.scheduling import Driver, make_request
 from tests.helpers.tagrunner import DictMemory, TagRunner
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.vllm
 
 def driver_of(case: Case, memory: DictMemory | None = None) -> Driver:
     scheduler = scheduling.make(case.geometry, BLOCK_SIZE, **case.options)
-    scheduler.kv_cache_manager.limit = case.limit
+    scheduler.pie_decider = case.decider()
     memory = memory or DictMemory(case.geometry, BLOCK_SIZE)
     in_flight = 2 if case.options["async_scheduling"] else 1
     return Driver(scheduler, TagRunner(memory, BLOCK_SIZE), in_flight=in_flight)
@@ -55,7 +56,7 @@ def test_a_prompt_longer_than_the_residents_is_served(limit: int) -> None:
     scheduler = scheduling.make(
         sizes, BLOCK_SIZE, max_model_len=64 * 16, max_num_batched_tokens=256
     )
-    scheduler.kv_cache_manager.limit = limit
+    scheduler.pie_decider = Fixed(60, limit)
     driver = Driver(scheduler, TagRunner(DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE))
     prompt = [random.Random(1).randrange(997) for _ in range(900)]
     driver.add(make_request("long", prompt, 100, BLOCK_SIZE))
@@ -92,7 +93,7 @@ def test_the_smallest_tiers_serve_many_requests(asynchronous: bool) -> None:
     scheduler = scheduling.make(
         sizes, BLOCK_SIZE, max_model_len=64, async_scheduling=asynchronous, max_num_seqs=8
     )
-    scheduler.kv_cache_manager.limit = 0
+    scheduler.pie_decider = Fixed(1, 0)
     runner = TagRunner(DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE)
     driver = Driver(scheduler, runner, in_flight=1 + asynchronous)
     for number in range(12):
@@ -216,3 +217,55 @@ def test_a_lost_relabel_is_noticed() -> None:
                 raise
             return
     pytest.fail("sixty seeds did not notice")
+
+
+def test_requests_take_turns_within_the_budget() -> None:
+    """With half the link that is needed all requests go on, residents in every step."""
+    sizes = scheduling.geometry(30, 60)
+    scheduler = scheduling.make(sizes, BLOCK_SIZE, max_model_len=400)
+    scheduler.pie_decider = Fixed(16, 60)
+    driver = Driver(scheduler, TagRunner(DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE))
+    for number in range(8):
+        prompt = [(number * 31 + token) % 997 for token in range(120)]
+        driver.add(make_request(f"r{number}", prompt, 40, BLOCK_SIZE))
+    residency = scheduler.kv_cache_manager.residency
+    loaded, gaps, since = [], [], dict.fromkeys((f"r{i}" for i in range(8)), 0)
+    while scheduler.has_requests():
+        demoted = residency.demotions
+        driver.step()
+        # What is demoted in a step is chosen after who runs in it.
+        loaded.append(residency.reading.num_blocks - (residency.demotions - demoted))
+        for request in scheduler.running:
+            name = request.request_id
+            since[name] = 0 if name in driver.output.num_scheduled_tokens else since[name] + 1
+            gaps.append(since[name])
+    driver.verify()
+    assert not driver.preemptions
+    assert scheduler.pie_left_out > 0
+    assert 0 < max(loaded) <= 16
+    assert max(gaps) <= 8
+
+
+def test_what_waits_for_the_link_comes_back_before_others_are_admitted() -> None:
+    """On a link that feeds nothing, free residents go to pooled requests, then to waiting ones."""
+    sizes = scheduling.geometry(30, 40)
+    scheduler = scheduling.make(sizes, BLOCK_SIZE, max_model_len=400)
+    driver = Driver(scheduler, TagRunner(DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE))
+    residency = scheduler.kv_cache_manager.residency
+    for name, length, answer in (("a", 300, 60), ("b", 70, 90), ("c", 70, 90)):
+        driver.add(make_request(name, [ord(name), *range(length)], answer, BLOCK_SIZE))
+    while residency.pooled_in_use < 4:
+        driver.step()
+    scheduler.pie_decider = Fixed(2, 0)
+    driver.add(make_request("waiting", list(range(500, 520)), 5, BLOCK_SIZE))
+    paused = 0
+    while "waiting" not in {r.request_id for r in scheduler.running}:
+        pooled, free = residency.pooled_in_use, residency.queue.free_residents
+        driver.step()
+        paused += len(driver.output.num_scheduled_tokens) < len(scheduler.running)
+    assert paused > 5
+    assert free >= pooled + 2
+    assert residency.promotions > 0
+    driver.run()
+    driver.verify()
+    assert not driver.preemptions

@@ -28,7 +28,7 @@ def test_a_pool_too_small_for_the_longest_request_says_what_is_missing(
 ) -> None:
     """Residents and pool together must hold one request of --max-model-len."""
     setup = replace(SETUP, model=model, resident=10, pooled=12)
-    with pytest.raises(EngineError, match="needs 33 blocks.*--pie-pool-gib by at least"):
+    with pytest.raises(EngineError, match=r"needs 33 blocks.*--pie-pool-gib by at least"):
         engines.run(setup, [])
 
 

@@ -1,0 +1,145 @@
+"""Is pie never slower than stock vLLM, however slow the link is, and does it rise with the link?
+
+The chats of `benchmarks.throughput` at equal device bytes, with the host driver's link held to each
+of several speeds per direction ("none" is as fast as memory copies are), between stock vLLM with
+the same device bytes and stock vLLM with memory for every chat:
+
+    python -m benchmarks.link_speeds [--speeds 0.1,0.3,1,3,none] [--repeats 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.load import Load
+from benchmarks.harness.machine import RESULTS, fast_dtype
+from benchmarks.harness.report import publish
+from benchmarks.harness.rounds import Figures, Question, column, run_rounds
+from benchmarks.harness.shape import kv_shape, wide_ring
+from benchmarks.harness.stats import spread
+from benchmarks.throughput import compare_answers, pie_keys, run_once
+
+ASKED = 0.95
+"""Before the ring's share of the blocks is accounted for."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.link_speeds", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--model", type=Path, default=Path("build/models/smollm2-135m"))
+    parser.add_argument("--dtype", default=fast_dtype(), choices=("bfloat16", "float32"))
+    parser.add_argument("--speeds", default="0.1,0.3,1,3,10,none", help="GB/s, comma-separated")
+    parser.add_argument("--chats", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=300)
+    parser.add_argument("--block-size", type=int, default=128)
+    parser.add_argument("--device-blocks", type=int, default=40)
+    parser.add_argument("--all-blocks", type=int, default=128, help="enough for every chat")
+    parser.add_argument("--pool-blocks", type=int, default=80)
+    parser.add_argument("--ring-slots", type=int, default=2)
+    parser.add_argument("--target-slowdown", type=float, default=0.01)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=RESULTS / "link_speeds")
+    return parser.parse_args()
+
+
+def specs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The runs: two of stock vLLM, and one of pie for each speed."""
+    shape = kv_shape(args.model, args.block_size, args.dtype)
+    sizes = wide_ring(shape, args.device_blocks, args.pool_blocks, args.ring_slots)
+
+    def spec(device_blocks: int, pie: dict[str, Any] | None) -> dict[str, Any]:
+        return {
+            "load": {"chats": args.chats, "tokens": args.tokens},
+            "llm": {
+                "model": str(args.model),
+                "dtype": args.dtype,
+                "block_size": args.block_size,
+                "max_model_len": 1024,
+                "kv_cache_memory_bytes": device_blocks * shape.block_bytes,
+                "enforce_eager": True,
+            },
+            "pie": pie,
+        }
+
+    runs = {"stock_equal": spec(args.device_blocks, None), "stock_all": spec(args.all_blocks, None)}
+    for speed in args.speeds.split(","):
+        keys = pie_keys(shape, sizes) | {"target_slowdown": args.target_slowdown}
+        if speed != "none":
+            keys["link_gbps"] = float(speed)
+        runs[f"pie_{speed}"] = spec(args.device_blocks, keys)
+    return runs
+
+
+def add_shares(figures: Mapping[str, Sequence[Figures]]) -> None:
+    """Add the share of the time that pie's steps stalled."""
+    for name, runs in figures.items():
+        for run in runs:
+            run["stall_share"] = run.get("stall_seconds", 0.0) / run["seconds"]
+            if not name.startswith("pie"):
+                continue
+            run["bandwidth_gbps"] = (
+                run["loaded_mib"] * 2**20 / 1e9 / max(run["pie"]["load_seconds"], 1e-9)
+            )
+
+
+def plot(path: Path, title: str, figures: Mapping[str, Sequence[Figures]]) -> None:
+    """Throughput and stall share against the link's speed, stock's throughput as lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    speeds = [name for name in figures if name.startswith("pie_")]
+    places = range(len(speeds))
+    drawing, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    drawing.suptitle(title)
+    throughput = [column(figures[name], "tok_s") for name in speeds]
+    left.plot(places, [spread(values).median for values in throughput], color="tab:orange")
+    for place, values in zip(places, throughput, strict=True):
+        left.plot([place] * len(values), values, "k.", markersize=5)
+    for name, style in (("stock_equal", "--"), ("stock_all", ":")):
+        if name in figures:
+            level = spread(column(figures[name], "tok_s")).median
+            left.axhline(level, color="tab:gray", linestyle=style, label=name)
+    left.set_ylim(bottom=0)
+    left.set_ylabel("tokens/s, median; dots are runs")
+    left.legend()
+    stalls = [spread(column(figures[name], "stall_share")).median for name in speeds]
+    right.bar(places, [100 * share for share in stalls], color="tab:orange")
+    right.set_ylabel("stall, % of the time")
+    for axes in (left, right):
+        axes.set_xticks(places, [name.removeprefix("pie_") for name in speeds])
+        axes.set_xlabel("link, GB/s per direction")
+    drawing.savefig(path, dpi=120)
+    pyplot.close(drawing)
+
+
+def main() -> None:
+    """Run all rounds, print the comparison, write JSON and plot."""
+    args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    runs = specs(args)
+
+    def runner(name: str) -> Callable[[int], Figures]:
+        return lambda index: run_once(f"{name}-{index}", runs[name])
+
+    figures = run_rounds({name: runner(name) for name in runs}, args.repeats)
+    compare_answers(figures)
+    add_shares(figures)
+    questions = [
+        Question(name, "stock_equal", ASKED) for name in figures if name.startswith("pie_")
+    ]
+    load = Load(args.chats, args.tokens)
+    title = f"Link speeds: {load.chats} chats x {load.tokens} tokens, {args.dtype}"
+    publish(args.output, title, {"repeats": args.repeats, "specs": runs}, questions, figures)
+    plot(args.output.with_suffix(".png"), title, figures)
+
+
+if __name__ == "__main__":
+    main()

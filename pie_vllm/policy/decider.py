@@ -1,0 +1,106 @@
+"""How much a step may load, and how much may be pooled, so that pooling does not slow it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pie_vllm.policy.detector import Detector, Observation
+
+DEFAULT_TARGET_SLOWDOWN = 0.01
+MARGIN = 0.9
+"""Of the time of a step that its loads may take at most: predictions are off by some percent."""
+
+LEAST_GAIN = 0.05
+BACK_OFF = 0.8
+RECOVER = 0.02
+COOL_DOWN = 10
+"""Steps after a cut before the next change: the stall is an average over about as many."""
+
+
+class Decision(NamedTuple):
+    """For one step.
+
+    Attributes:
+        budget: blocks that the step may load behind its compute.
+        limit: pooled blocks in use beyond which no waiting request is admitted.
+        spare: blocks beyond the budget that one request alone may load, out of the stall that
+            the target allows over time.
+    """
+
+    budget: int
+    limit: int
+    spare: int
+
+
+class Decider:
+    """Link budget by a model, corrected by the stall that steps show.
+
+    Model: ``budget = gain * bandwidth * step_seconds / row_bytes``. Feedback: while loads within
+    the budget stall more than the target, ``gain`` is cut by a fifth; otherwise it comes back
+    slowly. What the target leaves of the time is saved up, up to one load of the whole window,
+    for a request whose blocks alone exceed the budget.
+
+    Attributes:
+        detector: what the steps said.
+    """
+
+    def __init__(
+        self, row_bytes: int, window: int, target: float | None = DEFAULT_TARGET_SLOWDOWN
+    ) -> None:
+        """Nothing is known: all may be pooled until a load has been seen.
+
+        Args:
+            row_bytes: of one block in all layers.
+            window: pooled ids.
+            target: stall allowed as a share of the time without; None limits nothing.
+        """
+        self.detector = Detector()
+        self._row_bytes = row_bytes
+        self._window = window
+        self._target = target
+        self._gain = MARGIN
+        self._cool = 0
+        self._saved = 0.0
+
+    def observe(self, seen: Observation, *, within_budget: bool = True) -> None:
+        """Learn from a step; ``within_budget`` as ``Detector.observe``."""
+        detector = self.detector
+        within_budget &= detector.bandwidth is not None  # There was no budget before.
+        detector.observe(seen, within_budget=within_budget)
+        if self._target is None:
+            return
+        self._save(self._target * (seen.seconds - seen.stall_seconds) - seen.stall_seconds)
+        if self._cool:
+            self._cool -= 1
+        elif not (seen.bytes_loaded and within_budget):
+            return
+        elif detector.stall_share > self._target:
+            self._gain = max(self._gain * BACK_OFF, LEAST_GAIN)
+            self._cool = COOL_DOWN
+            detector.forget_stall()  # What comes now is of another budget.
+        else:
+            self._gain = min(self._gain + RECOVER, MARGIN)
+
+    def _save(self, seconds: float) -> None:
+        bandwidth = self.detector.bandwidth
+        if bandwidth is not None:
+            most = self._window * self._row_bytes / bandwidth
+            self._saved = max(-most, min(self._saved + seconds, most))
+
+    def decide(self, prompt_tokens: int = 0) -> Decision:
+        """For the step that is about to be scheduled.
+
+        Args:
+            prompt_tokens: tokens that it will compute beyond one for each request.
+        """
+        bandwidth = self.detector.bandwidth
+        seconds = self.detector.step_seconds(prompt_tokens)
+        decode = self.detector.step_seconds()
+        if self._target is None or bandwidth is None or seconds is None or decode is None:
+            return Decision(self._window, self._window, 0)
+        blocks_a_second = bandwidth / self._row_bytes
+        return Decision(
+            budget=min(self._window, int(self._gain * blocks_a_second * seconds)),
+            limit=min(self._window, int(self._gain * blocks_a_second * decode)),
+            spare=max(0, min(self._window, int(self._saved * blocks_a_second))),
+        )

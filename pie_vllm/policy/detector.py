@@ -1,0 +1,95 @@
+"""What the steps so far say: how fast the link is, how long a step takes, what it stalls."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+WEIGHT = 0.1
+"""Of the newest step in each average: half of what is known is from the last 7 steps."""
+
+
+class Observation(NamedTuple):
+    """One step of the engine, as a worker saw it.
+
+    Attributes:
+        tokens: scheduled in the step.
+        requests: that ran in it.
+        seconds: the model's forward pass took, stall included.
+        stall_seconds: that it waited for KV.
+        bytes_loaded: that the link brought to the device since the last observation.
+        load_seconds: that the link was busy with them.
+    """
+
+    tokens: int
+    requests: int
+    seconds: float
+    stall_seconds: float = 0.0
+    bytes_loaded: int = 0
+    load_seconds: float = 0.0
+
+
+class Detector:
+    """Learns from each step; decides nothing.
+
+    A step is taken to last ``base + slope * (tokens - requests)``: steps that only decode change
+    little from one to the next, and prompt tokens come on top.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is known."""
+        self._base: float | None = None
+        self._slope = 0.0
+        self._bytes = 0.0
+        self._busy = 0.0
+        self._stall = 0.0
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Bytes per second from the CPU to the device while the link is busy; None at first."""
+        return self._bytes / self._busy if self._busy > 0 else None
+
+    @property
+    def stall_share(self) -> float:
+        """Stall of recent steps that loaded, as a share of the rest of the step."""
+        return self._stall
+
+    def step_seconds(self, prompt_tokens: int = 0) -> float | None:
+        """How long a step takes with all its KV on the device; None at first.
+
+        Args:
+            prompt_tokens: tokens beyond one for each request.
+        """
+        return None if self._base is None else self._base + self._slope * prompt_tokens
+
+    def observe(self, seen: Observation, *, within_budget: bool = True) -> None:
+        """Learn from a step.
+
+        Args:
+            seen: the step.
+            within_budget: whether its loads were meant to hide; others tell nothing of the stall.
+        """
+        compute = max(seen.seconds - seen.stall_seconds, 0.0)
+        if seen.tokens > 0 and compute > 0:
+            self._learn(compute, seen.tokens - seen.requests)
+        if seen.load_seconds > 0:
+            keep = 1 - WEIGHT
+            self._bytes = keep * self._bytes + seen.bytes_loaded
+            self._busy = keep * self._busy + seen.load_seconds
+        if seen.bytes_loaded and within_budget and compute > 0:
+            self._stall += WEIGHT * (seen.stall_seconds / compute - self._stall)
+
+    def forget_stall(self) -> None:
+        """Begin the average of the stall anew."""
+        self._stall = 0.0
+
+    def _learn(self, compute: float, prompt_tokens: int) -> None:
+        if prompt_tokens <= 0:
+            self._base = compute if self._base is None else _towards(self._base, compute)
+            return
+        base = self._base or 0.0
+        slope = max(compute - base, 0.0) / prompt_tokens
+        self._slope = _towards(self._slope, slope) if self._slope else slope
+
+
+def _towards(average: float, value: float) -> float:
+    return average + WEIGHT * (value - average)

@@ -1,0 +1,69 @@
+"""Which requests with pooled blocks run in a step, when not all their blocks can be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+
+class Turns:
+    """Requests with pooled blocks take turns, least recently run first.
+
+    Those whose blocks fit the budget run in strict order, so each of ``n`` of them runs at least
+    once in ``n`` steps; a newcomer queues behind all others. A request whose blocks alone exceed
+    the budget is passed over until the ``spare`` blocks saved up cover it, or nobody else runs.
+    """
+
+    def __init__(self) -> None:
+        """Nobody has run."""
+        self._clock = 0
+        self._last: dict[str, int] = {}
+
+    def choose(
+        self,
+        pooled: Mapping[str, Collection[int]],
+        budget: int,
+        spare: int,
+        others: bool,
+        priority: Callable[[str], int] | None = None,
+    ) -> tuple[list[str], bool]:
+        """The requests to leave out of this step, and whether one exceeds the budget.
+
+        Args:
+            pooled: the pooled blocks of each running request that has any.
+            budget: blocks that the step may load; a shared block counts once.
+            spare: blocks beyond it that one request may load.
+            others: whether requests without pooled blocks run.
+            priority: of a request; lower ones go first. Equal for all if None.
+        """
+        self._clock += 2
+        self._last = {r: self._last.get(r, self._clock) for r in pooled}
+        order = sorted(pooled, key=self._last.__getitem__)
+        if priority is not None:
+            order.sort(key=priority)
+        loaded: set[int] = set()
+        out: list[str] = []
+        exceeds = full = False
+        large: str | None = None
+        for request_id in order:
+            blocks = pooled[request_id]
+            if len(blocks) > budget:
+                if not loaded and not exceeds and len(blocks) <= budget + spare:
+                    exceeds = True
+                    loaded.update(blocks)
+                else:
+                    out.append(request_id)
+                    large = large or request_id
+            elif exceeds or full or len(loaded.union(blocks)) > budget:
+                out.append(request_id)
+                full = True
+            else:
+                loaded.update(blocks)
+        if not loaded and not others and large is not None:
+            out.remove(large)
+            exceeds = True
+        return out, exceeds
+
+    def ran(self, requests: Iterable[str]) -> None:
+        """These requests with pooled blocks were scheduled."""
+        for request_id in requests:
+            self._last[request_id] = self._clock + 1  # Behind who came in the same step.

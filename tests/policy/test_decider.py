@@ -1,0 +1,119 @@
+"""Detector and Decider against links and steps of known speed."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from pie_vllm.policy.decider import Decider, Decision
+from pie_vllm.policy.detector import Detector, Observation
+
+ROW = 1_000_000
+WINDOW = 500
+
+
+class Machine:
+    """Steps whose loads stall by what the compute does not hide.
+
+    Attributes:
+        link: bytes per second.
+        step: seconds of a step that decodes.
+        exposed: share of a load that no compute can hide.
+    """
+
+    def __init__(self, link: float, step: float = 0.1, exposed: float = 0.0) -> None:
+        self.link, self.step, self.exposed = link, step, exposed
+        self.rng = random.Random(1)
+
+    def run(self, blocks: int, prompt_tokens: int = 0) -> Observation:
+        compute = (self.step + 1e-4 * prompt_tokens) * self.rng.uniform(0.97, 1.03)
+        load = blocks * ROW / self.link
+        stall = max(load - compute, load * self.exposed)
+        return Observation(32 + prompt_tokens, 32, compute + stall, stall, blocks * ROW, load)
+
+
+def settle(
+    decider: Decider, machine: Machine, wanted: int = WINDOW, steps: int = 50
+) -> list[Observation]:
+    """Load as much as is decided, up to what is wanted, and return the steps."""
+    seen = []
+    for _ in range(steps):
+        one = machine.run(min(wanted, decider.decide().budget))
+        decider.observe(one)
+        seen.append(one)
+    return seen
+
+
+def test_nothing_is_limited_before_anything_is_known() -> None:
+    """The first loads are how the link's speed is learnt."""
+    decider = Decider(ROW, WINDOW)
+    assert decider.decide() == Decision(WINDOW, WINDOW, 0)
+    decider.observe(Observation(32, 32, 0.1))
+    assert decider.decide() == Decision(WINDOW, WINDOW, 0)
+
+
+@pytest.mark.parametrize("link", [1e7, 1e8, 1e9, 1e10])
+def test_the_budget_is_what_the_link_brings_in_a_step(link: float) -> None:
+    """Within 50 steps it settles below what a step hides, and not far below."""
+    decider, machine = Decider(ROW, WINDOW), Machine(link)
+    settle(decider, machine)
+    hidden = link * machine.step / ROW
+    decision = decider.decide()
+    assert decision.budget <= min(WINDOW, hidden)
+    assert decision.budget >= min(WINDOW, int(0.8 * hidden))
+    assert decision.limit == decision.budget
+    recent = settle(decider, machine, steps=20)
+    assert sum(one.stall_seconds for one in recent) <= 0.01 * sum(one.seconds for one in recent)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1e9, 2e8), (2e8, 1e9)])
+def test_it_settles_again_after_the_link_changes(before: float, after: float) -> None:
+    """Within 50 steps."""
+    decider, machine = Decider(ROW, WINDOW), Machine(before)
+    settle(decider, machine)
+    machine.link = after
+    settle(decider, machine)
+    hidden = after * machine.step / ROW
+    assert 0.6 * hidden <= decider.decide().budget <= hidden
+
+
+def test_stall_within_the_budget_lowers_it_and_it_comes_back() -> None:
+    """The feedback sees what the model does not: here, loads that are a third exposed."""
+    decider, machine = Decider(ROW, WINDOW), Machine(1e9, exposed=0.3)
+    settle(decider, machine, steps=300)
+    hidden = 1e9 * machine.step / ROW
+    assert decider.decide().budget < 0.3 * hidden
+    machine.exposed = 0.0
+    settle(decider, machine, steps=200)
+    assert decider.decide().budget > 0.8 * hidden
+
+
+def test_prompts_make_room_for_more() -> None:
+    """A step with a prompt chunk takes longer and hides more; admission does not count on it."""
+    decider, machine = Decider(ROW, WINDOW), Machine(1e9)
+    for i in range(60):
+        decider.observe(machine.run(20, prompt_tokens=1000 * (i % 3 == 0)))
+    decode, prompt = decider.decide(), decider.decide(1000)
+    assert prompt.budget > 1.7 * decode.budget
+    assert prompt.limit == decode.limit
+
+
+def test_the_spare_grows_with_time_and_is_spent_by_stall() -> None:
+    """A hundredth of the time may be stall, for requests larger than the budget."""
+    decider, machine = Decider(ROW, WINDOW), Machine(1e9)
+    settle(decider, machine, wanted=1, steps=200)
+    spare = decider.decide().spare
+    assert spare == pytest.approx(0.01 * 200 * 0.1 * 1000, rel=0.3)
+    large = machine.run(decider.decide().budget + spare)
+    decider.observe(large, within_budget=False)
+    assert decider.decide().spare < 0.3 * spare
+    assert Detector().stall_share == decider.detector.stall_share == 0.0
+
+
+def test_a_step_without_a_model_teaches_nothing_of_time() -> None:
+    """Steps of no tokens move KV only."""
+    detector = Detector()
+    detector.observe(Observation(0, 0, 0.5, 0.0, ROW, 0.001))
+    assert detector.step_seconds() is None
+    assert detector.bandwidth == pytest.approx(ROW / 0.001)
