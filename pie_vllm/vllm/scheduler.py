@@ -57,6 +57,7 @@ class PieSchedulerMixin(_Mixed):
         )
         self.pie_turns = Turns()
         self.pie_left_out = 0
+        self._prompts_under_way = False
         self.pie_decision = self.pie_decider.decide()
         self._by_priority = vllm_config.scheduler_config.policy == "priority"
         self.pie_log = StepLog(geometry)
@@ -82,7 +83,7 @@ class PieSchedulerMixin(_Mixed):
 
     def _prompt_tokens(self) -> int:
         """Prompt tokens that running requests will compute in the coming step, about."""
-        if not self.kv_cache_manager.residency.reading.any_pooled:
+        if not self._prompts_under_way:
             return 0
         left = sum(r.num_tokens - r.num_computed_tokens for r in self.running if r.is_prefill_chunk)
         return int(min(left, self.max_num_scheduled_tokens))
@@ -126,7 +127,8 @@ class PieSchedulerMixin(_Mixed):
         fresh = {r.req_id for r in output.scheduled_new_reqs}
         fresh.update(output.scheduled_cached_reqs.resumed_req_ids)
         several: list[str] = []
-        if output.total_num_scheduled_tokens > len(scheduled):
+        self._prompts_under_way = output.total_num_scheduled_tokens > len(scheduled)
+        if self._prompts_under_way:
             several = [r for r, tokens in scheduled.items() if tokens > 1 and r not in fresh]
         manager.completions.next_step(self.requests, several, fresh)
         running = len(self.running)
