@@ -99,22 +99,23 @@ class PieBlockSpaceManager(KVCacheManager):
         self.chunk_blocks = chunk_blocks
         self.claims: Callable[[], Claims] = Claims
         self._claims: Claims | None = None
-        self._base_watermark = self.watermark_blocks
+        self._kept_back = 0
 
     def begin_step(self) -> None:
         """Before ``Scheduler.schedule``: set this step's admission limit.
 
-        vLLM applies the watermark to waiting and preempted requests only, and
-        only while something runs, so a limit can neither preempt nor deadlock.
+        As vLLM's watermark it applies to waiting and preempted requests only,
+        and only while something runs, so it can neither preempt nor deadlock.
+        Not through the watermark itself: vLLM also holds that against the
+        blocks that can be had at once, which are fewer than those of both tiers.
         """
         self._claims = None
         pooled = self.geometry.pooled_blocks
-        beyond = 0
+        self._kept_back = 0
         if self.limit < pooled:
             used = self.residency.pooled_in_use
             over = used - self.limit
-            beyond = pooled - self.limit if over <= 0 else pooled - used + over
-        self.watermark_blocks = self._base_watermark + beyond
+            self._kept_back = pooled - self.limit if over <= 0 else pooled - used + over
 
     def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
         """As vLLM's, which asks this of a waiting request just before it allocates for it.
@@ -151,8 +152,9 @@ class PieBlockSpaceManager(KVCacheManager):
         residency, queue = self.residency, self.residency.queue
         hits = new_computed_blocks.blocks[0]
         computed = request.num_computed_tokens + num_new_computed_tokens
-        if full_sequence_must_fit and not self._fits(
-            request, new_computed_blocks, computed, has_scheduled_reqs
+        tokens = request.num_tokens if full_sequence_must_fit else computed + num_new_tokens
+        if (full_sequence_must_fit or self._kept_back) and not self._fits(
+            request, tokens, new_computed_blocks, computed, has_scheduled_reqs
         ):
             return None
         partial = computed + num_new_tokens < request.num_tokens
@@ -184,14 +186,19 @@ class PieBlockSpaceManager(KVCacheManager):
         return blocks
 
     def _fits(
-        self, request: Request, hits: KVCacheBlocks, computed: int, has_scheduled_reqs: bool
+        self,
+        request: Request,
+        tokens: int,
+        hits: KVCacheBlocks,
+        computed: int,
+        has_scheduled_reqs: bool,
     ) -> bool:
-        """Check as vLLM does that the whole sequence fits, over both tiers.
+        """Check as vLLM does that a waiting request's tokens fit, over both tiers, with the limit.
 
         Relies on the first check of ``KVCacheManager.allocate_slots``,
         v1/core/kv_cache_manager.py:515-540.
         """
-        tokens = min(request.num_tokens, self.max_model_len)
+        tokens = min(tokens, self.max_model_len)
         needed = self.coordinator.get_num_blocks_to_allocate(
             request_id=request.request_id,
             num_tokens=tokens,
@@ -205,7 +212,7 @@ class PieBlockSpaceManager(KVCacheManager):
         )
         waiting = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
         if has_scheduled_reqs and request.status in waiting:
-            needed += self.watermark_blocks
+            needed += self.watermark_blocks + self._kept_back
         return bool(needed <= self.residency.queue.free_in_all)
 
     def free(self, request: Request) -> None:

@@ -219,6 +219,25 @@ def test_a_lost_relabel_is_noticed() -> None:
     pytest.fail("sixty seeds did not notice")
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_limit_of_zero_admits_what_fits_the_residents(whole: bool) -> None:
+    """The limit is about pooled blocks; free residents are not held back."""
+    sizes = scheduling.geometry(40, 100)
+    options = {"max_model_len": 200, "scheduler_reserve_full_isl": whole}
+    scheduler = scheduling.make(sizes, BLOCK_SIZE, **options)
+    scheduler.pie_decider = Fixed(100, 0)
+    driver = Driver(scheduler, TagRunner(DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE))
+    for number in range(24):
+        driver.add(make_request(f"r{number}", [number, *range(40)], 6, BLOCK_SIZE))
+    driver.step()
+    driver.step()
+    assert len(scheduler.running) == 13, "three blocks each, of 39"
+    assert scheduler.kv_cache_manager.residency.pooled_in_use == 0
+    driver.run()
+    driver.verify()
+    assert not driver.preemptions
+
+
 def test_requests_take_turns_within_the_budget() -> None:
     """With half the link that is needed all requests go on, residents in every step."""
     sizes = scheduling.geometry(30, 60)

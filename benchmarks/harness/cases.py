@@ -1,0 +1,82 @@
+"""Random machines and traces for the simulator, by seed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from pie_vllm.policy.decider import Decider, Decision
+from pie_vllm.policy.geometry import Geometry
+from pie_vllm.policy.simulator import Simulation
+from pie_vllm.policy.traces import Job, Outcome, Profile, Static
+
+LAYERS, PAGE_BYTES, RING_SLOTS, GRANULARITY = 32, 65536, 3, 4096
+
+
+@dataclass(frozen=True)
+class Case:
+    """A machine and a trace.
+
+    Attributes:
+        geometry: of the tiers.
+        profile: of the machine.
+        jobs: the trace.
+    """
+
+    geometry: Geometry
+    profile: Profile
+    jobs: list[Job]
+
+    def decider(self) -> Decider:
+        """What decides."""
+        return Decider(self.geometry.row_bytes, self.geometry.pooled_blocks)
+
+
+def geometry(resident: int, pooled: int) -> Geometry:
+    """32 layers with pages of 64 KiB: a block of 16 tokens of an 8B model takes 2 MiB."""
+    return Geometry(LAYERS, PAGE_BYTES, resident, pooled, RING_SLOTS, pooled, LAYERS, GRANULARITY)
+
+
+def random_case(seed: int) -> Case:
+    """200 to 600 resident, 100 to 800 pooled blocks, links of 0.3 to 400 GB/s, 40 to 120 jobs."""
+    rng = random.Random(seed)
+    resident, pooled = rng.randint(200, 600), rng.randint(100, 800)
+    profile = Profile(
+        link=10 ** rng.uniform(8.5, 11.6),
+        base=rng.uniform(0.005, 0.03),
+        per_request=rng.uniform(0, 5e-5),
+        per_prompt_token=rng.uniform(1e-5, 1e-4),
+        per_block=rng.uniform(0, 2e-5),
+        exposed=1 / LAYERS,
+    )
+    jobs = []
+    now, rate = 0.0, rng.uniform(5, 40)
+    for _ in range(rng.randint(40, 120)):
+        now += rng.expovariate(rate)
+        jobs.append(Job(now, rng.randint(10, 400), rng.randint(10, 300)))
+    return Case(geometry(resident, pooled), profile, jobs)
+
+
+def stock(case: Case, *, with_ring: bool) -> Outcome:
+    """Stock vLLM on the same device: the residents, and the ring's bytes as further ones."""
+    ring = RING_SLOTS * case.geometry.pooled_blocks // LAYERS if with_ring else 0
+    sizes = geometry(case.geometry.resident_blocks + ring, 1)
+    return Simulation(sizes, case.profile, case.jobs, Static(0)).run()
+
+
+class _LimitAt(Decider):
+    """The decider's budget, and a fixed admission limit."""
+
+    def __init__(self, limit: int, *args: Any) -> None:
+        super().__init__(*args)
+        self._limit = limit
+
+    def decide(self, prompt_tokens: int = 0) -> Decision:
+        return super().decide(prompt_tokens)._replace(limit=self._limit)
+
+
+def limit_at(case: Case, share: float) -> Decider:
+    """As the case's decider, but the admission limit is a share of the window."""
+    window = case.geometry.pooled_blocks
+    return _LimitAt(int(share * window), case.geometry.row_bytes, window)

@@ -1,0 +1,75 @@
+"""The decider in simulation: never worse than stock, and near the best static limit."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import pytest
+
+from benchmarks.harness.cases import Case, limit_at, random_case, stock
+from pie_vllm.policy.decider import Decider
+from pie_vllm.policy.simulator import Simulation
+from pie_vllm.policy.traces import Outcome, Static
+
+
+def run(case: Case, decider: Decider | None = None) -> Outcome:
+    """Play a case, and check the books at its end."""
+    simulation = Simulation(
+        case.geometry, case.profile, case.jobs, decider or case.decider(), block_size=16
+    )
+    outcome = simulation.run()
+    simulation.residency.check_integrity()
+    assert simulation.residency.pooled_in_use == 0
+    assert outcome.tokens == sum(job.answer for job in case.jobs)
+    return outcome
+
+
+def test_a_simulation_is_deterministic() -> None:
+    """The same case twice is the same to the last decision."""
+    assert run(random_case(5)) == run(random_case(5))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_pie_is_never_worse_than_stock(seed: int) -> None:
+    """At equal device bytes, less the ring's share, whatever link and load."""
+    case = random_case(seed)
+    pie = run(case)
+    assert pie.throughput >= 0.98 * stock(case, with_ring=False).throughput
+    assert pie.stall_seconds <= 0.012 * pie.seconds
+
+
+def test_a_fast_link_is_as_good_as_memory() -> None:
+    """Where the link feeds everything, nothing is left out and capacity counts in full."""
+    case = random_case(11)
+    assert case.profile.link > 1e11
+    pie = run(case)
+    assert pie.left_out == 0
+    assert pie.throughput > 1.5 * stock(case, with_ring=True).throughput
+
+
+def test_near_the_best_static_limit() -> None:
+    """Regret against a sweep of admission limits; `benchmarks.regret` plays 200 cases."""
+    regrets = []
+    for seed in (3, 4, 6, 12):
+        case = random_case(seed)
+        best = max(run(case, limit_at(case, share)).throughput for share in (0.0, 0.1, 0.4, 1.0))
+        regrets.append(1 - run(case).throughput / best)
+    assert median(regrets) <= 0.02
+    assert max(regrets) <= 0.10
+
+
+def test_the_simulator_tells_good_limits_from_bad_ones() -> None:
+    """Negative control: pooling without regard for a slow link costs most of the throughput."""
+    case = random_case(4)
+    window = case.geometry.pooled_blocks
+    careless = Simulation(case.geometry, case.profile, case.jobs, Static(window)).run()
+    assert careless.throughput < 0.3 * run(case).throughput
+    assert careless.stall_seconds > 0.5 * careless.seconds
+
+
+def test_idle_memory_moves_nothing() -> None:
+    """A load that fits the device is served as by stock, and no byte moves."""
+    case = random_case(23)
+    pie = run(case)
+    assert sum(pie.loads) == 0
+    assert pie.throughput == pytest.approx(stock(case, with_ring=True).throughput)
