@@ -134,9 +134,9 @@ def test_help_lists_the_flags() -> None:
 
 
 def test_help_of_the_real_command_lists_the_flags() -> None:
-    """`vllm serve --help=pie` finds them in a process that loads the plugin by itself."""
+    """`vllm serve --help=BlockManager` finds them in a process that loads the plugin by itself."""
     done = subprocess.run(
-        [str(Path(sys.executable).with_name("vllm")), "serve", "--help=pie"],
+        [str(Path(sys.executable).with_name("vllm")), "serve", "--help=BlockManager"],
         capture_output=True,
         text=True,
         timeout=120,
