@@ -17,6 +17,10 @@ COOL_DOWN = 10
 """Steps after a cut before the next change: the stall is an average over about as many."""
 
 
+FIRST_BLOCKS = 4
+"""Budget and limit until the first load has shown how fast the link is."""
+
+
 class Decision(NamedTuple):
     """For one step.
 
@@ -47,7 +51,7 @@ class Decider:
     def __init__(
         self, row_bytes: int, window: int, target: float | None = DEFAULT_TARGET_SLOWDOWN
     ) -> None:
-        """Nothing is known: all may be pooled until a load has been seen.
+        """Nothing is known: a few blocks may be pooled until a load has been seen.
 
         Args:
             row_bytes: of one block in all layers.
@@ -61,6 +65,7 @@ class Decider:
         self._gain = MARGIN
         self._cool = 0
         self._saved = 0.0
+        self._carried = 0.0
 
     def observe(self, seen: Observation, *, within_budget: bool = True) -> None:
         """Learn from a step; ``within_budget`` as ``Detector.observe``."""
@@ -96,11 +101,17 @@ class Decider:
         bandwidth = self.detector.bandwidth
         seconds = self.detector.step_seconds(prompt_tokens)
         decode = self.detector.step_seconds()
-        if self._target is None or bandwidth is None or seconds is None or decode is None:
+        if self._target is None:
             return Decision(self._window, self._window, 0)
+        if bandwidth is None or seconds is None or decode is None:
+            first = min(FIRST_BLOCKS, self._window)
+            return Decision(first, first, 0)
         blocks_a_second = bandwidth / self._row_bytes
+        # Less than a block a step is a block every few steps.
+        exact = self._carried + self._gain * blocks_a_second * seconds
+        self._carried = exact % 1.0
         return Decision(
-            budget=min(self._window, int(self._gain * blocks_a_second * seconds)),
+            budget=min(self._window, int(exact)),
             limit=min(self._window, int(self._gain * blocks_a_second * decode)),
             spare=max(0, min(self._window, int(self._saved * blocks_a_second))),
         )
