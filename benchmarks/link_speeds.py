@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.load import Load
-from benchmarks.harness.machine import RESULTS, fast_dtype
+from benchmarks.harness.options import parser_of, run_spec
 from benchmarks.harness.report import publish
 from benchmarks.harness.rounds import Figures, Question, column, run_rounds
 from benchmarks.harness.shape import kv_shape, wide_ring
@@ -30,21 +30,9 @@ ASKED = 0.95
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.link_speeds", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--model", type=Path, default=Path("build/models/smollm2-135m"))
-    parser.add_argument("--dtype", default=fast_dtype(), choices=("bfloat16", "float32"))
+    parser = parser_of("link_speeds", __doc__)
     parser.add_argument("--speeds", default="0.1,0.3,1,3,10,none", help="GB/s, comma-separated")
-    parser.add_argument("--chats", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=300)
-    parser.add_argument("--block-size", type=int, default=128)
-    parser.add_argument("--device-blocks", type=int, default=40)
-    parser.add_argument("--all-blocks", type=int, default=128, help="enough for every chat")
-    parser.add_argument("--pool-blocks", type=int, default=80)
-    parser.add_argument("--ring-slots", type=int, default=2)
     parser.add_argument("--target-slowdown", type=float, default=0.01)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=RESULTS / "link_speeds")
     return parser.parse_args()
 
 
@@ -53,26 +41,15 @@ def specs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     shape = kv_shape(args.model, args.block_size, args.dtype)
     sizes = wide_ring(shape, args.device_blocks, args.pool_blocks, args.ring_slots)
 
-    def spec(device_blocks: int, pie: dict[str, Any] | None) -> dict[str, Any]:
-        return {
-            "load": {"chats": args.chats, "tokens": args.tokens},
-            "llm": {
-                "model": str(args.model),
-                "dtype": args.dtype,
-                "block_size": args.block_size,
-                "max_model_len": 1024,
-                "kv_cache_memory_bytes": device_blocks * shape.block_bytes,
-                "enforce_eager": True,
-            },
-            "pie": pie,
-        }
-
-    runs = {"stock_equal": spec(args.device_blocks, None), "stock_all": spec(args.all_blocks, None)}
+    runs = {
+        "stock_equal": run_spec(args, shape, args.device_blocks, None),
+        "stock_all": run_spec(args, shape, args.all_blocks, None),
+    }
     for speed in args.speeds.split(","):
         keys = pie_keys(shape, sizes) | {"target_slowdown": args.target_slowdown}
         if speed != "none":
             keys["link_gbps"] = float(speed)
-        runs[f"pie_{speed}"] = spec(args.device_blocks, keys)
+        runs[f"pie_{speed}"] = run_spec(args, shape, args.device_blocks, keys)
     return runs
 
 

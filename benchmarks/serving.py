@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.harness.load import Load
-from benchmarks.harness.machine import RESULTS, fast_dtype
+from benchmarks.harness.options import parser_of
 from benchmarks.harness.report import publish
 from benchmarks.harness.rounds import Figures, Question, run_rounds
 from benchmarks.harness.serving_run import Setting, run_server, server_arguments
@@ -31,21 +31,8 @@ QUESTIONS = (
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--model", type=Path, default=Path("build/models/smollm2-135m"))
-    parser.add_argument("--dtype", default=fast_dtype(), choices=("bfloat16", "float32"))
-    parser.add_argument("--chats", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=300)
-    parser.add_argument("--block-size", type=int, default=128)
-    parser.add_argument("--device-blocks", type=int, default=40)
-    parser.add_argument("--all-blocks", type=int, default=128, help="enough for every chat")
-    parser.add_argument("--pool-blocks", type=int, default=80)
-    parser.add_argument("--ring-slots", type=int, default=2)
-    parser.add_argument("--compiled", action="store_true", help="torch.compile instead of eager")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = parser_of("serving", __doc__)
     parser.add_argument("--only", default="", help="comma-separated configurations")
-    parser.add_argument("--output", type=Path, default=RESULTS / "serving")
     return parser.parse_args()
 
 

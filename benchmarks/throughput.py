@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.harness.display import working
 from benchmarks.harness.environment import vllm_environment
 from benchmarks.harness.load import Load
-from benchmarks.harness.machine import RESULTS, fast_dtype
+from benchmarks.harness.options import parser_of, run_spec
 from benchmarks.harness.report import publish
 from benchmarks.harness.rounds import Figures, Question, run_rounds
 from benchmarks.harness.shape import KvShape, PieSizes, kv_shape, wide_ring
@@ -43,21 +43,8 @@ QUESTIONS = (
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--model", type=Path, default=Path("build/models/smollm2-135m"))
-    parser.add_argument("--dtype", default=fast_dtype(), choices=("bfloat16", "float32"))
-    parser.add_argument("--chats", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=300)
-    parser.add_argument("--block-size", type=int, default=128)
-    parser.add_argument("--device-blocks", type=int, default=40)
-    parser.add_argument("--all-blocks", type=int, default=128, help="enough for every chat")
-    parser.add_argument("--pool-blocks", type=int, default=80)
-    parser.add_argument("--ring-slots", type=int, default=2)
-    parser.add_argument("--compiled", action="store_true", help="torch.compile instead of eager")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = parser_of("throughput", __doc__)
     parser.add_argument("--only", default="", help="comma-separated configurations")
-    parser.add_argument("--output", type=Path, default=RESULTS / "throughput")
     return parser.parse_args()
 
 
@@ -132,18 +119,7 @@ def main() -> None:
     resident = PieSizes(args.pool_blocks, args.ring_slots, None)
 
     def spec(device_blocks: int, pie: PieSizes | None) -> dict[str, Any]:
-        return {
-            "load": {"chats": load.chats, "tokens": load.tokens},
-            "llm": {
-                "model": str(args.model),
-                "dtype": args.dtype,
-                "block_size": args.block_size,
-                "max_model_len": 1024,
-                "kv_cache_memory_bytes": device_blocks * shape.block_bytes,
-                "enforce_eager": not args.compiled,
-            },
-            "pie": pie_keys(shape, pie) if pie else None,
-        }
+        return run_spec(args, shape, device_blocks, pie_keys(shape, pie) if pie else None)
 
     specs = {
         "stock_equal": spec(args.device_blocks, None),

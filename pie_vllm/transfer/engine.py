@@ -7,9 +7,7 @@ program order. No call holds the interpreter lock while it works or waits.
 from __future__ import annotations
 
 import ctypes
-from array import array
 from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -17,13 +15,13 @@ from typing import NamedTuple
 from pie_vllm.errors import ConfigError, TransferError
 from pie_vllm.memory.arena import DeviceArena
 from pie_vllm.policy.geometry import Geometry
-from pie_vllm.policy.plan import Copy, StepPlan
+from pie_vllm.policy.plan import StepPlan
 from pie_vllm.transfer.native import (
     DEBUG_FLAGS,
-    GeometryStruct,
-    PlanStruct,
+    PlanArrays,
     StatsStruct,
     error_of,
+    geometry_struct,
     load_library,
 )
 
@@ -100,7 +98,7 @@ class TransferEngine:
         handle = ctypes.c_void_p()
         self._check(
             library.pie_open(
-                ctypes.byref(_geometry_struct(geometry)),
+                ctypes.byref(geometry_struct(geometry)),
                 driver.encode(),
                 link_bytes_per_s or 0.0,
                 flags,
@@ -157,7 +155,7 @@ class TransferEngine:
                 both stored to and promoted from; nothing was submitted.
             TransferError: a step is open, or an earlier copy failed.
         """
-        arrays = _PlanArrays(plan)
+        arrays = PlanArrays(plan)
         self._check(
             self._library.pie_begin_step(self._open(), ctypes.byref(arrays.struct), compute_stream)
         )
@@ -230,7 +228,7 @@ class TransferEngine:
             TransferError: a step is open, or a copy failed.
         """
         stats = StatsStruct()
-        arrays = _PlanArrays(plan)
+        arrays = PlanArrays(plan)
         self._check(
             self._library.pie_run_idle(
                 self._open(), ctypes.byref(arrays.struct), compute_stream, ctypes.byref(stats)
@@ -287,28 +285,6 @@ class TransferEngine:
             raise error_of(self._library, code)
 
 
-class _PlanArrays:
-    """A plan as the C interface takes it; keeps the arrays alive."""
-
-    def __init__(self, plan: StepPlan) -> None:
-        self._stores = _triples(plan.stores)
-        self._promotions = _triples(plan.promotions)
-        self._loads = _triples(plan.loads or ())
-        self.struct = PlanStruct(
-            plan.step,
-            self._stores.buffer_info()[0],
-            len(plan.stores),
-            self._promotions.buffer_info()[0],
-            len(plan.promotions),
-            self._loads.buffer_info()[0],
-            -1 if plan.loads is None else len(plan.loads),
-        )
-
-
-def _triples(runs: tuple[Copy, ...]) -> array[int]:
-    return array("q", chain.from_iterable(runs))
-
-
 def _debug_flags(words: Iterable[str]) -> int:
     flags = 0
     for word in words:
@@ -318,11 +294,6 @@ def _debug_flags(words: Iterable[str]) -> int:
             )
         flags |= DEBUG_FLAGS[word]
     return flags
-
-
-def _geometry_struct(geometry: Geometry) -> GeometryStruct:
-    names = [field[0] for field in GeometryStruct._fields_]
-    return GeometryStruct(*(getattr(geometry, name) for name in names))
 
 
 def _step_stats(stats: StatsStruct) -> StepStats:

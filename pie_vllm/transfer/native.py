@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_uint32, c_uint64, c_void_p
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from pie_vllm.errors import (
     TransferError,
     UnsupportedError,
 )
+from pie_vllm.policy.geometry import Geometry
+from pie_vllm.policy.plan import Copy, StepPlan
 
 ABI_VERSION = 1
 """What this package expects of ``pie_abi_version()``."""
@@ -196,3 +200,31 @@ def driver_granularity(driver: str = "host", library_path: str | Path | None = N
     if code:
         raise error_of(library, code)
     return size.value
+
+
+class PlanArrays:
+    """A plan as the C interface takes it; keeps the arrays alive."""
+
+    def __init__(self, plan: StepPlan) -> None:
+        self._stores = _triples(plan.stores)
+        self._promotions = _triples(plan.promotions)
+        self._loads = _triples(plan.loads or ())
+        self.struct = PlanStruct(
+            plan.step,
+            self._stores.buffer_info()[0],
+            len(plan.stores),
+            self._promotions.buffer_info()[0],
+            len(plan.promotions),
+            self._loads.buffer_info()[0],
+            -1 if plan.loads is None else len(plan.loads),
+        )
+
+
+def _triples(runs: tuple[Copy, ...]) -> array[int]:
+    return array("q", chain.from_iterable(runs))
+
+
+def geometry_struct(geometry: Geometry) -> GeometryStruct:
+    """A geometry as the C interface takes it."""
+    names = [field[0] for field in GeometryStruct._fields_]
+    return GeometryStruct(*(getattr(geometry, name) for name in names))

@@ -1,0 +1,47 @@
+"""Command-line options that the benchmarks of pooling share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.machine import RESULTS, fast_dtype
+from benchmarks.harness.shape import KvShape
+
+
+def parser_of(module: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of every comparison: model, load, sizes, repeats, output."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=description)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--model", type=Path, default=Path("build/models/smollm2-135m"))
+    parser.add_argument("--dtype", default=fast_dtype(), choices=("bfloat16", "float32"))
+    parser.add_argument("--chats", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=300)
+    parser.add_argument("--block-size", type=int, default=128)
+    parser.add_argument("--device-blocks", type=int, default=40)
+    parser.add_argument("--all-blocks", type=int, default=128, help="enough for every chat")
+    parser.add_argument("--pool-blocks", type=int, default=80)
+    parser.add_argument("--ring-slots", type=int, default=2)
+    parser.add_argument("--compiled", action="store_true", help="torch.compile instead of eager")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=RESULTS / module)
+    return parser
+
+
+def run_spec(
+    args: argparse.Namespace, shape: KvShape, device_blocks: int, pie: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What `benchmarks.harness.one_run` is given; `pie` are arguments of `engine_args`."""
+    return {
+        "load": {"chats": args.chats, "tokens": args.tokens},
+        "llm": {
+            "model": str(args.model),
+            "dtype": args.dtype,
+            "block_size": args.block_size,
+            "max_model_len": 1024,
+            "kv_cache_memory_bytes": device_blocks * shape.block_bytes,
+            "enforce_eager": not args.compiled,
+        },
+        "pie": pie,
+    }
