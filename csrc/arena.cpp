@@ -67,7 +67,8 @@ Arena::Arena(Driver& driver, const Geometry& geometry)
   mappings_.reserve(static_cast<size_t>(2 * geometry.layers));
   for (int64_t l = 0; l < geometry.layers; ++l) {
     const Address at = base() + static_cast<Address>(l * geometry.layer_stride);
-    mappings_.emplace_back(driver, at, own);
+    const Physical pages(driver, own);
+    mappings_.emplace_back(driver, at, own, pages.handle());
     mappings_.emplace_back(driver, at + own, slot,
                            ring[static_cast<size_t>(l % geometry.slots)].handle());
   }

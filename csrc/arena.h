@@ -47,11 +47,6 @@ class Mapping {
       : driver_(&driver), address_(address), bytes_(bytes) {
     driver.map(address, bytes, handle);
   }
-  // Of memory of its own.
-  Mapping(Driver& driver, Address address, size_t bytes)
-      : driver_(&driver), address_(address), bytes_(bytes) {
-    driver.map_own(address, bytes);
-  }
   Mapping(Mapping&& other) noexcept
       : driver_(other.driver_), address_(other.address_), bytes_(other.bytes_) {
     other.driver_ = nullptr;

@@ -11,17 +11,6 @@ void throw_errno(const std::string& what) {
   throw Error(PIE_ERR_TRANSFER, what + ": " + std::strerror(errno));
 }
 
-void Driver::map_own(Address address, size_t bytes) {
-  const Handle handle = create(bytes);
-  try {
-    map(address, bytes, handle);
-  } catch (...) {
-    release(handle);
-    throw;
-  }
-  release(handle);
-}
-
 void Driver::inject(int, int, double, double, uint64_t) {
   throw Error(PIE_ERR_UNSUPPORTED, "this driver has no fault injection; use the host driver");
 }

@@ -46,11 +46,9 @@ class Driver {
   virtual Handle create(size_t bytes) = 0;                             // zeroed
   virtual void release(Handle handle) noexcept = 0;                    // mappings keep the memory
   virtual void map(Address address, size_t bytes, Handle handle) = 0;  // the whole handle
-  // New zeroed memory that is mapped here alone; as create, map and release.
-  virtual void map_own(Address address, size_t bytes);
-  virtual void set_access(Address address, size_t bytes) = 0;      // may cover many mappings
-  virtual void unmap(Address address, size_t bytes) noexcept = 0;  // does not wait for work
-  virtual void* host_alloc(size_t bytes) = 0;                      // zeroed, populated, registered
+  virtual void set_access(Address address, size_t bytes) = 0;          // may cover many mappings
+  virtual void unmap(Address address, size_t bytes) noexcept = 0;      // does not wait for work
+  virtual void* host_alloc(size_t bytes) = 0;  // zeroed, populated, registered
   virtual void host_free(void* pointer, size_t bytes) noexcept = 0;
 
   // Streams.

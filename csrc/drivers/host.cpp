@@ -12,7 +12,6 @@ void HostDriver::unreserve(Address a, size_t bytes) noexcept { host_memory::unre
 Handle HostDriver::create(size_t bytes) { return host_memory::create(bytes); }
 void HostDriver::release(Handle handle) noexcept { host_memory::release(handle); }
 void HostDriver::map(Address a, size_t bytes, Handle h) { host_memory::map(a, bytes, h); }
-void HostDriver::map_own(Address a, size_t bytes) { host_memory::map_own(a, bytes); }
 void HostDriver::set_access(Address a, size_t bytes) { host_memory::set_access(a, bytes); }
 void HostDriver::unmap(Address a, size_t bytes) noexcept { host_memory::unmap(a, bytes); }
 void* HostDriver::host_alloc(size_t bytes) { return host_memory::host_alloc(bytes); }

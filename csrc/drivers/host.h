@@ -22,7 +22,6 @@ class HostDriver : public Driver {
   Handle create(size_t bytes) override;
   void release(Handle handle) noexcept override;
   void map(Address address, size_t bytes, Handle handle) override;
-  void map_own(Address address, size_t bytes) override;
   void set_access(Address address, size_t bytes) override;
   void unmap(Address address, size_t bytes) noexcept override;
   void* host_alloc(size_t bytes) override;

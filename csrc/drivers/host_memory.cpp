@@ -63,13 +63,6 @@ void map(Address address, size_t bytes, Handle handle) {
   if (at == MAP_FAILED) throw_errno("map device memory of " + size_text(bytes));
 }
 
-void map_own(Address address, size_t bytes) {
-  void* at =
-      mmap(pointer(address), bytes, PROT_NONE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (at == MAP_FAILED) throw_errno("map device memory of " + size_text(bytes));
-  madvise(at, bytes, MADV_HUGEPAGE);  // A kernel without huge pages refuses; no harm.
-}
-
 void set_access(Address address, size_t bytes) {
   if (mprotect(pointer(address), bytes, PROT_READ | PROT_WRITE) != 0) {
     throw_errno("set access of " + size_text(bytes));

@@ -1,5 +1,4 @@
-// Device memory of the host driver, mapped into a reserved range: memfd handles, which may be
-// mapped several times, and private memory, which is faster because it has huge pages.
+// Device memory of the host driver: memfd handles mapped into a reserved range, aliases allowed.
 #pragma once
 
 #include "../driver.h"
@@ -12,7 +11,6 @@ void unreserve(Address address, size_t bytes) noexcept;
 Handle create(size_t bytes);
 void release(Handle handle) noexcept;
 void map(Address address, size_t bytes, Handle handle);
-void map_own(Address address, size_t bytes);
 void set_access(Address address, size_t bytes);
 void unmap(Address address, size_t bytes) noexcept;
 void* host_alloc(size_t bytes);
