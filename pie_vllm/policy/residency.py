@@ -15,14 +15,17 @@ from pie_vllm.policy.runs import merge
 from pie_vllm.policy.tiers import FreeList, TieredFreeBlockQueue
 from pie_vllm.policy.victims import Holder, Victims
 
+MOST_HELD = 0.2
+"""Share of the residents that requests waiting for the link may hold."""
+
 
 class Residency:
     """Decides the tier of every block in use and builds the plan of each step.
 
     It changes block tables (lists of blocks, one per request) in place and
     calls ``move_content`` to carry a prefix-cache entry along; it owns no
-    bytes. A step is: vLLM's ``schedule``, during which allocations call back
-    and demote; then ``end_step``, which returns the plan.
+    bytes. A step is: ``begin_step``; vLLM's ``schedule``, during which
+    allocations call back and demote; ``end_step``, which returns the plan.
 
     Attributes:
         queue: the free blocks of both tiers, in place of vLLM's free queue.
@@ -204,6 +207,19 @@ class Residency:
         self._move_content(block, target)
 
     # A step.
+
+    def begin_step(self, waiting: Collection[str] = ()) -> None:
+        """Before vLLM's ``schedule``: say who is left out because of the link.
+
+        Their tails and blocks not full hold residents that do nothing. Where
+        those are more than ``MOST_HELD`` of all, nothing more is demoted: vLLM
+        then preempts the last request instead, as it does without a pool.
+        """
+        held = sum(len(self.tables[r]) - len(self.reading.pooled(r)) for r in waiting)
+        frozen = held > MOST_HELD * self.boundary
+        if frozen != self.queue.frozen:
+            self.queue.frozen = frozen
+            self.queue.refresh()
 
     def end_step(
         self,

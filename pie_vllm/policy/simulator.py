@@ -115,7 +115,8 @@ class Simulation:
         self._number += 1
         prompts = sum(max(0, r.known - r.computed - 1) for r in self._running)
         decision = self._decider.decide(min(prompts, self._chunk * self._size))
-        exceeds = self._take_turns(decision)
+        left_out, exceeds = self._take_turns(decision)
+        self.residency.begin_step(left_out)
         ran, fresh = self._schedule(decision)
         residency, size = self.residency, self._size
         for request, tokens in ran.values():
@@ -132,10 +133,10 @@ class Simulation:
         self._pass_time(ran, loads, within_budget=not exceeds)
         self._decisions.append(decision)
 
-    def _take_turns(self, decision: Decision) -> bool:
+    def _take_turns(self, decision: Decision) -> tuple[list[str], bool]:
         residency = self.residency
         if residency.pooled_in_use <= decision.budget:
-            return False
+            return [], False
         pooled = {
             r.name: blocks for r in self._running if (blocks := residency.reading.pooled(r.name))
         }
@@ -146,7 +147,7 @@ class Simulation:
             if request.name in gone:
                 request.due = self._number + 1
         self._left_out += len(out)
-        return exceeds
+        return out, exceeds
 
     def _schedule(self, decision: Decision) -> tuple[dict[str, tuple[_Request, int]], set[str]]:
         budget = self._chunk * self._size

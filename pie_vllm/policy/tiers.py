@@ -78,6 +78,8 @@ class TieredFreeBlockQueue:
     Attributes:
         num_free_blocks: as above; a plain attribute because vLLM reads it once
             per request and step.
+        frozen: whether nothing may be demoted now: ``FP`` counts as 0. Call
+            ``refresh`` after a change.
         demotable: ``D``.
     """
 
@@ -104,6 +106,7 @@ class TieredFreeBlockQueue:
         self._blank = list(range(resident_blocks, len(blocks)))
         self._blank_set = set(self._blank)
         self.demotable = 0
+        self.frozen = False
         self.num_free_blocks = 0
         self._hits = 0
         self._reserve = 0
@@ -127,7 +130,7 @@ class TieredFreeBlockQueue:
     def refresh(self) -> None:
         """Recompute ``num_free_blocks`` after one of its terms changed."""
         free = self._resident.num_free_blocks
-        pooled = len(self._blank) + self._cached.num_free_blocks
+        pooled = 0 if self.frozen else len(self._blank) + self._cached.num_free_blocks
         reachable = self.demotable + self._hits - self._reserve
         self.num_free_blocks = free + (pooled if pooled < reachable else reachable)
 

@@ -69,10 +69,11 @@ class PieSchedulerMixin(_Mixed):
         decision = self.pie_decision = self.pie_decider.decide(self._prompt_tokens())
         manager.limit = decision.limit
         manager.begin_step()
-        exceeds = False
+        exceeds, left_out = False, []  # type: bool, list[str]
         turns = manager.residency.pooled_in_use > decision.budget
         if turns:
-            exceeds = self._take_turns(decision)
+            left_out, exceeds = self._take_turns(decision)
+        manager.residency.begin_step(left_out)
         output: SchedulerOutput = super().schedule(*args, **kwargs)
         output.pie_plan = self._plan(output, decision)
         output.pie_within_budget = not exceeds
@@ -88,8 +89,8 @@ class PieSchedulerMixin(_Mixed):
         left = sum(r.num_tokens - r.num_computed_tokens for r in self.running if r.is_prefill_chunk)
         return int(min(left, self.max_num_scheduled_tokens))
 
-    def _take_turns(self, decision: Decision) -> bool:
-        """Leave requests out of the coming step; returns whether one exceeds its budget."""
+    def _take_turns(self, decision: Decision) -> tuple[list[str], bool]:
+        """Leave requests out of the coming step: who, and whether one exceeds its budget."""
         reading = self.kv_cache_manager.residency.reading
         pooled = {
             request.request_id: blocks
@@ -107,7 +108,7 @@ class PieSchedulerMixin(_Mixed):
         for request_id in out:
             requests[request_id].next_decode_eligible_step = later
         self.pie_left_out += len(out)
-        return exceeds
+        return out, exceeds
 
     def _claims(self) -> Claims:
         step, block_size = self.current_step, self.kv_cache_manager.block_size

@@ -6,10 +6,12 @@ from statistics import median
 
 import pytest
 
-from benchmarks.harness.cases import Case, limit_at, random_case, stock
+from benchmarks.harness import cases
+from benchmarks.harness.cases import Case, limit_at, random_case
 from pie_vllm.policy.decider import Decider
+from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.simulator import Simulation
-from pie_vllm.policy.traces import Outcome, Static
+from pie_vllm.policy.traces import Job, Outcome, Profile, Static
 
 
 def run(case: Case, decider: Decider | None = None) -> Outcome:
@@ -34,7 +36,7 @@ def test_pie_is_never_worse_than_stock(seed: int) -> None:
     """At equal device bytes, less the ring's share, whatever link and load."""
     case = random_case(seed)
     pie = run(case)
-    assert pie.throughput >= 0.98 * stock(case, with_ring=False).throughput
+    assert pie.throughput >= 0.98 * cases.stock(case, with_ring=False).throughput
     assert pie.stall_seconds <= 0.012 * pie.seconds
 
 
@@ -44,7 +46,7 @@ def test_a_fast_link_is_as_good_as_memory() -> None:
     assert case.profile.link > 1e11
     pie = run(case)
     assert pie.left_out == 0
-    assert pie.throughput > 1.5 * stock(case, with_ring=True).throughput
+    assert pie.throughput > 1.5 * cases.stock(case, with_ring=True).throughput
 
 
 def test_near_the_best_static_limit() -> None:
@@ -67,9 +69,22 @@ def test_the_simulator_tells_good_limits_from_bad_ones() -> None:
     assert careless.stall_seconds > 0.5 * careless.seconds
 
 
+def test_a_link_that_feeds_nothing_is_no_worse_than_none() -> None:
+    """Short chats of long blocks: half of what a waiting request holds is its tail."""
+    profile = Profile(1e8, 0.08, 0.003, 0.001, 0.0005, 1 / 30)
+    jobs = [Job(0.0, 36 + i % 9, 300) for i in range(32)]
+    sizes = Geometry(30, 196_608, 34, 80, 2, 80, 30, 4096)
+    decider = Decider(sizes.row_bytes, sizes.pooled_blocks)
+    pie = Simulation(sizes, profile, jobs, decider, block_size=128).run()
+    without = Geometry(30, 196_608, 34, 1, 2, 1, 30, 4096)
+    stock = Simulation(without, profile, jobs, Static(0), block_size=128).run()
+    assert stock.preemptions > 5
+    assert pie.throughput >= 0.95 * stock.throughput
+
+
 def test_idle_memory_moves_nothing() -> None:
     """A load that fits the device is served as by stock, and no byte moves."""
     case = random_case(23)
     pie = run(case)
     assert sum(pie.loads) == 0
-    assert pie.throughput == pytest.approx(stock(case, with_ring=True).throughput)
+    assert pie.throughput == pytest.approx(cases.stock(case, with_ring=True).throughput)

@@ -38,7 +38,8 @@ def test_random_loads_make_progress_and_read_right_pages(fuzz_seeds: range) -> N
             play(driver, case)
         except BaseException as error:
             raise AssertionError(f"seed {seed}: {error}") from error
-        early = [p for p in driver.preemptions if p.free >= p.asked]
+        # A link that cannot feed the pooled requests is a reason, too, to demote no more.
+        early = [p for p in driver.preemptions if p.free >= p.asked and not case.wavering]
         assert not early, f"seed {seed}: preempted with room left: {early[:3]}"
         residency = driver.scheduler.kv_cache_manager.residency
         demotions += residency.demotions
@@ -238,17 +239,35 @@ def test_a_limit_of_zero_admits_what_fits_the_residents(whole: bool) -> None:
     assert not driver.preemptions
 
 
-def test_requests_take_turns_within_the_budget() -> None:
-    """With half the link that is needed all requests go on, residents in every step."""
-    sizes = scheduling.geometry(30, 60)
-    scheduler = scheduling.make(sizes, BLOCK_SIZE, max_model_len=400)
-    scheduler.pie_decider = Fixed(16, 60)
+def test_requests_that_wait_for_the_link_do_not_hold_the_residents() -> None:
+    """Where their tails would be a fifth of all residents, vLLM preempts as without a pool."""
+    sizes = scheduling.geometry(20, 60)
+    scheduler = scheduling.make(sizes, BLOCK_SIZE, max_model_len=200)
+    scheduler.pie_decider = Fixed(1, 1)
     driver = Driver(scheduler, TagRunner(DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE))
-    for number in range(8):
+    for number in range(12):
+        driver.add(make_request(f"r{number}", [number, *range(number % 5)], 40, BLOCK_SIZE))
+    fewest = 12
+    while scheduler.has_requests():
+        driver.step()
+        ran, running = len(driver.output.num_scheduled_tokens), len(scheduler.running)
+        fewest = min(fewest, ran + 6 - running) if running else fewest
+    driver.verify()
+    assert driver.preemptions
+    assert fewest >= 0, "hardly more than a fifth of the residents wait"
+
+
+def test_requests_take_turns_within_the_budget() -> None:
+    """With two thirds of the link that is needed all requests go on, residents in every step."""
+    sizes = scheduling.geometry(80, 80)
+    scheduler = scheduling.make(sizes, BLOCK_SIZE, max_model_len=400)
+    scheduler.pie_decider = Fixed(40, 80)
+    driver = Driver(scheduler, TagRunner(DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE))
+    for number in range(14):
         prompt = [(number * 31 + token) % 997 for token in range(120)]
         driver.add(make_request(f"r{number}", prompt, 40, BLOCK_SIZE))
     residency = scheduler.kv_cache_manager.residency
-    loaded, gaps, since = [], [], dict.fromkeys((f"r{i}" for i in range(8)), 0)
+    loaded, gaps, since = [], [], dict.fromkeys((f"r{i}" for i in range(14)), 0)
     while scheduler.has_requests():
         demoted = residency.demotions
         driver.step()
@@ -261,8 +280,8 @@ def test_requests_take_turns_within_the_budget() -> None:
     driver.verify()
     assert not driver.preemptions
     assert scheduler.pie_left_out > 0
-    assert 0 < max(loaded) <= 16
-    assert max(gaps) <= 8
+    assert 0 < max(loaded) <= 40
+    assert max(gaps) <= 14
 
 
 def test_what_waits_for_the_link_comes_back_before_others_are_admitted() -> None:
