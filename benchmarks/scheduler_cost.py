@@ -33,6 +33,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from benchmarks.harness.display import console, table, working
 from benchmarks.harness.machine import RESULTS, facts, write_json
+from pie_vllm.policy.detector import Observation
 from pie_vllm.vllm.scheduler import PieSchedulerMixin
 from tests.helpers import scheduling
 
@@ -149,6 +150,13 @@ class Side:
 
 class PieSide(Side):
     """Pie's scheduler; says how many residents are free before each step."""
+
+    def __init__(self, flavour: type, blocks: int, steps: int) -> None:
+        super().__init__(flavour, blocks, steps)
+        # As learnt from a link whose budget is the whole window.
+        row_bytes = self.scheduler.kv_cache_manager.geometry.row_bytes
+        seen = Observation(REQUESTS, REQUESTS, 1.0, 0.0, blocks * row_bytes, 1e-3)
+        self.scheduler.pie_decider.observe(seen)
 
     @property
     def residency(self) -> Any:

@@ -66,6 +66,8 @@ class Decider:
         self._cool = 0
         self._saved = 0.0
         self._carried = 0.0
+        self._rate: float | None = None  # Blocks a second, once it and the step are known.
+        self._decode = 0.0
 
     def observe(self, seen: Observation, *, within_budget: bool = True) -> None:
         """Learn from a step; ``within_budget`` as ``Detector.observe``."""
@@ -74,6 +76,9 @@ class Decider:
         detector.observe(seen, within_budget=within_budget)
         if self._target is None:
             return
+        bandwidth, decode = detector.bandwidth, detector.step_seconds()
+        if bandwidth is not None and decode is not None:
+            self._rate, self._decode = bandwidth / self._row_bytes, decode
         self._save(self._target * (seen.seconds - seen.stall_seconds) - seen.stall_seconds)
         if self._cool:
             self._cool -= 1
@@ -98,20 +103,21 @@ class Decider:
         Args:
             prompt_tokens: tokens that it will compute beyond one for each request.
         """
-        bandwidth = self.detector.bandwidth
-        seconds = self.detector.step_seconds(prompt_tokens)
-        decode = self.detector.step_seconds()
+        window, rate = self._window, self._rate
         if self._target is None:
-            return Decision(self._window, self._window, 0)
-        if bandwidth is None or seconds is None or decode is None:
-            first = min(FIRST_BLOCKS, self._window)
+            return Decision(window, window, 0)
+        if rate is None:
+            first = min(FIRST_BLOCKS, window)
             return Decision(first, first, 0)
-        blocks_a_second = bandwidth / self._row_bytes
+        decode = self._gain * rate * self._decode
+        exact = decode + self._carried
+        if prompt_tokens:
+            exact += self._gain * rate * self.detector.slope * prompt_tokens
         # Less than a block a step is a block every few steps.
-        exact = self._carried + self._gain * blocks_a_second * seconds
         self._carried = exact % 1.0
+        spare = self._saved * rate if self._saved > 0 else 0
         return Decision(
-            budget=min(self._window, int(exact)),
-            limit=min(self._window, int(self._gain * blocks_a_second * decode)),
-            spare=max(0, min(self._window, int(self._saved * blocks_a_second))),
+            window if exact > window else int(exact),
+            window if decode > window else int(decode),
+            window if spare > window else int(spare),
         )

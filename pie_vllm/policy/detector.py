@@ -33,12 +33,15 @@ class Detector:
 
     A step is taken to last ``base + slope * (tokens - requests)``: steps that only decode change
     little from one to the next, and prompt tokens come on top.
+
+    Attributes:
+        slope: seconds for each prompt token; 0 while unknown.
     """
 
     def __init__(self) -> None:
         """Nothing is known."""
         self._base: float | None = None
-        self._slope = 0.0
+        self.slope = 0.0
         self._bytes = 0.0
         self._busy = 0.0
         self._stall = 0.0
@@ -59,7 +62,7 @@ class Detector:
         Args:
             prompt_tokens: tokens beyond one for each request.
         """
-        return None if self._base is None else self._base + self._slope * prompt_tokens
+        return None if self._base is None else self._base + self.slope * prompt_tokens
 
     def observe(self, seen: Observation, *, within_budget: bool = True) -> None:
         """Learn from a step.
@@ -88,7 +91,7 @@ class Detector:
             return
         base = self._base or 0.0
         slope = max(compute - base, 0.0) / prompt_tokens
-        self._slope = _towards(self._slope, slope) if self._slope else slope
+        self.slope = _towards(self.slope, slope) if self.slope else slope
 
 
 def _towards(average: float, value: float) -> float:

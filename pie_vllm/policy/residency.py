@@ -215,6 +215,8 @@ class Residency:
         those are more than ``MOST_HELD`` of all, nothing more is demoted: vLLM
         then preempts the last request instead, as it does without a pool.
         """
+        if not waiting and not self.queue.frozen:
+            return
         held = sum(len(self.tables[r]) - len(self.reading.pooled(r)) for r in waiting)
         frozen = held > MOST_HELD * self.boundary
         if frozen != self.queue.frozen:

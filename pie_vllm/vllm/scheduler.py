@@ -134,8 +134,11 @@ class PieSchedulerMixin(_Mixed):
         manager.completions.next_step(self.requests, several, fresh)
         running = len(self.running)
         headroom = None
-        over = residency.pooled_in_use > decision.limit
-        if over or not self.waiting or running >= self.max_num_running_reqs:
+        if (
+            not self.waiting
+            or running >= self.max_num_running_reqs
+            or residency.pooled_in_use > decision.limit
+        ):
             headroom = running // manager.block_size + 2
         forward = output.total_num_scheduled_tokens > 0
         return residency.end_step(scheduled, fresh, forward, headroom, decision.budget)
