@@ -259,3 +259,14 @@ def _widen(
         else:
             low = middle + 1
     return low, resident(low)
+
+
+def chunk_blocks_of(max_batched_tokens: int, block_size: int, geometry: Geometry) -> int:
+    """Blocks that one step may fill with tokens.
+
+    vLLM's token budget, unless that is more than half of the residents: a block
+    that is being written cannot be pooled, so a chunk that filled all residents
+    would leave no room for the tails of the other requests.
+    """
+    usable = geometry.resident_blocks - 1
+    return max(1, min(cdiv(max_batched_tokens, block_size), (usable - 1) // 2))

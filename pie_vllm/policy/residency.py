@@ -19,6 +19,11 @@ MOST_HELD = 0.2
 """Share of the residents that requests waiting for the link may hold."""
 
 
+def tail_room(running: int, block_size: int) -> int:
+    """Residents that so many requests may ask for in a step, about: promotion leaves them alone."""
+    return running // block_size + 2
+
+
 class Residency:
     """Decides the tier of every block in use and builds the plan of each step.
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from pie_vllm.policy.decider import Decision
+from pie_vllm.policy.residency import Residency
 
 
 class Turns:
@@ -11,12 +15,53 @@ class Turns:
     Those whose blocks fit the budget run in strict order, so each of ``n`` of them runs at least
     once in ``n`` steps; a newcomer queues behind all others. A request whose blocks alone exceed
     the budget is passed over until the ``spare`` blocks saved up cover it, or nobody else runs.
+
+    Attributes:
+        left_out: requests left out of steps so far; one may count often.
+        exceeds: whether a request of this step exceeds the budget alone.
     """
 
     def __init__(self) -> None:
         """Nobody has run."""
         self._clock = 0
         self._last: dict[str, int] = {}
+        self._taken = False
+        self.left_out = 0
+        self.exceeds = False
+
+    def begin_step(
+        self,
+        running: Sequence[Any],
+        residency: Residency,
+        decision: Decision,
+        priority: Callable[[str], int] | None = None,
+    ) -> list[str]:
+        """Begin the residency's step; returns whom to leave out of it.
+
+        Args:
+            running: requests, by their ``request_id``.
+            residency: what they hold.
+            decision: for the step.
+            priority: as ``choose``.
+        """
+        out: list[str] = []
+        self.exceeds = False
+        self._taken = residency.pooled_in_use > decision.budget
+        if self._taken:
+            of = residency.reading.pooled
+            pooled = {r.request_id: blocks for r in running if (blocks := of(r.request_id))}
+            others = len(running) > len(pooled)
+            out, self.exceeds = self.choose(
+                pooled, decision.budget, decision.spare, others, priority
+            )
+            self.left_out += len(out)
+        residency.begin_step(out)
+        return out
+
+    def end_step(self, scheduled: Iterable[str], residency: Residency) -> None:
+        """These requests run in the step."""
+        if self._taken:
+            self.ran(r for r in scheduled if residency.reading.runs(r))
 
     def choose(
         self,

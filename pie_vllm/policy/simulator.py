@@ -15,20 +15,19 @@ from typing import Any
 
 from pie_vllm.policy.decider import Decision
 from pie_vllm.policy.detector import Observation
-from pie_vllm.policy.geometry import Geometry, cdiv
-from pie_vllm.policy.residency import Residency
+from pie_vllm.policy.geometry import Geometry, cdiv, chunk_blocks_of
+from pie_vllm.policy.residency import Residency, tail_room
 from pie_vllm.policy.rotation import Turns
 from pie_vllm.policy.traces import Block, Decides, Free, Job, Outcome, Profile
 
 
 @dataclass
 class _Request:
-    name: str
+    request_id: str
     prompt: int
     left: int
     known: int
     computed: int = 0
-    due: int = 0
     table: list[Any] = field(default_factory=list)
 
 
@@ -59,7 +58,7 @@ class Simulation:
         """
         self._geometry, self._profile, self._decider = geometry, profile, decider
         self._size, self._max_running = block_size, max_running
-        self._chunk = max(1, min(max_tokens // block_size, (geometry.resident_blocks - 2) // 2))
+        self._chunk = chunk_blocks_of(max_tokens, block_size, geometry)
         self._jobs = deque(
             _Request(str(i), job.prompt, job.answer, job.prompt) for i, job in enumerate(jobs)
         )
@@ -78,7 +77,7 @@ class Simulation:
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
         self._clock = self._stall = 0.0
-        self._number = self._tokens = self._preemptions = self._left_out = 0
+        self._number = self._tokens = self._preemptions = 0
         self._loads: list[int] = []
         self._decisions: list[Decision] = []
 
@@ -99,7 +98,7 @@ class Simulation:
             self._stall,
             self._number,
             self._preemptions,
-            self._left_out,
+            self._turns.left_out,
             self._loads,
             self._decisions,
         )
@@ -115,61 +114,45 @@ class Simulation:
         self._number += 1
         prompts = sum(max(0, r.known - r.computed - 1) for r in self._running)
         decision = self._decider.decide(min(prompts, self._chunk * self._size))
-        left_out, exceeds = self._take_turns(decision)
-        self.residency.begin_step(left_out)
-        ran, fresh = self._schedule(decision)
         residency, size = self.residency, self._size
+        left_out = self._turns.begin_step(self._running, residency, decision)
+        ran, fresh = self._schedule(decision, set(left_out))
         for request, tokens in ran.values():
             request.computed += tokens
-            tell = residency.computed_again if request.name in fresh else residency.computed
-            tell(request.name, request.computed // size)
+            tell = residency.computed_again if request.request_id in fresh else residency.computed
+            tell(request.request_id, request.computed // size)
         over = residency.pooled_in_use > decision.limit
-        headroom = len(self._running) // size + 2 if over or not self._waiting else None
+        headroom = tail_room(len(self._running), size) if over or not self._waiting else None
         plan = residency.end_step(ran, fresh, bool(ran), headroom, decision.budget)
-        reading = residency.reading
-        self._turns.ran(name for name in ran if reading.runs(name))
+        self._turns.end_step(ran, residency)
         promoted = sum(copy.count for copy in plan.promotions) if plan else 0
-        loads = reading.num_blocks + promoted
-        self._pass_time(ran, loads, within_budget=not exceeds)
+        loads = residency.reading.num_blocks + promoted
+        self._pass_time(ran, loads, within_budget=not self._turns.exceeds)
         self._decisions.append(decision)
 
-    def _take_turns(self, decision: Decision) -> tuple[list[str], bool]:
-        residency = self.residency
-        if residency.pooled_in_use <= decision.budget:
-            return [], False
-        pooled = {
-            r.name: blocks for r in self._running if (blocks := residency.reading.pooled(r.name))
-        }
-        others = len(self._running) > len(pooled)
-        out, exceeds = self._turns.choose(pooled, decision.budget, decision.spare, others)
-        gone = set(out)
-        for request in self._running:
-            if request.name in gone:
-                request.due = self._number + 1
-        self._left_out += len(out)
-        return out, exceeds
-
-    def _schedule(self, decision: Decision) -> tuple[dict[str, tuple[_Request, int]], set[str]]:
+    def _schedule(
+        self, decision: Decision, left_out: set[str]
+    ) -> tuple[dict[str, tuple[_Request, int]], set[str]]:
         budget = self._chunk * self._size
         ran: dict[str, tuple[_Request, int]] = {}
         fresh: set[str] = set()
         preempted = False
         for request in list(self._running):
-            if request.due > self._number or request not in self._running or budget <= 0:
+            if request.request_id in left_out or request not in self._running or budget <= 0:
                 continue
             tokens = min(request.known - request.computed, budget)
             while not self._allocate(request, tokens):
                 last = self._running.pop()
                 preempted = True
                 self._preemptions += 1
-                budget += ran.pop(last.name, (last, 0))[1]
+                budget += ran.pop(last.request_id, (last, 0))[1]
                 self._free(last)
                 last.computed = 0
                 self._waiting.appendleft(last)
                 if last is request:
                     break
             else:
-                ran[request.name] = (request, tokens)
+                ran[request.request_id] = (request, tokens)
                 budget -= tokens
         while self._waiting and budget > 0 and not preempted:
             request = self._waiting[0]
@@ -179,30 +162,26 @@ class Simulation:
             ):
                 break
             self._running.append(self._waiting.popleft())
-            ran[request.name] = (request, tokens)
-            fresh.add(request.name)
+            ran[request.request_id] = (request, tokens)
+            fresh.add(request.request_id)
             budget -= tokens
         return ran, fresh
 
     def _admit(self, request: _Request, tokens: int, decision: Decision, others: bool) -> bool:
         """As PieBlockSpaceManager admits."""
         residency = self.residency
-        queue, window = residency.queue, residency.window
-        kept_back = 0
-        if others:
-            used = residency.pooled_in_use
-            over = used - decision.limit
-            kept_back = window - decision.limit if over <= 0 else window - used + over
+        queue = residency.queue
+        kept_back = residency.window - decision.limit if others else 0
         if cdiv(request.known, self._size) + kept_back > queue.free_in_all:
             return False
         partial = tokens < request.known or any(r.known > r.computed + 1 for r in self._running)
         queue.admission(0, self._chunk + 1 if others and partial else 0)
         try:
-            residency.admit(request.name)
-            self._tables[request.name] = request.table
+            residency.admit(request.request_id)
+            self._tables[request.request_id] = request.table
             if self._allocate(request, tokens):
                 return True
-            residency.forget(request.name)
+            residency.forget(request.request_id)
             return False
         finally:
             queue.admission()
@@ -219,8 +198,8 @@ class Simulation:
         return True
 
     def _free(self, request: _Request) -> None:
-        self.residency.forget(request.name)
-        blocks = list(reversed(self._tables.pop(request.name)))
+        self.residency.forget(request.request_id)
+        blocks = list(reversed(self._tables.pop(request.request_id)))
         request.table = []
         for block in blocks:
             block.ref_cnt = 0

@@ -12,7 +12,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from pie_vllm.errors import UnsupportedError
 from pie_vllm.policy.completions import Completions
-from pie_vllm.policy.geometry import Geometry, cdiv
+from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.residency import Residency
 from pie_vllm.vllm import compat
 
@@ -62,9 +62,6 @@ class PieBlockSpaceManager(KVCacheManager):
 
     Attributes:
         residency: the policy that owns tiers, ledger and relocation.
-        limit: pooled blocks in use beyond which no waiting request is admitted
-            while others run; it never touches running requests. What is pooled
-            beyond it has the first call on free residents.
         chunk_blocks: blocks that one step may fill with prompt tokens.
         claims: asks the scheduler what running requests still need; asked once
             a step, when a waiting request is looked at.
@@ -95,27 +92,26 @@ class PieBlockSpaceManager(KVCacheManager):
         pool.attach(self.residency)
         self.block_size = managers[0].block_size
         self.completions = Completions(self.block_size, self.residency)
-        self.limit = geometry.pooled_blocks
         self.chunk_blocks = chunk_blocks
         self.claims: Callable[[], Claims] = Claims
         self._claims: Claims | None = None
         self._kept_back = 0
 
-    def begin_step(self) -> None:
+    def begin_step(self, limit: int) -> None:
         """Before ``Scheduler.schedule``: set this step's admission limit.
 
         As vLLM's watermark it applies to waiting and preempted requests only,
         and only while something runs, so it can neither preempt nor deadlock.
         Not through the watermark itself: vLLM also holds that against the
         blocks that can be had at once, which are fewer than those of both tiers.
+
+        Args:
+            limit: pooled blocks in use beyond which no waiting request is
+                admitted. What is pooled beyond it has the first call on free
+                residents.
         """
         self._claims = None
-        pooled = self.geometry.pooled_blocks
-        self._kept_back = 0
-        if self.limit < pooled:
-            used = self.residency.pooled_in_use
-            over = used - self.limit
-            self._kept_back = pooled - self.limit if over <= 0 else pooled - used + over
+        self._kept_back = self.geometry.pooled_blocks - limit
 
     def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
         """As vLLM's, which asks this of a waiting request just before it allocates for it.
@@ -219,14 +215,3 @@ class PieBlockSpaceManager(KVCacheManager):
         """Give a request's blocks back to their tiers."""
         self.residency.forget(request.request_id)
         super().free(request)
-
-
-def chunk_blocks_of(max_batched_tokens: int, block_size: int, geometry: Geometry) -> int:
-    """Blocks that one step may fill with tokens.
-
-    vLLM's token budget, unless that is more than half of the residents: a block
-    that is being written cannot be pooled, so a chunk that filled all residents
-    would leave no room for the tails of the other requests.
-    """
-    usable = geometry.resident_blocks - 1
-    return max(1, min(cdiv(max_batched_tokens, block_size), (usable - 1) // 2))

@@ -12,10 +12,12 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from pie_vllm.policy.decider import Decider, Decision
 from pie_vllm.policy.detector import Observation
+from pie_vllm.policy.geometry import chunk_blocks_of
 from pie_vllm.policy.plan import StepPlan
+from pie_vllm.policy.residency import tail_room
 from pie_vllm.policy.rotation import Turns
 from pie_vllm.vllm import compat, settings
-from pie_vllm.vllm.manager import Claims, PieBlockSpaceManager, chunk_blocks_of
+from pie_vllm.vllm.manager import Claims, PieBlockSpaceManager
 from pie_vllm.vllm.metrics import Control, Report, StepLog, Totals
 
 logger = init_logger("vllm.pie")
@@ -56,30 +58,26 @@ class PieSchedulerMixin(_Mixed):
             geometry.row_bytes, geometry.pooled_blocks, config.target_slowdown
         )
         self.pie_turns = Turns()
-        self.pie_left_out = 0
         self._prompts_under_way = False
         self.pie_decision = self.pie_decider.decide()
-        self._by_priority = vllm_config.scheduler_config.policy == "priority"
+        by_priority = vllm_config.scheduler_config.policy == "priority"
+        self._priority = (lambda name: self.requests[name].priority) if by_priority else None
         self.pie_log = StepLog(geometry)
         self.pie_report = Report(geometry)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule as vLLM does, then plan what the step stores, loads and relabels."""
-        manager = self.kv_cache_manager
+        manager, turns = self.kv_cache_manager, self.pie_turns
         decision = self.pie_decision = self.pie_decider.decide(self._prompt_tokens())
-        manager.limit = decision.limit
-        manager.begin_step()
-        exceeds, left_out = False, []  # type: bool, list[str]
-        turns = manager.residency.pooled_in_use > decision.budget
-        if turns:
-            left_out, exceeds = self._take_turns(decision)
-        manager.residency.begin_step(left_out)
+        manager.begin_step(decision.limit)
+        residency, requests = manager.residency, self.requests
+        for request_id in turns.begin_step(self.running, residency, decision, self._priority):
+            # vLLM counts the step when it schedules it, and runs who is due in it or before.
+            requests[request_id].next_decode_eligible_step = self.current_step + 2
         output: SchedulerOutput = super().schedule(*args, **kwargs)
         output.pie_plan = self._plan(output, decision)
-        output.pie_within_budget = not exceeds
-        if turns:
-            reading = manager.residency.reading
-            self.pie_turns.ran(r for r in output.num_scheduled_tokens if reading.runs(r))
+        output.pie_within_budget = not turns.exceeds
+        turns.end_step(output.num_scheduled_tokens, residency)
         return output
 
     def _prompt_tokens(self) -> int:
@@ -88,27 +86,6 @@ class PieSchedulerMixin(_Mixed):
             return 0
         left = sum(r.num_tokens - r.num_computed_tokens for r in self.running if r.is_prefill_chunk)
         return int(min(left, self.max_num_scheduled_tokens))
-
-    def _take_turns(self, decision: Decision) -> tuple[list[str], bool]:
-        """Leave requests out of the coming step: who, and whether one exceeds its budget."""
-        reading = self.kv_cache_manager.residency.reading
-        pooled = {
-            request.request_id: blocks
-            for request in self.running
-            if (blocks := reading.pooled(request.request_id))
-        }
-        requests = self.requests
-        priority = (lambda name: requests[name].priority) if self._by_priority else None
-        others = len(self.running) > len(pooled)
-        out, exceeds = self.pie_turns.choose(
-            pooled, decision.budget, decision.spare, others, priority
-        )
-        # vLLM counts the step when it schedules it, and runs who is due in it or before.
-        later = self.current_step + 2
-        for request_id in out:
-            requests[request_id].next_decode_eligible_step = later
-        self.pie_left_out += len(out)
-        return out, exceeds
 
     def _claims(self) -> Claims:
         step, block_size = self.current_step, self.kv_cache_manager.block_size
@@ -139,7 +116,7 @@ class PieSchedulerMixin(_Mixed):
             or running >= self.max_num_running_reqs
             or residency.pooled_in_use > decision.limit
         ):
-            headroom = running // manager.block_size + 2
+            headroom = tail_room(running, manager.block_size)
         forward = output.total_num_scheduled_tokens > 0
         return residency.end_step(scheduled, fresh, forward, headroom, decision.budget)
 
@@ -173,7 +150,7 @@ class PieSchedulerMixin(_Mixed):
                 self.pie_decision.limit,
                 self.pie_decision.budget,
                 int(self.pie_decider.detector.bandwidth or 0),
-                self.pie_left_out,
+                self.pie_turns.left_out,
             )
             residency = self.kv_cache_manager.residency
             changes = self.pie_report.changes(self.pie_log.totals, residency, control)

@@ -59,6 +59,11 @@ class Engine:
         found: dict[str, Any] = counters(self.llm)
         return found
 
+    def turns_left_out(self) -> int:
+        """Requests left out of steps so far."""
+        turns = getattr(self.core.scheduler, "pie_turns", None)
+        return turns.left_out if turns else 0
+
     def metrics(self) -> dict[str, float]:
         """vLLM's metrics that are one number, where they are on."""
         if self.settings["llm"].get("disable_log_stats", True):
@@ -107,7 +112,7 @@ class Engine:
             "moved": moved,
             "counters": after,
             "metrics": self.metrics(),
-            "left_out": getattr(self.core.scheduler, "pie_left_out", 0),
+            "left_out": self.turns_left_out(),
             **record,
             **copy_bytes(plans, after),
         }

@@ -279,7 +279,7 @@ def test_requests_take_turns_within_the_budget() -> None:
             gaps.append(since[name])
     driver.verify()
     assert not driver.preemptions
-    assert scheduler.pie_left_out > 0
+    assert scheduler.pie_turns.left_out > 0
     assert 0 < max(loaded) <= 40
     assert max(gaps) <= 14
 
