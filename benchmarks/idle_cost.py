@@ -21,7 +21,7 @@ from benchmarks.harness.display import console, working
 from benchmarks.harness.environment import vllm_environment
 from benchmarks.harness.load import Load
 from benchmarks.harness.machine import facts, write_json
-from benchmarks.harness.one_run import WARM_UP, add_chats, run_steps
+from benchmarks.harness.one_run import add_chats, make_llm
 from benchmarks.harness.options import parser_of, run_spec
 from benchmarks.harness.shape import PieSizes, kv_shape
 from benchmarks.harness.stats import paired_ratio, percentile
@@ -30,14 +30,7 @@ from benchmarks.throughput import SCRATCH, pie_keys
 
 def serve(spec: dict[str, Any]) -> None:
     """In a child: start an engine, then run as many steps as each line of the input says."""
-    from vllm import LLM
-
-    import pie_vllm
-
-    more = {} if spec["pie"] is None else pie_vllm.engine_args(**spec["pie"])
-    llm = LLM(**spec["llm"], **more)
-    add_chats(llm, WARM_UP)
-    run_steps(llm, WARM_UP)
+    llm = make_llm(spec)
     add_chats(llm, Load(**spec["load"]))
     llm.llm_engine.step()  # The prompts.
     print("ready", file=sys.__stderr__, flush=True)

@@ -114,8 +114,8 @@ def main() -> None:
     ]
     load = Load(args.chats, args.tokens)
     title = f"Link speeds: {load.chats} chats x {load.tokens} tokens, {args.dtype}"
-    publish(args.output, title, {"repeats": args.repeats, "specs": runs}, questions, figures)
-    plot(args.output.with_suffix(".png"), title, figures)
+    setup = {"repeats": args.repeats, "specs": runs}
+    publish(args.output, title, setup, questions, figures, draw=plot)
 
 
 if __name__ == "__main__":

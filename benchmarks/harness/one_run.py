@@ -20,6 +20,19 @@ from benchmarks.harness.stats import percentile
 WARM_UP = Load(chats=2, tokens=16)
 
 
+def make_llm(spec: dict[str, Any]) -> Any:
+    """The engine of a spec, once it has answered a few tokens."""
+    from vllm import LLM
+
+    import pie_vllm
+
+    more = {} if spec["pie"] is None else pie_vllm.engine_args(**spec["pie"])
+    llm = LLM(**spec["llm"], **more, disable_log_stats=False)
+    add_chats(llm, WARM_UP)
+    run_steps(llm, WARM_UP)
+    return llm
+
+
 def add_chats(llm: Any, load: Load) -> None:
     """Add all chats of `load` before the first step: with that, vLLM is deterministic."""
     from vllm import SamplingParams
@@ -69,19 +82,9 @@ def pie_counters(llm: Any) -> dict[str, float]:
 
 def main() -> None:
     """Run the spec of the first file and write the result to the second."""
-    from vllm import LLM
-
     spec = json.loads(Path(sys.argv[1]).read_text())
     load = Load(**spec["load"])
-    arguments = dict(spec["llm"])
-    if spec["pie"] is not None:
-        import pie_vllm
-
-        arguments |= pie_vllm.engine_args(**spec["pie"])
-    llm = LLM(**arguments, disable_log_stats=False)
-
-    add_chats(llm, WARM_UP)
-    run_steps(llm, WARM_UP)
+    llm = make_llm(spec)
     before = preemptions(llm)
     pie_before = pie_counters(llm) if spec["pie"] is not None else {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,9 @@ def publish(
     setup: Mapping[str, Any],
     questions: Sequence[Question],
     figures: Mapping[str, Sequence[Figures]],
+    draw: Callable[[Path, str, Mapping[str, Sequence[Figures]]], None] = plot,
 ) -> None:
-    """Print everything, and write `stem`.json and `stem`.png."""
+    """Print everything, and write `stem`.json and, by `draw`, `stem`.png."""
     print_figures(title, figures)
     ratios = print_answers(questions, figures)
     keys = [key for key, _, _ in FIGURES]
@@ -119,5 +120,5 @@ def publish(
         "runs": {name: list(rounds) for name, rounds in figures.items()},
     }
     write_json(stem.with_suffix(".json"), data)
-    plot(stem.with_suffix(".png"), title, figures)
+    draw(stem.with_suffix(".png"), title, figures)
     console.print(f"written: {stem}.json, {stem}.png")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 from pie_vllm.policy.residency import Residency
@@ -43,7 +43,7 @@ class Completions:
         self._step = step = self._step + 1
         size = self._block_size
         for request_id in several:
-            self._note(request_id, requests[request_id])
+            self._note(request_id, requests[request_id], self._residency.computed)
         ended = []
         for holder in self._on.pop(step, ()):
             if holder.due == step:
@@ -59,10 +59,11 @@ class Completions:
         for request_id in fresh:
             self._note(request_id, requests[request_id], self._residency.computed_again)
 
-    def _note(self, request_id: str, request: Progress, computed: Any = None) -> None:
+    def _note(
+        self, request_id: str, request: Progress, computed: Callable[[str, int], None]
+    ) -> None:
         tokens = request.num_computed_tokens
-        note = computed or self._residency.computed
-        note(request_id, tokens // self._block_size)
+        computed(request_id, tokens // self._block_size)
         self._expect(self._residency.victims.holders[request_id], tokens)
 
     def _expect(self, holder: Holder, tokens: int) -> None:

@@ -16,7 +16,6 @@ RECOVER = 0.02
 COOL_DOWN = 10
 """Steps after a cut before the next change: the stall is an average over about as many."""
 
-
 FIRST_BLOCKS = 4
 """Budget and limit until the first load has shown how fast the link is."""
 
@@ -66,8 +65,7 @@ class Decider:
         self._cool = 0
         self._saved = 0.0
         self._carried = 0.0
-        self._rate: float | None = None  # Blocks a second, once it and the step are known.
-        self._decode = 0.0
+        self._rate: float | None = None  # Blocks a second, once known.
 
     def observe(self, seen: Observation, *, within_budget: bool = True) -> None:
         """Learn from a step; ``within_budget`` as ``Detector.observe``."""
@@ -76,10 +74,12 @@ class Decider:
         detector.observe(seen, within_budget=within_budget)
         if self._target is None:
             return
-        bandwidth, decode = detector.bandwidth, detector.step_seconds()
-        if bandwidth is not None and decode is not None:
-            self._rate, self._decode = bandwidth / self._row_bytes, decode
-        self._save(self._target * (seen.seconds - seen.stall_seconds) - seen.stall_seconds)
+        bandwidth = detector.bandwidth
+        if bandwidth is not None:
+            self._rate = bandwidth / self._row_bytes
+            most = self._window / self._rate
+            saved = self._target * (seen.seconds - seen.stall_seconds) - seen.stall_seconds
+            self._saved = max(-most, min(self._saved + saved, most))
         if self._cool:
             self._cool -= 1
         elif not (seen.bytes_loaded and within_budget):
@@ -91,25 +91,19 @@ class Decider:
         else:
             self._gain = min(self._gain + RECOVER, MARGIN)
 
-    def _save(self, seconds: float) -> None:
-        bandwidth = self.detector.bandwidth
-        if bandwidth is not None:
-            most = self._window * self._row_bytes / bandwidth
-            self._saved = max(-most, min(self._saved + seconds, most))
-
     def decide(self, prompt_tokens: int = 0) -> Decision:
         """For the step that is about to be scheduled.
 
         Args:
             prompt_tokens: tokens that it will compute beyond one for each request.
         """
-        window, rate = self._window, self._rate
+        window, rate, step = self._window, self._rate, self.detector.step_seconds
         if self._target is None:
             return Decision(window, window, 0)
-        if rate is None:
+        if rate is None or step is None:
             first = min(FIRST_BLOCKS, window)
             return Decision(first, first, 0)
-        decode = self._gain * rate * self._decode
+        decode = self._gain * rate * step
         exact = decode + self._carried
         if prompt_tokens:
             exact += self._gain * rate * self.detector.slope * prompt_tokens

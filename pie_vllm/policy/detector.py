@@ -31,38 +31,27 @@ class Observation(NamedTuple):
 class Detector:
     """Learns from each step; decides nothing.
 
-    A step is taken to last ``base + slope * (tokens - requests)``: steps that only decode change
-    little from one to the next, and prompt tokens come on top.
+    A step is taken to last ``step_seconds + slope * (tokens - requests)``: steps that only decode
+    change little from one to the next, and prompt tokens come on top.
 
     Attributes:
+        step_seconds: of a step that only decodes, with all its KV on the device; None at first.
         slope: seconds for each prompt token; 0 while unknown.
+        stall_share: stall of recent steps that loaded, as a share of the rest of the step.
     """
 
     def __init__(self) -> None:
         """Nothing is known."""
-        self._base: float | None = None
+        self.step_seconds: float | None = None
         self.slope = 0.0
+        self.stall_share = 0.0
         self._bytes = 0.0
         self._busy = 0.0
-        self._stall = 0.0
 
     @property
     def bandwidth(self) -> float | None:
         """Bytes per second from the CPU to the device while the link is busy; None at first."""
         return self._bytes / self._busy if self._busy > 0 else None
-
-    @property
-    def stall_share(self) -> float:
-        """Stall of recent steps that loaded, as a share of the rest of the step."""
-        return self._stall
-
-    def step_seconds(self, prompt_tokens: int = 0) -> float | None:
-        """How long a step takes with all its KV on the device; None at first.
-
-        Args:
-            prompt_tokens: tokens beyond one for each request.
-        """
-        return None if self._base is None else self._base + self.slope * prompt_tokens
 
     def observe(self, seen: Observation, *, within_budget: bool = True) -> None:
         """Learn from a step.
@@ -79,18 +68,18 @@ class Detector:
             self._bytes = keep * self._bytes + seen.bytes_loaded
             self._busy = keep * self._busy + seen.load_seconds
         if seen.bytes_loaded and within_budget and compute > 0:
-            self._stall += WEIGHT * (seen.stall_seconds / compute - self._stall)
+            self.stall_share = _towards(self.stall_share, seen.stall_seconds / compute)
 
     def forget_stall(self) -> None:
         """Begin the average of the stall anew."""
-        self._stall = 0.0
+        self.stall_share = 0.0
 
     def _learn(self, compute: float, prompt_tokens: int) -> None:
         if prompt_tokens <= 0:
-            self._base = compute if self._base is None else _towards(self._base, compute)
+            known = self.step_seconds
+            self.step_seconds = compute if known is None else _towards(known, compute)
             return
-        base = self._base or 0.0
-        slope = max(compute - base, 0.0) / prompt_tokens
+        slope = max(compute - (self.step_seconds or 0.0), 0.0) / prompt_tokens
         self.slope = _towards(self.slope, slope) if self.slope else slope
 
 

@@ -296,14 +296,13 @@ class Residency:
                     break
                 if block.block_id < self.boundary:
                     continue
-                if not runs:  # A load that the step would do without.
-                    if spare <= 0:
-                        break
-                    spare -= 1
+                if not runs and spare <= 0:
+                    break
                 users = self.victims.users(index, block) if block.ref_cnt > 1 else (request_id,)
                 if not any(user in fresh for user in users):
                     copies.append(self._promote(index, block, users))
                     room -= 1
+                    spare -= not runs  # A load that the step would do without.
         return merge(copies, self._geometry.chunk_rows)
 
     @property

@@ -81,9 +81,9 @@ class Decides(Protocol):
 class Static:
     """The same limit in every step: what the decider is measured against."""
 
-    def __init__(self, limit: int, budget: int | None = None) -> None:
+    def __init__(self, limit: int, budget: int | None = None, spare: int = 0) -> None:
         """Admit up to ``limit`` pooled blocks; load up to ``budget``, ``limit`` if None."""
-        self._decision = Decision(limit if budget is None else budget, limit, 0)
+        self._decision = Decision(limit if budget is None else budget, limit, spare)
 
     def decide(self, prompt_tokens: int = 0) -> Decision:  # noqa: ARG002
         """Always the same."""
@@ -102,7 +102,7 @@ class Block:
         self.block_id = block_id
         self.ref_cnt = 0
         self.is_null = False
-        self.block_hash = None
+        self.block_hash: Any = None
 
 
 class Free:

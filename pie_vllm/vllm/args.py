@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 from pie_vllm.config import (
     BLOCK_MANAGER_KEY,
     BLOCK_MANAGERS,
+    FLAGS,
     SETTINGS_KEY,
     parse_pool_gib,
     parse_ring_fraction,
@@ -77,9 +78,7 @@ def _merge(namespace: argparse.Namespace) -> None:
     if manager is not None:
         config[BLOCK_MANAGER_KEY] = manager
     given = {
-        key: value
-        for key in ("pool_gib", "target_slowdown", "ring_slots", "ring_fraction")
-        if (value := getattr(namespace, f"pie_{key}", None)) is not None
+        key: value for key in FLAGS if (value := getattr(namespace, f"pie_{key}", None)) is not None
     }
     if given:
         config[SETTINGS_KEY] = {**config.get(SETTINGS_KEY, {}), **given}
@@ -100,40 +99,43 @@ def _add_flags(parser: Any) -> None:
         "device's KV memory holds, with KV blocks in CPU memory that are copied in a layer "
         "ahead. 'default' is vLLM's own.",
     )
-    group.add_argument(
-        "--pie-pool-gib",
-        type=_parsed(_pool),
-        default=None,
-        metavar="GIB",
-        action=_Setting,
-        help="CPU memory for pooled KV in all, in GiB, or 'auto' (the default): the smaller of "
+
+    def add(key: str, parse: Callable[[object], Any], metavar: str, text: str) -> None:
+        group.add_argument(
+            FLAGS[key],
+            type=_parsed(parse),
+            default=None,
+            metavar=metavar,
+            action=_Setting,
+            help=text,
+        )
+
+    add(
+        "pool_gib",
+        _pool,
+        "GIB",
+        "CPU memory for pooled KV in all, in GiB, or 'auto' (the default): the smaller of "
         "four times the device's KV bytes and half of the free CPU memory.",
     )
-    group.add_argument(
-        "--pie-target-slowdown",
-        type=_parsed(_target),
-        default=None,
-        metavar="F",
-        action=_Setting,
-        help="How long steps may wait for pooled KV, as a share of their time (default 0.01). "
+    add(
+        "target_slowdown",
+        _target,
+        "F",
+        "How long steps may wait for pooled KV, as a share of their time (default 0.01). "
         "It limits how much is pooled, and how often requests with pooled KV run. 'off' pools as "
         "much as fits, whatever it costs.",
     )
-    group.add_argument(
-        "--pie-ring-slots",
-        type=_parsed(parse_ring_slots),
-        default=None,
-        metavar="N",
-        action=_Setting,
-        help="Advanced: layers whose pooled blocks fit the device at once (default 3).",
+    add(
+        "ring_slots",
+        parse_ring_slots,
+        "N",
+        "Advanced: layers whose pooled blocks fit the device at once (default 3).",
     )
-    group.add_argument(
-        "--pie-ring-fraction",
-        type=_parsed(parse_ring_fraction),
-        default=None,
-        metavar="F",
-        action=_Setting,
-        help="Advanced: share of the device's KV bytes that the ring of pooled pages may take "
+    add(
+        "ring_fraction",
+        parse_ring_fraction,
+        "F",
+        "Advanced: share of the device's KV bytes that the ring of pooled pages may take "
         "(default 0.05). It limits how many blocks can be pooled at once.",
     )
 

@@ -64,6 +64,17 @@ def swapped(module: Any, name: str, value: Any, caller: Any, line: str) -> Itera
         setattr(module, name, original)
 
 
+def wrapped_once(
+    owner: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Put ``wrap(method)`` in place of a method for good; a second call changes nothing."""
+    original = getattr(owner, name)
+    if not getattr(original, "pie", False):
+        wrapped: Any = wrap(original)
+        wrapped.pie = True
+        setattr(owner, name, wrapped)
+
+
 def own_block_pool(pool_class: type) -> Any:
     """Make vLLM's coordinator build ``pool_class``, its one block pool.
 
@@ -108,17 +119,15 @@ def after_kv_caches(then: Callable[[Any, Any], None]) -> None:
     """
     from vllm.v1.engine.core import EngineCore
 
-    original = EngineCore._initialize_kv_caches
-    if getattr(original, "pie", False):
-        return
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def initialize(self: Any, vllm_config: Any) -> Any:
+            result = original(self, vllm_config)
+            then(self, vllm_config)
+            return result
 
-    def initialize(self: Any, vllm_config: Any) -> Any:
-        result = original(self, vllm_config)
-        then(self, vllm_config)
-        return result
+        return initialize
 
-    initialize.pie = True  # type: ignore[attr-defined]
-    EngineCore._initialize_kv_caches = initialize
+    wrapped_once(EngineCore, "_initialize_kv_caches", wrap)
 
 
 def carry(stats: Any) -> dict[str, int]:
@@ -141,16 +150,14 @@ def with_prometheus_logger(extend: Callable[[Any, Any], None]) -> None:
     """
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-    original = PrometheusStatLogger.__init__
-    if getattr(original, "pie", False):
-        return
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, vllm_config, *args, **kwargs)
+            extend(self, vllm_config)
 
-    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, vllm_config, *args, **kwargs)
-        extend(self, vllm_config)
+        return init
 
-    init.pie = True  # type: ignore[attr-defined]
-    PrometheusStatLogger.__init__ = init
+    wrapped_once(PrometheusStatLogger, "__init__", wrap)
 
 
 def check_metrics() -> None:

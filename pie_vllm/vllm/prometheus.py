@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pie_vllm.vllm import compat, settings
+from pie_vllm.vllm.metrics import MICROSECONDS
 
 GAUGES = {
     "pie_resident_blocks": "KV cache blocks in device memory, the null block included.",
@@ -20,22 +21,19 @@ GAUGES = {
 }
 """Name as it travels, without ``vllm:``: documentation."""
 
-COUNTERS: dict[str, tuple[str, float, str]] = {
-    "pie_streaming_steps": ("pie_streaming_steps", 1, "Engine steps that moved KV."),
-    "pie_loaded_bytes": ("pie_loaded_bytes", 1, "KV copied from the CPU pool, in bytes."),
-    "pie_stored_bytes": ("pie_stored_bytes", 1, "KV copied to the CPU pool, in bytes."),
-    "pie_load_us": ("pie_load_seconds", 1e-6, "Time the link was busy loading, in seconds."),
-    "pie_store_us": ("pie_store_seconds", 1e-6, "Time the link was busy storing, in seconds."),
-    "pie_stall_us": ("pie_stall_seconds", 1e-6, "Time the compute waited for KV, in seconds."),
-    "pie_demoted_blocks": ("pie_demoted_blocks", 1, "Blocks moved from the device to the pool."),
-    "pie_promoted_blocks": ("pie_promoted_blocks", 1, "Blocks moved back to the device for good."),
-    "pie_left_out_requests": (
-        "pie_left_out_requests",
-        1,
-        "Running requests left out of a step because the link could not feed them.",
-    ),
+COUNTERS = {
+    "pie_streaming_steps": "Engine steps that moved KV.",
+    "pie_loaded_bytes": "KV copied from the CPU pool, in bytes.",
+    "pie_stored_bytes": "KV copied to the CPU pool, in bytes.",
+    "pie_load_seconds": "Time the link was busy loading, in seconds.",
+    "pie_store_seconds": "Time the link was busy storing, in seconds.",
+    "pie_stall_seconds": "Time the compute waited for KV, in seconds.",
+    "pie_demoted_blocks": "Blocks moved from the device to the pool.",
+    "pie_promoted_blocks": "Blocks moved back to the device for good.",
+    "pie_left_out_requests": "Running requests left out of a step because the link could not "
+    "feed them.",
 }
-"""Name as its increments travel: name and unit exported, documentation."""
+"""As GAUGES. Increments travel; those of seconds as whole microseconds."""
 
 
 class PieMetrics:
@@ -55,12 +53,11 @@ class PieMetrics:
             )
             self._gauges[name] = {i: gauge.labels(*found) for i, found in values.items()}
         self._counters = {}
-        for name, (exported, unit, text) in COUNTERS.items():
+        for name, text in COUNTERS.items():
             counter = logger._counter_cls(
-                name=f"vllm:{exported}", documentation=text, labelnames=labels
+                name=f"vllm:{name}", documentation=text, labelnames=labels
             )
-            children = {i: counter.labels(*found) for i, found in values.items()}
-            self._counters[name] = (unit, children)
+            self._counters[name] = {i: counter.labels(*found) for i, found in values.items()}
 
     def record(self, carried: dict[str, int], engine: int) -> None:
         """Take pie's numbers out of ``carried``, and note them for an engine."""
@@ -69,8 +66,8 @@ class PieMetrics:
             if name in self._gauges:
                 self._gauges[name][engine].set(value)
             elif name in self._counters:
-                unit, children = self._counters[name]
-                children[engine].inc(value * unit)
+                unit = MICROSECONDS if name.endswith("_seconds") else 1
+                self._counters[name][engine].inc(value / unit)
 
 
 def extend(logger: Any, vllm_config: Any) -> None:

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 from pie_vllm.policy.decider import Decision
 from pie_vllm.policy.detector import Detector
+from pie_vllm.policy.traces import Static
 
 
-class Fixed:
-    """The same decision in every step."""
+class Fixed(Static):
+    """The same decision in every step, for vLLM's scheduler, which reports what is detected."""
 
-    def __init__(self, budget: int, limit: int, spare: int = 0) -> None:
-        self._decision = Decision(budget, limit, spare)
+    def __init__(self, limit: int, budget: int | None = None, spare: int = 0) -> None:
+        super().__init__(limit, budget, spare)
         self.detector = Detector()
-
-    def decide(self, prompt_tokens: int = 0) -> Decision:  # noqa: ARG002
-        return self._decision
-
-    def observe(self, *_: Any, **__: Any) -> None:
-        """Learns nothing."""
 
 
 class Wavering(Fixed):
     """Another random decision every few steps, as with a link whose speed changes."""
 
     def __init__(self, window: int, seed: int) -> None:
-        super().__init__(window, window)
+        super().__init__(window)
         self._window = window
         self._rng = random.Random(seed)
 

@@ -6,46 +6,13 @@ from typing import Any
 
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.residency import Residency
+from pie_vllm.policy.traces import Block, Free
 
 
-class FakeBlock:
-    """What the policy sees of vLLM's KVCacheBlock."""
+class FakeBlock(Block):
+    """As the simulator's, with room for what a test notes on it."""
 
-    def __init__(self, block_id: int) -> None:
-        self.block_id = block_id
-        self.ref_cnt = 0
-        self.is_null = False
-        self.block_hash: Any = None
-
-
-class FakeList:
-    """A free list as vLLM's queue behaves, by a Python list."""
-
-    def __init__(self, blocks: list[Any]) -> None:
-        self.blocks = list(blocks)
-
-    @property
-    def num_free_blocks(self) -> int:
-        return len(self.blocks)
-
-    def popleft(self) -> Any:
-        return self.blocks.pop(0)
-
-    def popleft_n(self, n: int) -> list[Any]:
-        taken, self.blocks = self.blocks[:n], self.blocks[n:]
-        return taken
-
-    def remove(self, block: Any) -> None:
-        self.blocks.remove(block)
-
-    def append_n(self, blocks: list[Any]) -> None:
-        self.blocks.extend(blocks)
-
-    def prepend_n(self, blocks: list[Any]) -> None:
-        self.blocks[:0] = blocks
-
-    def get_all_free_blocks(self) -> list[Any]:
-        return list(self.blocks)
+    pending: Any = None
 
 
 class FakePool:
@@ -61,9 +28,7 @@ class FakePool:
         self.blocks = [FakeBlock(i) for i in range(geometry.num_blocks)]
         self.cached: dict[Any, FakeBlock] = {}
         self.tables: dict[str, list[Any]] = {}
-        self.residency = Residency(
-            geometry, self.blocks, FakeList, self.tables, self._move, self.drop
-        )
+        self.residency = Residency(geometry, self.blocks, Free, self.tables, self._move, self.drop)
         null = self.residency.queue.popleft()
         null.is_null = True
         null.ref_cnt = 0

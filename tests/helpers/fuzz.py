@@ -56,7 +56,7 @@ class Case(NamedTuple):
         window = self.geometry.pooled_blocks
         if self.wavering:
             return Wavering(window, self.rng.randrange(1 << 30))
-        return Fixed(window, self.limit)
+        return Fixed(self.limit, window)
 
 
 def random_case(seed: int, *, asynchronous: bool | None = None, **sizes: int) -> Case:

@@ -129,11 +129,19 @@ def make_request(
 
 
 class Preemption(NamedTuple):
-    """A preemption: blocks of both tiers free then, and blocks asked for in vain."""
+    """A preemption.
+
+    Attributes:
+        request_id: whose blocks were taken.
+        free: blocks of both tiers free then.
+        asked: blocks asked for in vain.
+        frozen: nothing was demoted, because requests that wait for the link held too much.
+    """
 
     request_id: str
     free: int
     asked: int
+    frozen: bool
 
 
 class Driver:
@@ -164,8 +172,10 @@ class Driver:
         original = scheduler._preempt_request
 
         def preempt(request: Request, *args: Any, **kwargs: Any) -> None:
-            free = scheduler.kv_cache_manager.residency.queue.free_in_all
-            self.preemptions.append(Preemption(request.request_id, free, self.asked))
+            queue = scheduler.kv_cache_manager.residency.queue
+            self.preemptions.append(
+                Preemption(request.request_id, queue.free_in_all, self.asked, queue.frozen)
+            )
             original(request, *args, **kwargs)
 
         scheduler._preempt_request = preempt

@@ -131,5 +131,5 @@ def test_a_step_without_a_model_teaches_nothing_of_time() -> None:
     """Steps of no tokens move KV only."""
     detector = Detector()
     detector.observe(Observation(0, 0, 0.5, 0.0, ROW, 0.001))
-    assert detector.step_seconds() is None
+    assert detector.step_seconds is None
     assert detector.bandwidth == pytest.approx(ROW / 0.001)

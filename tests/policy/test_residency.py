@@ -29,6 +29,21 @@ def running(*names: str) -> dict[str, int]:
     return dict.fromkeys(names, 1)
 
 
+def admit(pool: FakePool, name: str, count: int, full: int | None = None) -> None:
+    """A request comes and gets blocks, of which the first are full after its first step."""
+    pool.tables[name] = []
+    pool.residency.admit(name)
+    assert pool.allocate(name, count)
+    pool.residency.admitted(name)
+    pool.residency.computed_again(name, count if full is None else full)
+
+
+def start(pool: FakePool, name: str, count: int, full: int | None = None) -> None:
+    """As ``admit``, and the first step."""
+    admit(pool, name, count, full)
+    pool.residency.end_step(running(name), {name}, True, None)
+
+
 class Tiers(RuleBasedStateMachine):
     """Requests come, fill blocks, hit, grow, stop for a step, are preempted and end.
 
@@ -183,11 +198,7 @@ def test_demotion_takes_the_request_admitted_last_first() -> None:
     pool = FakePool(sizes(8, 8))
     residency = pool.residency
     for name in ("first", "second"):
-        pool.tables[name] = []
-        residency.admit(name)
-        assert pool.allocate(name, 3)
-        residency.admitted(name)
-        residency.computed_again(name, 2)
+        admit(pool, name, 3, full=2)
     residency.end_step(running("first", "second"), {"first", "second"}, True, None)
     assert pool.allocate("first", 3)
     pooled = {name: sum(b.block_id >= 8 for b in table) for name, table in pool.tables.items()}
@@ -210,13 +221,8 @@ def test_free_residents_are_used_for_promotion() -> None:
     """When residents are free again, pooled blocks of running requests return for good."""
     pool = FakePool(sizes(8, 8))
     residency = pool.residency
-    for name, count in (("a", 4), ("b", 5)):
-        pool.tables[name] = []
-        residency.admit(name)
-        assert pool.allocate(name, count)
-        residency.admitted(name)
-        residency.computed_again(name, count)
-        residency.end_step(running(name), {name}, True, None)
+    start(pool, "a", 4)
+    start(pool, "b", 5)
     assert residency.demotions == 2
     pool.free("b")
     plan = residency.end_step(running("a"), (), True, 1)
@@ -232,12 +238,7 @@ def test_promoted_blocks_are_the_first_to_be_demoted_again() -> None:
     pool = FakePool(sizes(9, 8))
     residency = pool.residency
     for name, count in (("old", 2), ("filler", 3), ("new", 4)):
-        pool.tables[name] = []
-        residency.admit(name)
-        assert pool.allocate(name, count)
-        residency.admitted(name)
-        residency.computed_again(name, count)
-        residency.end_step(running(name), {name}, True, None)
+        start(pool, name, count)
     everyone = running("old", "filler", "new")
     assert pool.allocate("old", 3)
     residency.end_step(everyone, (), True, None)
@@ -256,15 +257,10 @@ def test_a_shared_block_moves_with_all_its_users() -> None:
     pool = FakePool(sizes(5, 8))
     residency = pool.residency
     rng = random.Random(0)
-    pool.tables["one"] = []
-    residency.admit("one")
-    assert pool.allocate("one", 2)
-    residency.admitted("one")
+    start(pool, "one", 2, full=1)
     shared = pool.tables["one"][0]
     shared.block_hash = rng.random()
     pool.cached[shared.block_hash] = shared
-    residency.computed_again("one", 1)
-    residency.end_step(running("one"), {"one"}, True, None)
     pool.tables["two"] = []
     residency.admit("two", 1)
     pool.hit("two", [shared])

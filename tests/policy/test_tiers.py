@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from pie_vllm.errors import IntegrityError
 from pie_vllm.policy.tiers import TieredFreeBlockQueue
-from tests.helpers.fakes import FakeBlock, FakeList
+from pie_vllm.policy.traces import Free
+from tests.helpers.fakes import FakeBlock
 
 RESIDENT = 5
 POOLED = 4
@@ -50,7 +51,7 @@ class Observer:
 def make() -> tuple[TieredFreeBlockQueue, Observer, list[FakeBlock]]:
     observer = Observer()
     blocks = [FakeBlock(i) for i in range(RESIDENT + POOLED)]
-    observer.queue = TieredFreeBlockQueue(blocks, RESIDENT, FakeList, observer)
+    observer.queue = TieredFreeBlockQueue(blocks, RESIDENT, Free, observer)
     return observer.queue, observer, blocks
 
 

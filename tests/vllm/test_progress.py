@@ -18,12 +18,22 @@ from tests.helpers.tagrunner import DictMemory, TagRunner
 pytestmark = pytest.mark.vllm
 
 
+def make_driver(
+    sizes: Geometry,
+    memory: DictMemory | None = None,
+    decider: Fixed | None = None,
+    **options: Any,
+) -> Driver:
+    """A scheduler over the sizes, with as many steps in flight as its kind has."""
+    scheduler = scheduling.make(sizes, BLOCK_SIZE, **options)
+    scheduler.pie_decider = decider or scheduler.pie_decider
+    runner = TagRunner(memory or DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE)
+    return Driver(scheduler, runner, in_flight=1 + options.get("async_scheduling", False))
+
+
 def driver_of(case: Case, memory: DictMemory | None = None) -> Driver:
-    scheduler = scheduling.make(case.geometry, BLOCK_SIZE, **case.options)
-    scheduler.pie_decider = case.decider()
-    memory = memory or DictMemory(case.geometry, BLOCK_SIZE)
-    in_flight = 2 if case.options["async_scheduling"] else 1
-    return Driver(scheduler, TagRunner(memory, BLOCK_SIZE), in_flight=in_flight)
+    """The driver of a random case."""
+    return make_driver(case.geometry, memory, case.decider(), **case.options)
 
 
 @pytest.mark.fuzz
@@ -39,7 +49,7 @@ def test_random_loads_make_progress_and_read_right_pages(fuzz_seeds: range) -> N
         except BaseException as error:
             raise AssertionError(f"seed {seed}: {error}") from error
         # A link that cannot feed the pooled requests is a reason, too, to demote no more.
-        early = [p for p in driver.preemptions if p.free >= p.asked and not case.wavering]
+        early = [p for p in driver.preemptions if p.free >= p.asked and not p.frozen]
         assert not early, f"seed {seed}: preempted with room left: {early[:3]}"
         residency = driver.scheduler.kv_cache_manager.residency
         demotions += residency.demotions
@@ -53,12 +63,12 @@ def test_random_loads_make_progress_and_read_right_pages(fuzz_seeds: range) -> N
 @pytest.mark.parametrize("limit", [0, 60])
 def test_a_prompt_longer_than_the_residents_is_served(limit: int) -> None:
     """One request may fill both tiers, whatever the admission limit."""
-    sizes = scheduling.geometry(6, 60)
-    scheduler = scheduling.make(
-        sizes, BLOCK_SIZE, max_model_len=64 * 16, max_num_batched_tokens=256
+    driver = make_driver(
+        scheduling.geometry(6, 60),
+        decider=Fixed(limit, 60),
+        max_model_len=64 * 16,
+        max_num_batched_tokens=256,
     )
-    scheduler.pie_decider = Fixed(60, limit)
-    driver = Driver(scheduler, TagRunner(DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE))
     prompt = [random.Random(1).randrange(997) for _ in range(900)]
     driver.add(make_request("long", prompt, 100, BLOCK_SIZE))
     driver.run()
@@ -69,9 +79,8 @@ def test_a_prompt_longer_than_the_residents_is_served(limit: int) -> None:
 
 def test_a_request_left_out_at_the_end_of_a_block_finds_a_resident() -> None:
     """Waiting requests may not take the residents that a left-out request needs next."""
-    sizes = scheduling.geometry(4, 20)
-    scheduler = scheduling.make(sizes, BLOCK_SIZE, max_model_len=20 * 16)
-    driver = Driver(scheduler, TagRunner(DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE))
+    driver = make_driver(scheduling.geometry(4, 20), max_model_len=20 * 16)
+    scheduler = driver.scheduler
     driver.add(make_request("first", list(range(15)), 40, BLOCK_SIZE))
     driver.step()
     driver.step()
@@ -90,13 +99,13 @@ def test_a_request_left_out_at_the_end_of_a_block_finds_a_resident() -> None:
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_the_smallest_tiers_serve_many_requests(asynchronous: bool) -> None:
     """Four residents, one pooled block, limit zero: all requests get their answers."""
-    sizes = scheduling.geometry(4, 1)
-    scheduler = scheduling.make(
-        sizes, BLOCK_SIZE, max_model_len=64, async_scheduling=asynchronous, max_num_seqs=8
+    driver = make_driver(
+        scheduling.geometry(4, 1),
+        decider=Fixed(0, 1),
+        max_model_len=64,
+        async_scheduling=asynchronous,
+        max_num_seqs=8,
     )
-    scheduler.pie_decider = Fixed(1, 0)
-    runner = TagRunner(DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE)
-    driver = Driver(scheduler, runner, in_flight=1 + asynchronous)
     for number in range(12):
         driver.add(make_request(f"r{number}", list(range(number, number + 30)), 30, BLOCK_SIZE))
     driver.run()
@@ -107,9 +116,8 @@ def test_the_smallest_tiers_serve_many_requests(asynchronous: bool) -> None:
 def test_usage_counts_both_tiers_and_a_reset_waits_for_all_blocks() -> None:
     """vLLM's two views of the free blocks are right while some are pooled."""
     sizes = scheduling.geometry(6, 10)
-    scheduler = scheduling.make(sizes, BLOCK_SIZE, max_model_len=200)
-    manager = scheduler.kv_cache_manager
-    driver = Driver(scheduler, TagRunner(DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE))
+    driver = make_driver(sizes, max_model_len=200)
+    manager = driver.scheduler.kv_cache_manager
     driver.add(make_request("one", list(range(100)), 40, BLOCK_SIZE))
     while len(driver.answers["one"]) < 20:
         driver.step()
@@ -124,8 +132,8 @@ def test_usage_counts_both_tiers_and_a_reset_waits_for_all_blocks() -> None:
 
 def pooled_beside_another(sizes: Geometry) -> Driver:
     """A request that holds blocks and ends soon, and one whose first blocks are pooled."""
-    scheduler = scheduling.make(sizes, BLOCK_SIZE, max_model_len=200)
-    driver = Driver(scheduler, TagRunner(DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE))
+    driver = make_driver(sizes, max_model_len=200)
+    scheduler = driver.scheduler
     driver.add(make_request("other", list(range(100, 180)), 15, BLOCK_SIZE))
     driver.add(make_request("long", list(range(66)), 40, BLOCK_SIZE))
     while len(driver.answers["long"]) < 2:
@@ -223,11 +231,13 @@ def test_a_lost_relabel_is_noticed() -> None:
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_limit_of_zero_admits_what_fits_the_residents(whole: bool) -> None:
     """The limit is about pooled blocks; free residents are not held back."""
-    sizes = scheduling.geometry(40, 100)
-    options = {"max_model_len": 200, "scheduler_reserve_full_isl": whole}
-    scheduler = scheduling.make(sizes, BLOCK_SIZE, **options)
-    scheduler.pie_decider = Fixed(100, 0)
-    driver = Driver(scheduler, TagRunner(DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE))
+    driver = make_driver(
+        scheduling.geometry(40, 100),
+        decider=Fixed(0, 100),
+        max_model_len=200,
+        scheduler_reserve_full_isl=whole,
+    )
+    scheduler = driver.scheduler
     for number in range(24):
         driver.add(make_request(f"r{number}", [number, *range(40)], 6, BLOCK_SIZE))
     driver.step()
@@ -241,10 +251,8 @@ def test_a_limit_of_zero_admits_what_fits_the_residents(whole: bool) -> None:
 
 def test_requests_that_wait_for_the_link_do_not_hold_the_residents() -> None:
     """Where their tails would be a fifth of all residents, vLLM preempts as without a pool."""
-    sizes = scheduling.geometry(20, 60)
-    scheduler = scheduling.make(sizes, BLOCK_SIZE, max_model_len=200)
-    scheduler.pie_decider = Fixed(1, 1)
-    driver = Driver(scheduler, TagRunner(DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE))
+    driver = make_driver(scheduling.geometry(20, 60), decider=Fixed(1, 1), max_model_len=200)
+    scheduler = driver.scheduler
     for number in range(12):
         driver.add(make_request(f"r{number}", [number, *range(number % 5)], 40, BLOCK_SIZE))
     fewest = 12
@@ -259,10 +267,8 @@ def test_requests_that_wait_for_the_link_do_not_hold_the_residents() -> None:
 
 def test_requests_take_turns_within_the_budget() -> None:
     """With two thirds of the link that is needed all requests go on, residents in every step."""
-    sizes = scheduling.geometry(80, 80)
-    scheduler = scheduling.make(sizes, BLOCK_SIZE, max_model_len=400)
-    scheduler.pie_decider = Fixed(40, 80)
-    driver = Driver(scheduler, TagRunner(DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE))
+    driver = make_driver(scheduling.geometry(80, 80), decider=Fixed(80, 40), max_model_len=400)
+    scheduler = driver.scheduler
     for number in range(14):
         prompt = [(number * 31 + token) % 997 for token in range(120)]
         driver.add(make_request(f"r{number}", prompt, 40, BLOCK_SIZE))
@@ -286,15 +292,14 @@ def test_requests_take_turns_within_the_budget() -> None:
 
 def test_what_waits_for_the_link_comes_back_before_others_are_admitted() -> None:
     """On a link that feeds nothing, free residents go to pooled requests, then to waiting ones."""
-    sizes = scheduling.geometry(30, 40)
-    scheduler = scheduling.make(sizes, BLOCK_SIZE, max_model_len=400)
-    driver = Driver(scheduler, TagRunner(DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE))
+    driver = make_driver(scheduling.geometry(30, 40), max_model_len=400)
+    scheduler = driver.scheduler
     residency = scheduler.kv_cache_manager.residency
     for name, length, answer in (("a", 300, 60), ("b", 70, 90), ("c", 70, 90)):
         driver.add(make_request(name, [ord(name), *range(length)], answer, BLOCK_SIZE))
     while residency.pooled_in_use < 4:
         driver.step()
-    scheduler.pie_decider = Fixed(2, 0)
+    scheduler.pie_decider = Fixed(0, 2)
     driver.add(make_request("waiting", list(range(500, 520)), 5, BLOCK_SIZE))
     paused = 0
     while "waiting" not in {r.request_id for r in scheduler.running}:
