@@ -43,8 +43,9 @@ int pie_granularity(const char* kind, int64_t* bytes) {
 }
 
 int pie_open(const pie_geometry* geometry, const char* kind, double link_bytes_per_s,
-             uint32_t debug, pie_engine** engine) {
-  return guarded([&] { *engine = new pie_engine{{*geometry, kind, link_bytes_per_s, debug}}; });
+             uint32_t debug, int64_t chunks, pie_engine** engine) {
+  return guarded(
+      [&] { *engine = new pie_engine{{*geometry, kind, link_bytes_per_s, debug, chunks}}; });
 }
 
 int pie_close(pie_engine* engine) {
@@ -60,7 +61,7 @@ int pie_arena(pie_engine* engine, uint64_t* address, int64_t* virtual_bytes) {
 
 int pie_bytes(pie_engine* engine, int64_t* host, int64_t* device) {
   return guarded([&] {
-    *host = engine->engine.geometry().host_bytes;
+    *host = engine->engine.pool().bytes();
     *device = engine->engine.geometry().device_bytes;
   });
 }
@@ -72,8 +73,18 @@ int pie_row_page(pie_engine* engine, int64_t row, int64_t layer, uint64_t* addre
       throw pie::Error(PIE_ERR_PLAN,
                        "no row " + std::to_string(row) + " with a layer " + std::to_string(layer));
     }
+    if (!engine->engine.pool().holds(row)) {
+      throw pie::Error(PIE_ERR_PLAN, "the chunk of row " + std::to_string(row) + " is not there");
+    }
     *address = engine->engine.pool().page(row, layer);
   });
+}
+
+int pie_commit_chunk(pie_engine* engine, int64_t chunk) {
+  return guarded([&] { engine->engine.commit_chunk(chunk); });
+}
+int pie_release_chunk(pie_engine* engine, int64_t chunk) {
+  return guarded([&] { engine->engine.release_chunk(chunk); });
 }
 
 int pie_begin_step(pie_engine* engine, const pie_plan* plan, uint64_t compute_stream) {

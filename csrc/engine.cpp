@@ -13,6 +13,11 @@ Geometry fitting(const pie_geometry& given, const Driver& driver) {
   return geometry;
 }
 
+int64_t at_start(const Geometry& geometry, int64_t chunks) {
+  if (chunks < 0 || chunks > geometry.num_chunks) return geometry.num_chunks;
+  return chunks > 0 ? chunks : 1;
+}
+
 }  // namespace
 
 LayerEvents::LayerEvents(Driver& driver, int64_t layers) : barrier(driver) {
@@ -24,12 +29,12 @@ LayerEvents::LayerEvents(Driver& driver, int64_t layers) : barrier(driver) {
 }
 
 Engine::Engine(const pie_geometry& geometry, const std::string& driver, double link_bytes_per_s,
-               uint32_t debug)
+               uint32_t debug, int64_t chunks)
     : debug_(debug),
       driver_(make_driver(driver, link_bytes_per_s)),
       geometry_(fitting(geometry, *driver_)),
       arena_(*driver_, geometry_),
-      pool_(*driver_, geometry_),
+      pool_(*driver_, geometry_, at_start(geometry_, chunks)),
       h2d_(*driver_),
       d2h_(*driver_) {
   reset_events();
@@ -138,6 +143,32 @@ void Engine::zero_ring() {
                           static_cast<size_t>(geometry_.slot_bytes));
   }
   driver_->stream_synchronize(h2d_);
+}
+
+void Engine::check_chunk(int64_t chunk) const {
+  if (chunk < 0 || chunk >= geometry_.num_chunks) {
+    throw Error(PIE_ERR_CONFIG, "no chunk " + std::to_string(chunk) + " of the pool; there are " +
+                                    std::to_string(geometry_.num_chunks));
+  }
+}
+
+void Engine::commit_chunk(int64_t chunk) {
+  check_chunk(chunk);
+  pool_.commit(chunk);
+}
+
+void Engine::release_chunk(int64_t chunk) {
+  check_chunk(chunk);
+  pool_.hide(chunk);
+  for (const Stream stream : {Stream{h2d_}, Stream{d2h_}}) {
+    const OwnedEvent submitted(*driver_);
+    driver_->event_record(submitted, stream);
+    try {
+      driver_->event_synchronize(submitted);
+    } catch (const Error&) {
+    }  // A copy failed; the engine's thread sees it. None is under way.
+  }
+  pool_.drop(chunk);
 }
 
 void Engine::finish_promotions() {

@@ -58,8 +58,9 @@ struct LayerEvents {
 class Engine {
  public:
   // Throws PIE_ERR_CONFIG, PIE_ERR_UNSUPPORTED or PIE_ERR_TRANSFER, leaving nothing behind.
+  // `chunks` of the pool are there from the start: all when negative, at least one.
   Engine(const pie_geometry& geometry, const std::string& driver, double link_bytes_per_s,
-         uint32_t debug);
+         uint32_t debug, int64_t chunks);
   ~Engine();  // waits for all work first
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
@@ -87,6 +88,12 @@ class Engine {
   void self_test();
   void zero_ring();  // needs an idle device
 
+  // The pool grows and shrinks by whole chunks; a second thread may call these. commit_chunk throws
+  // PIE_ERR_TRANSFER when the memory cannot be had. release_chunk waits for the copies submitted so
+  // far; a later step that names a row of the chunk is refused.
+  void commit_chunk(int64_t chunk);
+  void release_chunk(int64_t chunk);
+
  private:
   friend class SelfTest;
   struct Step {
@@ -110,6 +117,8 @@ class Engine {
   int64_t copy_runs(Stream stream, Direction direction, const Runs& runs, int64_t layer);
   void check_streams();
   void check_layer(int64_t layer) const;
+  void check_held(const char* name, const Runs& runs) const;
+  void check_chunk(int64_t chunk) const;
   void check_gates() const;
   pie_stats close_step();
   void reset_events();
@@ -120,7 +129,7 @@ class Engine {
   const std::unique_ptr<Driver> driver_;
   const Geometry geometry_;
   const Arena arena_;
-  const Pool pool_;
+  Pool pool_;
   const OwnedStream h2d_, d2h_;
   std::unique_ptr<LayerEvents> events_;
 

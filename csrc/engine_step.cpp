@@ -37,14 +37,20 @@ void Engine::open_step(const pie_plan& plan, bool forward, Stream compute) {
   step.promotions =
       checked_runs(geometry_, "promotion", plan.promotions, plan.num_promotions, 0, resident);
   check_disjoint_rows(step.stores, step.promotions);
+  check_held("store", step.stores);
+  check_held("promotion", step.promotions);
   if (plan.num_loads >= 0) {
-    loads_ = checked_runs(geometry_, "load", plan.loads, plan.num_loads, resident,
-                          resident + geometry_.pooled);
+    Runs loads = checked_runs(geometry_, "load", plan.loads, plan.num_loads, resident,
+                              resident + geometry_.pooled);
+    check_held("load", loads);
+    loads_ = std::move(loads);
   } else if (!loads_.empty() && last_step_ + 1 != plan.step) {
     throw Error(PIE_ERR_PLAN, "step " + std::to_string(plan.step) +
                                   " wants the loads of the step before, but the newest step here "
                                   "is " +
                                   std::to_string(last_step_));
+  } else {
+    check_held("load", loads_);
   }
   step.forward = forward;
   step.gated.reserve(static_cast<size_t>(geometry_.layers));
@@ -160,6 +166,14 @@ void Engine::check_layer(int64_t layer) const {
   if (layer < 0 || layer >= geometry_.layers) {
     throw Error(PIE_ERR_GATE, "no layer " + std::to_string(layer) + "; there are " +
                                   std::to_string(geometry_.layers));
+  }
+}
+
+void Engine::check_held(const char* name, const Runs& runs) const {
+  for (const pie_run& run : runs) {
+    if (pool_.holds(run.row)) continue;
+    throw Error(PIE_ERR_PLAN, std::string(name) + " of row " + std::to_string(run.row) +
+                                  ": its chunk of the pool is not there");
   }
 }
 

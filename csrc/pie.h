@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define PIE_ABI_VERSION 1
+#define PIE_ABI_VERSION 2
 #define PIE_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -83,15 +83,21 @@ typedef struct pie_engine pie_engine;
 PIE_API int pie_abi_version(void);
 PIE_API const char* pie_last_error(void);
 
-/* driver: "host" or "cuda". link_bytes_per_s <= 0: as fast as the machine. */
+/* driver: "host" or "cuda". link_bytes_per_s <= 0: as fast as the machine. chunks of the pool are
+ * there from the start: all when negative, at least one. */
 PIE_API int pie_granularity(const char* driver, int64_t* bytes);
 PIE_API int pie_open(const pie_geometry* geometry, const char* driver, double link_bytes_per_s,
-                     uint32_t debug, pie_engine** engine);
+                     uint32_t debug, int64_t chunks, pie_engine** engine);
 /* Drains all streams, then gives everything back. */
 PIE_API int pie_close(pie_engine* engine);
 
 PIE_API int pie_arena(pie_engine* engine, uint64_t* address, int64_t* virtual_bytes);
+/* Host: of the chunks that are there now. */
 PIE_API int pie_bytes(pie_engine* engine, int64_t* host, int64_t* device);
+/* These two may be called by one other thread, beside steps. Release waits for the copies submitted
+ * so far; a plan that names a row of a chunk that is not there is refused with PIE_ERR_PLAN. */
+PIE_API int pie_commit_chunk(pie_engine* engine, int64_t chunk);
+PIE_API int pie_release_chunk(pie_engine* engine, int64_t chunk);
 /* Host address of a row's page of one layer. */
 PIE_API int pie_row_page(pie_engine* engine, int64_t row, int64_t layer, uint64_t* address);
 

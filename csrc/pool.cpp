@@ -2,12 +2,31 @@
 
 namespace pie {
 
-Pool::Pool(Driver& driver, const Geometry& geometry) : geometry_(geometry) {
-  chunks_.reserve(static_cast<size_t>(geometry.num_chunks));
-  for (int64_t c = 0; c < geometry.num_chunks; ++c) {
-    const int64_t bytes = geometry.rows_of_chunk(c) * geometry.layers * geometry.page;
-    chunks_.emplace_back(driver, static_cast<size_t>(bytes));
+Pool::Pool(Driver& driver, const Geometry& geometry, int64_t chunks)
+    : driver_(driver), geometry_(geometry), chunks_(static_cast<size_t>(geometry.num_chunks)) {
+  for (int64_t c = 0; c < chunks; ++c) commit(c);
+}
+
+void Pool::commit(int64_t chunk) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Chunk& target = chunks_[static_cast<size_t>(chunk)];
+  if (!target.block) {
+    target.block.emplace(driver_, static_cast<size_t>(bytes_of(chunk)));
+    bytes_ += bytes_of(chunk);
   }
+  target.address.store(target.block->address(), std::memory_order_release);
+}
+
+void Pool::hide(int64_t chunk) {
+  chunks_[static_cast<size_t>(chunk)].address.store(0, std::memory_order_release);
+}
+
+void Pool::drop(int64_t chunk) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Chunk& target = chunks_[static_cast<size_t>(chunk)];
+  if (!target.block || target.address.load(std::memory_order_acquire) != 0) return;
+  target.block.reset();
+  bytes_ -= bytes_of(chunk);
 }
 
 }  // namespace pie

@@ -9,6 +9,7 @@ from typing import Any
 
 from pie_vllm.errors import ConfigError
 from pie_vllm.policy.decider import DEFAULT_TARGET_SLOWDOWN
+from pie_vllm.policy.elastic import DEFAULT_IDLE_SECONDS
 from pie_vllm.policy.geometry import DEFAULT_RING_FRACTION
 
 BLOCK_MANAGER_KEY = "block_manager"
@@ -92,6 +93,7 @@ class PieConfig:
             None pools as much as fits, whatever it costs.
         link_gbps: emulated link speed of the host driver, GB/s per direction;
             None is as fast as memory copies are. For tests and emulation.
+        pool_idle_seconds: how long the pool keeps CPU memory that is not needed.
         debug: switches of the engine that break or check it on purpose.
     """
 
@@ -100,6 +102,7 @@ class PieConfig:
     ring_fraction: float = DEFAULT_RING_FRACTION
     target_slowdown: float | None = DEFAULT_TARGET_SLOWDOWN
     link_gbps: float | None = None
+    pool_idle_seconds: float = DEFAULT_IDLE_SECONDS
     debug: tuple[str, ...] = ()
 
     @classmethod
@@ -131,6 +134,7 @@ class PieConfig:
                 settings.get("target_slowdown", DEFAULT_TARGET_SLOWDOWN)
             ),
             link_gbps=_parse_link(settings.get("link_gbps")),
+            pool_idle_seconds=_parse_idle(settings.get("pool_idle_seconds", DEFAULT_IDLE_SECONDS)),
             debug=_parse_debug(settings.get("debug", ())),
         )
 
@@ -148,6 +152,12 @@ def _parse_link(value: object) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
         raise _fail("link_gbps", value, "a speed in GB/s above 0")
+    return float(value)
+
+
+def _parse_idle(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise _fail("pool_idle_seconds", value, "a number of seconds above 0")
     return float(value)
 
 

@@ -5,7 +5,8 @@
 // Each seed draws a geometry, an inline or an asynchronous compute, faults that delay and tear
 // copies, and some steps: gated, ungated, idle and aborted. The compute is host callbacks that
 // write and check pages through the layer's own view; nothing waits between steps, so on the
-// asynchronous stream several are in flight. Prints the first wrong page and returns 1.
+// asynchronous stream several are in flight. A second thread gives chunks back that hold nothing,
+// and takes them again, beside the steps. Prints the first wrong page and returns 1.
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
@@ -14,6 +15,8 @@
 #include <deque>
 #include <map>
 #include <random>
+#include <set>
+#include <thread>
 
 #include "../engine.h"
 
@@ -62,12 +65,16 @@ void run_task(void* argument) {
 class Scenario {
  public:
   explicit Scenario(uint64_t seed)
-      : random_(seed), engine_(geometry(), "host", 0, 0), g_(engine_.geometry()) {
+      : random_(seed), engine_(geometry(), "host", 0, 0, -1), g_(engine_.geometry()) {
     resident_.assign(static_cast<size_t>(g_.resident), 0);
     rows_.assign(static_cast<size_t>(g_.rows), 0);
     if (seed % 2 == 0) compute_ = engine_.driver().stream_create();
     if (chance(60)) engine_.driver().inject(PIE_FAULT_LATE, 1 + pick(3), 0, 0.4, seed);
     if (chance(30)) engine_.driver().inject(PIE_FAULT_TORN, 1 + pick(3), 0.2, 0, seed);
+  }
+
+  ~Scenario() {
+    if (resizer_.joinable()) resizer_.join();
   }
 
   int run(int steps) {
@@ -79,6 +86,7 @@ class Scenario {
       } else {
         planned(kind == 1, kind == 2);
       }
+      if (chance(30)) resize();
     }
     engine_.abort_step();
     engine_.driver().synchronize();
@@ -86,9 +94,10 @@ class Scenario {
       Task task{&engine_, &wrong_, number_, l, held(), false};
       run_task(&task);
       for (size_t r = 0; r < rows_.size(); ++r) {
+        if (rows_[r] == 0) continue;
         const auto* page =
             reinterpret_cast<const uint8_t*>(engine_.pool().page(static_cast<int64_t>(r), l));
-        if (rows_[r] != 0 && !holds(page, rows_[r], l, g_.page) && wrong_++ == 0) {
+        if (!holds(page, rows_[r], l, g_.page) && wrong_++ == 0) {
           std::printf("row %zu layer %ld does not hold %ld\n", r, l, rows_[r]);
         }
       }
@@ -154,6 +163,28 @@ class Scenario {
     }
   }
 
+  // Gives a chunk back that holds nothing, in a second thread; half of them it takes again.
+  void resize() {
+    const int64_t chunk = pick(g_.num_chunks), first = chunk * g_.chunk_rows;
+    for (int64_t r = first; r < first + g_.rows_of_chunk(chunk); ++r) {
+      if (row(r) != 0) return;
+    }
+    if (resizer_.joinable()) resizer_.join();
+    const bool again = chance(50);
+    gone_.insert(chunk);
+    resizer_ = std::thread([this, chunk, again] {
+      engine_.release_chunk(chunk);
+      if (again) engine_.commit_chunk(chunk);
+    });
+  }
+
+  void need(int64_t chunk) {
+    if (gone_.count(chunk) == 0) return;
+    resizer_.join();
+    for (const int64_t c : gone_) engine_.commit_chunk(c);
+    gone_.clear();
+  }
+
   void planned(bool idle, bool abort) {
     for (Id& id : rows_) {
       if (chance(15)) id = 0;  // freed: a later store may take it
@@ -167,6 +198,7 @@ class Scenario {
           [&](int64_t r) { return row(r) == 0; });
       if (stores.size() == before) continue;
       const pie_run& run = stores.back();
+      need(run.row / g_.chunk_rows);
       for (int64_t k = 0; k < run.count; ++k) {
         row(run.row + k) = resident(run.block + k);
         stored_rows[run.row + k] = true;
@@ -250,6 +282,8 @@ class Scenario {
   pie::Runs loads_;
   int64_t loads_step_ = 0, number_ = 0;
   Id next_id_ = 1;
+  std::set<int64_t> gone_;  // chunks that the second thread gave back, or is giving back
+  std::thread resizer_;     // joinable while gone_ is not empty
 };
 
 }  // namespace

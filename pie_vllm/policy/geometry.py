@@ -124,6 +124,10 @@ class Geometry:
         """Bytes of CPU memory that the pool's rows take."""
         return self.rows * self.row_bytes
 
+    def bytes_of_chunks(self, chunks: int) -> int:
+        """CPU bytes of the first ``chunks`` chunks of the pool."""
+        return min(chunks * self.chunk_rows, self.rows) * self.row_bytes
+
     @property
     def idle_cost_blocks(self) -> float:
         """Resident blocks that the ring's bytes would have held."""

@@ -9,6 +9,7 @@ from pie_vllm.errors import IntegrityError
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.ledger import RowLedger
 from pie_vllm.policy.plan import Copy, StepPlan
+from pie_vllm.policy.promotion import promote_free
 from pie_vllm.policy.reading import ReadSet
 from pie_vllm.policy.relabels import RelabelLog
 from pie_vllm.policy.runs import merge
@@ -17,11 +18,6 @@ from pie_vllm.policy.victims import Holder, Victims
 
 MOST_HELD = 0.2
 """Share of the residents that requests waiting for the link may hold."""
-
-
-def tail_room(running: int, block_size: int) -> int:
-    """Residents that so many requests may ask for in a step, about: promotion leaves them alone."""
-    return running // block_size + 2
 
 
 class Residency:
@@ -33,6 +29,7 @@ class Residency:
     allocations call back and demote; ``end_step``, which returns the plan.
 
     Attributes:
+        geometry: the sizes.
         queue: the free blocks of both tiers, in place of vLLM's free queue.
         rows: the ledger of the CPU pool's rows.
         boundary: ids below it are resident.
@@ -60,14 +57,14 @@ class Residency:
                 to the second, which has none.
             drop_content: removes the prefix-cache entry of a block.
         """
-        self._geometry = geometry
+        self.geometry = geometry
         self.boundary = geometry.resident_blocks
         self.window = geometry.pooled_blocks
         self._blocks = blocks
         self.tables = tables
         self._move_content = move_content
         self._drop_content = drop_content
-        self.rows = RowLedger(geometry.rows, self.boundary)
+        self.rows = RowLedger(geometry.rows, self.boundary, geometry.chunk_rows)
         self.queue = TieredFreeBlockQueue(blocks, self.boundary, make_list, self)
         self.victims = Victims(tables, self.boundary)
         self._requests = self.victims.holders
@@ -155,7 +152,7 @@ class Residency:
 
     def make_residents_free(self, count: int) -> None:
         """Demote up to ``count`` blocks, as far as pooled ids are free."""
-        count = min(count, self.queue.free_pooled)
+        count = min(count, self.queue.available_pooled)
         while count > 0:
             victim = self.victims.private()
             if victim is None:
@@ -187,7 +184,8 @@ class Residency:
         self.queue.prepend_n([block])
         self.demotions += 1
 
-    def _promote(self, index: int, block: Any, users: Collection[str]) -> tuple[int, int]:
+    def promote(self, index: int, block: Any, users: Collection[str]) -> tuple[int, int]:
+        """Give a pooled block of these requests a free resident; the page and the row."""
         target = self.queue.popleft()
         self._drop_content(target)
         row = self.rows.row_of(block.block_id)
@@ -228,6 +226,14 @@ class Residency:
             self.queue.frozen = frozen
             self.queue.refresh()
 
+    def use_chunks(self, chunks: int) -> None:
+        """Hand out rows of the first ``chunks`` chunks only, at least ``rows.chunks_held``."""
+        self.rows.usable = min(chunks * self.geometry.chunk_rows, self.geometry.rows)
+        withheld = max(0, self.window - self.rows.usable)
+        if withheld != self.queue.withheld:
+            self.queue.withheld = withheld
+            self.queue.refresh()
+
     def end_step(
         self,
         scheduled: Mapping[str, Any],
@@ -253,7 +259,7 @@ class Residency:
         reading.follow(scheduled, len(scheduled) == len(self._requests))
         promotions: tuple[Copy, ...] = ()
         if headroom is not None and reading.any_pooled and forward and not self._stores:
-            promotions = self._promote_free(fresh, headroom, budget)
+            promotions = promote_free(self, fresh, headroom, budget)
         self.queue.refresh()
         relabels = self._relabels.drain(self._requests, fresh)
         stores = self._take_stores()
@@ -272,38 +278,9 @@ class Residency:
     def _take_stores(self) -> tuple[Copy, ...]:
         if not self._stores:
             return ()
-        stores = merge(self._stores.values(), self._geometry.chunk_rows)
+        stores = merge(self._stores.values(), self.geometry.chunk_rows)
         self._stores.clear()
         return stores
-
-    def _promote_free(
-        self, fresh: Collection[str], headroom: int, budget: int | None
-    ) -> tuple[Copy, ...]:
-        room = self.queue.free_residents - headroom
-        if room <= 0:
-            return ()
-        reading = self.reading
-        spare = self.window if budget is None else budget - reading.num_blocks
-        copies: list[tuple[int, int]] = []
-        for request_id in self._requests:
-            if room <= 0:
-                break
-            if request_id in fresh or not reading.pooled(request_id):
-                continue
-            runs = reading.runs(request_id)
-            for index, block in enumerate(self.tables[request_id]):
-                if room <= 0:
-                    break
-                if block.block_id < self.boundary:
-                    continue
-                if not runs and spare <= 0:
-                    break
-                users = self.victims.users(index, block) if block.ref_cnt > 1 else (request_id,)
-                if not any(user in fresh for user in users):
-                    copies.append(self._promote(index, block, users))
-                    room -= 1
-                    spare -= not runs  # A load that the step would do without.
-        return merge(copies, self._geometry.chunk_rows)
 
     @property
     def pooled_in_use(self) -> int:

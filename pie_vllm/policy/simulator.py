@@ -16,7 +16,8 @@ from typing import Any
 from pie_vllm.policy.decider import Decision
 from pie_vllm.policy.detector import Observation
 from pie_vllm.policy.geometry import Geometry, cdiv, chunk_blocks_of
-from pie_vllm.policy.residency import Residency, tail_room
+from pie_vllm.policy.promotion import tail_room
+from pie_vllm.policy.residency import Residency
 from pie_vllm.policy.rotation import Turns
 from pie_vllm.policy.traces import Block, Decides, Free, Job, Outcome, Profile
 

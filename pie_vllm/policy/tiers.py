@@ -81,6 +81,8 @@ class TieredFreeBlockQueue:
         frozen: whether nothing may be demoted now: ``FP`` counts as 0. Call
             ``refresh`` after a change.
         demotable: ``D``.
+        withheld: pooled ids that may not be used now, for want of CPU memory;
+            they are no part of ``FP``. Call ``refresh`` after a change.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class TieredFreeBlockQueue:
         self._blank_set = set(self._blank)
         self.demotable = 0
         self.frozen = False
+        self.withheld = 0
         self.num_free_blocks = 0
         self._hits = 0
         self._reserve = 0
@@ -123,6 +126,12 @@ class TieredFreeBlockQueue:
         return len(self._blank) + self._cached.num_free_blocks
 
     @property
+    def available_pooled(self) -> int:
+        """As ``free_pooled``, without those that are withheld."""
+        blank = len(self._blank) - self.withheld
+        return (blank if blank > 0 else 0) + self._cached.num_free_blocks
+
+    @property
     def free_in_all(self) -> int:
         """Free blocks of both tiers."""
         return self.free_residents + self.free_pooled
@@ -130,7 +139,7 @@ class TieredFreeBlockQueue:
     def refresh(self) -> None:
         """Recompute ``num_free_blocks`` after one of its terms changed."""
         free = self._resident.num_free_blocks
-        pooled = 0 if self.frozen else len(self._blank) + self._cached.num_free_blocks
+        pooled = 0 if self.frozen else self.available_pooled
         reachable = self.demotable + self._hits - self._reserve
         self.num_free_blocks = free + (pooled if pooled < reachable else reachable)
 
@@ -171,7 +180,7 @@ class TieredFreeBlockQueue:
         A blank one, else the idle cached one that was used least recently,
         whose cached KV is then dropped.
         """
-        if self._blank:
+        if len(self._blank) > self.withheld:
             block = self._blocks[heappop(self._blank)]
             self._blank_set.discard(block.block_id)
         else:
@@ -179,6 +188,13 @@ class TieredFreeBlockQueue:
             self._observer.on_pooled_dropped(block)
         self.refresh()
         return block
+
+    def forget_cached_pooled(self) -> None:
+        """Drop the KV of all pooled blocks that nobody uses."""
+        while self._cached.num_free_blocks:
+            block = self._cached.popleft()
+            self._observer.on_pooled_dropped(block)
+            self.give_blank(block)
 
     def give_blank(self, block: Any) -> None:
         """Give back a pooled block that holds no KV."""

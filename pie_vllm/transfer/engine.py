@@ -10,49 +10,20 @@ import ctypes
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
-from pie_vllm.errors import ConfigError, TransferError
+from pie_vllm.errors import TransferError
 from pie_vllm.memory.arena import DeviceArena
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import StepPlan
 from pie_vllm.transfer.native import (
-    DEBUG_FLAGS,
     PlanArrays,
     StatsStruct,
+    debug_flags,
     error_of,
     geometry_struct,
     load_library,
 )
-
-
-class StepStats(NamedTuple):
-    """What one step moved and waited.
-
-    Attributes:
-        step: number of the step.
-        bytes_loaded: bytes host to device that the step submitted, promotions included.
-        bytes_stored: bytes device to host that the step submitted.
-        load_seconds: seconds that copies host to device took, of those that
-            finished since the last report; with two steps in flight they may
-            belong to the step before.
-        store_seconds: the same, device to host.
-        stall_seconds: seconds that the gates blocked this thread; 0 on an
-            asynchronous compute stream, where waits do not block.
-        gates: layers that passed ``before_attention``.
-        copies: runs copied, all layers.
-        bytes_promoted: the part of ``bytes_loaded`` that went to resident pages.
-    """
-
-    step: int
-    bytes_loaded: int
-    bytes_stored: int
-    load_seconds: float
-    store_seconds: float
-    stall_seconds: float
-    gates: int
-    copies: int
-    bytes_promoted: int = 0
+from pie_vllm.transfer.stats import StepStats, step_stats
 
 
 class TransferEngine:
@@ -68,6 +39,7 @@ class TransferEngine:
         link_bytes_per_s: emulated link speed per direction; ``None`` is as fast
             as the machine.
         debug: negative controls, words of ``native.DEBUG_FLAGS``.
+        chunks: of the pool that are there from the start, at least one; ``None`` is all.
         library_path: another build of the native library, for tests.
 
     Attributes:
@@ -88,11 +60,12 @@ class TransferEngine:
         driver: str = "host",
         link_bytes_per_s: float | None = None,
         debug: Iterable[str] = (),
+        chunks: int | None = None,
         library_path: str | Path | None = None,
     ) -> None:
         """Reserve, map and populate all memory, and start the copy streams."""
         self._handle: int | None = None
-        flags = _debug_flags(debug)
+        flags = debug_flags(debug)
         self._library = library = load_library(library_path)
         self.geometry = geometry
         handle = ctypes.c_void_p()
@@ -102,6 +75,7 @@ class TransferEngine:
                 driver.encode(),
                 link_bytes_per_s or 0.0,
                 flags,
+                -1 if chunks is None else chunks,
                 ctypes.byref(handle),
             )
         )
@@ -111,21 +85,23 @@ class TransferEngine:
         self._after_attention = library.pie_after_attention
         self._has_stores = False
         address, size = ctypes.c_uint64(), ctypes.c_int64()
-        host, device = ctypes.c_int64(), ctypes.c_int64()
         self._check(library.pie_arena(self._handle, ctypes.byref(address), ctypes.byref(size)))
-        self._check(library.pie_bytes(self._handle, ctypes.byref(host), ctypes.byref(device)))
         self.arena = DeviceArena(address.value, size.value, driver, self)
-        self._host_bytes, self._device_bytes = host.value, device.value
 
     @property
     def host_bytes(self) -> int:
-        """Host memory of the pool in bytes."""
-        return self._host_bytes
+        """Host memory of the pool's chunks that are there now, in bytes."""
+        return self._bytes()[0]
 
     @property
     def device_bytes(self) -> int:
         """Device memory of resident pages and ring in bytes, aliases counted once."""
-        return self._device_bytes
+        return self._bytes()[1]
+
+    def _bytes(self) -> tuple[int, int]:
+        host, device = ctypes.c_int64(), ctypes.c_int64()
+        self._check(self._library.pie_bytes(self._open(), ctypes.byref(host), ctypes.byref(device)))
+        return host.value, device.value
 
     @property
     def closed(self) -> bool:
@@ -203,7 +179,7 @@ class TransferEngine:
         """
         stats = StatsStruct()
         self._check(self._library.pie_end_step(self._open(), ctypes.byref(stats)))
-        return _step_stats(stats)
+        return step_stats(stats)
 
     def abort_step(self) -> None:
         """End an open step early, or recover after a ``TransferError``.
@@ -234,7 +210,7 @@ class TransferEngine:
                 self._open(), ctypes.byref(arrays.struct), compute_stream, ctypes.byref(stats)
             )
         )
-        return _step_stats(stats)
+        return step_stats(stats)
 
     def self_test(self) -> None:
         """Check alias coherence and the whole hand-over in the real memory.
@@ -251,6 +227,26 @@ class TransferEngine:
     def zero_ring(self) -> None:
         """Zero all ring slots; only while the device is idle, such as after warm-up."""
         self._check(self._library.pie_zero_ring(self._open()))
+
+    def commit_chunk(self, chunk: int) -> None:
+        """Take the memory of a chunk of the pool; one other thread may call it beside steps.
+
+        Raises:
+            TransferError: the memory cannot be had.
+            ConfigError: there is no such chunk.
+        """
+        self._check(self._library.pie_commit_chunk(self._open(), chunk))
+
+    def release_chunk(self, chunk: int) -> None:
+        """Give the memory of a chunk back once the copies submitted so far are over.
+
+        One other thread may call it beside steps. A later plan that names a row
+        of the chunk is refused.
+
+        Raises:
+            ConfigError: there is no such chunk.
+        """
+        self._check(self._library.pie_release_chunk(self._open(), chunk))
 
     def close(self) -> None:
         """Drain all streams and give all memory back; again is fine.
@@ -283,18 +279,3 @@ class TransferEngine:
     def _check(self, code: int) -> None:
         if code:
             raise error_of(self._library, code)
-
-
-def _debug_flags(words: Iterable[str]) -> int:
-    flags = 0
-    for word in words:
-        if word not in DEBUG_FLAGS:
-            raise ConfigError(
-                f"unknown debug word {word!r}; valid words are {', '.join(sorted(DEBUG_FLAGS))}"
-            )
-        flags |= DEBUG_FLAGS[word]
-    return flags
-
-
-def _step_stats(stats: StatsStruct) -> StepStats:
-    return StepStats(*(getattr(stats, name) for name in StepStats._fields))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
+from collections.abc import Iterable
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_uint32, c_uint64, c_void_p
 from itertools import chain
 from pathlib import Path
@@ -21,7 +22,7 @@ from pie_vllm.errors import (
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import Copy, StepPlan
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """What this package expects of ``pie_abi_version()``."""
 
 DEFAULT_LIBRARY = Path(__file__).resolve().parent.parent / "_native" / "libpie.so"
@@ -114,10 +115,12 @@ HOST_FN = ctypes.CFUNCTYPE(None, c_void_p)
 _E = c_void_p
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pie_granularity": (c_char_p, POINTER(c_int64)),
-    "pie_open": (POINTER(GeometryStruct), c_char_p, c_double, c_uint32, POINTER(c_void_p)),
+    "pie_open": (POINTER(GeometryStruct), c_char_p, c_double, c_uint32, c_int64, POINTER(c_void_p)),
     "pie_close": (_E,),
     "pie_arena": (_E, POINTER(c_uint64), POINTER(c_int64)),
     "pie_bytes": (_E, POINTER(c_int64), POINTER(c_int64)),
+    "pie_commit_chunk": (_E, c_int64),
+    "pie_release_chunk": (_E, c_int64),
     "pie_row_page": (_E, c_int64, c_int64, POINTER(c_uint64)),
     "pie_begin_step": (_E, POINTER(PlanStruct), c_uint64),
     "pie_before_write": (_E, c_int64),
@@ -228,3 +231,15 @@ def geometry_struct(geometry: Geometry) -> GeometryStruct:
     """A geometry as the C interface takes it."""
     names = [field[0] for field in GeometryStruct._fields_]
     return GeometryStruct(*(getattr(geometry, name) for name in names))
+
+
+def debug_flags(words: Iterable[str]) -> int:
+    """The bits of debug words. Raises ConfigError for an unknown one."""
+    flags = 0
+    for word in words:
+        if word not in DEBUG_FLAGS:
+            raise ConfigError(
+                f"unknown debug word {word!r}; valid words are {', '.join(sorted(DEBUG_FLAGS))}"
+            )
+        flags |= DEBUG_FLAGS[word]
+    return flags

@@ -11,9 +11,11 @@ from vllm.logger import init_logger
 
 from pie_vllm.config import PieConfig
 from pie_vllm.errors import GateError, UnsupportedError
+from pie_vllm.memory.keeper import PoolKeeper
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import StepPlan
-from pie_vllm.transfer.engine import StepStats, TransferEngine
+from pie_vllm.transfer.engine import TransferEngine
+from pie_vllm.transfer.stats import StepStats
 from pie_vllm.vllm import compat, gate
 from pie_vllm.vllm.metrics import Totals
 
@@ -29,6 +31,7 @@ class PieCacheEngine:
     Attributes:
         geometry: the sizes.
         totals: sums over all steps.
+        keeper: holds the pool's memory.
     """
 
     def __init__(self, config: PieConfig, geometry: Geometry, driver: str) -> None:
@@ -43,7 +46,10 @@ class PieCacheEngine:
         self._switch = gate.GateSwitch()
         link = None if config.link_gbps is None else config.link_gbps * 1e9
         self._engine = TransferEngine(
-            geometry, driver=driver, link_bytes_per_s=link, debug=config.debug
+            geometry, driver=driver, link_bytes_per_s=link, debug=config.debug, chunks=1
+        )
+        self.keeper = PoolKeeper(
+            self._engine, geometry.chunk_rows, idle_seconds=config.pool_idle_seconds
         )
         if config.debug:
             logger.warning(
@@ -55,7 +61,7 @@ class PieCacheEngine:
         try:
             self._engine.self_test()
         except BaseException:
-            self._engine.close()
+            self.close()
             raise
 
     def shape(self, kv_cache_config: Any) -> Any:
@@ -136,6 +142,7 @@ class PieCacheEngine:
             yield
             return
         engine = self._engine
+        self.keeper.prepare(plan.stores)
         if not plan.forward:
             yield
             self._count(plan, engine.run_idle(plan))
@@ -189,4 +196,5 @@ class PieCacheEngine:
 
     def close(self) -> None:
         """Give all memory back. No tensor over the arena may be used after."""
+        self.keeper.close()
         self._engine.close()

@@ -46,12 +46,14 @@ class Control(NamedTuple):
         budget: blocks that the step may load.
         bandwidth: of the link to the device, bytes per second; 0 while unknown.
         left_out: requests left out of steps since the start; one may count often.
+        pool_chunks: of the pool that the worker holds.
     """
 
     limit: int
     budget: int
     bandwidth: int
     left_out: int
+    pool_chunks: int
 
 
 MICROSECONDS = 1e6
@@ -72,8 +74,9 @@ class Report:
             "pie_resident_blocks": geometry.resident_blocks,
             "pie_pooled_blocks": geometry.pooled_blocks,
             "pie_ring_bytes": geometry.ring_bytes,
-            "pie_pool_bytes": geometry.host_bytes,
+            "pie_pool_ceiling_bytes": geometry.host_bytes,
         }
+        self._geometry = geometry
 
     def changes(self, totals: Totals, residency: Residency, control: Control) -> dict[str, int]:
         """Increments of counters and new values of gauges since the last call."""
@@ -85,6 +88,7 @@ class Report:
             "pie_admission_limit_blocks": control.limit,
             "pie_step_budget_blocks": control.budget,
             "pie_link_bytes_per_second": control.bandwidth,
+            "pie_pool_bytes": self._geometry.bytes_of_chunks(control.pool_chunks),
         }
         counters = {
             "pie_streaming_steps": totals.steps,
@@ -158,7 +162,8 @@ def counters(llm: Any) -> dict[str, Any]:
 
     Returns:
         The fields of Totals, and of the geometry ``resident_blocks``,
-        ``pooled_blocks``, ``ring_slots``, ``ring_bytes``, ``host_bytes``,
-        ``device_bytes``, ``idle_cost_blocks``, ``page_bytes``, ``num_layers``.
+        ``pooled_blocks``, ``ring_slots``, ``ring_bytes``, ``host_bytes`` (what
+        the pool may hold; ``pool_bytes`` is what it holds), ``device_bytes``,
+        ``idle_cost_blocks``, ``page_bytes``, ``num_layers``.
     """
     return dict(llm.collective_rpc("pie_counters")[0])

@@ -17,7 +17,8 @@ GAUGES = {
     "pie_step_budget_blocks": "Pooled blocks that the last step was allowed to read.",
     "pie_link_bytes_per_second": "Speed of the link to the device as measured; 0 while unknown.",
     "pie_ring_bytes": "Device memory of the ring, in bytes.",
-    "pie_pool_bytes": "CPU memory of the pool, in bytes.",
+    "pie_pool_bytes": "CPU memory that the pool holds now, in bytes.",
+    "pie_pool_ceiling_bytes": "CPU memory that the pool may hold, in bytes.",
 }
 """Name as it travels, without ``vllm:``: documentation."""
 

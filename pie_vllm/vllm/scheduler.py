@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from time import monotonic
 from typing import Any
 
 from vllm.logger import init_logger
@@ -10,11 +11,13 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from pie_vllm.memory.host import available_host_bytes
 from pie_vllm.policy.decider import Decider, Decision
 from pie_vllm.policy.detector import Observation
-from pie_vllm.policy.geometry import chunk_blocks_of
+from pie_vllm.policy.elastic import ElasticPool
+from pie_vllm.policy.geometry import cdiv, chunk_blocks_of
 from pie_vllm.policy.plan import StepPlan
-from pie_vllm.policy.residency import tail_room
+from pie_vllm.policy.promotion import tail_room
 from pie_vllm.policy.rotation import Turns
 from pie_vllm.vllm import compat, settings
 from pie_vllm.vllm.manager import Claims, PieBlockSpaceManager
@@ -57,6 +60,13 @@ class PieSchedulerMixin(_Mixed):
         self.pie_decider = Decider(
             geometry.row_bytes, geometry.pooled_blocks, config.target_slowdown
         )
+        self.pie_pool = ElasticPool(
+            geometry,
+            cdiv(vllm_config.model_config.max_model_len, block_size) + 1 - geometry.resident_blocks,
+            available_host_bytes,
+            monotonic,
+            config.pool_idle_seconds,
+        )
         self.pie_turns = Turns()
         self._prompts_under_way = False
         self.pie_decision = self.pie_decider.decide()
@@ -71,11 +81,17 @@ class PieSchedulerMixin(_Mixed):
         decision = self.pie_decision = self.pie_decider.decide(self._prompt_tokens())
         manager.begin_step(decision.limit)
         residency, requests = manager.residency, self.requests
+        if self.pie_pool.begin_step():
+            residency.queue.forget_cached_pooled()
+        residency.use_chunks(self.pie_pool.usable)
         for request_id in turns.begin_step(self.running, residency, decision, self._priority):
             # vLLM counts the step when it schedules it, and runs who is due in it or before.
             requests[request_id].next_decode_eligible_step = self.current_step + 2
         output: SchedulerOutput = super().schedule(*args, **kwargs)
         output.pie_plan = self._plan(output, decision)
+        output.pie_pool = self.pie_pool.end_step(
+            residency.rows.chunks_held, in_use=residency.pooled_in_use > 0
+        )
         output.pie_within_budget = not turns.exceeds
         turns.end_step(output.num_scheduled_tokens, residency)
         return output
@@ -127,6 +143,7 @@ class PieSchedulerMixin(_Mixed):
         stats = getattr(model_runner_output, "pie_stats", None)
         if stats is not None:
             self._observe(scheduler_output, stats, model_runner_output.pie_seconds)
+            self.pie_pool.report(model_runner_output.pie_pool)
             self.pie_log.record(stats, self.kv_cache_manager.residency.pooled_in_use)
         return super().update_from_output(scheduler_output, model_runner_output)
 
@@ -151,6 +168,7 @@ class PieSchedulerMixin(_Mixed):
                 self.pie_decision.budget,
                 int(self.pie_decider.detector.bandwidth or 0),
                 self.pie_turns.left_out,
+                self.pie_pool.state.chunks,
             )
             residency = self.kv_cache_manager.residency
             changes = self.pie_report.changes(self.pie_log.totals, residency, control)

@@ -59,8 +59,8 @@ class PieWorkerMixin(_Mixed):
         geometry = self._pie_geometry
         logger.info(
             "Pie: %d resident blocks, %d pooled blocks, ring %d slots %.1f MiB (costs %.1f "
-            "resident blocks), host pool %.2f GiB in %d rows, longest context served %d tokens, "
-            "driver %s",
+            "resident blocks), host pool up to %.2f GiB in %d rows, longest context served %d "
+            "tokens, driver %s",
             geometry.resident_blocks,
             geometry.pooled_blocks,
             geometry.ring_slots,
@@ -109,6 +109,9 @@ class PieWorkerMixin(_Mixed):
         start = perf_counter()
         with self.pie.step(getattr(scheduler_output, "pie_plan", None)):
             output = super().execute_model(scheduler_output)
+        order = getattr(scheduler_output, "pie_pool", None)
+        if order is not None:
+            self.pie.keeper.follow(order)
         self._pie_seconds = perf_counter() - start
         return self._tag(output)
 
@@ -121,6 +124,7 @@ class PieWorkerMixin(_Mixed):
             output = copy(output)  # vLLM shares one empty output between steps.
             output.pie_stats = self.pie.totals
             output.pie_seconds = self._pie_seconds
+            output.pie_pool = self.pie.keeper.state
         return output
 
     def pie_geometry(self) -> Geometry:
@@ -143,7 +147,9 @@ class PieWorkerMixin(_Mixed):
             "num_layers",
             "rows",
         )
-        return {**totals, **{name: getattr(geometry, name) for name in names}}
+        pool = geometry.bytes_of_chunks(self.pie.keeper.state.chunks) if self.pie else 0
+        sizes = {name: getattr(geometry, name) for name in names}
+        return {**totals, **sizes, "pool_bytes": pool}
 
     def shutdown(self) -> None:
         """Shut down as vLLM does, then give arena and pool back."""

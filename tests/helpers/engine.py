@@ -44,6 +44,7 @@ class Setup:
         debug: words that break the transfer engine on purpose.
         link_gbps: emulated link speed.
         target: of the slowdown; "off" keeps the schedule that stock has.
+        idle_seconds: how long the pool keeps memory that is not needed.
         lost_relabels: the worker drops all relabels.
         other: further arguments of ``vllm.LLM``.
     """
@@ -58,6 +59,7 @@ class Setup:
     debug: tuple[str, ...] = ()
     link_gbps: float | None = None
     target: float | str = "off"
+    idle_seconds: float = 60.0
     lost_relabels: bool = False
     other: dict[str, Any] = field(default_factory=dict)
 
@@ -99,6 +101,7 @@ class Setup:
             "ring_slots": self.slots,
             "ring_fraction": (ring + self.page) / self.device_bytes,
             "target_slowdown": self.target,
+            "pool_idle_seconds": self.idle_seconds,
         }
         if self.debug:
             pie["debug"] = list(self.debug)
@@ -119,9 +122,11 @@ def request(
     }
 
 
-def round_(requests: list[dict[str, Any]], reset_prefix_cache: bool = False) -> dict[str, Any]:
-    """Requests that are all added before the first step."""
-    return {"requests": requests, "reset_prefix_cache": reset_prefix_cache}
+def round_(
+    requests: list[dict[str, Any]], reset_prefix_cache: bool = False, idle: float = 0.0
+) -> dict[str, Any]:
+    """Requests that are all added before the first step, after some idle seconds."""
+    return {"requests": requests, "reset_prefix_cache": reset_prefix_cache, "idle": idle}
 
 
 class _Lane:

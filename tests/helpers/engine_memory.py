@@ -6,8 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from pie_vllm.memory.keeper import PoolKeeper
+from pie_vllm.policy.elastic import PoolOrder, PoolState
 from pie_vllm.policy.plan import StepPlan
-from pie_vllm.transfer.engine import StepStats, TransferEngine
+from pie_vllm.transfer.engine import TransferEngine
+from pie_vllm.transfer.stats import StepStats
 from pie_vllm.transfer.streams import DriverEvent, DriverStream
 from tests.helpers.tagrunner import Work, check
 
@@ -25,6 +28,7 @@ class EngineMemory:
 
     def __init__(self, engine: TransferEngine, block_size: int) -> None:
         self.engine = engine
+        self.keeper = PoolKeeper(engine, engine.geometry.chunk_rows, idle_seconds=60)
         geometry = engine.geometry
         base = np.frombuffer(engine.arena.buffer(), dtype=np.int8)
         self.layers: list[np.ndarray] = []
@@ -46,6 +50,7 @@ class EngineMemory:
         engine = self.engine
         if plan is not None:
             self._expect(plan)
+            self.keeper.prepare(plan.stores)
         if plan is None or not plan.forward:
             if plan is not None:
                 self.stats.append(engine.run_idle(plan, self.compute.id))
@@ -64,6 +69,15 @@ class EngineMemory:
         event = DriverEvent(engine)
         event.record(self.compute)
         self.done.append(event)
+
+    def hold(self, order: PoolOrder) -> None:
+        """Follow the order of the step submitted last."""
+        self.keeper.follow(order)
+
+    @property
+    def state(self) -> PoolState:
+        """What the pool holds."""
+        return self.keeper.state
 
     def _expect(self, plan: StepPlan) -> None:
         if plan.loads is not None:
@@ -98,6 +112,7 @@ class EngineMemory:
     def close(self) -> None:
         """Drain and close."""
         self.compute.synchronize()
+        self.keeper.close()
         for event in self.done:
             event.close()
         self.compute.close()

@@ -20,6 +20,12 @@ from typing import Any
 from tests.helpers.engine_record import Recorder, copy_bytes
 
 
+def _resident_bytes() -> int:
+    """Memory of this process that is there now."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
 def _lose(runner: Any, relabels: Any) -> None:
     """In place of ``compat.relabel_rows``: the worker's tables keep the old ids."""
 
@@ -77,7 +83,12 @@ class Engine:
             assert self.llm.reset_prefix_cache()
         requests = round_["requests"]
         engine = self.llm.llm_engine
+        if round_["idle"]:
+            self.recorder.start()
+            engine.step()  # As an engine process does, to tell the workers who is done.
+            time.sleep(round_["idle"])
         before, began = self.counters(), time.process_time()
+        began_with = _resident_bytes()
         record = self.recorder.start()
         names = [str(self._numbers + i) for i in range(len(requests))]
         self._numbers += len(requests)
@@ -110,6 +121,8 @@ class Engine:
             "steps": steps,
             "seconds": time.process_time() - began,
             "moved": moved,
+            "pool_bytes_before": before.get("pool_bytes", 0),
+            "resident_bytes": (began_with, _resident_bytes()),
             "counters": after,
             "metrics": self.metrics(),
             "left_out": self.turns_left_out(),

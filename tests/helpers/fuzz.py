@@ -3,14 +3,53 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from pie_vllm.policy.elastic import FREE_MARGIN, ElasticPool, PoolOrder
 from pie_vllm.policy.geometry import Geometry
 from tests.helpers import scheduling
 from tests.helpers.deciders import Fixed, Wavering
 from tests.helpers.scheduling import Driver, make_request, random_load
+from tests.helpers.tagrunner import DictMemory, TagRunner
 
 BLOCK_SIZE = 16
+
+
+def make_driver(
+    sizes: Geometry,
+    memory: DictMemory | None = None,
+    decider: Fixed | None = None,
+    pool: ElasticPool | None = None,
+    **options: Any,
+) -> Driver:
+    """A scheduler over the sizes, with as many steps in flight as its kind has."""
+    scheduler = scheduling.make(sizes, BLOCK_SIZE, **options)
+    scheduler.pie_decider = decider or scheduler.pie_decider
+    scheduler.pie_pool = pool or scheduler.pie_pool
+    runner = TagRunner(memory or DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE)
+    return Driver(scheduler, runner, in_flight=1 + options.get("async_scheduling", False))
+
+
+class WatchedPool(ElasticPool):
+    """Checks that no row is used beyond the memory there is, and says when all counts as gone.
+
+    Attributes:
+        expired: called when the workers may have given back all but the first chunk.
+    """
+
+    expired: Callable[[], None] | None = None
+
+    def begin_step(self) -> bool:
+        gone = super().begin_step()
+        if gone and self.expired is not None:
+            self.expired()
+        self._allowed = self.usable
+        return gone
+
+    def end_step(self, held: int, *, in_use: bool) -> PoolOrder:
+        assert held <= self._allowed, "a row is used for which there is no memory"
+        return super().end_step(held, in_use=in_use)
 
 
 class Case(NamedTuple):
@@ -29,6 +68,8 @@ class Case(NamedTuple):
         resets: chance that the prefix cache is reset and all requests preempted.
         follow_ups: chance that a finished chat goes on.
         wavering: whether budget and limit change all the time; else the budget is without end.
+        memory_seed: of the free CPU memory, which comes and goes within a second; None
+            for as much as there is.
         rng: for all that happens.
     """
 
@@ -43,6 +84,7 @@ class Case(NamedTuple):
     resets: float
     follow_ups: float
     wavering: bool
+    memory_seed: int | None
     rng: random.Random
 
     @property
@@ -57,6 +99,29 @@ class Case(NamedTuple):
         if self.wavering:
             return Wavering(window, self.rng.randrange(1 << 30))
         return Fixed(self.limit, window)
+
+    def pool(self) -> WatchedPool | None:
+        """What stands for the pool's size: small, restless, and often short of memory."""
+        if self.memory_seed is None:
+            return None
+        rng = random.Random(self.memory_seed)
+        now = 0.0
+
+        def clock() -> float:
+            nonlocal now
+            now += rng.choice([0.01, 0.1, 0.5, 2.0])
+            return now
+
+        geometry = self.geometry
+        chunk = geometry.chunk_rows * geometry.row_bytes
+        longest = max(len(prompt) + count for prompt, count in self.load)
+        return WatchedPool(
+            geometry,
+            longest // BLOCK_SIZE + 2 - geometry.resident_blocks,
+            lambda: FREE_MARGIN + chunk * rng.randint(-3, 5),
+            clock,
+            idle_seconds=3.0,
+        )
 
 
 def random_case(seed: int, *, asynchronous: bool | None = None, **sizes: int) -> Case:
@@ -86,6 +151,7 @@ def random_case(seed: int, *, asynchronous: bool | None = None, **sizes: int) ->
     answer = max(1, min(60, capacity - longest - 1))
     load = random_load(rng, rng.randint(1, 30), longest, answer, rng.randint(0, 3))
     limit = rng.choice([pooled, pooled, 0, pooled // 2])
+    memory_seed = rng.choice([None, rng.randrange(1 << 30)])
     return Case(
         geometry,
         options,
@@ -96,8 +162,9 @@ def random_case(seed: int, *, asynchronous: bool | None = None, **sizes: int) ->
         left_out=rng.choice([0.0, 0.0, 0.3]),
         aborts=rng.choice([0.0, 0.02, 0.1]),
         resets=rng.choice([0.0, 0.0, 0.01]),
-        follow_ups=rng.choice([0.0, 0.5]),
+        follow_ups=rng.choice([0.0, 0.5]) if memory_seed is None else 0.0,
         wavering=rng.random() < 0.4,
+        memory_seed=memory_seed,
         rng=rng,
     )
 

@@ -98,7 +98,7 @@ public:
     for (int i = 0; i < 8; ++i)
       sizes[i] = next(in);
     steps_left_ = next(in);
-    must(pie_open(&g_, "host", 0, 0, &engine_));
+    must(pie_open(&g_, "host", 0, 0, -1, &engine_));
     must(pie_inject(engine_, PIE_FAULT_LATE, 3, 0, 0.2, seed));
     must(pie_stream_create(engine_, &compute_));
     int64_t bytes;

@@ -133,7 +133,7 @@ class Preemption(NamedTuple):
 
     Attributes:
         request_id: whose blocks were taken.
-        free: blocks of both tiers free then.
+        free: blocks of both tiers free then, without those withheld for want of CPU memory.
         asked: blocks asked for in vain.
         frozen: nothing was demoted, because requests that wait for the link held too much.
     """
@@ -174,7 +174,12 @@ class Driver:
         def preempt(request: Request, *args: Any, **kwargs: Any) -> None:
             queue = scheduler.kv_cache_manager.residency.queue
             self.preemptions.append(
-                Preemption(request.request_id, queue.free_in_all, self.asked, queue.frozen)
+                Preemption(
+                    request.request_id,
+                    queue.free_in_all - queue.withheld,
+                    self.asked,
+                    queue.frozen,
+                )
             )
             original(request, *args, **kwargs)
 
@@ -225,6 +230,7 @@ class Driver:
     def _take(self) -> None:
         output, result, step = self.queue.popleft()
         self.runner.memory.finish(step)
+        self.scheduler.pie_pool.report(self.runner.memory.state)
         for outputs in self.scheduler.update_from_output(output, result).values():
             for one in outputs.outputs:
                 if one.request_id in self.answers:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from vllm.v1.outputs import ModelRunnerOutput
 
+from pie_vllm.policy.elastic import PoolOrder, PoolState
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import StepPlan
 
@@ -60,6 +61,13 @@ class Memory(Protocol):
     def run(self, plan: StepPlan | None, work: Work) -> None:
         """Carry out (or submit) a step."""
 
+    def hold(self, order: PoolOrder) -> None:
+        """Follow the order of the step submitted last."""
+
+    @property
+    def state(self) -> PoolState:
+        """What the pool holds."""
+
     def finish(self, step: int) -> None:
         """Wait until the step submitted as number ``step`` (from 0) is done; raise its errors."""
 
@@ -71,6 +79,9 @@ class DictMemory:
         self.boundary = geometry.resident_blocks
         self.pages = np.zeros((geometry.num_blocks, block_size), np.int64)
         self.rows = np.zeros((geometry.rows, block_size), np.int64)
+        self.chunk_rows = geometry.chunk_rows
+        self.chunks = 1
+        self.waits = 0
         self.loads: tuple[Any, ...] = ()
         self.blocks_loaded = 0
         self.blocks_stored = 0
@@ -87,17 +98,35 @@ class DictMemory:
             for block, row, count in plan.stores:
                 assert block + count <= self.boundary
                 assert not read & set(range(row, row + count)), "a row is stored over and promoted"
+                if row // self.chunk_rows >= self.chunks:
+                    self.chunks = row // self.chunk_rows + 1
+                    self.waits += 1
                 self.rows[row : row + count] = self.pages[block : block + count]
                 self.blocks_stored += count
             if plan.loads is not None:
                 self.loads = plan.loads
             for block, row, count in (*plan.promotions, *self.loads):
+                assert row // self.chunk_rows < self.chunks, "a row of a chunk that is gone"
                 self.pages[block : block + count] = self.rows[row : row + count]
                 self.blocks_loaded += count
         for block, slot, tag in work.writes:
             assert block < self.boundary, "a token is written into a pooled block"
             self.pages[block, slot] = tag
         check(work, self.pages)
+
+    def expire(self) -> None:
+        """Lose all but the first chunk, as a worker does that had no step for long."""
+        self.hold(PoolOrder(1, idle=True))
+
+    @property
+    def state(self) -> PoolState:
+        """What the pool holds."""
+        return PoolState(self.chunks)
+
+    def hold(self, order: PoolOrder) -> None:
+        """Hold as many chunks as ordered; what a chunk held is lost when it goes."""
+        self.chunks = order.chunks
+        self.rows[order.chunks * self.chunk_rows :] = -2
 
     def finish(self, step: int) -> None:
         """Every step is done when ``run`` returns."""
@@ -183,6 +212,7 @@ class TagRunner:
                 state.extend_tags()
             sampled.append([state.tokens[end]])
         self.memory.run(plan, work)
+        self.memory.hold(output.pie_pool)
         ids = list(scheduled)
         return ModelRunnerOutput(
             req_ids=ids,

@@ -14,18 +14,22 @@ from pie_vllm.policy.ledger import RowLedger
 def test_random_takes_and_releases_keep_the_books(rows: int) -> None:
     """After any sequence every row is free or has exactly one owner."""
     rng = random.Random(rows)
-    ledger = RowLedger(rows, first_block=100)
+    ledger = RowLedger(rows, first_block=100, chunk_rows=5)
     owners: dict[int, int] = {}
     for _ in range(2000):
-        if owners and (rng.random() < 0.5 or len(owners) == rows):
+        if rng.random() < 0.1:
+            ledger.usable = min(rows, 5 * rng.randint(max(ledger.chunks_held, 1), rows))
+        if owners and (rng.random() < 0.5 or len(owners) == ledger.usable):
             block = rng.choice(list(owners))
             assert ledger.release(block) == owners.pop(block)
         else:
             block = rng.choice([b for b in range(100, 100 + 2 * rows) if b not in owners])
             row = ledger.take(block)
             assert row not in owners.values()
+            assert row < ledger.usable
             owners[block] = row
         assert ledger.num_free == rows - len(owners)
+        assert ledger.chunks_held == max(owners.values(), default=-5) // 5 + 1
     ledger.check_integrity()
 
 
@@ -41,3 +45,15 @@ def test_a_full_pool_says_so() -> None:
     ledger.take(0)
     with pytest.raises(IntegrityError):
         ledger.take(1)
+
+
+def test_rows_that_may_not_be_used_are_not_handed_out() -> None:
+    """Not by preference, not as neighbours, and afterwards they are."""
+    ledger = RowLedger(8, first_block=0, chunk_rows=2)
+    ledger.usable = 4
+    assert sorted(ledger.take(block) for block in (3, 4, 7, 6)) == [0, 1, 2, 3]
+    with pytest.raises(IntegrityError, match="no free row"):
+        ledger.take(1)
+    ledger.usable = 8
+    assert ledger.take(1) >= 4
+    ledger.check_integrity()

@@ -116,7 +116,7 @@ class Tiers(RuleBasedStateMachine):
         """A running request takes a new block; it fails only when nothing can be had."""
         request_id = data.draw(st.sampled_from(sorted(set(self.written) - self.fresh)))
         queue = self.residency.queue
-        reachable = queue.free_residents + min(queue.free_pooled, queue.demotable)
+        reachable = queue.free_residents + min(queue.available_pooled, queue.demotable)
         assert self.pool.allocate(request_id, 1) == (reachable >= 1)
         self._write(request_id)
 
@@ -175,6 +175,15 @@ class Tiers(RuleBasedStateMachine):
                     block.pending = None
                 assert self.pages[block.block_id] == content, "foreign content"
         self.fresh -= scheduled.keys()
+
+    @rule(data=st.data())
+    def resize(self, data: st.DataObject) -> None:
+        """CPU memory gets scarce or plenty; what nobody uses is perhaps forgotten."""
+        if data.draw(st.booleans()):
+            self.residency.queue.forget_cached_pooled()
+        held = self.residency.rows.chunks_held
+        self.residency.use_chunks(data.draw(st.integers(max(held, 1), self.geometry.num_chunks)))
+        self.rows = {row: c for row, c in self.rows.items() if row // 3 < max(held, 1)}
 
     @invariant()
     def books_agree(self) -> None:

@@ -29,7 +29,7 @@ class Observer:
         self.freed: list[int] = []
 
     def make_residents_free(self, count: int) -> None:
-        for _ in range(min(count, self.queue.free_pooled, len(self.used))):
+        for _ in range(min(count, self.queue.available_pooled, len(self.used))):
             target = self.queue.take_pooled()
             target.ref_cnt = 1
             self.pooled.append(target)
@@ -72,7 +72,10 @@ def test_counts_and_lists_follow_a_model(operations: list[tuple[int, int]]) -> N
     queue, observer, _ = make()
     idle: list[FakeBlock] = []
     for kind, pick in operations:
-        can_be_had = queue.free_residents + min(queue.free_pooled, queue.demotable)
+        if kind == 5:
+            queue.withheld = pick % 4
+            queue.refresh()
+        can_be_had = queue.free_residents + min(queue.available_pooled, queue.demotable)
         assert queue.num_free_blocks == can_be_had
         if kind <= 1:
             wanted = pick % 3 + 1
@@ -177,3 +180,21 @@ def test_integrity_notices_a_block_in_use_among_the_free() -> None:
     blocks[3].ref_cnt = 1
     with pytest.raises(IntegrityError, match="in use"):
         queue.check_integrity()
+
+
+def test_withheld_ids_stay_blank_and_idle_ones_are_taken_in_their_place() -> None:
+    """For want of memory no further row may be used, but one that is held may change hands."""
+    queue, observer, _ = make()
+    taken = [queue.take_pooled() for _ in range(2)]
+    queue.withheld = 2
+    queue.refresh()
+    queue.append_n(taken)
+    assert (queue.free_pooled, queue.available_pooled) == (4, 2)
+    assert queue.take_pooled() is taken[0]
+    assert observer.dropped == [taken[0].block_id]
+    assert queue.available_pooled == 1
+    queue.forget_cached_pooled()
+    assert observer.dropped == [block.block_id for block in taken]
+    assert queue.is_blank(taken[1].block_id)
+    assert (queue.free_pooled, queue.available_pooled) == (3, 1)
+    queue.check_integrity()

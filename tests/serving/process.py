@@ -18,9 +18,9 @@ from benchmarks.harness.server import VllmServer
 
 START_LINE = re.compile(
     r"Pie: (?P<resident>\d+) resident blocks, (?P<pooled>\d+) pooled blocks, "
-    r"ring (?P<slots>\d+) slots (?P<ring_mib>[\d.]+) MiB .*host pool (?P<host_gib>[\d.]+) GiB "
-    r"in (?P<rows>\d+) rows, longest context served (?P<longest>\d+) tokens, "
-    r"driver (?P<driver>\w+)"
+    r"ring (?P<slots>\d+) slots (?P<ring_mib>[\d.]+) MiB "
+    r".*host pool up to (?P<host_gib>[\d.]+) GiB in (?P<rows>\d+) rows, "
+    r"longest context served (?P<longest>\d+) tokens, driver (?P<driver>\w+)"
 )
 GRACE_SECONDS = 20.0
 """How long a child may outlive the server; the engine's workers poll for their parent."""

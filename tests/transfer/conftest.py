@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,9 +19,14 @@ def make_engine() -> Iterator[Callable[..., TransferEngine]]:
     engines: list[TransferEngine] = []
 
     def make(
-        debug: tuple[str, ...] = (), link_bytes_per_s: float | None = None, **sizes: Any
+        debug: tuple[str, ...] = (),
+        link_bytes_per_s: float | None = None,
+        chunks: int | None = None,
+        **sizes: Any,
     ) -> TransferEngine:
-        engine = TransferEngine(geometry(**sizes), debug=debug, link_bytes_per_s=link_bytes_per_s)
+        engine = TransferEngine(
+            geometry(**sizes), debug=debug, link_bytes_per_s=link_bytes_per_s, chunks=chunks
+        )
         engines.append(engine)
         return engine
 
@@ -46,6 +52,7 @@ def run_native() -> Callable[..., str]:
             text=True,
             timeout=60,
             check=False,
+            env={k: v for k, v in os.environ.items() if k != "LD_PRELOAD"},  # vLLM sets it.
         )
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import Copy, StepPlan
-from pie_vllm.transfer.engine import StepStats, TransferEngine
+from pie_vllm.transfer.engine import TransferEngine
+from pie_vllm.transfer.stats import StepStats
 from pie_vllm.transfer.streams import DriverStream, row_page
 
 PAGE = 4096

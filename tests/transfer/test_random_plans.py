@@ -9,7 +9,8 @@ import pytest
 
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import Copy, StepPlan
-from pie_vllm.transfer.engine import StepStats, TransferEngine
+from pie_vllm.transfer.engine import TransferEngine
+from pie_vllm.transfer.stats import StepStats
 from pie_vllm.transfer.streams import DriverStream, counters, inject
 from tests.transfer.driving import View
 

@@ -49,6 +49,8 @@ def configure(model: Path, pie: Any = None, **arguments: Any) -> Any:
         ({"pool": 1}, ["unknown pie setting pool", "pool_gib", "ring_slots", "ring_fraction"]),
         ([1], ["must be a mapping", "pool_gib"]),
         ({"debug": "poison"}, ["debug", "list of words"]),
+        ({"pool_idle_seconds": 0}, ["pool_idle_seconds", "seconds above 0"]),
+        ({"pool_idle_seconds": "soon"}, ["pool_idle_seconds", "'soon'"]),
     ],
 )
 def test_bad_settings_are_refused_before_the_model_loads(

@@ -36,7 +36,7 @@ def run(seed: int, debug: tuple[str, ...] = (), fault: str | None = None) -> Cou
         page_bytes=PAGE_BYTES[seed % len(PAGE_BYTES)],
     )
     link = (None, 2e8, None)[seed % 3]
-    with TransferEngine(case.geometry, link_bytes_per_s=link, debug=debug) as engine:
+    with TransferEngine(case.geometry, link_bytes_per_s=link, debug=debug, chunks=1) as engine:
         kind = fault or FAULTS[seed % len(FAULTS)]
         if kind != "none":
             most = 0.4 if kind == "late" else 0.0
@@ -44,6 +44,7 @@ def run(seed: int, debug: tuple[str, ...] = (), fault: str | None = None) -> Cou
         memory = EngineMemory(engine, BLOCK_SIZE)
         scheduler = scheduling.make(case.geometry, BLOCK_SIZE, **case.options)
         scheduler.pie_decider = case.decider()
+        scheduler.pie_pool = case.pool() or scheduler.pie_pool
         driver = Driver(scheduler, TagRunner(memory, BLOCK_SIZE), in_flight=2, check=False)
         try:
             play(driver, case)

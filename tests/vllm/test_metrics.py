@@ -25,7 +25,7 @@ from tests.helpers.engine_model import LAYERS
 
 pytestmark = pytest.mark.vllm
 
-CONTROL = Control(7, 5, 3_000_000_000, 11)
+CONTROL = Control(7, 5, 3_000_000_000, 11, 2)
 
 
 def config(model: Path, **more: Any) -> VllmConfig:
@@ -78,7 +78,8 @@ def test_increments_add_up_and_gauges_follow(model: Path) -> None:
     assert found["vllm:pie_step_budget_blocks"] == 5
     assert found["vllm:pie_link_bytes_per_second"] == 3e9
     assert found["vllm:pie_left_out_requests_total"] == 11
-    assert found["vllm:pie_pool_bytes"] == geometry.host_bytes
+    assert found["vllm:pie_pool_bytes"] == geometry.bytes_of_chunks(2)
+    assert found["vllm:pie_pool_ceiling_bytes"] == geometry.host_bytes
     wanted = {f"vllm:{name}" for name in GAUGES}
     wanted |= {f"vllm:{name}_total" for name in COUNTERS}
     assert set(found) == wanted

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from pie_vllm.policy.elastic import FREE_MARGIN, ElasticPool
 from pie_vllm.policy.geometry import Geometry
 from tests.helpers import scheduling
 from tests.helpers.deciders import Fixed
-from tests.helpers.fuzz import BLOCK_SIZE, Case, play, random_case
+from tests.helpers.fuzz import BLOCK_SIZE, Case, make_driver, play, random_case
 from tests.helpers.scheduling import Driver, make_request
-from tests.helpers.tagrunner import DictMemory, TagRunner
+from tests.helpers.tagrunner import DictMemory
 
 pytestmark = pytest.mark.vllm
 
 
-def make_driver(
-    sizes: Geometry,
-    memory: DictMemory | None = None,
-    decider: Fixed | None = None,
-    **options: Any,
-) -> Driver:
-    """A scheduler over the sizes, with as many steps in flight as its kind has."""
-    scheduler = scheduling.make(sizes, BLOCK_SIZE, **options)
-    scheduler.pie_decider = decider or scheduler.pie_decider
-    runner = TagRunner(memory or DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE)
-    return Driver(scheduler, runner, in_flight=1 + options.get("async_scheduling", False))
-
-
 def driver_of(case: Case, memory: DictMemory | None = None) -> Driver:
     """The driver of a random case."""
-    return make_driver(case.geometry, memory, case.decider(), **case.options)
+    memory = memory or DictMemory(case.geometry, BLOCK_SIZE)
+    pool = case.pool()
+    if pool is not None:
+        pool.expired = memory.expire
+    return make_driver(case.geometry, memory, case.decider(), pool, **case.options)
 
 
 @pytest.mark.fuzz
@@ -128,6 +121,27 @@ def test_usage_counts_both_tiers_and_a_reset_waits_for_all_blocks() -> None:
     driver.run()
     assert manager.usage == 0.0
     assert manager.reset_prefix_cache()
+
+
+def test_a_request_waits_where_memory_for_its_rows_is_short() -> None:
+    """As for any other want of blocks: it is admitted when it fits, and nobody is preempted."""
+    sizes = scheduling.geometry(12, 40)
+    ticks = itertools.count(0.0, 2.0)
+    pool = ElasticPool(sizes, 1, lambda: FREE_MARGIN, lambda: next(ticks))
+    driver = make_driver(
+        sizes, decider=Fixed(40), pool=pool, max_model_len=600, max_num_batched_tokens=32
+    )
+    driver.add(make_request("first", list(range(200)), 30, BLOCK_SIZE))
+    while len(driver.answers["first"]) < 5:
+        driver.step()
+    assert pool.scarce
+    driver.add(make_request("second", list(range(300, 400)), 30, BLOCK_SIZE))
+    while "first" in driver.scheduler.requests:
+        assert "second" not in {r.request_id for r in driver.scheduler.running}
+        driver.step()
+    driver.run()
+    driver.verify()
+    assert not driver.preemptions
 
 
 def pooled_beside_another(sizes: Geometry) -> Driver:
@@ -226,89 +240,3 @@ def test_a_lost_relabel_is_noticed() -> None:
                 raise
             return
     pytest.fail("sixty seeds did not notice")
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_limit_of_zero_admits_what_fits_the_residents(whole: bool) -> None:
-    """The limit is about pooled blocks; free residents are not held back."""
-    driver = make_driver(
-        scheduling.geometry(40, 100),
-        decider=Fixed(0, 100),
-        max_model_len=200,
-        scheduler_reserve_full_isl=whole,
-    )
-    scheduler = driver.scheduler
-    for number in range(24):
-        driver.add(make_request(f"r{number}", [number, *range(40)], 6, BLOCK_SIZE))
-    driver.step()
-    driver.step()
-    assert len(scheduler.running) == 13, "three blocks each, of 39"
-    assert scheduler.kv_cache_manager.residency.pooled_in_use == 0
-    driver.run()
-    driver.verify()
-    assert not driver.preemptions
-
-
-def test_requests_that_wait_for_the_link_do_not_hold_the_residents() -> None:
-    """Where their tails would be a fifth of all residents, vLLM preempts as without a pool."""
-    driver = make_driver(scheduling.geometry(20, 60), decider=Fixed(1, 1), max_model_len=200)
-    scheduler = driver.scheduler
-    for number in range(12):
-        driver.add(make_request(f"r{number}", [number, *range(number % 5)], 40, BLOCK_SIZE))
-    fewest = 12
-    while scheduler.has_requests():
-        driver.step()
-        ran, running = len(driver.output.num_scheduled_tokens), len(scheduler.running)
-        fewest = min(fewest, ran + 6 - running) if running else fewest
-    driver.verify()
-    assert driver.preemptions
-    assert fewest >= 0, "hardly more than a fifth of the residents wait"
-
-
-def test_requests_take_turns_within_the_budget() -> None:
-    """With two thirds of the link that is needed all requests go on, residents in every step."""
-    driver = make_driver(scheduling.geometry(80, 80), decider=Fixed(80, 40), max_model_len=400)
-    scheduler = driver.scheduler
-    for number in range(14):
-        prompt = [(number * 31 + token) % 997 for token in range(120)]
-        driver.add(make_request(f"r{number}", prompt, 40, BLOCK_SIZE))
-    residency = scheduler.kv_cache_manager.residency
-    loaded, gaps, since = [], [], dict.fromkeys((f"r{i}" for i in range(14)), 0)
-    while scheduler.has_requests():
-        demoted = residency.demotions
-        driver.step()
-        # What is demoted in a step is chosen after who runs in it.
-        loaded.append(residency.reading.num_blocks - (residency.demotions - demoted))
-        for request in scheduler.running:
-            name = request.request_id
-            since[name] = 0 if name in driver.output.num_scheduled_tokens else since[name] + 1
-            gaps.append(since[name])
-    driver.verify()
-    assert not driver.preemptions
-    assert scheduler.pie_turns.left_out > 0
-    assert 0 < max(loaded) <= 40
-    assert max(gaps) <= 14
-
-
-def test_what_waits_for_the_link_comes_back_before_others_are_admitted() -> None:
-    """On a link that feeds nothing, free residents go to pooled requests, then to waiting ones."""
-    driver = make_driver(scheduling.geometry(30, 40), max_model_len=400)
-    scheduler = driver.scheduler
-    residency = scheduler.kv_cache_manager.residency
-    for name, length, answer in (("a", 300, 60), ("b", 70, 90), ("c", 70, 90)):
-        driver.add(make_request(name, [ord(name), *range(length)], answer, BLOCK_SIZE))
-    while residency.pooled_in_use < 4:
-        driver.step()
-    scheduler.pie_decider = Fixed(0, 2)
-    driver.add(make_request("waiting", list(range(500, 520)), 5, BLOCK_SIZE))
-    paused = 0
-    while "waiting" not in {r.request_id for r in scheduler.running}:
-        pooled, free = residency.pooled_in_use, residency.queue.free_residents
-        driver.step()
-        paused += len(driver.output.num_scheduled_tokens) < len(scheduler.running)
-    assert paused > 5
-    assert free >= pooled + 2
-    assert residency.promotions > 0
-    driver.run()
-    driver.verify()
-    assert not driver.preemptions

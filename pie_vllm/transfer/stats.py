@@ -1,0 +1,41 @@
+"""What the engine reports of a step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pie_vllm.transfer.native import StatsStruct
+
+
+class StepStats(NamedTuple):
+    """What one step moved and waited.
+
+    Attributes:
+        step: number of the step.
+        bytes_loaded: bytes host to device that the step submitted, promotions included.
+        bytes_stored: bytes device to host that the step submitted.
+        load_seconds: seconds that copies host to device took, of those that
+            finished since the last report; with two steps in flight they may
+            belong to the step before.
+        store_seconds: the same, device to host.
+        stall_seconds: seconds that the gates blocked this thread; 0 on an
+            asynchronous compute stream, where waits do not block.
+        gates: layers that passed ``before_attention``.
+        copies: runs copied, all layers.
+        bytes_promoted: the part of ``bytes_loaded`` that went to resident pages.
+    """
+
+    step: int
+    bytes_loaded: int
+    bytes_stored: int
+    load_seconds: float
+    store_seconds: float
+    stall_seconds: float
+    gates: int
+    copies: int
+    bytes_promoted: int = 0
+
+
+def step_stats(stats: StatsStruct) -> StepStats:
+    """The report as the C interface wrote it."""
+    return StepStats(*(getattr(stats, name) for name in StepStats._fields))
