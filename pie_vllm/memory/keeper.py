@@ -131,6 +131,12 @@ class PoolKeeper:
                 idle = self._order is not None and self._order.idle
                 left = self._expires - time.monotonic() if idle and self._ready > 1 else math.inf
                 if left <= 0:
+                    logger.info(
+                        "Pie: idle for %.0f s, so %d of %d chunks of the CPU pool go back",
+                        2 * self._idle_seconds,
+                        self._ready - 1,
+                        self._ready,
+                    )
                     self._wanted, self._expires = 1, math.inf
                 if self._wanted < self._ready:
                     return self._ready - 1

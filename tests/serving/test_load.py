@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from tests.helpers.model import REPOSITORY
 from tests.serving.process import (
     START_LINE,
     Ending,
+    Server,
     Usage,
     frames_of_ours,
     tracebacks_in_service,
+    usage,
 )
 from tests.serving.settings import MAX_MODEL_LEN, POOL_BLOCKS, RING_SLOTS, make_server
 from tests.serving.traffic import (
@@ -42,6 +45,11 @@ WITHOUT_WHITESPACE = (
 )
 """A grammar that allows whitespace lets a small model write nothing else until its last token."""
 
+SOON_IDLE = '--additional-config={"pie": {"pool_idle_seconds": 2}}'
+WORKER = "VLLM::Worker"
+GIVEN_BACK = 12 << 20
+"""The pool's second chunk has 11 rows, 15.5 MiB."""
+
 DASHBOARD = REPOSITORY / "pie_vllm" / "grafana" / "dashboard.json"
 ALONE = 2
 MIB = 1 << 20
@@ -56,6 +64,7 @@ class Story:
         traffic: two loads of all clients.
         alone: greedy answers to some of the prompts while nothing else ran.
         usage: of the engine's processes after the first and after the second load.
+        idle: what the worker used in the end when nothing had run for some seconds.
         metrics: of the server after the loads.
         ending: after SIGTERM while all clients streamed.
         last: what the clients had of those streams.
@@ -67,6 +76,7 @@ class Story:
     traffic: tuple[Traffic, Traffic]
     alone: list[Answer]
     usage: tuple[dict[str, Usage], dict[str, Usage]]
+    idle: Usage
     metrics: dict[str, float]
     ending: Ending
     last: list[Answer]
@@ -80,10 +90,21 @@ class Story:
         return [answer for traffic in self.traffic for answer in traffic.answers]
 
 
+def after_idling(server: Server, before: Usage) -> Usage:
+    """What the worker uses when its memory has fallen, or after half a minute."""
+    end = time.monotonic() + 30
+    while True:
+        now = usage(server.child(WORKER))
+        if before.private_bytes - now.private_bytes > GIVEN_BACK or time.monotonic() > end:
+            return now
+        time.sleep(0.2)
+
+
 @pytest.fixture(scope="module")
 def story(model: Path) -> Story:
     """Let the server live, and write down what happened."""
-    with make_server(model, "load", "--api-server-count=2", WITHOUT_WHITESPACE) as server:
+    more = ("--api-server-count=2", WITHOUT_WHITESPACE, SOON_IDLE)
+    with make_server(model, "load", *more) as server:
         server.start()
         first = load(server.url, range(0, 1))
         warm = server.engine_usage()
@@ -92,12 +113,14 @@ def story(model: Path) -> Story:
         complete = [a.client for a in second.answers if a.kind == "greedy" and a.complete]
         references = [alone(server.url, client) for client in complete[:ALONE]]
         metrics = server.metrics()
+        idle = after_idling(server, later[WORKER])
         last = interrupted(server.url, lambda: server.signal(signal.SIGTERM), END_SECONDS)
         ending = server.await_end(END_SECONDS)
         return Story(
             (first, second),
             references,
             (warm, later),
+            idle,
             metrics,
             ending,
             last,
@@ -195,6 +218,13 @@ def test_a_second_load_takes_no_more(story: Story) -> None:
         assert after.threads <= before.threads, title
         assert after.descriptors <= before.descriptors + 2, title
         assert after.private_bytes <= before.private_bytes + 48 * MIB, title
+
+
+def test_an_idle_server_gives_the_pool_back(story: Story) -> None:
+    """No step runs then: the worker's own thread does it, and the last load takes it again."""
+    _, later = story.usage
+    assert later[WORKER].private_bytes - story.idle.private_bytes > GIVEN_BACK
+    assert story.log.count("Pie: idle for 4 s, so 1 of 2 chunks of the CPU pool go back") >= 1
 
 
 def test_sigterm_amid_streams_ends_cleanly(story: Story) -> None:
