@@ -47,7 +47,7 @@ WITHOUT_WHITESPACE = (
 
 SOON_IDLE = '--additional-config={"pie": {"pool_idle_seconds": 2}}'
 WORKER = "VLLM::Worker"
-GIVEN_BACK = 12 << 20
+GIVEN_BACK = 8 << 20
 """The pool's second chunk has 11 rows, 15.5 MiB."""
 
 DASHBOARD = REPOSITORY / "pie_vllm" / "grafana" / "dashboard.json"
