@@ -18,12 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.engine_record import Recorder, copy_bytes
-
-
-def _resident_bytes() -> int:
-    """Memory of this process that is there now."""
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+from tests.helpers.process import resident_bytes
 
 
 def _lose(runner: Any, relabels: Any) -> None:
@@ -88,7 +83,7 @@ class Engine:
             engine.step()  # As an engine process does, to tell the workers who is done.
             time.sleep(round_["idle"])
         before, began = self.counters(), time.process_time()
-        began_with = _resident_bytes()
+        began_with = resident_bytes()
         record = self.recorder.start()
         names = [str(self._numbers + i) for i in range(len(requests))]
         self._numbers += len(requests)
@@ -122,7 +117,7 @@ class Engine:
             "seconds": time.process_time() - began,
             "moved": moved,
             "pool_bytes_before": before.get("pool_bytes", 0),
-            "resident_bytes": (began_with, _resident_bytes()),
+            "resident_bytes": (began_with, resident_bytes()),
             "counters": after,
             "metrics": self.metrics(),
             "left_out": self.turns_left_out(),

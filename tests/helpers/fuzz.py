@@ -11,16 +11,17 @@ from pie_vllm.policy.geometry import Geometry
 from tests.helpers import scheduling
 from tests.helpers.deciders import Fixed, Wavering
 from tests.helpers.scheduling import Driver, make_request, random_load
-from tests.helpers.tagrunner import DictMemory, TagRunner
+from tests.helpers.tagrunner import DictMemory, Memory, TagRunner
 
 BLOCK_SIZE = 16
 
 
 def make_driver(
     sizes: Geometry,
-    memory: DictMemory | None = None,
+    memory: Memory | None = None,
     decider: Fixed | None = None,
     pool: ElasticPool | None = None,
+    check: bool = True,
     **options: Any,
 ) -> Driver:
     """A scheduler over the sizes, with as many steps in flight as its kind has."""
@@ -28,7 +29,8 @@ def make_driver(
     scheduler.pie_decider = decider or scheduler.pie_decider
     scheduler.pie_pool = pool or scheduler.pie_pool
     runner = TagRunner(memory or DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE)
-    return Driver(scheduler, runner, in_flight=1 + options.get("async_scheduling", False))
+    in_flight = 1 + options.get("async_scheduling", False)
+    return Driver(scheduler, runner, in_flight=in_flight, check=check)
 
 
 class WatchedPool(ElasticPool):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 
@@ -11,6 +10,7 @@ import pytest
 from pie_vllm.errors import ConfigError, IntegrityError
 from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.streams import DriverStream, inject
+from tests.helpers.process import resident_bytes
 from tests.transfer.driving import View, geometry, plan, run_step
 
 
@@ -106,17 +106,12 @@ def test_a_release_waits_for_copies_under_way(make_engine: Callable[..., Transfe
 def test_resident_memory_follows(make_engine: Callable[..., TransferEngine]) -> None:
     """What is given back goes back to the system."""
     mib = 1 << 20
-
-    def resident() -> int:
-        with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")
-
     engine = make_engine(chunks=1, rows=64, chunk_rows=16, page_bytes=mib // 2)
     size = 16 * 6 * mib // 2
-    start = resident()
+    start = resident_bytes()
     for chunk in (1, 2, 3):
         engine.commit_chunk(chunk)
-    assert abs(resident() - start - 3 * size) < size / 4
+    assert abs(resident_bytes() - start - 3 * size) < size / 4
     for chunk in (3, 2, 1):
         engine.release_chunk(chunk)
-    assert abs(resident() - start) < size / 4
+    assert abs(resident_bytes() - start) < size / 4

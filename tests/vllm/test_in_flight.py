@@ -12,11 +12,8 @@ import pytest
 
 from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.streams import counters, inject
-from tests.helpers import scheduling
 from tests.helpers.engine_memory import EngineMemory
-from tests.helpers.fuzz import BLOCK_SIZE, play, random_case
-from tests.helpers.scheduling import Driver
-from tests.helpers.tagrunner import TagRunner
+from tests.helpers.fuzz import BLOCK_SIZE, make_driver, play, random_case
 
 pytestmark = pytest.mark.vllm
 
@@ -42,10 +39,9 @@ def run(seed: int, debug: tuple[str, ...] = (), fault: str | None = None) -> Cou
             most = 0.4 if kind == "late" else 0.0
             inject(engine, kind, milliseconds=0.05, up_to=most, seed=seed)
         memory = EngineMemory(engine, BLOCK_SIZE)
-        scheduler = scheduling.make(case.geometry, BLOCK_SIZE, **case.options)
-        scheduler.pie_decider = case.decider()
-        scheduler.pie_pool = case.pool() or scheduler.pie_pool
-        driver = Driver(scheduler, TagRunner(memory, BLOCK_SIZE), in_flight=2, check=False)
+        driver = make_driver(
+            case.geometry, memory, case.decider(), case.pool(), check=False, **case.options
+        )
         try:
             play(driver, case)
         finally:
@@ -56,7 +52,7 @@ def run(seed: int, debug: tuple[str, ...] = (), fault: str | None = None) -> Cou
             assert sum(s.bytes_stored for s in memory.stats) == memory.pages_stored * page
             assert counters(engine, "load").bytes == memory.pages_loaded * page
             assert counters(engine, "store").bytes == memory.pages_stored * page
-        residency = scheduler.kv_cache_manager.residency
+        residency = driver.scheduler.kv_cache_manager.residency
         return Counter(
             steps=driver.steps,
             pages_loaded=memory.pages_loaded,

@@ -14,11 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import scheduling
-from tests.helpers.fuzz import BLOCK_SIZE, play, random_case
+from tests.helpers.fuzz import BLOCK_SIZE, make_driver, play, random_case
 from tests.helpers.model import REPOSITORY
-from tests.helpers.scheduling import Driver
-from tests.helpers.tagrunner import TagRunner
 from tests.helpers.trace import TraceMemory
 
 pytestmark = [pytest.mark.vllm, pytest.mark.sanitizer]
@@ -39,9 +36,8 @@ def record(seed: int, folder: Path) -> TraceMemory:
         page_bytes=PAGE_BYTES[seed % 3],
     )
     memory = TraceMemory(case.geometry, BLOCK_SIZE)
-    scheduler = scheduling.make(case.geometry, BLOCK_SIZE, **case.options)
-    scheduler.pie_decider = case.decider()
-    play(Driver(scheduler, TagRunner(memory, BLOCK_SIZE), in_flight=2, check=False), case)
+    decider = case.decider()
+    play(make_driver(case.geometry, memory, decider, check=False, **case.options), case)
     memory.save(folder / f"{seed}.trace", seed)
     return memory
 
