@@ -148,16 +148,16 @@ class PieConfig:
 
 
 def _parse_link(value: object) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise _fail("link_gbps", value, "a speed in GB/s above 0")
-    return float(value)
+    return None if value is None else _above_zero("link_gbps", value, "a speed in GB/s")
 
 
 def _parse_idle(value: object) -> float:
+    return _above_zero("pool_idle_seconds", value, "a number of seconds")
+
+
+def _above_zero(key: str, value: object, wanted: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise _fail("pool_idle_seconds", value, "a number of seconds above 0")
+        raise _fail(key, value, f"{wanted} above 0")
     return float(value)
 
 

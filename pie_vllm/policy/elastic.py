@@ -81,7 +81,7 @@ class ElasticPool:
         """
         self._chunks = geometry.num_chunks
         self._chunk_bytes = geometry.chunk_rows * geometry.row_bytes
-        self._least = min(self._chunks, max(1, cdiv(max(least_blocks, 1), geometry.chunk_rows)))
+        self._least = min(self._chunks, cdiv(max(least_blocks, 1), geometry.chunk_rows))
         self._free_memory = free_memory
         self._idle_seconds = idle_seconds
         self._clock = clock
@@ -116,8 +116,7 @@ class ElasticPool:
         now = self._clock()
         if held or self.scarce:
             self._look(now, held)
-        wanted = min(held + 1 + held // 8, self.usable) if held else 1
-        wanted = max(wanted, held)
+        wanted = max(held, min(held + 1 + held // 8, self.usable))
         chunks = self.order.chunks
         if wanted >= chunks:
             self._since, self._peak = now, 1

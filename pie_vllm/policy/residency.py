@@ -34,6 +34,7 @@ class Residency:
         rows: the ledger of the CPU pool's rows.
         boundary: ids below it are resident.
         window: pooled ids in all.
+        chunks_usable: of the pool; rows of others are not handed out.
         demotions, promotions: counts since the start.
     """
 
@@ -73,6 +74,7 @@ class Residency:
         self._stores: dict[int, tuple[int, int]] = {}
         self._relabels = RelabelLog()
         self._step = 0
+        self.chunks_usable = geometry.num_chunks
         self.demotions = 0
         self.promotions = 0
 
@@ -228,6 +230,7 @@ class Residency:
 
     def use_chunks(self, chunks: int) -> None:
         """Hand out rows of the first ``chunks`` chunks only, at least ``rows.chunks_held``."""
+        self.chunks_usable = chunks
         self.rows.usable = min(chunks * self.geometry.chunk_rows, self.geometry.rows)
         withheld = max(0, self.window - self.rows.usable)
         if withheld != self.queue.withheld:

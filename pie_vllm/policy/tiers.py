@@ -136,6 +136,11 @@ class TieredFreeBlockQueue:
         """Free blocks of both tiers."""
         return self.free_residents + self.free_pooled
 
+    @property
+    def available_in_all(self) -> int:
+        """Free blocks of both tiers, without those that are withheld."""
+        return self.free_residents + self.available_pooled
+
     def refresh(self) -> None:
         """Recompute ``num_free_blocks`` after one of its terms changed."""
         free = self._resident.num_free_blocks

@@ -209,8 +209,7 @@ class PieBlockSpaceManager(KVCacheManager):
         waiting = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
         if has_scheduled_reqs and request.status in waiting:
             needed += self.watermark_blocks + self._kept_back
-        queue = self.residency.queue
-        return bool(needed <= queue.free_in_all - queue.withheld)
+        return bool(needed <= self.residency.queue.available_in_all)
 
     def free(self, request: Request) -> None:
         """Give a request's blocks back to their tiers."""

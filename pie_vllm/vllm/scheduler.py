@@ -83,14 +83,15 @@ class PieSchedulerMixin(_Mixed):
         residency, requests = manager.residency, self.requests
         if self.pie_pool.begin_step():
             residency.queue.forget_cached_pooled()
-        residency.use_chunks(self.pie_pool.usable)
+        if self.pie_pool.usable != residency.chunks_usable:
+            residency.use_chunks(self.pie_pool.usable)
         for request_id in turns.begin_step(self.running, residency, decision, self._priority):
             # vLLM counts the step when it schedules it, and runs who is due in it or before.
             requests[request_id].next_decode_eligible_step = self.current_step + 2
         output: SchedulerOutput = super().schedule(*args, **kwargs)
         output.pie_plan = self._plan(output, decision)
         output.pie_pool = self.pie_pool.end_step(
-            residency.rows.chunks_held, in_use=residency.pooled_in_use > 0
+            residency.rows.chunks_held, in_use=residency.reading.any_pooled
         )
         output.pie_within_budget = not turns.exceeds
         turns.end_step(output.num_scheduled_tokens, residency)

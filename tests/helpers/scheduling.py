@@ -176,7 +176,7 @@ class Driver:
             self.preemptions.append(
                 Preemption(
                     request.request_id,
-                    queue.free_in_all - queue.withheld,
+                    queue.available_in_all,
                     self.asked,
                     queue.frozen,
                 )
