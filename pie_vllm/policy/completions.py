@@ -41,21 +41,13 @@ class Completions:
             fresh: those that got their first blocks in this step.
         """
         self._step = step = self._step + 1
-        size = self._block_size
         for request_id in several:
             self._note(request_id, requests[request_id], self._residency.computed)
-        ended = []
-        for holder in self._on.pop(step, ()):
-            if holder.due == step:
-                tokens = requests[holder.request_id].num_computed_tokens
-                if tokens // size > holder.full:
-                    ended.append(holder)
-                    holder.due = step + size
-                else:  # it was left out of a step
-                    self._expect(holder, tokens)
-        if ended:
-            self._on.setdefault(step + size, []).extend(ended)
-            self._residency.tails_completed(ended)
+        due = self._on.pop(step, None)
+        if due is not None:
+            ended = self._residency.tails_completed(due, step, self._block_size, self._expect)
+            if ended:
+                self._on.setdefault(step + self._block_size, []).extend(ended)
         for request_id in fresh:
             self._note(request_id, requests[request_id], self._residency.computed_again)
 
@@ -64,7 +56,9 @@ class Completions:
     ) -> None:
         tokens = request.num_computed_tokens
         computed(request_id, tokens // self._block_size)
-        self._expect(self._residency.victims.holders[request_id], tokens)
+        holder = self._residency.victims.holders[request_id]
+        holder.progress, holder.table = request, self._residency.tables[request_id]
+        self._expect(holder, tokens)
 
     def _expect(self, holder: Holder, tokens: int) -> None:
         due = self._step + self._block_size - tokens % self._block_size

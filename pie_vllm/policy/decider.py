@@ -66,6 +66,9 @@ class Decider:
         self._saved = 0.0
         self._carried = 0.0
         self._rate: float | None = None  # Blocks a second, once known.
+        first = window if target is None else min(FIRST_BLOCKS, window)
+        self._first = Decision(first, first, 0)
+        self._everything = Decision(window, window, 0)
 
     def observe(self, seen: Observation, *, within_budget: bool = True) -> None:
         """Learn from a step; ``within_budget`` as ``Detector.observe``."""
@@ -98,12 +101,11 @@ class Decider:
             prompt_tokens: tokens that it will compute beyond one for each request.
         """
         window, rate, step = self._window, self._rate, self.detector.step_seconds
-        if self._target is None:
-            return Decision(window, window, 0)
         if rate is None or step is None:
-            first = min(FIRST_BLOCKS, window)
-            return Decision(first, first, 0)
+            return self._first
         decode = self._gain * rate * step
+        if decode >= window:
+            return self._everything
         exact = decode + self._carried
         if prompt_tokens:
             exact += self._gain * rate * self.detector.slope * prompt_tokens
@@ -112,6 +114,6 @@ class Decider:
         spare = self._saved * rate if self._saved > 0 else 0
         return Decision(
             window if exact > window else int(exact),
-            window if decode > window else int(decode),
+            int(decode),
             window if spare > window else int(spare),
         )

@@ -98,7 +98,10 @@ class ElasticPool:
         return self.usable < self._chunks
 
     def begin_step(self) -> bool:
-        """Before a step: whether what the pool holds counts as gone, so must be forgotten."""
+        """Before a step: whether what the pool holds counts as gone, so must be forgotten.
+
+        Needs no call while one chunk is ordered: that one stays.
+        """
         now = self._clock()
         gone = self.order.idle and now - self._last_step >= self._idle_seconds
         self._last_step = now
@@ -109,11 +112,14 @@ class ElasticPool:
     def end_step(self, held: int, *, in_use: bool) -> PoolOrder:
         """After a step was planned: the order that travels with it.
 
+        Needs a call where more is held than before, where ``in_use`` changed, and where the
+        engine has nothing to run; otherwise now and then.
+
         Args:
             held: chunks up to the last one with a row taken.
             in_use: whether a request has pooled blocks.
         """
-        now = self._clock()
+        now = self._last_step = self._clock()
         if held or self.scarce:
             self._look(now, held)
         wanted = max(held, min(held + 1 + held // 8, self.usable))

@@ -99,17 +99,13 @@ class Residency:
             holder.full = num_full
             self.victims.offer(holder)
 
-    def tails_completed(self, holders: Iterable[Holder]) -> None:
-        """As ``computed`` with one block more, for requests that decode: the common case."""
-        flags, tables = self._full, self.tables
-        for holder in holders:
-            block_id = tables[holder.request_id][holder.full].block_id
-            holder.full += 1
-            if not flags[block_id]:  # else a request that hit it was first
-                flags[block_id] = 1
-                self.queue.demotable += 1
-            if not holder.listed:
-                self.victims.offer(holder)
+    def tails_completed(
+        self, due: Iterable[Holder], step: int, size: int, late: Callable[[Holder, int], None]
+    ) -> list[Holder]:
+        """As ``computed`` for requests that decode, the common case; see ``Victims``."""
+        ended, newly = self.victims.tails_completed(due, step, size, late)
+        self.queue.demotable += newly
+        return ended
 
     def computed_again(self, request_id: str, num_full: int) -> None:
         """As ``computed``, for a request admitted in this step: also its hits."""
@@ -259,24 +255,18 @@ class Residency:
         """
         self._step += 1  # Steps without a plan count: the engine must notice the gap.
         reading = self.reading
-        reading.follow(scheduled, len(scheduled) == len(self._requests))
         promotions: tuple[Copy, ...] = ()
-        if headroom is not None and reading.any_pooled and forward and not self._stores:
-            promotions = promote_free(self, fresh, headroom, budget)
+        if reading.any_pooled:
+            reading.follow(scheduled, len(scheduled) == len(self._requests))
+            if headroom is not None and forward and not self._stores:
+                promotions = promote_free(self, fresh, headroom, budget)
         self.queue.refresh()
         relabels = self._relabels.drain(self._requests, fresh)
         stores = self._take_stores()
         if not (stores or promotions or relabels or reading.any_loads):
             return None
-        return StepPlan(
-            step=self._step,
-            stores=stores,
-            promotions=promotions,
-            loads=reading.take(),
-            relabels=relabels,
-            forward=forward,
-            pooled=self.pooled_in_use,
-        )
+        loads, pooled = reading.take(), self.pooled_in_use
+        return StepPlan(self._step, stores, promotions, loads, relabels, forward, pooled)
 
     def _take_stores(self) -> tuple[Copy, ...]:
         if not self._stores:

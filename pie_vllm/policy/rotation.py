@@ -44,9 +44,11 @@ class Turns:
             decision: for the step.
             priority: as ``choose``.
         """
-        out: list[str] = []
         self.exceeds = False
-        self._taken = residency.pooled_in_use > decision.budget
+        self._taken = residency.reading.any_pooled and residency.pooled_in_use > decision.budget
+        if not self._taken and not residency.queue.frozen:
+            return []
+        out: list[str] = []
         if self._taken:
             of = residency.reading.pooled
             pooled = {r.request_id: blocks for r in running if (blocks := of(r.request_id))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -25,6 +26,9 @@ from pie_vllm.vllm.metrics import Control, Report, StepLog, Totals
 
 logger = init_logger("vllm.pie")
 
+
+LOOK_STEPS = 16
+"""Between looks at the pool's size while nothing is demoted: a look takes some microseconds."""
 
 _Mixed: Any = object  # What the mixin extends; vLLM's own classes are read as Any.
 
@@ -78,29 +82,35 @@ class PieSchedulerMixin(_Mixed):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule as vLLM does, then plan what the step stores, loads and relabels."""
         manager, turns = self.kv_cache_manager, self.pie_turns
-        decision = self.pie_decision = self.pie_decider.decide(self._prompt_tokens())
+        prompts = self._prompt_tokens() if self._prompts_under_way else 0
+        decision = self.pie_decision = self.pie_decider.decide(prompts)
         manager.begin_step(decision.limit)
-        residency, requests = manager.residency, self.requests
-        if self.pie_pool.begin_step():
+        residency, pool = manager.residency, self.pie_pool
+        demotions = residency.demotions
+        if pool.order.chunks > 1 and pool.begin_step():
             residency.queue.forget_cached_pooled()
-        if self.pie_pool.usable != residency.chunks_usable:
-            residency.use_chunks(self.pie_pool.usable)
+        if pool.usable != residency.chunks_usable:
+            residency.use_chunks(pool.usable)
         for request_id in turns.begin_step(self.running, residency, decision, self._priority):
             # vLLM counts the step when it schedules it, and runs who is due in it or before.
-            requests[request_id].next_decode_eligible_step = self.current_step + 2
+            self.requests[request_id].next_decode_eligible_step = self.current_step + 2
         output: SchedulerOutput = super().schedule(*args, **kwargs)
         output.pie_plan = self._plan(output, decision)
-        output.pie_pool = self.pie_pool.end_step(
-            residency.rows.chunks_held, in_use=residency.reading.any_pooled
-        )
+        in_use = residency.reading.any_pooled
+        if (
+            in_use == pool.order.idle
+            or residency.demotions != demotions
+            or not self.current_step % LOOK_STEPS
+            or not output.num_scheduled_tokens
+        ):
+            pool.end_step(residency.rows.chunks_held, in_use=in_use)
+        output.pie_pool = pool.order
         output.pie_within_budget = not turns.exceeds
         turns.end_step(output.num_scheduled_tokens, residency)
         return output
 
     def _prompt_tokens(self) -> int:
         """Prompt tokens that running requests will compute in the coming step, about."""
-        if not self._prompts_under_way:
-            return 0
         left = sum(r.num_tokens - r.num_computed_tokens for r in self.running if r.is_prefill_chunk)
         return int(min(left, self.max_num_scheduled_tokens))
 
@@ -119,23 +129,23 @@ class PieSchedulerMixin(_Mixed):
         manager = self.kv_cache_manager
         residency = manager.residency
         scheduled = output.num_scheduled_tokens
-        fresh = {r.req_id for r in output.scheduled_new_reqs}
-        fresh.update(output.scheduled_cached_reqs.resumed_req_ids)
-        several: list[str] = []
-        self._prompts_under_way = output.total_num_scheduled_tokens > len(scheduled)
+        tokens = output.total_num_scheduled_tokens
+        fresh: Collection[str] = output.scheduled_cached_reqs.resumed_req_ids
+        if output.scheduled_new_reqs:
+            fresh = {*fresh, *(r.req_id for r in output.scheduled_new_reqs)}
+        several: Collection[str] = ()
+        self._prompts_under_way = tokens > len(scheduled)
         if self._prompts_under_way:
-            several = [r for r, tokens in scheduled.items() if tokens > 1 and r not in fresh]
+            several = [r for r, count in scheduled.items() if count > 1 and r not in fresh]
         manager.completions.next_step(self.requests, several, fresh)
-        running = len(self.running)
         headroom = None
-        if (
+        if residency.reading.any_pooled and (
             not self.waiting
-            or running >= self.max_num_running_reqs
+            or len(self.running) >= self.max_num_running_reqs
             or residency.pooled_in_use > decision.limit
         ):
-            headroom = tail_room(running, manager.block_size)
-        forward = output.total_num_scheduled_tokens > 0
-        return residency.end_step(scheduled, fresh, forward, headroom, decision.budget)
+            headroom = tail_room(len(self.running), manager.block_size)
+        return residency.end_step(scheduled, fresh, tokens > 0, headroom, decision.budget)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: Any

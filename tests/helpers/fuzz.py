@@ -46,11 +46,10 @@ class WatchedPool(ElasticPool):
         gone = super().begin_step()
         if gone and self.expired is not None:
             self.expired()
-        self._allowed = self.usable
         return gone
 
     def end_step(self, held: int, *, in_use: bool) -> PoolOrder:
-        assert held <= self._allowed, "a row is used for which there is no memory"
+        assert held <= self.usable, "a row is used for which there is no memory"
         return super().end_step(held, in_use=in_use)
 
 
