@@ -48,7 +48,7 @@ def specs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for speed in args.speeds.split(","):
         keys = pie_keys(shape, sizes) | {"target_slowdown": args.target_slowdown}
         if speed != "none":
-            keys["link_gbps"] = float(speed)
+            keys["emulated_link_gbps"] = float(speed)
         runs[f"pie_{speed}"] = run_spec(args, shape, args.device_blocks, keys)
     return runs
 

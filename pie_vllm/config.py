@@ -10,7 +10,6 @@ from typing import Any
 from pie_vllm.errors import ConfigError
 from pie_vllm.policy.decider import DEFAULT_TARGET_SLOWDOWN
 from pie_vllm.policy.elastic import DEFAULT_IDLE_SECONDS
-from pie_vllm.policy.geometry import DEFAULT_RING_FRACTION
 
 BLOCK_MANAGER_KEY = "block_manager"
 SETTINGS_KEY = "pie"
@@ -21,6 +20,7 @@ FLAGS = {
     "ring_slots": "--pie-ring-slots",
     "ring_fraction": "--pie-ring-fraction",
     "target_slowdown": "--pie-target-slowdown",
+    "link_gbps": "--pie-link-gbps",
 }
 """Command line flag of each setting that has one."""
 
@@ -67,9 +67,25 @@ def _parse_share(key: str, value: object, wanted: str) -> float:
     return share
 
 
-def parse_ring_fraction(value: object) -> float:
-    """A share of the device's KV bytes. Raises ConfigError."""
-    return _parse_share("ring_fraction", value, "a share of the device's KV bytes between 0 and 1")
+def parse_ring_fraction(value: object) -> float | None:
+    """A share of the device's KV bytes, or None for ``auto``. Raises ConfigError."""
+    if value is None or value == "auto":
+        return None
+    wanted = "a share of the device's KV bytes between 0 and 1, or 'auto'"
+    return _parse_share("ring_fraction", value, wanted)
+
+
+def parse_link_gbps(value: object) -> float | None:
+    """A speed in GB/s, or None for ``auto``. Raises ConfigError."""
+    if value is None or value == "auto":
+        return None
+    try:
+        speed = float(value) if not isinstance(value, bool) else math.nan  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        speed = math.nan
+    if not math.isfinite(speed) or speed <= 0:
+        raise _fail("link_gbps", value, "a speed in GB/s above 0, or 'auto'")
+    return speed
 
 
 def parse_target_slowdown(value: object) -> float | None:
@@ -88,10 +104,13 @@ class PieConfig:
     Attributes:
         pool_gib: CPU memory for KV in all, GiB; None chooses (``auto``).
         ring_slots: ``B``; None chooses.
-        ring_fraction: share of the device's KV bytes that the ring may take.
+        ring_fraction: share of the device's KV bytes that the ring may take; None takes what
+            the link can feed (``auto``).
         target_slowdown: stall that pooling may cause, as a share of a step's time;
             None pools as much as fits, whatever it costs.
-        link_gbps: emulated link speed of the host driver, GB/s per direction;
+        link_gbps: most that is counted on from the CPU to the device, GB/s; None measures
+            at start (``auto``).
+        emulated_link_gbps: speed that the host driver's link is held to, GB/s per direction;
             None is as fast as memory copies are. For tests and emulation.
         pool_idle_seconds: how long the pool keeps CPU memory that is not needed.
         debug: switches of the engine that break or check it on purpose.
@@ -99,9 +118,10 @@ class PieConfig:
 
     pool_gib: float | None = None
     ring_slots: int | None = None
-    ring_fraction: float = DEFAULT_RING_FRACTION
+    ring_fraction: float | None = None
     target_slowdown: float | None = DEFAULT_TARGET_SLOWDOWN
     link_gbps: float | None = None
+    emulated_link_gbps: float | None = None
     pool_idle_seconds: float = DEFAULT_IDLE_SECONDS
     debug: tuple[str, ...] = ()
 
@@ -129,14 +149,20 @@ class PieConfig:
         return cls(
             pool_gib=parse_pool_gib(settings.get("pool_gib")),
             ring_slots=parse_ring_slots(settings.get("ring_slots")),
-            ring_fraction=parse_ring_fraction(settings.get("ring_fraction", DEFAULT_RING_FRACTION)),
+            ring_fraction=parse_ring_fraction(settings.get("ring_fraction")),
             target_slowdown=parse_target_slowdown(
                 settings.get("target_slowdown", DEFAULT_TARGET_SLOWDOWN)
             ),
-            link_gbps=_parse_link(settings.get("link_gbps")),
+            link_gbps=parse_link_gbps(settings.get("link_gbps")),
+            emulated_link_gbps=_parse_emulated(settings.get("emulated_link_gbps")),
             pool_idle_seconds=_parse_idle(settings.get("pool_idle_seconds", DEFAULT_IDLE_SECONDS)),
             debug=_parse_debug(settings.get("debug", ())),
         )
+
+    @property
+    def emulated_link(self) -> float | None:
+        """Bytes per second that the host driver's link is held to."""
+        return None if self.emulated_link_gbps is None else self.emulated_link_gbps * 1e9
 
     def to_mapping(self) -> dict[str, Any]:
         """The settings as plain values that ``from_mapping`` takes back."""
@@ -147,8 +173,8 @@ class PieConfig:
         return settings
 
 
-def _parse_link(value: object) -> float | None:
-    return None if value is None else _above_zero("link_gbps", value, "a speed in GB/s")
+def _parse_emulated(value: object) -> float | None:
+    return None if value is None else _above_zero("emulated_link_gbps", value, "a speed in GB/s")
 
 
 def _parse_idle(value: object) -> float:
@@ -171,8 +197,9 @@ def engine_args(
     *,
     pool_gib: float | str | None = None,
     ring_slots: int | None = None,
-    ring_fraction: float | None = None,
+    ring_fraction: float | str | None = None,
     target_slowdown: float | str | None = None,
+    link_gbps: float | str | None = None,
     **other: Any,
 ) -> dict[str, Any]:
     """Keyword arguments that make ``vllm.LLM`` use the pie block manager.
@@ -182,8 +209,11 @@ def engine_args(
     Args:
         pool_gib: CPU memory for KV in all, GiB, or ``"auto"`` (the default).
         ring_slots: layers that the ring holds; default 3.
-        ring_fraction: share of the device's KV bytes for the ring; default 0.05.
+        ring_fraction: share of the device's KV bytes for the ring, or ``"auto"`` (the
+            default): what the link can feed.
         target_slowdown: stall allowed as a share of a step's time, or ``"off"``; default 0.01.
+        link_gbps: most that is counted on from the CPU to the device, GB/s, or ``"auto"`` (the
+            default): measured at start.
         other: further keys of ``additional_config["pie"]``.
 
     Raises:
@@ -196,6 +226,7 @@ def engine_args(
             "ring_slots": ring_slots,
             "ring_fraction": ring_fraction,
             "target_slowdown": target_slowdown,
+            "link_gbps": link_gbps,
             **other,
         }.items()
         if value is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pie_vllm.policy.detector import Detector, Observation
+from pie_vllm.policy.detector import NOTHING, Detector, Observation, Prior
 
 DEFAULT_TARGET_SLOWDOWN = 0.01
 MARGIN = 0.9
@@ -17,7 +17,7 @@ COOL_DOWN = 10
 """Steps after a cut before the next change: the stall is an average over about as many."""
 
 FIRST_BLOCKS = 4
-"""Budget and limit until the first load has shown how fast the link is."""
+"""Budget and limit while the link's speed or the steps' time is not known."""
 
 
 class Decision(NamedTuple):
@@ -48,16 +48,21 @@ class Decider:
     """
 
     def __init__(
-        self, row_bytes: int, window: int, target: float | None = DEFAULT_TARGET_SLOWDOWN
+        self,
+        row_bytes: int,
+        window: int,
+        target: float | None = DEFAULT_TARGET_SLOWDOWN,
+        prior: Prior = NOTHING,
     ) -> None:
-        """Nothing is known: a few blocks may be pooled until a load has been seen.
+        """Until bandwidth and step time are known, a few blocks may be pooled.
 
         Args:
             row_bytes: of one block in all layers.
             window: pooled ids.
             target: stall allowed as a share of the time without; None limits nothing.
+            prior: what is known of link and steps.
         """
-        self.detector = Detector()
+        self.detector = Detector(prior)
         self._row_bytes = row_bytes
         self._window = window
         self._target = target
@@ -66,6 +71,9 @@ class Decider:
         self._saved = 0.0
         self._carried = 0.0
         self._rate: float | None = None  # Blocks a second, once known.
+        bandwidth = self.detector.bandwidth
+        if bandwidth is not None and target is not None:
+            self._rate = bandwidth / row_bytes
         first = window if target is None else min(FIRST_BLOCKS, window)
         self._first = Decision(first, first, 0)
         self._everything = Decision(window, window, 0)

@@ -28,6 +28,27 @@ class Observation(NamedTuple):
     load_seconds: float = 0.0
 
 
+PRIOR_SECONDS = 0.01
+"""Of loading that a bandwidth known before the first load counts for: a step or two outweigh it."""
+
+
+class Prior(NamedTuple):
+    """What is known before the first step.
+
+    Attributes:
+        bandwidth: from the CPU to the device, bytes per second; None if unknown.
+        step_seconds: of a step that only decodes; None if unknown.
+        most_bandwidth: that is counted on, whatever is measured; None is without end.
+    """
+
+    bandwidth: float | None = None
+    step_seconds: float | None = None
+    most_bandwidth: float | None = None
+
+
+NOTHING = Prior()
+
+
 class Detector:
     """Learns from each step; decides nothing.
 
@@ -40,18 +61,25 @@ class Detector:
         stall_share: stall of recent steps that loaded, as a share of the rest of the step.
     """
 
-    def __init__(self) -> None:
-        """Nothing is known."""
-        self.step_seconds: float | None = None
+    def __init__(self, prior: Prior = NOTHING) -> None:
+        """Nothing is known but the prior."""
+        self.step_seconds = prior.step_seconds
         self.slope = 0.0
         self.stall_share = 0.0
-        self._bytes = 0.0
-        self._busy = 0.0
+        self._busy = 0.0 if prior.bandwidth is None else PRIOR_SECONDS
+        self._bytes = (prior.bandwidth or 0.0) * self._busy
+        self._most = prior.most_bandwidth
 
     @property
     def bandwidth(self) -> float | None:
-        """Bytes per second from the CPU to the device while the link is busy; None at first."""
-        return self._bytes / self._busy if self._busy > 0 else None
+        """Bytes per second to the device that can be counted on; None while unknown.
+
+        Those of the link while it is busy, and no more than the prior's most.
+        """
+        if self._busy <= 0:
+            return None
+        measured = self._bytes / self._busy
+        return measured if self._most is None or measured < self._most else self._most
 
     def observe(self, seen: Observation, *, within_budget: bool = True) -> None:
         """Learn from a step.

@@ -19,6 +19,7 @@ a multiple of ``g`` for any page size.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pie_vllm.errors import ConfigError
@@ -27,7 +28,13 @@ DEFAULT_RING_SLOTS = 3
 """One slot being read, one ready, one being filled: B = 2 hides a copy only if
 it never takes longer than the layer before it."""
 
-DEFAULT_RING_FRACTION = 0.05
+MOST_RING_FRACTION = 0.15
+"""Of the device's KV bytes, for a ring whose width follows the link. It is there for devices of a
+few blocks: with thousands of blocks a link feeds some percent at most."""
+
+WINDOW_STEPS = 2.0
+"""Steps whose loads the window holds. See ``blocks_fed``."""
+
 CHUNK_BYTES = 64 << 20
 """Aim for the size of a chunk of the host pool; a chunk holds whole rows."""
 
@@ -148,6 +155,18 @@ def _most_resident(layers: int, page: int, w: int, slots: int, g: int, budget: i
     return max(0, (left // layers) // g * g // page)
 
 
+def blocks_fed(link_bytes_per_s: float, step_seconds: float, row_bytes: int) -> int:
+    """Pooled blocks that a link can make use of: ``ceil(2 * link * step / row_bytes)``.
+
+    Args:
+        link_bytes_per_s: from the CPU to the device.
+        step_seconds: of a step in which as many requests as may run decode, their attention
+            left out, which takes time on top.
+        row_bytes: of one block in all layers.
+    """
+    return max(1, math.ceil(WINDOW_STEPS * link_bytes_per_s * step_seconds / row_bytes))
+
+
 def plan_geometry(
     *,
     num_layers: int,
@@ -157,14 +176,16 @@ def plan_geometry(
     granularity: int,
     needed_blocks: int,
     ring_slots: int | None = None,
-    ring_fraction: float = DEFAULT_RING_FRACTION,
+    ring_fraction: float | None = None,
+    fed_blocks: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Geometry:
     """Divide ``device_bytes`` into resident pages and a ring.
 
     ``rows = pool_bytes // (L * p)``. The window is ``W = min(rows,
-    ring_fraction * device_bytes // (B * p))``; where ``R + W`` would then be
-    below ``needed_blocks``, ``W`` grows to the least value that reaches it.
+    ring_fraction * device_bytes // (B * p))``, without a given fraction also
+    at most ``fed_blocks``; where ``R + W`` would then be below
+    ``needed_blocks``, ``W`` grows to the least value that reaches it.
     ``R`` is what the rest of the device bytes holds:
     ``L * roundup(R * p, g) + B * roundup(W * p, g) <= device_bytes``.
 
@@ -176,7 +197,9 @@ def plan_geometry(
         granularity: bytes that the driver maps in one piece.
         needed_blocks: blocks of one request of ``max_model_len`` tokens.
         ring_slots: ``B``; ``None`` takes ``min(3, L)``.
-        ring_fraction: share of ``device_bytes`` that the ring may take.
+        ring_fraction: share of ``device_bytes`` that the ring may take; ``None`` is
+            ``MOST_RING_FRACTION`` with ``fed_blocks``.
+        fed_blocks: what the link can make use of; see ``blocks_fed``.
         chunk_bytes: aim for the size of one chunk of the pool.
 
     Raises:
@@ -197,7 +220,10 @@ def plan_geometry(
             f"{row_bytes / 2**30:.6f} GiB."
         )
     need = needed_blocks + 1  # vLLM's null block takes one id.
-    window = min(rows, int(ring_fraction * device_bytes) // (slots * page_bytes))
+    share = MOST_RING_FRACTION if ring_fraction is None else ring_fraction
+    window = min(rows, int(share * device_bytes) // (slots * page_bytes))
+    if ring_fraction is None and fed_blocks is not None:
+        window = min(window, fed_blocks)
     sizes = (num_layers, page_bytes)
     resident = _most_resident(*sizes, window, slots, granularity, device_bytes)
     if resident + window < need or window < 1:

@@ -16,6 +16,7 @@ from pie_vllm.config import (
     BLOCK_MANAGERS,
     FLAGS,
     SETTINGS_KEY,
+    parse_link_gbps,
     parse_pool_gib,
     parse_ring_fraction,
     parse_ring_slots,
@@ -42,14 +43,14 @@ def _parsed(parse: Callable[[object], Any]) -> Callable[[str], Any]:
     return convert
 
 
-def _pool(value: object) -> float | str:
-    size = parse_pool_gib(value)
-    return "auto" if size is None else size
+def _or(word: str, parse: Callable[[object], Any]) -> Callable[[object], Any]:
+    """As ``parse``, which reads ``word`` as None; the word is kept, so that a flag overrides."""
 
+    def convert(value: object) -> Any:
+        parsed = parse(value)
+        return word if parsed is None else parsed
 
-def _target(value: object) -> float | str:
-    share = parse_target_slowdown(value)
-    return "off" if share is None else share
+    return convert
 
 
 class _Setting(argparse.Action):
@@ -112,14 +113,14 @@ def _add_flags(parser: Any) -> None:
 
     add(
         "pool_gib",
-        _pool,
+        _or("auto", parse_pool_gib),
         "GIB",
         "CPU memory for pooled KV in all, in GiB, or 'auto' (the default): the smaller of "
         "four times the device's KV bytes and half of the free CPU memory.",
     )
     add(
         "target_slowdown",
-        _target,
+        _or("off", parse_target_slowdown),
         "F",
         "How long steps may wait for pooled KV, as a share of their time (default 0.01). "
         "It limits how much is pooled, and how often requests with pooled KV run. 'off' pools as "
@@ -133,10 +134,18 @@ def _add_flags(parser: Any) -> None:
     )
     add(
         "ring_fraction",
-        parse_ring_fraction,
+        _or("auto", parse_ring_fraction),
         "F",
-        "Advanced: share of the device's KV bytes that the ring of pooled pages may take "
-        "(default 0.05). It limits how many blocks can be pooled at once.",
+        "Advanced: share of the device's KV bytes that the ring of pooled pages may take, or "
+        "'auto' (the default): what the link can feed in a step, and at most 0.15. It limits how "
+        "many blocks can be pooled at once.",
+    )
+    add(
+        "link_gbps",
+        _or("auto", parse_link_gbps),
+        "GBPS",
+        "Advanced: most that is counted on from the CPU to the device, in GB/s, or 'auto' (the "
+        "default): measured at start. A lower value leaves the rest of the link to others.",
     )
 
 

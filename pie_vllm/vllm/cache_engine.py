@@ -44,9 +44,12 @@ class PieCacheEngine:
         self.geometry = geometry
         self.totals = Totals()
         self._switch = gate.GateSwitch()
-        link = None if config.link_gbps is None else config.link_gbps * 1e9
         self._engine = TransferEngine(
-            geometry, driver=driver, link_bytes_per_s=link, debug=config.debug, chunks=1
+            geometry,
+            driver=driver,
+            link_bytes_per_s=config.emulated_link,
+            debug=config.debug,
+            chunks=1,
         )
         self.keeper = PoolKeeper(
             self._engine, geometry.chunk_rows, idle_seconds=config.pool_idle_seconds

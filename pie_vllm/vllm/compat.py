@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import perf_counter
 from typing import Any
 
 import vllm
@@ -196,3 +197,18 @@ def relabel_rows(runner: Any, relabels: Any) -> None:
         row = batch.req_id_to_index.get(request_id)
         if row is not None:
             batch.block_table.block_tables[0].block_table.np[row, first:end] = blocks
+
+
+def decode_seconds(runner: Any, requests: int) -> float:
+    """Seconds of a forward pass that decodes so many requests, attention left out.
+
+    The second of two passes, before there is a KV cache. Relies on ``_dummy_run`` as
+    ``profile_run`` calls it, v1/worker/gpu_model_runner.py:6193.
+    """
+    expect(type(runner).profile_run, "self._dummy_run(", "self._sync_device()")
+    start = 0.0
+    for _ in range(2):
+        start = perf_counter()
+        runner._dummy_run(requests, is_profile=True)
+        runner._sync_device()
+    return perf_counter() - start

@@ -1,4 +1,4 @@
-"""The workers' sizes on their way to the scheduler."""
+"""The workers' sizes and measurements on their way to the scheduler."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pie_vllm.vllm import settings
 
 
 def give_geometry_to_scheduler(engine_core: Any, vllm_config: Any) -> None:
-    """Ask all workers for their geometry, once, before the scheduler is made.
+    """Ask all workers for their geometry and link, once, before the scheduler is made.
 
     Raises:
         RuntimeError: two ranks chose different sizes.
@@ -18,4 +18,6 @@ def give_geometry_to_scheduler(engine_core: Any, vllm_config: Any) -> None:
     found = engine_core.collective_rpc("pie_geometry")
     if any(geometry != found[0] for geometry in found):
         raise RuntimeError(f"ranks disagree about the sizes of the tiers: {found}")
-    settings.of(vllm_config).geometry = found[0]
+    taken = settings.of(vllm_config)
+    taken.geometry = found[0]
+    taken.prior = min(engine_core.collective_rpc("pie_prior"), key=lambda p: p.bandwidth or 0.0)

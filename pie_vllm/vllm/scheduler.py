@@ -60,9 +60,9 @@ class PieSchedulerMixin(_Mixed):
             )
             self.max_num_scheduled_tokens = most
         self.kv_cache_manager.claims = self._claims
-        config = settings.of(vllm_config).config
+        config, prior = settings.of(vllm_config).config, settings.of(vllm_config).prior
         self.pie_decider = Decider(
-            geometry.row_bytes, geometry.pooled_blocks, config.target_slowdown
+            geometry.row_bytes, geometry.pooled_blocks, config.target_slowdown, prior
         )
         self.pie_pool = ElasticPool(
             geometry,

@@ -6,6 +6,7 @@ from typing import Any
 
 from pie_vllm.config import BLOCK_MANAGER_KEY, BLOCK_MANAGERS, SETTINGS_KEY, PieConfig
 from pie_vllm.errors import ConfigError
+from pie_vllm.policy.detector import Prior
 from pie_vllm.policy.geometry import Geometry
 
 
@@ -17,17 +18,19 @@ class PieSettings(dict[str, Any]):
 
     Attributes:
         config: the checked settings.
-        geometry: the sizes, known once the workers have allocated.
+        geometry: the sizes, known once the workers have sized the tiers.
+        prior: what the workers measured at start, of the slowest of them.
     """
 
     def __init__(self, config: PieConfig) -> None:
         super().__init__()
         self.config = config
         self.geometry: Geometry | None = None
+        self.prior = Prior()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the attributes, which a dict subclass would otherwise lose."""
-        return (PieSettings, (self.config,), {"geometry": self.geometry})
+        return (PieSettings, (self.config,), {"geometry": self.geometry, "prior": self.prior})
 
 
 def wants_pie(additional_config: Any) -> bool:

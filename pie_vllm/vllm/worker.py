@@ -11,7 +11,9 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from pie_vllm.memory.pool_size import check_pool_fits, resolve_pool_bytes
-from pie_vllm.policy.geometry import Geometry, cdiv, plan_geometry
+from pie_vllm.policy.detector import Prior
+from pie_vllm.policy.geometry import Geometry, blocks_fed, cdiv, plan_geometry
+from pie_vllm.transfer.calibration import measure_link
 from pie_vllm.vllm import compat, refusals, settings
 from pie_vllm.vllm.cache_engine import PieCacheEngine
 
@@ -35,6 +37,7 @@ class PieWorkerMixin(_Mixed):
     pie_device_is_host: bool
     pie: PieCacheEngine | None = None
     _pie_geometry: Geometry
+    _pie_prior: Prior
     _pie_seconds = 0.0
 
     def determine_available_memory(self) -> int:
@@ -46,6 +49,10 @@ class PieWorkerMixin(_Mixed):
         taken = device_bytes if self.pie_device_is_host else 0
         pool_bytes = resolve_pool_bytes(config.pool_gib, device_bytes, taken)
         check_pool_fits(pool_bytes, taken)
+        self._pie_prior = self._pie_measure(len(specs), spec.page_size_bytes)
+        fed = None
+        if config.ring_fraction is None:
+            fed = self._pie_fed_blocks(device_bytes, len(specs) * spec.page_size_bytes)
         self._pie_geometry = plan_geometry(
             num_layers=len(specs),
             page_bytes=spec.page_size_bytes,
@@ -55,6 +62,7 @@ class PieWorkerMixin(_Mixed):
             needed_blocks=self._pie_needed_blocks(spec.block_size),
             ring_slots=config.ring_slots,
             ring_fraction=config.ring_fraction,
+            fed_blocks=fed,
         )
         geometry = self._pie_geometry
         logger.info(
@@ -75,6 +83,44 @@ class PieWorkerMixin(_Mixed):
             self.pie_driver,
         )
         return geometry.num_blocks * geometry.row_bytes
+
+    def _pie_measure(self, num_layers: int, page_bytes: int) -> Prior:
+        """How fast the link is, measured unless the user said it."""
+        config = settings.of(self.vllm_config).config
+        if config.link_gbps is not None:
+            given = config.link_gbps * 1e9
+            logger.info("Pie: link to the device counted on for %.2f GB/s", config.link_gbps)
+            return Prior(given, most_bandwidth=given)
+        link = measure_link(
+            num_layers,
+            page_bytes,
+            granularity=self.pie_granularity,
+            driver=self.pie_driver,
+            link_bytes_per_s=config.emulated_link,
+        )
+        logger.info("Pie: link %s", link)
+        return Prior(link.load)
+
+    def _pie_fed_blocks(self, device_bytes: int, row_bytes: int) -> int:
+        """Pooled blocks that the link can feed in the longest step that only decodes."""
+        scheduler = self.vllm_config.scheduler_config
+        # Each request that runs writes into a resident block of its own.
+        requests = min(
+            scheduler.max_num_seqs,
+            scheduler.max_num_batched_tokens,
+            max(1, device_bytes // row_bytes),
+        )
+        seconds = compat.decode_seconds(self.model_runner, requests)
+        self._pie_prior = self._pie_prior._replace(step_seconds=seconds)
+        fed = blocks_fed(self._pie_prior.bandwidth or 0.0, seconds, row_bytes)
+        logger.info(
+            "Pie: %d requests decode in %.1f ms without attention: the link can feed %d pooled "
+            "blocks",
+            requests,
+            1e3 * seconds,
+            fed,
+        )
+        return fed
 
     def _pie_needed_blocks(self, block_size: int) -> int:
         """Blocks of one longest request; 1 where vLLM fits the length to the memory."""
@@ -130,6 +176,10 @@ class PieWorkerMixin(_Mixed):
     def pie_geometry(self) -> Geometry:
         """The sizes, for the scheduler."""
         return self._pie_geometry
+
+    def pie_prior(self) -> Prior:
+        """What was measured at start, for the scheduler."""
+        return self._pie_prior
 
     def pie_counters(self) -> dict[str, Any]:
         """Totals and sizes; see ``pie_vllm.vllm.counters``."""

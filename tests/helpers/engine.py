@@ -42,7 +42,8 @@ class Setup:
         block_size: tokens of a block.
         dtype: of weights and KV.
         debug: words that break the transfer engine on purpose.
-        link_gbps: emulated link speed.
+        ring: width of the ring; None is as wide as all pooled blocks.
+        emulated_link_gbps: emulated link speed.
         target: of the slowdown; "off" keeps the schedule that stock has.
         idle_seconds: how long the pool keeps memory that is not needed.
         lost_relabels: the worker drops all relabels.
@@ -57,7 +58,8 @@ class Setup:
     block_size: int = 32
     dtype: str = "bfloat16"
     debug: tuple[str, ...] = ()
-    link_gbps: float | None = None
+    ring: float | str | None = None
+    emulated_link_gbps: float | None = None
     target: float | str = "off"
     idle_seconds: float = 60.0
     lost_relabels: bool = False
@@ -99,14 +101,14 @@ class Setup:
             # A little more than the rows take: GiB are rounded down to whole rows.
             "pool_gib": (self.pooled + 0.5) * self.layers * self.page / 2**30,
             "ring_slots": self.slots,
-            "ring_fraction": (ring + self.page) / self.device_bytes,
+            "ring_fraction": self.ring or (ring + self.page) / self.device_bytes,
             "target_slowdown": self.target,
             "pool_idle_seconds": self.idle_seconds,
         }
         if self.debug:
             pie["debug"] = list(self.debug)
-        if self.link_gbps is not None:
-            pie["link_gbps"] = self.link_gbps
+        if self.emulated_link_gbps is not None:
+            pie["emulated_link_gbps"] = self.emulated_link_gbps
         return {"llm": llm, "pie": pie, "lost_relabels": self.lost_relabels}
 
 

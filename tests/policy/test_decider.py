@@ -7,7 +7,7 @@ import random
 import pytest
 
 from pie_vllm.policy.decider import FIRST_BLOCKS, Decider, Decision
-from pie_vllm.policy.detector import Detector, Observation
+from pie_vllm.policy.detector import Detector, Observation, Prior
 
 ROW = 1_000_000
 WINDOW = 500
@@ -51,6 +51,22 @@ def test_a_few_blocks_may_be_pooled_before_the_link_is_known() -> None:
     assert decider.decide() == Decision(FIRST_BLOCKS, FIRST_BLOCKS, 0)
     decider.observe(Observation(32, 32, 0.1))
     assert decider.decide() == Decision(FIRST_BLOCKS, FIRST_BLOCKS, 0)
+
+
+def test_what_was_measured_at_start_is_the_first_budget() -> None:
+    """And steps soon outweigh it."""
+    decider = Decider(ROW, WINDOW, prior=Prior(1e9, 0.1))
+    assert 80 <= decider.decide().budget <= 100
+    settle(decider, Machine(2e8), steps=20)
+    assert decider.decide().budget <= 20
+
+
+def test_no_more_of_the_link_is_counted_on_than_was_said() -> None:
+    """However fast it is; a slower one is noticed."""
+    for link, hidden in ((5e9, 100), (5e8, 50)):
+        decider = Decider(ROW, WINDOW, prior=Prior(1e9, most_bandwidth=1e9))
+        settle(decider, Machine(link))
+        assert 0.8 * hidden <= decider.decide().budget <= hidden
 
 
 def test_without_a_target_nothing_is_limited() -> None:

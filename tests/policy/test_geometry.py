@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pie_vllm.errors import ConfigError
-from pie_vllm.policy.geometry import MIN_RESIDENT_BLOCKS, Geometry, plan_geometry
+from pie_vllm.policy.geometry import (
+    MIN_RESIDENT_BLOCKS,
+    MOST_RING_FRACTION,
+    Geometry,
+    blocks_fed,
+    plan_geometry,
+)
 
 SIZES = {
     "num_layers": 30,
@@ -35,7 +41,8 @@ def settings(draw: st.DrawFn) -> dict[str, object]:
         "granularity": draw(st.sampled_from([4096, 2 << 20])),
         "needed_blocks": draw(st.integers(1, 6000)),
         "ring_slots": draw(st.one_of(st.none(), st.integers(1, layers))),
-        "ring_fraction": draw(st.floats(0.001, 0.9)),
+        "ring_fraction": draw(st.one_of(st.none(), st.floats(0.001, 0.9))),
+        "fed_blocks": draw(st.one_of(st.none(), st.integers(1, 9000))),
     }
 
 
@@ -72,6 +79,22 @@ def test_the_ring_keeps_to_its_fraction() -> None:
     assert g.ring_bytes <= 0.05 * SIZES["device_bytes"] + g.ring_slots * g.granularity
     assert g.pooled_blocks < g.rows
     assert g.idle_cost_blocks == pytest.approx(g.ring_bytes / g.row_bytes)
+
+
+def test_a_ring_that_follows_the_link_is_as_wide_as_the_link_can_feed() -> None:
+    """Up to a share of the device, and unless a share was asked for."""
+    widths = [plan(fed_blocks=blocks).pooled_blocks for blocks in (1, 10, 40, 1000)]
+    assert widths[:3] == [1, 10, 40]
+    assert 40 < widths[3] == plan().pooled_blocks
+    assert plan().ring_bytes <= MOST_RING_FRACTION * SIZES["device_bytes"] + 3 * 4096
+    assert plan(ring_fraction=0.05, fed_blocks=1) == plan(ring_fraction=0.05)
+
+
+def test_what_a_link_feeds() -> None:
+    """1 GB/s and steps of 50 ms: two steps' loads, rounded up; never nothing."""
+    assert blocks_fed(1e9, 0.05, 1_000_000) == 100
+    assert blocks_fed(1e9, 0.05, 3_000_000) == 34
+    assert blocks_fed(1.0, 1e-6, 1 << 40) == 1
 
 
 def test_a_longest_request_widens_the_window_no_further_than_needed() -> None:

@@ -51,7 +51,7 @@ def test_sound_engine_is_exact(
         {"debug": ("skip_stores",)},
         {"debug": ("poison", "skip_loads")},
         # A slow link, so that the copy that nobody waits for cannot win by chance.
-        {"debug": ("late_submit",), "link_gbps": 0.2},
+        {"debug": ("late_submit",), "emulated_link_gbps": 0.2},
         {"lost_relabels": True},
     ],
     ids=lambda broken: "-".join(broken.get("debug", ["lost_relabels"])),

@@ -92,7 +92,7 @@ def test_turns_and_limits(
     engines: Engines, ample: Setup, scarce: Setup, texts: list[str], link_gbps: float
 ) -> None:
     """On a slow link requests wait, take turns and come back; their answers do not change."""
-    setup = replace(scarce, target=0.01, link_gbps=link_gbps)
+    setup = replace(scarce, target=0.01, emulated_link_gbps=link_gbps)
     pie, stock = both(engines, setup, ample, [request(t, max_tokens=ANSWER) for t in texts])
     assert pie["left_out"] > 0
     assert tokens(pie) == tokens(stock)

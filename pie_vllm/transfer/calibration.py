@@ -1,0 +1,151 @@
+"""How fast the link between CPU pool and device is on this machine, measured at start."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pie_vllm.policy.geometry import Geometry
+from pie_vllm.policy.plan import Copy, StepPlan
+from pie_vllm.transfer.engine import TransferEngine
+from pie_vllm.transfer.stats import StepStats
+
+RUN_LENGTHS = (1, 4, 16)
+"""Neighbouring blocks that make one copy of a layer: single pages, and runs as rows merge to."""
+
+SECONDS = 0.05
+"""That one measurement is to last about: long against the start of a copy."""
+
+SCRATCH_BYTES = 64 << 20
+"""On the device, and twice that in CPU memory, while the measurement lasts."""
+
+
+class PieceSpeed(NamedTuple):
+    """Bytes per second of copies of one size.
+
+    Attributes:
+        piece_bytes: of one copy.
+        load: from the CPU pool to the device.
+        store: from the device to the CPU pool.
+    """
+
+    piece_bytes: int
+    load: float
+    store: float
+
+
+class LinkSpeed(NamedTuple):
+    """What was measured.
+
+    Attributes:
+        pieces: each direction alone, single pages first.
+        load_both, store_both: each direction while the other is busy too, bytes per second,
+            with the longest runs.
+    """
+
+    pieces: tuple[PieceSpeed, ...]
+    load_both: float
+    store_both: float
+
+    @property
+    def load(self) -> float:
+        """Bytes per second to the device that a plan can count on: those of single pages."""
+        return self.pieces[0].load
+
+    def __str__(self) -> str:
+        """For the log."""
+        alone = ", ".join(
+            f"{p.load / 1e9:.2f}/{p.store / 1e9:.2f} in pieces of {p.piece_bytes / 1024:.0f} KiB"
+            for p in self.pieces
+        )
+        return (
+            f"to/from the device {alone}; both at once "
+            f"{self.load_both / 1e9:.2f}/{self.store_both / 1e9:.2f} GB/s"
+        )
+
+
+def measure_link(
+    num_layers: int,
+    page_bytes: int,
+    *,
+    granularity: int,
+    driver: str = "host",
+    link_bytes_per_s: float | None = None,
+) -> LinkSpeed:
+    """Copy blocks of this shape to and fro through an engine of its own, which is closed again.
+
+    The engine copies as it does in service: a batch for each layer, on its two streams.
+
+    Args:
+        num_layers: attention layers with KV; fewer are copied where they are large.
+        page_bytes: one block in one layer.
+        granularity: bytes that the driver maps in one piece.
+        driver: of the engine.
+        link_bytes_per_s: emulated speed of the host driver; None is the machine's.
+
+    Raises:
+        TransferError: no memory for it, or a copy failed.
+    """
+    layers = max(1, min(num_layers, SCRATCH_BYTES // page_bytes))
+    most = max(1, min(RUN_LENGTHS[-1], SCRATCH_BYTES // (layers * page_bytes)))
+    sizes = Geometry(
+        num_layers=layers,
+        page_bytes=page_bytes,
+        resident_blocks=2 * most + 1,
+        pooled_blocks=1,
+        ring_slots=1,
+        rows=2 * most,
+        chunk_rows=2 * most,
+        granularity=granularity,
+    )
+    with TransferEngine(sizes, driver=driver, link_bytes_per_s=link_bytes_per_s) as engine:
+        return _Bench(engine, most).measure()
+
+
+class _Bench:
+    def __init__(self, engine: TransferEngine, most: int) -> None:
+        self._engine, self._most, self._step = engine, most, 0
+
+    def measure(self) -> LinkSpeed:
+        self._move(self._most, 1)  # Touches all pages, and starts the streams.
+        probe = self._move(1, 1, stores=False)
+        row_bytes = self._engine.geometry.row_bytes
+        blocks = max(1, min(self._most, int(SECONDS * _load_rate(probe) / row_bytes)))
+        pieces = []
+        for length in sorted({min(length, blocks) for length in RUN_LENGTHS}):
+            count = blocks // length * length
+            load = self._move(count, length, stores=False)
+            store = self._move(count, length, loads=False)
+            pieces.append(
+                PieceSpeed(
+                    length * self._engine.geometry.page_bytes, _load_rate(load), _store_rate(store)
+                )
+            )
+        both = self._move(blocks, blocks)
+        return LinkSpeed(tuple(pieces), _load_rate(both), _store_rate(both))
+
+    def _move(
+        self, blocks: int, length: int, *, loads: bool = True, stores: bool = True
+    ) -> StepStats:
+        """Store blocks 1 to ``most`` to rows from 0, load the blocks after them from the others."""
+        self._step += 1
+        most = self._most
+        runs = [(first, min(length, blocks - first)) for first in range(0, blocks, length)]
+        plan = StepPlan(
+            self._step,
+            tuple(Copy(1 + first, first, count) for first, count in runs) if stores else (),
+            tuple(Copy(1 + most + first, most + first, count) for first, count in runs)
+            if loads
+            else (),
+            (),
+            (),
+            forward=False,
+        )
+        return self._engine.run_idle(plan)
+
+
+def _load_rate(stats: StepStats) -> float:
+    return stats.bytes_loaded / max(stats.load_seconds, 1e-9)
+
+
+def _store_rate(stats: StepStats) -> float:
+    return stats.bytes_stored / max(stats.store_seconds, 1e-9)

@@ -1,0 +1,57 @@
+"""Calibration finds the speed that the host driver's link is held to."""
+
+from __future__ import annotations
+
+import pytest
+
+from pie_vllm.errors import TransferError, UnsupportedError
+from pie_vllm.transfer.calibration import SCRATCH_BYTES, LinkSpeed, measure_link
+from tests.helpers.process import resident_bytes
+
+GRANULARITY = 4096
+
+
+def measure(
+    link: float | None, layers: int = 8, page: int = 65_536, driver: str = "host"
+) -> LinkSpeed:
+    return measure_link(layers, page, granularity=GRANULARITY, driver=driver, link_bytes_per_s=link)
+
+
+@pytest.mark.parametrize("link", [2e7, 2e8])
+def test_an_emulated_link_is_measured(link: float) -> None:
+    """In both directions, alone and together, for every size of piece."""
+    found = measure(link)
+    speeds = [speed for piece in found.pieces for speed in (piece.load, piece.store)]
+    for speed in [*speeds, found.load_both, found.store_both]:
+        assert 0.6 * link <= speed <= 1.02 * link
+    assert found.load == found.pieces[0].load
+
+
+def test_pieces_are_single_pages_and_longer_runs() -> None:
+    """As far as the link copies so many in a short time."""
+    sizes = [piece.piece_bytes for piece in measure(None).pieces]
+    assert sizes[:2] == [65_536, 4 * 65_536]
+    assert sizes == sorted(set(sizes))
+    assert [piece.piece_bytes for piece in measure(2e7).pieces] == [65_536]
+
+
+def test_large_blocks_take_no_more_than_the_scratch_memory() -> None:
+    """A block of 80 layers of 16 MiB is measured by a few layers, and all memory goes back."""
+    before = resident_bytes()
+    found = measure(None, layers=80, page=16 << 20)
+    assert found.pieces[0].piece_bytes == 16 << 20
+    assert resident_bytes() - before < SCRATCH_BYTES
+
+
+def test_the_log_names_directions_and_sizes() -> None:
+    """Load and store, GB/s."""
+    text = str(measure(2e8))
+    assert "in pieces of 64 KiB" in text
+    assert "both at once" in text
+    assert "GB/s" in text
+
+
+def test_an_unknown_driver_is_refused() -> None:
+    """As by the engine."""
+    with pytest.raises((UnsupportedError, TransferError)):
+        measure(None, driver="none")
