@@ -19,7 +19,6 @@ a multiple of ``g`` for any page size.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from pie_vllm.errors import ConfigError
@@ -31,9 +30,6 @@ it never takes longer than the layer before it."""
 MOST_RING_FRACTION = 0.15
 """Of the device's KV bytes, for a ring whose width follows the link. It is there for devices of a
 few blocks: with thousands of blocks a link feeds some percent at most."""
-
-WINDOW_STEPS = 2.0
-"""Steps whose loads the window holds. See ``blocks_fed``."""
 
 CHUNK_BYTES = 64 << 20
 """Aim for the size of a chunk of the host pool; a chunk holds whole rows."""
@@ -140,6 +136,11 @@ class Geometry:
         """Resident blocks that the ring's bytes would have held."""
         return self.ring_bytes / self.row_bytes
 
+    @property
+    def capacity_gained_blocks(self) -> int:
+        """Blocks of both tiers beyond those that the device's bytes alone would hold."""
+        return self.num_blocks - self.device_bytes // self.row_bytes
+
     def page_offset(self, layer: int, block: int) -> int:
         """Byte offset of a page in the arena's address range."""
         return layer * self.layer_stride + self.shift + block * self.page_bytes
@@ -153,18 +154,6 @@ def _most_resident(layers: int, page: int, w: int, slots: int, g: int, budget: i
     """The largest R whose bytes, with W pooled blocks' ring, fit the budget."""
     left = budget - slots * round_up(w * page, g)
     return max(0, (left // layers) // g * g // page)
-
-
-def blocks_fed(link_bytes_per_s: float, step_seconds: float, row_bytes: int) -> int:
-    """Pooled blocks that a link can make use of: ``ceil(2 * link * step / row_bytes)``.
-
-    Args:
-        link_bytes_per_s: from the CPU to the device.
-        step_seconds: of a step in which as many requests as may run decode, their attention
-            left out, which takes time on top.
-        row_bytes: of one block in all layers.
-    """
-    return max(1, math.ceil(WINDOW_STEPS * link_bytes_per_s * step_seconds / row_bytes))
 
 
 def plan_geometry(
@@ -199,7 +188,7 @@ def plan_geometry(
         ring_slots: ``B``; ``None`` takes ``min(3, L)``.
         ring_fraction: share of ``device_bytes`` that the ring may take; ``None`` is
             ``MOST_RING_FRACTION`` with ``fed_blocks``.
-        fed_blocks: what the link can make use of; see ``blocks_fed``.
+        fed_blocks: what the link can make use of; see ``pie_vllm.policy.window``.
         chunk_bytes: aim for the size of one chunk of the pool.
 
     Raises:

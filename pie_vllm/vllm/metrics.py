@@ -73,6 +73,7 @@ class Report:
         self._sizes = {
             "pie_resident_blocks": geometry.resident_blocks,
             "pie_pooled_blocks": geometry.pooled_blocks,
+            "pie_capacity_gained_blocks": geometry.capacity_gained_blocks,
             "pie_ring_bytes": geometry.ring_bytes,
             "pie_pool_ceiling_bytes": geometry.host_bytes,
         }

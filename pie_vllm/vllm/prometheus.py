@@ -16,6 +16,8 @@ GAUGES = {
     "pie_admission_limit_blocks": "Pooled blocks in use beyond which no request is admitted.",
     "pie_step_budget_blocks": "Pooled blocks that the last step was allowed to read.",
     "pie_link_bytes_per_second": "Speed of the link to the device as measured; 0 while unknown.",
+    "pie_capacity_gained_blocks": "Blocks of both tiers beyond those that the device's memory "
+    "would hold without pie.",
     "pie_ring_bytes": "Device memory of the ring, in bytes.",
     "pie_pool_bytes": "CPU memory that the pool holds now, in bytes.",
     "pie_pool_ceiling_bytes": "CPU memory that the pool may hold, in bytes.",

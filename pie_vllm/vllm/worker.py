@@ -12,7 +12,8 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from pie_vllm.memory.pool_size import check_pool_fits, resolve_pool_bytes
 from pie_vllm.policy.detector import Prior
-from pie_vllm.policy.geometry import Geometry, blocks_fed, cdiv, plan_geometry
+from pie_vllm.policy.geometry import Geometry, cdiv, plan_geometry
+from pie_vllm.policy.window import blocks_fed
 from pie_vllm.transfer.calibration import measure_link
 from pie_vllm.vllm import compat, refusals, settings
 from pie_vllm.vllm.cache_engine import PieCacheEngine

@@ -11,7 +11,6 @@ from pie_vllm.policy.geometry import (
     MIN_RESIDENT_BLOCKS,
     MOST_RING_FRACTION,
     Geometry,
-    blocks_fed,
     plan_geometry,
 )
 
@@ -88,13 +87,6 @@ def test_a_ring_that_follows_the_link_is_as_wide_as_the_link_can_feed() -> None:
     assert 40 < widths[3] == plan().pooled_blocks
     assert plan().ring_bytes <= MOST_RING_FRACTION * SIZES["device_bytes"] + 3 * 4096
     assert plan(ring_fraction=0.05, fed_blocks=1) == plan(ring_fraction=0.05)
-
-
-def test_what_a_link_feeds() -> None:
-    """1 GB/s and steps of 50 ms: two steps' loads, rounded up; never nothing."""
-    assert blocks_fed(1e9, 0.05, 1_000_000) == 100
-    assert blocks_fed(1e9, 0.05, 3_000_000) == 34
-    assert blocks_fed(1.0, 1e-6, 1 << 40) == 1
 
 
 def test_a_longest_request_widens_the_window_no_further_than_needed() -> None:

@@ -74,6 +74,7 @@ def test_increments_add_up_and_gauges_follow(model: Path) -> None:
     assert found["vllm:pie_stall_seconds_total"] == pytest.approx(0.004)
     assert found["vllm:pie_resident_blocks"] == 8
     assert found["vllm:pie_pooled_blocks"] == 12
+    assert found["vllm:pie_capacity_gained_blocks"] == geometry.capacity_gained_blocks > 0
     assert found["vllm:pie_admission_limit_blocks"] == 7
     assert found["vllm:pie_step_budget_blocks"] == 5
     assert found["vllm:pie_link_bytes_per_second"] == 3e9
