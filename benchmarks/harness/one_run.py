@@ -11,6 +11,7 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,17 @@ def make_llm(spec: dict[str, Any]) -> Any:
     return llm
 
 
-def add_chats(llm: Any, load: Load) -> None:
-    """Add all chats of `load` before the first step: with that, vLLM is deterministic."""
+def add_chats(llm: Any, load: Load, longer: Sequence[int] = ()) -> None:
+    """Add all chats of `load` before the first step: with that, vLLM is deterministic.
+
+    The first chats may be `longer` by some tokens each.
+    """
     from vllm import SamplingParams
 
     tokenizer = llm.get_tokenizer()
-    sampling = SamplingParams(temperature=0.0, max_tokens=load.tokens, ignore_eos=True)
     for index, prompt in enumerate(load.prompts()):
+        tokens = load.tokens + sum(longer[index : index + 1])
+        sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
