@@ -23,8 +23,8 @@ class Sample:
 
     Attributes:
         at: seconds after the wave began.
-        phase: "prompts" while a chat has no token yet, "peak", "light" once only the
-            longer chats are left, "idle".
+        phase: "before" the wave, "prompts" while a chat has no token yet, "peak", "light" once
+            only the longer chats are left, "idle".
         seconds: that the step took; 0 without one.
         memory: bytes of the process; see `private_bytes`.
         pool: bytes that the pool holds.
@@ -56,6 +56,7 @@ def run_wave(llm: Any, load: Load, longer: list[int], idle: float) -> Wave:
         waits, waited = counters["pool_waits"], counters["pool_waited_seconds"]
         samples.append(Sample(now, phase, seconds, memory, int(pool), int(waits), waited))
 
+    look("before", 0.0)
     engine = llm.llm_engine
     add_chats(llm, load, longer)
     started: set[str] = set()

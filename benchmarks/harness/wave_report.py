@@ -20,10 +20,10 @@ Round = Mapping[str, Sequence[Wave]]
 
 
 def levels(waves: Sequence[Wave]) -> list[dict[str, Any]]:
-    """Memory and pool in MiB: the most of each peak, and what is left at the end of a trough."""
+    """Memory and pool in MiB: before each wave, the most of its peak, at the end of a trough."""
     found = []
     for number, wave in enumerate(waves, 1):
-        for phase in ("peak", "light", "idle"):
+        for phase in ("before", "peak", "light", "idle"):
             samples = [sample for sample in wave if sample["phase"] == phase]
             if not samples:
                 continue
@@ -50,22 +50,28 @@ def figures(values: Sequence[float]) -> dict[str, float]:
 def differences(elastic: Sequence[Wave], held: Sequence[Wave]) -> dict[str, list[float]]:
     """Milliseconds by which each step was longer than the same step with a held pool.
 
-    Apart: steps after which the pool's size was not that of before, and the others.
+    Apart: steps with prompts; of the others, those after which the pool's size was not that of
+    before ("resized"), and the rest.
 
     Raises:
         RuntimeError: the sides had different schedules.
     """
-    found: dict[str, list[float]] = {"resized": [], "unchanged": []}
+    found: dict[str, list[float]] = {"prompts": [], "resized": [], "rest": []}
     for ours, theirs in zip(elastic, held, strict=True):
-        ours, theirs = ([s for s in wave if s["phase"] in RUNNING] for wave in (ours, theirs))
+        sizes = [before["pool"] for before, after in itertools.pairwise(ours) if _runs(after)]
+        ours, theirs = ([s for s in wave if _runs(s)] for wave in (ours, theirs))
         if [s["phase"] for s in ours] != [s["phase"] for s in theirs]:
             raise RuntimeError(f"one side ran {len(ours)} steps, the other {len(theirs)}")
-        before = ours[0]["pool"]
-        for one, other in zip(ours, theirs, strict=True):
-            kind = "unchanged" if one["pool"] == before else "resized"
+        for size, one, other in zip(sizes, ours, theirs, strict=True):
+            kind = "rest" if one["pool"] == size else "resized"
+            if one["phase"] not in DECODING:
+                kind = "prompts"
             found[kind].append(1e3 * (one["seconds"] - other["seconds"]))
-            before = one["pool"]
     return found
+
+
+def _runs(sample: Mapping[str, Any]) -> bool:
+    return sample["phase"] in RUNNING
 
 
 def summary(rounds: Sequence[Round]) -> dict[str, Any]:
@@ -86,10 +92,10 @@ def summary(rounds: Sequence[Round]) -> dict[str, Any]:
             "waits": sum(sample["waits"] for sample in last),
             "waited_ms": 1e3 * sum(sample["waited"] for sample in last),
         }
-    longer: dict[str, list[float]] = {"resized": [], "unchanged": []}
+    longer: dict[str, list[float]] = {}
     for round_ in rounds:
         for kind, values in differences(round_["elastic"], round_["held"]).items():
-            longer[kind] += values
+            longer.setdefault(kind, []).extend(values)
     data["longer_ms"] = {kind: figures(values) for kind, values in longer.items()}
     return data
 
@@ -105,7 +111,7 @@ def print_summary(data: Mapping[str, Any]) -> None:
         for one, other in zip(*(data[side]["levels_mib"][0] for side in sides), strict=True)
     ]
     head = [f"{side} {what}" for side in sides for what in ("process", "pool")]
-    table("Memory, MiB: most of a peak, end of a trough", ["wave", *head], rows)
+    table("Memory, MiB: before, most of a peak, end of a trough", ["wave", *head], rows)
     keys = ("count", "p50", "p99", "max")
     rows = [
         [f"{side}, {label}", *(f"{data[side][which][key]:,.0f}" for key in keys)]
