@@ -11,90 +11,49 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.display import console, working
-from benchmarks.harness.environment import vllm_environment
 from benchmarks.harness.load import Load
 from benchmarks.harness.machine import facts, write_json
 from benchmarks.harness.one_run import add_chats, make_llm
 from benchmarks.harness.options import parser_of, run_spec
 from benchmarks.harness.shape import PieSizes, kv_shape
+from benchmarks.harness.side import Side, serve
 from benchmarks.harness.stats import paired_ratio, percentile
-from benchmarks.throughput import SCRATCH, pie_keys
+from benchmarks.throughput import pie_keys
 
 
-def serve(spec: dict[str, Any]) -> None:
-    """In a child: start an engine, then run as many steps as each line of the input says."""
+def child(spec: dict[str, Any]) -> None:
+    """In a child: start an engine, then run as many steps as each turn asks for."""
     llm = make_llm(spec)
     add_chats(llm, Load(**spec["load"]))
     llm.llm_engine.step()  # The prompts.
-    print("ready", file=sys.__stderr__, flush=True)
-    for line in sys.stdin:
+
+    def turn(steps: int) -> list[float] | None:
         seconds = []
-        for _ in range(int(line)):
+        for _ in range(steps):
             if not llm.llm_engine.has_unfinished_requests():
-                return
+                return None
             start = time.perf_counter()
             llm.llm_engine.step()
             seconds.append(time.perf_counter() - start)
-        print("steps", json.dumps(seconds), file=sys.__stderr__, flush=True)
+        return seconds
 
-
-class Side:
-    """One engine in its process."""
-
-    def __init__(self, name: str, spec: dict[str, Any]) -> None:
-        SCRATCH.mkdir(parents=True, exist_ok=True)
-        path = SCRATCH / f"idle-{name}.spec.json"
-        path.write_text(json.dumps(spec))
-        self._log = (SCRATCH / f"idle-{name}.log").open("w")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.idle_cost", "--serve", str(path)],
-            env=vllm_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self._until("ready")
-
-    def _until(self, word: str) -> str | None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            if line.startswith(word):
-                return line[len(word) :].strip()
-            self._log.write(line)
-            self._log.flush()
-        return None
-
-    def turn(self, steps: int) -> list[float]:
-        """Seconds of each step; fewer steps than asked, or none, at the end of the load."""
-        assert self._process.stdin is not None
-        print(steps, file=self._process.stdin, flush=True)
-        answer = self._until("steps")
-        return json.loads(answer) if answer else []
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
-        self._log.close()
+    serve(turn)
 
 
 def compare(sides: dict[str, Side], steps: int) -> dict[str, list[list[float]]]:
-    """Turns until the load ends, the order changed each time; the last one is dropped."""
+    """Turns until the load ends, the order changed each time; what is left over is dropped."""
     turns: dict[str, list[list[float]]] = {name: [] for name in sides}
     names = list(sides)
     while True:
         names.reverse()
         taken = {name: sides[name].turn(steps) for name in names}
-        if any(len(seconds) < steps for seconds in taken.values()):
+        if None in taken.values():
             return turns
         for name, seconds in taken.items():
             turns[name].append(seconds)
@@ -103,7 +62,7 @@ def compare(sides: dict[str, Side], steps: int) -> dict[str, list[list[float]]]:
 def main() -> None:
     """Run both engines in turns, print and write the ratio."""
     if sys.argv[1:2] == ["--serve"]:
-        serve(json.loads(Path(sys.argv[2]).read_text()))
+        child(json.loads(Path(sys.argv[2]).read_text()))
         return
     parser = parser_of("idle_cost", __doc__)
     parser.add_argument("--steps", type=int, default=10, help="of a turn")
@@ -112,7 +71,7 @@ def main() -> None:
     pie = pie_keys(shape, PieSizes(args.pool_blocks, args.ring_slots, None))
     with working("starting two engines"):
         sides = {
-            name: Side(name, run_spec(args, shape, args.all_blocks, keys))
+            name: Side("idle_cost", name, run_spec(args, shape, args.all_blocks, keys))
             for name, keys in (("stock", None), ("pie", pie))
         }
     with working("taking turns"):

@@ -21,7 +21,7 @@ from benchmarks.harness.options import parser_of, run_spec
 from benchmarks.harness.report import publish
 from benchmarks.harness.rounds import Figures, Question, column, run_rounds
 from benchmarks.harness.shape import kv_shape, wide_ring
-from benchmarks.harness.stats import spread
+from benchmarks.harness.stats import draw_curve, spread
 from benchmarks.throughput import compare_answers, pie_keys, run_once
 
 ASKED = 0.95
@@ -66,7 +66,7 @@ def add_shares(figures: Mapping[str, Sequence[Figures]]) -> None:
 
 
 def plot(path: Path, title: str, figures: Mapping[str, Sequence[Figures]]) -> None:
-    """Throughput and stall share against the link's speed, stock's throughput as lines."""
+    """Throughput and stall share against the link's speed, and the gaps between tokens."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -74,7 +74,7 @@ def plot(path: Path, title: str, figures: Mapping[str, Sequence[Figures]]) -> No
 
     speeds = [name for name in figures if name.startswith("pie_")]
     places = range(len(speeds))
-    drawing, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    drawing, (left, middle, right) = pyplot.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
     drawing.suptitle(title)
     throughput = [column(figures[name], "tok_s") for name in speeds]
     left.plot(places, [spread(values).median for values in throughput], color="tab:orange")
@@ -88,13 +88,35 @@ def plot(path: Path, title: str, figures: Mapping[str, Sequence[Figures]]) -> No
     left.set_ylabel("tokens/s, median; dots are runs")
     left.legend()
     stalls = [spread(column(figures[name], "stall_share")).median for name in speeds]
-    right.bar(places, [100 * share for share in stalls], color="tab:orange")
-    right.set_ylabel("stall, % of the time")
-    for axes in (left, right):
+    middle.bar(places, [100 * share for share in stalls], color="tab:orange")
+    middle.set_ylabel("stall, % of the time")
+    draw_gaps(right, figures)
+    for axes in (left, middle):
         axes.set_xticks(places, [name.removeprefix("pie_") for name in speeds])
         axes.set_xlabel("link, GB/s per direction")
     drawing.savefig(path, dpi=120)
     pyplot.close(drawing)
+
+
+def draw_gaps(axes: Any, figures: Mapping[str, Sequence[Figures]]) -> None:
+    """Draw the gaps between tokens: stock's, and at each speed those with pooled KV and without."""
+    from matplotlib import pyplot
+
+    speeds = [name for name in figures if name.startswith("pie_")]
+    shades = pyplot.get_cmap("plasma")
+    colors = {name: shades(place / len(speeds)) for place, name in enumerate(speeds)}
+    for run in figures.get("stock_equal", ()):
+        draw_curve(axes, run["itl_curve_ms"], "stock_equal", color="tab:gray")
+    for name in speeds:
+        for kind, style in (("pooled", "-"), ("resident", "--")):
+            for run in figures[name]:
+                points = run.get(f"itl_{kind}_curve_ms")
+                if points:
+                    draw_curve(axes, points, f"{name}, {kind}", color=colors[name], linestyle=style)
+    axes.set_xscale("log")
+    axes.set_xlabel("time between tokens, ms")
+    labels = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # Runs share one.
+    axes.legend(labels.values(), labels.keys(), fontsize=8)
 
 
 def main() -> None:

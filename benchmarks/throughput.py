@@ -19,7 +19,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.display import working
@@ -29,8 +28,8 @@ from benchmarks.harness.options import parser_of, run_spec
 from benchmarks.harness.report import publish
 from benchmarks.harness.rounds import Figures, Question, run_rounds
 from benchmarks.harness.shape import KvShape, PieSizes, kv_shape, wide_ring
+from benchmarks.harness.side import SCRATCH
 
-SCRATCH = Path("build/runs")
 RUN_SECONDS = 1200
 MIB = 2**20
 

@@ -7,15 +7,15 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.harness.load import Load
-from benchmarks.harness.stats import percentile
+from benchmarks.harness.token_gaps import gap_figures, watch_pooled
 
 WARM_UP = Load(chats=2, tokens=16)
 
@@ -33,13 +33,17 @@ def make_llm(spec: dict[str, Any]) -> Any:
     return llm
 
 
-def add_chats(llm: Any, load: Load) -> None:
-    """Add all chats of `load` before the first step: with that, vLLM is deterministic."""
+def add_chats(llm: Any, load: Load, longer: Sequence[int] = ()) -> None:
+    """Add all chats of `load` before the first step: with that, vLLM is deterministic.
+
+    The first chats may be `longer` by some tokens each.
+    """
     from vllm import SamplingParams
 
     tokenizer = llm.get_tokenizer()
-    sampling = SamplingParams(temperature=0.0, max_tokens=load.tokens, ignore_eos=True)
     for index, prompt in enumerate(load.prompts()):
+        tokens = load.tokens + sum(longer[index : index + 1])
+        sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
@@ -47,13 +51,26 @@ def add_chats(llm: Any, load: Load) -> None:
         llm.llm_engine.add_request(str(index), {"prompt_token_ids": ids}, sampling)
 
 
-def run_steps(llm: Any, load: Load) -> tuple[float, list[list[float]], list[list[int]]]:
-    """Step until all chats are done.
+class Steps(NamedTuple):
+    """What a load showed.
 
-    Returns:
-        The seconds in all, and for each chat the times of its outputs and its tokens.
+    Attributes:
+        seconds: in all.
+        times: of the outputs of each chat.
+        pooled: whether the chat had pooled blocks when that output was made.
+        tokens: of each chat.
     """
+
+    seconds: float
+    times: list[list[float]]
+    pooled: list[list[bool]]
+    tokens: list[list[int]]
+
+
+def run_steps(llm: Any, load: Load, pooled: Collection[str] = ()) -> Steps:
+    """Step until all chats are done; `pooled` has, after each step, the chats with pooled KV."""
     times: list[list[float]] = [[] for _ in range(load.chats)]
+    held: list[list[bool]] = [[] for _ in range(load.chats)]
     tokens: list[list[int]] = [[] for _ in range(load.chats)]
     begin = time.perf_counter()
     while llm.llm_engine.has_unfinished_requests():
@@ -62,8 +79,9 @@ def run_steps(llm: Any, load: Load) -> tuple[float, list[list[float]], list[list
         for output in outputs:
             chat = int(output.request_id)
             times[chat].append(now)
+            held[chat].append(output.request_id in pooled)
             tokens[chat] = list(output.outputs[0].token_ids)
-    return time.perf_counter() - begin, times, tokens
+    return Steps(time.perf_counter() - begin, times, held, tokens)
 
 
 def preemptions(llm: Any) -> int:
@@ -88,20 +106,18 @@ def main() -> None:
     before = preemptions(llm)
     pie_before = pie_counters(llm) if spec["pie"] is not None else {}
 
-    add_chats(llm, load)
-    seconds, times, tokens = run_steps(llm, load)
+    pooled = watch_pooled(llm) if spec["pie"] is not None else ()
 
-    gaps = [
-        (after - earlier) * 1e3 for chat in times for earlier, after in itertools.pairwise(chat)
-    ]
+    add_chats(llm, load)
+    steps = run_steps(llm, load, pooled)
+
     result: dict[str, Any] = {
-        "tok_s": sum(map(len, tokens)) / seconds,
-        "seconds": seconds,
-        "itl_p50_ms": percentile(gaps, 50),
-        "itl_p99_ms": percentile(gaps, 99),
+        "tok_s": sum(map(len, steps.tokens)) / steps.seconds,
+        "seconds": steps.seconds,
+        **gap_figures(steps.times, steps.pooled),
         "preemptions": preemptions(llm) - before,
         "num_blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
-        "tokens": tokens,
+        "tokens": steps.tokens,
     }
     if spec["pie"] is not None:
         result["pie_before"] = pie_before

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.harness.display import console, table
 from benchmarks.harness.machine import facts, write_json
-from benchmarks.harness.rounds import Figures, Question, answers, column, summarize
+from benchmarks.harness.rounds import Figures, Question, answers, column, in_all, summarize
 from benchmarks.harness.stats import spread
 
 FIGURES = (
@@ -19,6 +19,10 @@ FIGURES = (
     ("tpot_p99_ms", "TPOT p99 ms", 1),
     ("itl_p50_ms", "ITL p50 ms", 1),
     ("itl_p99_ms", "ITL p99 ms", 1),
+    ("itl_pooled_p50_ms", "ITL pooled p50 ms", 1),
+    ("itl_pooled_p99_ms", "ITL pooled p99 ms", 1),
+    ("itl_resident_p50_ms", "ITL resident p50 ms", 1),
+    ("itl_resident_p99_ms", "ITL resident p99 ms", 1),
     ("preemptions", "preemptions", 0),
     ("pie_pooled_peak", "pooled peak", 0),
     ("loaded_mib", "loaded MiB", 0),
@@ -34,7 +38,7 @@ def print_figures(title: str, figures: Mapping[str, Sequence[Figures]]) -> None:
     rows = []
     for key, label, digits in FIGURES:
         cells = [
-            f"{spread(column(rounds, key)).median:,.{digits}f}" if key in rounds[0] else "-"
+            f"{spread(column(rounds, key)).median:,.{digits}f}" if in_all(rounds, key) else "-"
             for rounds in figures.values()
         ]
         if any(cell != "-" for cell in cells):

@@ -53,6 +53,11 @@ def column(figures: Sequence[Figures], key: str) -> list[float]:
     return [float(round_[key]) for round_ in figures]
 
 
+def in_all(figures: Sequence[Figures], key: str) -> bool:
+    """Whether every round has the figure."""
+    return all(key in round_ for round_ in figures)
+
+
 def answers(
     questions: Sequence[Question], figures: Mapping[str, Sequence[Figures]]
 ) -> dict[str, Spread]:
@@ -68,4 +73,4 @@ def answers(
 
 def summarize(figures: Sequence[Figures], keys: Sequence[str]) -> dict[str, dict[str, float]]:
     """Median and extremes of some figures of one configuration."""
-    return {key: spread(column(figures, key)).as_dict() for key in keys if key in figures[0]}
+    return {key: spread(column(figures, key)).as_dict() for key in keys if in_all(figures, key)}

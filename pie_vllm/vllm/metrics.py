@@ -165,6 +165,8 @@ def counters(llm: Any) -> dict[str, Any]:
         The fields of Totals, and of the geometry ``resident_blocks``,
         ``pooled_blocks``, ``ring_slots``, ``ring_bytes``, ``host_bytes`` (what
         the pool may hold; ``pool_bytes`` is what it holds), ``device_bytes``,
-        ``idle_cost_blocks``, ``page_bytes``, ``num_layers``.
+        ``idle_cost_blocks``, ``page_bytes``, ``num_layers``, ``rows``. Further
+        ``pool_waits`` and ``pool_waited_seconds``: steps that waited for the
+        pool's memory, and how long in all.
     """
     return dict(llm.collective_rpc("pie_counters")[0])

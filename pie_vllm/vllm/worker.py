@@ -198,9 +198,14 @@ class PieWorkerMixin(_Mixed):
             "num_layers",
             "rows",
         )
-        pool = geometry.bytes_of_chunks(self.pie.keeper.state.chunks) if self.pie else 0
         sizes = {name: getattr(geometry, name) for name in names}
-        return {**totals, **sizes, "pool_bytes": pool}
+        keeper = self.pie.keeper if self.pie is not None else None
+        pool = {
+            "pool_bytes": geometry.bytes_of_chunks(keeper.state.chunks) if keeper else 0,
+            "pool_waits": keeper.waits if keeper else 0,
+            "pool_waited_seconds": keeper.waited_seconds if keeper else 0.0,
+        }
+        return {**totals, **sizes, **pool}
 
     def shutdown(self) -> None:
         """Shut down as vLLM does, then give arena and pool back."""

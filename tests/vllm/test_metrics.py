@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from prometheus_client import REGISTRY
@@ -15,9 +18,12 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 import pie_vllm
+from pie_vllm.memory.keeper import PoolKeeper
+from pie_vllm.policy.plan import Copy
 from pie_vllm.vllm import compat
 from pie_vllm.vllm.metrics import Control, Report, Totals
 from pie_vllm.vllm.prometheus import COUNTERS, GAUGES
+from pie_vllm.vllm.worker import PieWorkerMixin
 from tests.helpers import scheduling
 from tests.helpers.engine import Engines, Setup, request, round_
 from tests.helpers.engine_load import chats
@@ -90,6 +96,24 @@ def test_without_pie_there_are_no_such_metrics(model: Path) -> None:
     """Merely installed, the plugin exports nothing."""
     StatLoggerManager(config(model))
     assert exported() == {}
+
+
+def test_steps_that_waited_for_the_pool_are_counted() -> None:
+    """One step needs a chunk that is not there yet; Python users are told of it."""
+    engine = Mock()
+    engine.commit_chunk.side_effect = lambda _: time.sleep(0.01)
+    geometry = scheduling.geometry(8, 12)
+    keeper = PoolKeeper(engine, geometry.chunk_rows, idle_seconds=60)
+    worker = PieWorkerMixin()
+    worker._pie_geometry = geometry
+    worker.pie = SimpleNamespace(totals=Totals(), keeper=keeper)  # type: ignore[assignment]
+    assert worker.pie_counters()["pool_waits"] == 0
+    keeper.prepare([Copy(0, geometry.chunk_rows, 1)])
+    keeper.close()
+    found = worker.pie_counters()
+    assert found["pool_waits"] == 1
+    assert found["pool_waited_seconds"] == keeper.waited_seconds >= 0.01
+    assert found["pool_bytes"] == geometry.bytes_of_chunks(2)
 
 
 @pytest.mark.slow
