@@ -20,7 +20,7 @@ from benchmarks.harness.load import Load
 from benchmarks.harness.options import parser_of, run_spec
 from benchmarks.harness.report import publish
 from benchmarks.harness.rounds import Figures, Question, column, run_rounds
-from benchmarks.harness.shape import kv_shape, wide_ring
+from benchmarks.harness.shape import PieSizes, kv_shape
 from benchmarks.harness.stats import draw_curve, spread
 from benchmarks.throughput import compare_answers, pie_keys, run_once
 
@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
 def specs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The runs: two of stock vLLM, and one of pie for each speed."""
     shape = kv_shape(args.model, args.block_size, args.dtype)
-    sizes = wide_ring(shape, args.device_blocks, args.pool_blocks, args.ring_slots)
+    sizes = PieSizes(args.pool_blocks, args.ring_slots, None)  # the ring follows the link
 
     runs = {
         "stock_equal": run_spec(args, shape, args.device_blocks, None),
