@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-WINDOW_STEPS = 2.0
-"""Steps whose loads the window holds."""
-
-
 def blocks_fed(link_bytes_per_s: float, step_seconds: float, row_bytes: int) -> int:
-    """Pooled blocks that a link can make use of: ``ceil(2 * link * step / row_bytes)``.
+    """Pooled blocks that a link can make use of: ``ceil(link * step / row_bytes)``.
+
+    What one step brings: in the simulator (60 random machines and loads with links of 0.1 to
+    400 GB/s, 2026-11-22) windows of half of it to twice of it are within 2 % of the best in the
+    mean, and wider ones cost more residents than they give.
 
     Args:
         link_bytes_per_s: from the CPU to the device.
@@ -17,4 +17,4 @@ def blocks_fed(link_bytes_per_s: float, step_seconds: float, row_bytes: int) -> 
             left out, which takes time on top.
         row_bytes: of one block in all layers.
     """
-    return max(1, math.ceil(WINDOW_STEPS * link_bytes_per_s * step_seconds / row_bytes))
+    return max(1, math.ceil(link_bytes_per_s * step_seconds / row_bytes))
