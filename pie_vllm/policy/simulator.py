@@ -19,7 +19,7 @@ from pie_vllm.policy.geometry import Geometry, cdiv, chunk_blocks_of
 from pie_vllm.policy.promotion import tail_room
 from pie_vllm.policy.residency import Residency
 from pie_vllm.policy.rotation import Turns
-from pie_vllm.policy.traces import Block, Decides, Free, Job, Outcome, Profile
+from pie_vllm.policy.traces import Block, Decides, Free, Job, Outcome, Profile, StepTime
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Simulation:
         block_size: int = 16,
         max_running: int = 256,
         max_tokens: int = 2048,
+        changes: Sequence[tuple[float, Profile]] = (),
     ) -> None:
         """Before the first request.
 
@@ -56,6 +57,7 @@ class Simulation:
             block_size: tokens of a block.
             max_running: vLLM's ``--max-num-seqs``.
             max_tokens: vLLM's ``--max-num-batched-tokens``.
+            changes: the machine that steps meet from a time (seconds) on, in order of time.
         """
         self._geometry, self._profile, self._decider = geometry, profile, decider
         self._size, self._max_running = block_size, max_running
@@ -74,6 +76,7 @@ class Simulation:
             lambda block: None,  # noqa: ARG005
         )
         self.residency.queue.popleft().is_null = True
+        self._changes = deque(changes)
         self._turns = Turns()
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
@@ -81,6 +84,7 @@ class Simulation:
         self._number = self._tokens = self._preemptions = 0
         self._loads: list[int] = []
         self._decisions: list[Decision] = []
+        self._times: list[StepTime] = []
 
     def run(self, most_steps: int = 1_000_000) -> Outcome:
         """Play the trace.
@@ -102,6 +106,7 @@ class Simulation:
             self._turns.left_out,
             self._loads,
             self._decisions,
+            self._times,
         )
 
     def _arrive(self) -> None:
@@ -110,6 +115,8 @@ class Simulation:
         while self._arrivals and self._arrivals[0] <= self._clock:
             self._arrivals.popleft()
             self._waiting.append(self._jobs.popleft())
+        while self._changes and self._changes[0][0] <= self._clock:
+            self._profile = self._changes.popleft()[1]
 
     def _step(self) -> None:
         self._number += 1
@@ -220,11 +227,13 @@ class Simulation:
         )
         load = loads * row / profile.link
         stall = max(load - compute, load * profile.exposed)
+        began = self._clock
         self._clock += compute + stall
         self._stall += stall
         self._loads.append(loads)
         seen = Observation(tokens, len(ran), compute + stall, stall, loads * row, load)
         self._decider.observe(seen, within_budget=within_budget)
+        before = self._tokens
         for request, _ in ran.values():
             if request.computed == request.known:
                 request.known += 1
@@ -233,3 +242,4 @@ class Simulation:
                 if request.left == 0:
                     self._running.remove(request)
                     self._free(request)
+        self._times.append(StepTime(began, compute, stall, self._tokens - before))

@@ -39,6 +39,15 @@ class Job(NamedTuple):
     answer: int
 
 
+class StepTime(NamedTuple):
+    """One step: when it began, the seconds it computed and then waited, the tokens it answered."""
+
+    began: float
+    compute: float
+    stall: float
+    tokens: int
+
+
 class Outcome(NamedTuple):
     """What a trace took.
 
@@ -51,6 +60,7 @@ class Outcome(NamedTuple):
         left_out: requests left out of steps.
         loads: blocks that each step loaded.
         decisions: of each step.
+        times: of each step.
     """
 
     seconds: float
@@ -61,6 +71,7 @@ class Outcome(NamedTuple):
     left_out: int
     loads: list[int]
     decisions: list[Decision]
+    times: list[StepTime]
 
     @property
     def throughput(self) -> float:
