@@ -20,9 +20,10 @@ from typing import Any
 from benchmarks.harness.display import console, table, working
 from benchmarks.harness.machine import RESULTS, facts, write_json
 from pie_vllm.policy.decider import Decider
-from pie_vllm.policy.geometry import DEFAULT_RING_FRACTION, Geometry, plan_geometry
+from pie_vllm.policy.geometry import Geometry, plan_geometry
 from pie_vllm.policy.simulator import Simulation
 from pie_vllm.policy.traces import Job, Outcome, Profile, Static
+from pie_vllm.policy.window import blocks_fed
 
 LAYERS, BLOCK_TOKENS = 32, 16
 PAGE_BYTES = 2 * 8 * 128 * 2 * BLOCK_TOKENS
@@ -38,6 +39,7 @@ HOST_SECONDS = 2e-3
 """Of a step, that the GPU waits for the scheduler and launches: an assumption."""
 REQUEST_SECONDS = 1e-5
 """Of a step, for each request (sampling, bookkeeping): an assumption."""
+MAX_NUM_SEQS = 256
 GRANULARITY = 2 << 20
 """Bytes that CUDA maps in one piece."""
 
@@ -73,8 +75,10 @@ class Machine:
             exposed=1 / LAYERS,
         )
 
-    def geometry(self, ring_fraction: float) -> Geometry:
+    def geometry(self) -> Geometry:
         """As a server plans it, with a pool of four times the device's KV bytes."""
+        profile = self.profile()
+        step = profile.base + MAX_NUM_SEQS * profile.per_request
         return plan_geometry(
             num_layers=LAYERS,
             page_bytes=PAGE_BYTES,
@@ -82,7 +86,7 @@ class Machine:
             pool_bytes=4 * self.kv_bytes,
             granularity=GRANULARITY,
             needed_blocks=512,
-            ring_fraction=ring_fraction,
+            fed_blocks=blocks_fed(self.link, step, ROW_BYTES),
         )
 
 
@@ -141,9 +145,9 @@ def stock(machine: Machine, jobs: list[Job], blocks: int) -> Outcome:
     return Simulation(sizes, machine.profile(), jobs, Static(0)).run()
 
 
-def play(machine: Machine, ring_fraction: float, excess: float) -> dict[str, Any]:
+def play(machine: Machine, excess: float) -> dict[str, Any]:
     """One machine."""
-    geometry = machine.geometry(ring_fraction)
+    geometry = machine.geometry()
     jobs = chats(geometry, excess)
     all_blocks = sum((job.prompt + job.answer) // BLOCK_TOKENS + 2 for job in jobs)
     decider = Decider(geometry.row_bytes, geometry.pooled_blocks)
@@ -173,14 +177,13 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.projections", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--ring-fraction", type=float, default=DEFAULT_RING_FRACTION)
     parser.add_argument("--excess", type=float, default=2.0, help="KV wanted / KV of the device")
     parser.add_argument("--output", type=Path, default=RESULTS / "projections.json")
     args = parser.parse_args()
     with working(f"{len(MACHINES)} machines") as task:
         found = []
         for machine in MACHINES:
-            found.append(play(machine, args.ring_fraction, args.excess))
+            found.append(play(machine, args.excess))
             task.note(machine.name)
     columns = (
         ("to_stock_equal", "pie / stock, equal bytes", 2),

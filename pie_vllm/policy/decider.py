@@ -11,6 +11,10 @@ MARGIN = 0.9
 """Of the time of a step that its loads may take at most: predictions are off by some percent."""
 
 LEAST_GAIN = 0.05
+AIM = 0.8
+"""Of the target, at which the budget is cut: the average of the stall begins at nothing after each
+cut, so that steps stall up to a quarter more than it says."""
+
 BACK_OFF = 0.8
 RECOVER = 0.02
 COOL_DOWN = 10
@@ -95,7 +99,7 @@ class Decider:
             self._cool -= 1
         elif not (seen.bytes_loaded and within_budget):
             return
-        elif detector.stall_share > self._target:
+        elif detector.stall_share > AIM * self._target:
             self._gain = max(self._gain * BACK_OFF, LEAST_GAIN)
             self._cool = COOL_DOWN
             detector.forget_stall()  # What comes now is of another budget.
