@@ -34,7 +34,6 @@ from benchmarks.harness.wave import Wave, run_wave
 from benchmarks.harness.wave_report import plot, print_summary, summary
 from benchmarks.throughput import pie_keys
 
-MIB = 2**20
 WAVES = 3
 LONGER_CHATS = 2
 NEVER = 1e6
@@ -97,13 +96,13 @@ def specs(args: Namespace) -> dict[str, dict[str, Any]]:
 
 def run_round(args: Namespace, index: int) -> dict[str, list[Wave]]:
     """Both engines, fresh, through all waves; the order turns with each wave."""
-    with working("starting two engines"):
-        sides = {
-            name: Side("elastic", f"{name}-{index}", spec) for name, spec in specs(args).items()
-        }
-    waves: dict[str, list[Wave]] = {name: [] for name in sides}
-    names = list(sides)
+    sides: dict[str, Side] = {}
     try:
+        with working("starting two engines"):
+            for name, spec in specs(args).items():
+                sides[name] = Side("elastic", f"{name}-{index}", spec)
+        waves: dict[str, list[Wave]] = {name: [] for name in sides}
+        names = list(sides)
         for number in range(WAVES):
             longer = [] if number % 2 else [args.light_tokens] * LONGER_CHATS
             ask = {"longer": longer, "idle": 3 * args.idle_seconds}

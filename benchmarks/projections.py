@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks.harness.display import console, table, working
 from benchmarks.harness.machine import RESULTS, facts, write_json
 from pie_vllm.policy.decider import Decider
+from pie_vllm.policy.detector import Prior
 from pie_vllm.policy.geometry import Geometry, plan_geometry
 from pie_vllm.policy.simulator import Simulation
 from pie_vllm.policy.traces import Job, Outcome, Profile, Static
@@ -150,7 +151,8 @@ def play(machine: Machine, excess: float) -> dict[str, Any]:
     geometry = machine.geometry()
     jobs = chats(geometry, excess)
     all_blocks = sum((job.prompt + job.answer) // BLOCK_TOKENS + 2 for job in jobs)
-    decider = Decider(geometry.row_bytes, geometry.pooled_blocks)
+    prior = Prior(machine.link)  # as a server measures it at start
+    decider = Decider(geometry.row_bytes, geometry.pooled_blocks, prior=prior)
     pie = Simulation(geometry, machine.profile(), jobs, decider).run()
     equal = stock(machine, jobs, machine.kv_bytes // ROW_BYTES)
     plenty = stock(machine, jobs, all_blocks)

@@ -108,8 +108,8 @@ class PieConfig:
             the link can feed (``auto``).
         target_slowdown: stall that pooling may cause, as a share of a step's time;
             None pools as much as fits, whatever it costs.
-        link_gbps: most that is counted on from the CPU to the device, GB/s; None measures
-            at start (``auto``).
+        link_gbps: speed from the CPU to the device, GB/s, in place of what is measured at
+            start; no more is counted on later. None measures (``auto``).
         emulated_link_gbps: speed that the host driver's link is held to, GB/s per direction;
             None is as fast as memory copies are. For tests and emulation.
         pool_idle_seconds: how long the pool keeps CPU memory that is not needed.
@@ -212,8 +212,8 @@ def engine_args(
         ring_fraction: share of the device's KV bytes for the ring, or ``"auto"`` (the
             default): what the link can feed.
         target_slowdown: stall allowed as a share of a step's time, or ``"off"``; default 0.01.
-        link_gbps: most that is counted on from the CPU to the device, GB/s, or ``"auto"`` (the
-            default): measured at start.
+        link_gbps: speed from the CPU to the device, GB/s, no more than which is counted on, or
+            ``"auto"`` (the default): measured at start.
         other: further keys of ``additional_config["pie"]``.
 
     Raises:

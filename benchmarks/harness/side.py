@@ -37,6 +37,7 @@ class Side:
             text=True,
         )
         if self._until("ready") is None:
+            self.close()
             raise RuntimeError(f"{module} {name} did not start; see {self._path}")
 
     def _until(self, word: str) -> str | None:
@@ -59,8 +60,14 @@ class Side:
         """End the process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(60)
-        self._log.close()
+        try:
+            self._until("\0")  # Reads to the end: a full pipe would hold the process up.
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        finally:
+            self._log.close()
 
 
 def serve(turn: Callable[[Any], Any]) -> None:

@@ -13,7 +13,8 @@ def watch_pooled(llm: Any) -> set[str]:
     """A set that holds, after each step of a pie engine, the chats that had pooled blocks in it.
 
     It is filled when the step's tokens are there and no finished chat has given its blocks back:
-    a look into a dict for each request. A block that the step promotes is resident in it.
+    a look into a dict for each request. A block that the step promotes is resident in it. With two
+    steps in flight it would be the blocks of a step later; in one process vLLM has one in flight.
     """
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler

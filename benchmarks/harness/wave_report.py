@@ -41,10 +41,11 @@ def milliseconds(waves: Sequence[Wave], phases: Sequence[str]) -> list[float]:
 
 
 def figures(values: Sequence[float]) -> dict[str, float]:
-    """Of a distribution."""
-    most = max(values, default=float("nan"))
+    """Of a distribution; the count alone where it is empty."""
+    if not values:
+        return {"count": 0}
     quantiles = {f"p{percent}": percentile(values, percent) for percent in (50, 99)}
-    return {"count": len(values), **quantiles, "max": most}
+    return {"count": len(values), **quantiles, "max": max(values)}
 
 
 def differences(elastic: Sequence[Wave], held: Sequence[Wave]) -> dict[str, list[float]]:
@@ -121,6 +122,7 @@ def print_summary(data: Mapping[str, Any]) -> None:
     rows += [
         [f"elastic - held, {kind}", *(f"{found[key]:,.1f}" for key in keys)]
         for kind, found in data["longer_ms"].items()
+        if found["count"]
     ]
     table("Steps, ms", ["", *keys], rows)
     counts = ("grown", "shrunk", "waits", "waited_ms")

@@ -64,7 +64,7 @@ class Decider:
             row_bytes: of one block in all layers.
             window: pooled ids.
             target: stall allowed as a share of the time without; None limits nothing.
-            prior: what is known of link and steps.
+            prior: what is known of the link.
         """
         self.detector = Detector(prior)
         self._row_bytes = row_bytes
@@ -85,7 +85,8 @@ class Decider:
     def observe(self, seen: Observation, *, within_budget: bool = True) -> None:
         """Learn from a step; ``within_budget`` as ``Detector.observe``."""
         detector = self.detector
-        within_budget &= detector.bandwidth is not None  # There was no budget before.
+        # Before both are known there was no budget.
+        within_budget &= detector.bandwidth is not None and detector.step_seconds is not None
         detector.observe(seen, within_budget=within_budget)
         if self._target is None:
             return

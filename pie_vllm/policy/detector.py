@@ -29,7 +29,7 @@ class Observation(NamedTuple):
 
 
 PRIOR_SECONDS = 0.01
-"""Of loading that a bandwidth known before the first load counts for: a step or two outweigh it."""
+"""Of loading that a bandwidth known before the first load counts for; as much outweighs it."""
 
 
 class Prior(NamedTuple):
@@ -37,12 +37,10 @@ class Prior(NamedTuple):
 
     Attributes:
         bandwidth: from the CPU to the device, bytes per second; None if unknown.
-        step_seconds: of a step that only decodes; None if unknown.
         most_bandwidth: that is counted on, whatever is measured; None is without end.
     """
 
     bandwidth: float | None = None
-    step_seconds: float | None = None
     most_bandwidth: float | None = None
 
 
@@ -63,7 +61,7 @@ class Detector:
 
     def __init__(self, prior: Prior = NOTHING) -> None:
         """Nothing is known but the prior."""
-        self.step_seconds = prior.step_seconds
+        self.step_seconds: float | None = None
         self.slope = 0.0
         self.stall_share = 0.0
         self._busy = 0.0 if prior.bandwidth is None else PRIOR_SECONDS

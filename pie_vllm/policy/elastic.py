@@ -59,6 +59,7 @@ class ElasticPool:
         order: the newest order.
         usable: chunks whose rows may be used.
         state: what the worker reported last.
+        due: whether the next ``end_step`` must not wait: a worker was refused memory.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class ElasticPool:
         self.order = PoolOrder(1, idle=True)
         self.usable = self._chunks
         self.state = PoolState(1)
+        self.due = False
         self._last_step = self._looked = self._since = clock()
         self._peak = 1
         self._refused_at: float | None = None
@@ -112,14 +114,15 @@ class ElasticPool:
     def end_step(self, held: int, *, in_use: bool) -> PoolOrder:
         """After a step was planned: the order that travels with it.
 
-        Needs a call where more is held than before, where ``in_use`` changed, and where the
-        engine has nothing to run; otherwise now and then.
+        Needs a call where more is held than before, where ``in_use`` changed, where the engine
+        has nothing to run, and where it is ``due``; otherwise now and then.
 
         Args:
             held: chunks up to the last one with a row taken.
             in_use: whether a request has pooled blocks.
         """
         now = self._last_step = self._clock()
+        self.due = False
         if held or self.scarce:
             self._look(now, held)
         wanted = max(held, min(held + 1 + held // 8, self.usable))
@@ -140,6 +143,7 @@ class ElasticPool:
         """Note what a worker holds."""
         if state.refused > self.state.refused:
             self._refused_at = self._clock()
+            self.due = True
         self.state = state
 
     def _look(self, now: float, held: int) -> None:

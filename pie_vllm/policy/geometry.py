@@ -31,6 +31,9 @@ MOST_RING_FRACTION = 0.15
 """Of the device's KV bytes, for a ring whose width follows the link. It is there for devices of a
 few blocks: with thousands of blocks a link feeds some percent at most."""
 
+UNKNOWN_LINK_FRACTION = 0.05
+"""The same, for a link that could not be measured."""
+
 CHUNK_BYTES = 64 << 20
 """Aim for the size of a chunk of the host pool; a chunk holds whole rows."""
 

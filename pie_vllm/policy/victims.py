@@ -76,7 +76,7 @@ class Victims:
         holder = self.holders.pop(request_id, None)
         if holder is None:
             return False
-        holder.due, holder.progress = 0, None
+        holder.due, holder.progress, holder.table = 0, None, []
         del self._by_serial[holder.serial]
         if holder.listed:
             self._listed.pop(bisect_left(self._listed, holder.serial))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+
 def blocks_fed(link_bytes_per_s: float, step_seconds: float, row_bytes: int) -> int:
     """Pooled blocks that a link can make use of: ``ceil(link * step / row_bytes)``.
 
@@ -13,8 +14,7 @@ def blocks_fed(link_bytes_per_s: float, step_seconds: float, row_bytes: int) -> 
 
     Args:
         link_bytes_per_s: from the CPU to the device.
-        step_seconds: of a step in which as many requests as may run decode, their attention
-            left out, which takes time on top.
+        step_seconds: of a step that decodes, attention and output layer left out.
         row_bytes: of one block in all layers.
     """
     return max(1, math.ceil(link_bytes_per_s * step_seconds / row_bytes))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pie_vllm.policy.geometry import Geometry
+from pie_vllm.errors import TransferError
+from pie_vllm.policy.geometry import Geometry, round_up
 from pie_vllm.policy.plan import Copy, StepPlan
 from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.stats import StepStats
@@ -16,7 +17,7 @@ SECONDS = 0.05
 """That one measurement is to last about: long against the start of a copy."""
 
 SCRATCH_BYTES = 64 << 20
-"""On the device, and twice that in CPU memory, while the measurement lasts."""
+"""On the device and in CPU memory, while the measurement lasts; more only for larger pages."""
 
 
 class PieceSpeed(NamedTuple):
@@ -63,6 +64,26 @@ class LinkSpeed(NamedTuple):
         )
 
 
+def scratch_geometry(num_layers: int, page_bytes: int, granularity: int) -> Geometry:
+    """Blocks to copy, within ``SCRATCH_BYTES`` on the device if three pages are.
+
+    Arguments as ``measure_link``; fewer layers where they are large, down to one block each way.
+    """
+    layers = max(1, min(num_layers, SCRATCH_BYTES // round_up(3 * page_bytes, granularity)))
+    layer_bytes = SCRATCH_BYTES // layers // granularity * granularity
+    most = max(1, min(RUN_LENGTHS[-1], (layer_bytes // page_bytes - 1) // 2))
+    return Geometry(
+        num_layers=layers,
+        page_bytes=page_bytes,
+        resident_blocks=2 * most + 1,
+        pooled_blocks=1,
+        ring_slots=1,
+        rows=2 * most,
+        chunk_rows=2 * most,
+        granularity=granularity,
+    )
+
+
 def measure_link(
     num_layers: int,
     page_bytes: int,
@@ -73,43 +94,35 @@ def measure_link(
 ) -> LinkSpeed:
     """Copy blocks of this shape to and fro through an engine of its own, which is closed again.
 
-    The engine copies as it does in service: a batch for each layer, on its two streams.
+    The engine copies as it does in service, a batch for each layer, on its two streams, but
+    beside no compute: where both share memory bandwidth, steps will see less.
 
     Args:
-        num_layers: attention layers with KV; fewer are copied where they are large.
+        num_layers: attention layers with KV.
         page_bytes: one block in one layer.
         granularity: bytes that the driver maps in one piece.
         driver: of the engine.
         link_bytes_per_s: emulated speed of the host driver; None is the machine's.
 
     Raises:
-        TransferError: no memory for it, or a copy failed.
+        TransferError: no memory for it, a copy failed, or it has no time of its own.
     """
-    layers = max(1, min(num_layers, SCRATCH_BYTES // page_bytes))
-    most = max(1, min(RUN_LENGTHS[-1], SCRATCH_BYTES // (layers * page_bytes)))
-    sizes = Geometry(
-        num_layers=layers,
-        page_bytes=page_bytes,
-        resident_blocks=2 * most + 1,
-        pooled_blocks=1,
-        ring_slots=1,
-        rows=2 * most,
-        chunk_rows=2 * most,
-        granularity=granularity,
-    )
+    sizes = scratch_geometry(num_layers, page_bytes, granularity)
     with TransferEngine(sizes, driver=driver, link_bytes_per_s=link_bytes_per_s) as engine:
-        return _Bench(engine, most).measure()
+        return _Bench(engine).measure()
 
 
 class _Bench:
-    def __init__(self, engine: TransferEngine, most: int) -> None:
-        self._engine, self._most, self._step = engine, most, 0
+    def __init__(self, engine: TransferEngine) -> None:
+        self._engine, self._step = engine, 0
+        self._most = engine.geometry.rows // 2
 
     def measure(self) -> LinkSpeed:
-        self._move(self._most, 1)  # Touches all pages, and starts the streams.
+        self._move(1, 1)  # Starts the streams.
         probe = self._move(1, 1, stores=False)
         row_bytes = self._engine.geometry.row_bytes
         blocks = max(1, min(self._most, int(SECONDS * _load_rate(probe) / row_bytes)))
+        self._move(blocks, 1)  # Touches the pages.
         pieces = []
         for length in sorted({min(length, blocks) for length in RUN_LENGTHS}):
             count = blocks // length * length
@@ -144,8 +157,14 @@ class _Bench:
 
 
 def _load_rate(stats: StepStats) -> float:
-    return stats.bytes_loaded / max(stats.load_seconds, 1e-9)
+    return _rate(stats.bytes_loaded, stats.load_seconds)
 
 
 def _store_rate(stats: StepStats) -> float:
-    return stats.bytes_stored / max(stats.store_seconds, 1e-9)
+    return _rate(stats.bytes_stored, stats.store_seconds)
+
+
+def _rate(count: int, seconds: float) -> float:
+    if seconds <= 0:
+        raise TransferError("the driver gives no time for its copies: the link cannot be measured")
+    return count / seconds

@@ -144,8 +144,9 @@ def _add_flags(parser: Any) -> None:
         "link_gbps",
         _or("auto", parse_link_gbps),
         "GBPS",
-        "Advanced: most that is counted on from the CPU to the device, in GB/s, or 'auto' (the "
-        "default): measured at start. A lower value leaves the rest of the link to others.",
+        "Advanced: speed from the CPU to the device in GB/s, in place of what is measured at "
+        "start ('auto', the default). No more is counted on, so a low value leaves the rest of "
+        "the link to others.",
     )
 
 

@@ -100,6 +100,7 @@ class PieSchedulerMixin(_Mixed):
         if (
             in_use == pool.order.idle
             or residency.demotions != demotions
+            or pool.due
             or not self.current_step % LOOK_STEPS
             or not output.num_scheduled_tokens
         ):

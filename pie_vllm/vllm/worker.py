@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -10,9 +11,10 @@ from vllm.logger import init_logger
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from pie_vllm.errors import TransferError
 from pie_vllm.memory.pool_size import check_pool_fits, resolve_pool_bytes
 from pie_vllm.policy.detector import Prior
-from pie_vllm.policy.geometry import Geometry, cdiv, plan_geometry
+from pie_vllm.policy.geometry import UNKNOWN_LINK_FRACTION, Geometry, cdiv, plan_geometry
 from pie_vllm.policy.window import blocks_fed
 from pie_vllm.transfer.calibration import measure_link
 from pie_vllm.vllm import compat, refusals, settings
@@ -50,22 +52,26 @@ class PieWorkerMixin(_Mixed):
         taken = device_bytes if self.pie_device_is_host else 0
         pool_bytes = resolve_pool_bytes(config.pool_gib, device_bytes, taken)
         check_pool_fits(pool_bytes, taken)
-        self._pie_prior = self._pie_measure(len(specs), spec.page_size_bytes)
-        fed = None
-        if config.ring_fraction is None:
-            fed = self._pie_fed_blocks(device_bytes, len(specs) * spec.page_size_bytes)
-        self._pie_geometry = plan_geometry(
+        needed = self._pie_needed_blocks(spec.block_size)
+        plan = partial(
+            plan_geometry,
             num_layers=len(specs),
             page_bytes=spec.page_size_bytes,
             device_bytes=device_bytes,
             pool_bytes=pool_bytes,
             granularity=self.pie_granularity,
-            needed_blocks=self._pie_needed_blocks(spec.block_size),
+            needed_blocks=needed,
             ring_slots=config.ring_slots,
-            ring_fraction=config.ring_fraction,
-            fed_blocks=fed,
         )
-        geometry = self._pie_geometry
+        plan(ring_fraction=config.ring_fraction, fed_blocks=1)  # Refuses early what cannot work.
+        self._pie_prior = self._pie_measure(len(specs), spec.page_size_bytes)
+        share, fed = config.ring_fraction, None
+        if share is None and self._pie_prior.bandwidth is None:
+            share = UNKNOWN_LINK_FRACTION
+        elif share is None and config.target_slowdown is not None:
+            row_bytes = len(specs) * spec.page_size_bytes
+            fed = self._pie_fed_blocks(device_bytes // row_bytes, needed, row_bytes)
+        geometry = self._pie_geometry = plan(ring_fraction=share, fed_blocks=fed)
         logger.info(
             "Pie: %d resident blocks, %d pooled blocks, ring %d slots %.1f MiB (costs %.1f "
             "resident blocks), host pool up to %.2f GiB in %d rows, longest context served %d "
@@ -86,33 +92,38 @@ class PieWorkerMixin(_Mixed):
         return geometry.num_blocks * geometry.row_bytes
 
     def _pie_measure(self, num_layers: int, page_bytes: int) -> Prior:
-        """How fast the link is, measured unless the user said it."""
+        """How fast the link is: as the user said, as measured, or not known."""
         config = settings.of(self.vllm_config).config
         if config.link_gbps is not None:
             given = config.link_gbps * 1e9
             logger.info("Pie: link to the device counted on for %.2f GB/s", config.link_gbps)
             return Prior(given, most_bandwidth=given)
-        link = measure_link(
-            num_layers,
-            page_bytes,
-            granularity=self.pie_granularity,
-            driver=self.pie_driver,
-            link_bytes_per_s=config.emulated_link,
-        )
+        try:
+            link = measure_link(
+                num_layers,
+                page_bytes,
+                granularity=self.pie_granularity,
+                driver=self.pie_driver,
+                link_bytes_per_s=config.emulated_link,
+            )
+        except TransferError as error:
+            logger.warning("Pie: the link could not be measured at start: %s", error)
+            return Prior()
         logger.info("Pie: link %s", link)
         return Prior(link.load)
 
-    def _pie_fed_blocks(self, device_bytes: int, row_bytes: int) -> int:
-        """Pooled blocks that the link can feed in the longest step that only decodes."""
+    def _pie_fed_blocks(self, device_blocks: int, longest: int, row_bytes: int) -> int:
+        """Pooled blocks that the link can feed in a step that only decodes.
+
+        With as many requests as run at once when a request takes a quarter of the longest one.
+        """
         scheduler = self.vllm_config.scheduler_config
-        # Each request that runs writes into a resident block of its own.
         requests = min(
             scheduler.max_num_seqs,
             scheduler.max_num_batched_tokens,
-            max(1, device_bytes // row_bytes),
+            max(1, device_blocks // max(1, longest // 4)),
         )
         seconds = compat.decode_seconds(self.model_runner, requests)
-        self._pie_prior = self._pie_prior._replace(step_seconds=seconds)
         fed = blocks_fed(self._pie_prior.bandwidth or 0.0, seconds, row_bytes)
         logger.info(
             "Pie: %d requests decode in %.1f ms without attention: the link can feed %d pooled "

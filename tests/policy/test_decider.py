@@ -55,7 +55,9 @@ def test_a_few_blocks_may_be_pooled_before_the_link_is_known() -> None:
 
 def test_what_was_measured_at_start_is_the_first_budget() -> None:
     """And steps soon outweigh it."""
-    decider = Decider(ROW, WINDOW, prior=Prior(1e9, 0.1))
+    decider = Decider(ROW, WINDOW, prior=Prior(1e9))
+    assert decider.decide().budget == FIRST_BLOCKS
+    decider.observe(Machine(1e9).run(0))
     assert 80 <= decider.decide().budget <= 100
     settle(decider, Machine(2e8), steps=20)
     assert decider.decide().budget <= 20

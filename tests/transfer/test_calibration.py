@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pie_vllm.errors import TransferError, UnsupportedError
-from pie_vllm.transfer.calibration import SCRATCH_BYTES, LinkSpeed, measure_link
+from pie_vllm.transfer.calibration import SCRATCH_BYTES, LinkSpeed, measure_link, scratch_geometry
 from tests.helpers.process import resident_bytes
 
 GRANULARITY = 4096
@@ -23,7 +23,7 @@ def test_an_emulated_link_is_measured(link: float) -> None:
     found = measure(link)
     speeds = [speed for piece in found.pieces for speed in (piece.load, piece.store)]
     for speed in [*speeds, found.load_both, found.store_both]:
-        assert 0.6 * link <= speed <= 1.02 * link
+        assert 0.2 * link <= speed <= 1.02 * link
     assert found.load == found.pieces[0].load
 
 
@@ -32,15 +32,26 @@ def test_pieces_are_single_pages_and_longer_runs() -> None:
     sizes = [piece.piece_bytes for piece in measure(None).pieces]
     assert sizes[:2] == [65_536, 4 * 65_536]
     assert sizes == sorted(set(sizes))
-    assert [piece.piece_bytes for piece in measure(2e7).pieces] == [65_536]
+    assert [piece.piece_bytes for piece in measure(1e7).pieces] == [65_536]
 
 
-def test_large_blocks_take_no_more_than_the_scratch_memory() -> None:
-    """A block of 80 layers of 16 MiB is measured by a few layers, and all memory goes back."""
+@pytest.mark.parametrize("granularity", [4096, 2 << 20])
+@pytest.mark.parametrize(
+    ("layers", "page"), [(30, 98_304), (80, 65_536), (80, 16 << 20), (1, 64), (200, 3 << 20)]
+)
+def test_no_more_than_the_scratch_memory_is_taken(layers: int, page: int, granularity: int) -> None:
+    """Large blocks are measured by fewer of them and fewer layers."""
+    sizes = scratch_geometry(layers, page, granularity)
+    assert sizes.device_bytes - sizes.ring_bytes <= SCRATCH_BYTES
+    assert sizes.host_bytes <= SCRATCH_BYTES
+    assert 1 <= sizes.num_layers <= layers
+
+
+def test_all_memory_goes_back() -> None:
+    """When the measurement is over."""
     before = resident_bytes()
-    found = measure(None, layers=80, page=16 << 20)
-    assert found.pieces[0].piece_bytes == 16 << 20
-    assert resident_bytes() - before < SCRATCH_BYTES
+    assert measure(None, layers=80, page=16 << 20).pieces[0].piece_bytes == 16 << 20
+    assert resident_bytes() - before < SCRATCH_BYTES // 2
 
 
 def test_the_log_names_directions_and_sizes() -> None:
