@@ -2,7 +2,7 @@
 
 In simulation, on a device whose link brings 180 blocks in a step of 19 ms: several random traces
 of each shift. Settled is, of any 50 steps that begin 50 or more after the shift: the mean limit is
-within a fifth of the long run's, and the stall within 1.3 times the target.
+within a fifth of the long run's, and the stall within 1.1 times the target.
 
     python -m benchmarks.settling [--seeds 10]
 """

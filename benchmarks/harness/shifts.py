@@ -28,9 +28,8 @@ LONG_RUN = range(100, 300)
 """Steps after the shift that stand for the long run."""
 NEAR = 0.2
 """How far a limit may be from its mean in the long run."""
-STALL = 1.3 * DEFAULT_TARGET_SLOWDOWN
-"""The decider cuts when an average of some ten steps is above the target, and the average begins
-at nothing after each cut: on the way there steps stall up to a quarter more."""
+STALL = 1.1 * DEFAULT_TARGET_SLOWDOWN
+"""Of 50 steps: between two cuts steps stall a little more, and a little less, than the target."""
 
 
 def _chats(rng: random.Random, rate: float, begin: float, end: float) -> list[Job]:

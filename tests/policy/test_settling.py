@@ -38,8 +38,7 @@ def test_it_settles_within_50_steps(name: str, seed: int) -> None:
     """Of any 50 steps that begin 50 or more after the shift, up to the 300th after it:
 
     the mean limit is within a fifth of the mean of the 100th to 300th step, and the stall, as a
-    share of the rest of the time, within 1.3 times the target: the decider cuts when an average
-    that begins at nothing has reached the target, and on the way there steps stall more.
+    share of the rest of the time, within 1.1 times the target.
     """
     found = settling(shift(name, seed).play())
     assert found.reached, found
