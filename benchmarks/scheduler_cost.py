@@ -24,24 +24,22 @@ import gc
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from time import thread_time_ns
 from typing import Any, NamedTuple
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.outputs import ModelRunnerOutput
 
 from benchmarks.harness.display import console, table, working
 from benchmarks.harness.machine import RESULTS, facts, write_json
-from pie_vllm.policy.detector import Observation
+from benchmarks.harness.scheduler_side import (
+    BLOCK_SIZE,
+    REQUESTS,
+    PieSide,
+    Side,
+    Timed,
+)
 from pie_vllm.vllm.scheduler import PieSchedulerMixin
-from tests.helpers import scheduling
 
-BLOCK_SIZE = 16
-REQUESTS = 256
-POOLED_REQUESTS = 64
-POOLED_EACH = 32
-RESIDENT_SHARE = 0.63
 TARGET_US = 100.0
 PHASES = ("idle", "steady", "demoting", "rotating")
 
@@ -66,116 +64,6 @@ class Sample(NamedTuple):
     own: int
     demotions: int
     pooled: int
-
-
-class Timed:
-    """Times the `schedule` of the class after it, and the allocations within."""
-
-    inner = 0
-    allocating = 0
-
-    def schedule(self) -> Any:
-        """As the class after this one does."""
-        self.allocating = 0
-        start = thread_time_ns()
-        output = super().schedule()  # type: ignore[misc]
-        self.inner = thread_time_ns() - start
-        return output
-
-    def watch(self) -> None:
-        """Time allocations from now on."""
-        pool = self.kv_cache_manager.block_pool  # type: ignore[attr-defined]
-        allocate = pool.get_new_blocks
-
-        def get_new_blocks(count: int) -> Any:
-            start = thread_time_ns()
-            blocks = allocate(count)
-            self.allocating += thread_time_ns() - start
-            return blocks
-
-        pool.get_new_blocks = get_new_blocks
-
-
-class Side:
-    """One scheduler with all requests past their prompts."""
-
-    def __init__(self, flavour: type, blocks: int, steps: int) -> None:
-        resident = int(blocks * RESIDENT_SHARE)
-        self.scheduler: Any = scheduling.make(
-            scheduling.geometry(resident, blocks - resident, chunk_rows=4096),
-            BLOCK_SIZE,
-            flavour=flavour,
-            max_num_seqs=REQUESTS,
-            max_num_batched_tokens=1 << 17,
-            max_num_scheduled_tokens=1 << 17,
-            max_model_len=4096,
-            async_scheduling=issubclass(flavour, AsyncScheduler),
-        )
-        self.held: list[Any] = []
-        self.scheduling = 0
-        for i in range(REQUESTS):
-            pooled = i >= REQUESTS - POOLED_REQUESTS
-            full = POOLED_EACH - steps // BLOCK_SIZE if pooled else POOLED_EACH // 2
-            prompt = [(i * 7 + t) % 997 for t in range(full * BLOCK_SIZE + 1 + i % BLOCK_SIZE)]
-            prompt[0] = i + 1
-            self.scheduler.add_request(
-                scheduling.make_request(f"r{i}", prompt, 16 + (len(PHASES) + 1) * steps, BLOCK_SIZE)
-            )
-        while self.scheduler.waiting or any(r.is_prefill_chunk for r in self.scheduler.running):
-            self.step()
-        self.scheduler.watch()
-
-    def step(self) -> int:
-        """Schedule and take results; returns nanoseconds."""
-        start = thread_time_ns()
-        output = self.scheduler.schedule()
-        self.scheduling = thread_time_ns() - start
-        scheduled = output.num_scheduled_tokens
-        requests = self.scheduler.requests
-        result = ModelRunnerOutput(
-            req_ids=list(scheduled),
-            req_id_to_index={r: i for i, r in enumerate(scheduled)},
-            sampled_token_ids=[[] if requests[r].is_prefill_chunk else [7] for r in scheduled],
-        )
-        start = thread_time_ns()
-        self.scheduler.update_from_output(output, result)
-        return self.scheduling + thread_time_ns() - start
-
-    def leave_out(self, turn: int) -> None:
-        """Leave out every other request of those that hold pooled blocks, from this step."""
-        later = self.scheduler.current_step + 2
-        for request in self.scheduler.running[-POOLED_REQUESTS:][turn % 2 :: 2]:
-            request.next_decode_eligible_step = later
-
-
-class PieSide(Side):
-    """Pie's scheduler; says how many residents are free before each step."""
-
-    def __init__(self, flavour: type, blocks: int, steps: int) -> None:
-        super().__init__(flavour, blocks, steps)
-        # As learnt from a link whose budget is the whole window.
-        row_bytes = self.scheduler.kv_cache_manager.geometry.row_bytes
-        seen = Observation(REQUESTS, REQUESTS, 1.0, 0.0, blocks * row_bytes, 1e-3)
-        self.scheduler.pie_decider.observe(seen)
-
-    @property
-    def residency(self) -> Any:
-        """The policy."""
-        return self.scheduler.kv_cache_manager.residency
-
-    def fill(self) -> None:
-        """Pool the blocks of the last requests, and hold all free residents."""
-        count = POOLED_REQUESTS * POOLED_EACH
-        self.residency.make_residents_free(count)
-        free = self.residency.queue.free_residents - REQUESTS // BLOCK_SIZE - 2
-        self.held = self.scheduler.kv_cache_manager.block_pool.get_new_blocks(free)
-        self.step()
-        assert abs(self.residency.pooled_in_use - count) <= BLOCK_SIZE
-
-    def release(self, count: int) -> None:
-        """Make residents free for the next step."""
-        given = [self.held.pop() for _ in range(count)]
-        self.scheduler.kv_cache_manager.block_pool.free_blocks(given)
 
 
 def measure(stock: Side, pie: PieSide, phase: str, steps: int) -> list[Sample]:
@@ -222,8 +110,10 @@ def one_round(
     """All phases once, over ``blocks`` blocks, resident and pooled."""
     plain: Any = AsyncScheduler if asynchronous else Scheduler
     timed = type("Timed" + plain.__name__, (Timed, plain), {})
-    stock = Side(timed, blocks, steps)
-    pie = PieSide(type("Pie" + plain.__name__, (PieSchedulerMixin, timed), {}), blocks, steps)
+    stock = Side(timed, blocks, steps, len(PHASES))
+    pie = PieSide(
+        type("Pie" + plain.__name__, (PieSchedulerMixin, timed), {}), blocks, steps, len(PHASES)
+    )
     # As vLLM's engine core does after its start: objects made so far are not scanned again.
     gc.collect()
     gc.freeze()

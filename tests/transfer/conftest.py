@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pie_vllm.transfer.engine import TransferEngine
-from tests.transfer.driving import geometry
+from pie_vllm.transfer.streams import DriverStream
+from tests.transfer.driving import View, geometry
 
 
 @pytest.fixture
@@ -39,6 +40,18 @@ def make_engine() -> Iterator[Callable[..., TransferEngine]]:
 def engine(make_engine: Callable[..., TransferEngine]) -> TransferEngine:
     """An engine of the small geometry."""
     return make_engine()
+
+
+@pytest.fixture
+def stream(engine: TransferEngine) -> DriverStream:
+    """A stream of that engine's driver."""
+    return DriverStream(engine)
+
+
+@pytest.fixture
+def view(engine: TransferEngine) -> View:
+    """What its pages and rows hold."""
+    return View(engine)
 
 
 @pytest.fixture

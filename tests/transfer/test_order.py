@@ -16,16 +16,6 @@ LAYERS = range(6)
 DELAY = 0.03
 
 
-@pytest.fixture
-def stream(engine: TransferEngine) -> DriverStream:
-    return DriverStream(engine)
-
-
-@pytest.fixture
-def view(engine: TransferEngine) -> View:
-    return View(engine)
-
-
 def rows_hold(view: View, row: int, tag: int) -> list[int]:
     """Layers where the row does not hold the tag."""
     return [layer for layer in LAYERS if not view.row_holds(row, layer, tag)]

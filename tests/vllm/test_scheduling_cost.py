@@ -9,7 +9,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import scheduler_cost
-from benchmarks.scheduler_cost import POOLED_EACH, POOLED_REQUESTS, Cost
+from benchmarks.harness.scheduler_side import POOLED_EACH, POOLED_REQUESTS
+from benchmarks.scheduler_cost import Cost
 
 pytestmark = pytest.mark.vllm
 
