@@ -51,6 +51,13 @@ class PieWorkerMixin(_Mixed):
         spec = refusals.check_specs(specs)
         taken = device_bytes if self.pie_device_is_host else 0
         pool_bytes = resolve_pool_bytes(config.pool_gib, device_bytes, taken)
+        if config.pool_gib is None:
+            logger.info(
+                "Pie: --pie-pool-gib auto is %.2f GiB, the smaller of four times the device's "
+                "%.2f GiB for KV and half of the CPU memory that is left",
+                pool_bytes / 2**30,
+                device_bytes / 2**30,
+            )
         check_pool_fits(pool_bytes, taken)
         needed = self._pie_needed_blocks(spec.block_size)
         plan = partial(
