@@ -16,6 +16,7 @@ from pathlib import Path
 from benchmarks.harness.display import console, table
 from benchmarks.harness.load import Load
 from benchmarks.harness.machine import facts, fast_dtype, write_json
+from benchmarks.harness.options import plain_parser
 from benchmarks.harness.server import ServerError
 from benchmarks.harness.serving_run import Setting, run_server
 from benchmarks.harness.shape import PieSizes, kv_shape, wide_ring
@@ -40,8 +41,7 @@ ROWS = (
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; the defaults are the load that the README describes."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = plain_parser("demo", __doc__)
     parser.add_argument("--model", type=Path, default=Path("build/models/smollm2-135m"))
     parser.add_argument("--chats", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=300)

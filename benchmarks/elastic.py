@@ -29,7 +29,7 @@ from benchmarks.harness.machine import facts, write_json
 from benchmarks.harness.one_run import WARM_UP, add_chats, make_llm, pie_counters, run_steps
 from benchmarks.harness.options import parser_of, run_spec
 from benchmarks.harness.shape import kv_shape, wide_ring
-from benchmarks.harness.side import Side, serve
+from benchmarks.harness.side import serve, sides
 from benchmarks.harness.wave import Wave, run_wave
 from benchmarks.harness.wave_report import plot, print_summary, summary
 from benchmarks.throughput import pie_keys
@@ -96,26 +96,19 @@ def specs(args: Namespace) -> dict[str, dict[str, Any]]:
 
 def run_round(args: Namespace, index: int) -> dict[str, list[Wave]]:
     """Both engines, fresh, through all waves; the order turns with each wave."""
-    sides: dict[str, Side] = {}
-    try:
-        with working("starting two engines"):
-            for name, spec in specs(args).items():
-                sides[name] = Side("elastic", f"{name}-{index}", spec)
-        waves: dict[str, list[Wave]] = {name: [] for name in sides}
-        names = list(sides)
+    with sides("elastic", specs(args), f"-{index}") as engines:
+        waves: dict[str, list[Wave]] = {name: [] for name in engines}
+        names = list(engines)
         for number in range(WAVES):
             longer = [] if number % 2 else [args.light_tokens] * LONGER_CHATS
             ask = {"longer": longer, "idle": 3 * args.idle_seconds}
             names.reverse()
             for name in names:
                 with working(f"wave {number + 1}, {name}"):
-                    found = sides[name].turn(ask)
+                    found = engines[name].turn(ask)
                 if found is None:
                     raise RuntimeError(f"the engine {name} ended; see its log in build/runs")
                 waves[name].append(found)
-    finally:
-        for side in sides.values():
-            side.close()
     return waves
 
 

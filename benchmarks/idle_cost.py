@@ -22,7 +22,7 @@ from benchmarks.harness.machine import facts, write_json
 from benchmarks.harness.one_run import add_chats, make_llm
 from benchmarks.harness.options import parser_of, run_spec
 from benchmarks.harness.shape import PieSizes, kv_shape
-from benchmarks.harness.side import Side, serve
+from benchmarks.harness.side import Sides, serve, sides
 from benchmarks.harness.stats import paired_ratio, percentile
 from benchmarks.throughput import pie_keys
 
@@ -46,13 +46,13 @@ def child(spec: dict[str, Any]) -> None:
     serve(turn)
 
 
-def compare(sides: dict[str, Side], steps: int) -> dict[str, list[list[float]]]:
+def compare(engines: Sides, steps: int) -> dict[str, list[list[float]]]:
     """Turns until the load ends, the order changed each time; what is left over is dropped."""
-    turns: dict[str, list[list[float]]] = {name: [] for name in sides}
-    names = list(sides)
+    turns: dict[str, list[list[float]]] = {name: [] for name in engines}
+    names = list(engines)
     while True:
         names.reverse()
-        taken = {name: sides[name].turn(steps) for name in names}
+        taken = {name: engines[name].turn(steps) for name in names}
         if None in taken.values():
             return turns
         for name, seconds in taken.items():
@@ -69,15 +69,12 @@ def main() -> None:
     args: argparse.Namespace = parser.parse_args()
     shape = kv_shape(args.model, args.block_size, args.dtype)
     pie = pie_keys(shape, PieSizes(args.pool_blocks, args.ring_slots, None))
-    with working("starting two engines"):
-        sides = {
-            name: Side("idle_cost", name, run_spec(args, shape, args.all_blocks, keys))
-            for name, keys in (("stock", None), ("pie", pie))
-        }
-    with working("taking turns"):
-        turns = compare(sides, args.steps)
-        for side in sides.values():
-            side.close()
+    specs = {
+        name: run_spec(args, shape, args.all_blocks, keys)
+        for name, keys in (("stock", None), ("pie", pie))
+    }
+    with sides("idle_cost", specs) as engines, working("taking turns"):
+        turns = compare(engines, args.steps)
     total = {name: [sum(turn) for turn in found] for name, found in turns.items()}
     ratio = paired_ratio(total["stock"], total["pie"])
     each = {name: [s for turn in found for s in turn] for name, found in turns.items()}

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.drawing import drawing
 from benchmarks.harness.load import Load
 from benchmarks.harness.options import parser_of, run_spec
 from benchmarks.harness.report import publish
@@ -67,35 +68,27 @@ def add_shares(figures: Mapping[str, Sequence[Figures]]) -> None:
 
 def plot(path: Path, title: str, figures: Mapping[str, Sequence[Figures]]) -> None:
     """Throughput and stall share against the link's speed, and the gaps between tokens."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     speeds = [name for name in figures if name.startswith("pie_")]
     places = range(len(speeds))
-    drawing, (left, middle, right) = pyplot.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
-    drawing.suptitle(title)
-    throughput = [column(figures[name], "tok_s") for name in speeds]
-    left.plot(places, [spread(values).median for values in throughput], color="tab:orange")
-    for place, values in zip(places, throughput, strict=True):
-        left.plot([place] * len(values), values, "k.", markersize=5)
-    for name, style in (("stock_equal", "--"), ("stock_all", ":")):
-        if name in figures:
-            level = spread(column(figures[name], "tok_s")).median
-            left.axhline(level, color="tab:gray", linestyle=style, label=name)
-    left.set_ylim(bottom=0)
-    left.set_ylabel("tokens/s, median; dots are runs")
-    left.legend()
-    stalls = [spread(column(figures[name], "stall_share")).median for name in speeds]
-    middle.bar(places, [100 * share for share in stalls], color="tab:orange")
-    middle.set_ylabel("stall, % of the time")
-    draw_gaps(right, figures)
-    for axes in (left, middle):
-        axes.set_xticks(places, [name.removeprefix("pie_") for name in speeds])
-        axes.set_xlabel("link, GB/s per direction")
-    drawing.savefig(path, dpi=120)
-    pyplot.close(drawing)
+    with drawing(path, title, (16, 4.5), 1, 3) as (left, middle, right):
+        throughput = [column(figures[name], "tok_s") for name in speeds]
+        left.plot(places, [spread(values).median for values in throughput], color="tab:orange")
+        for place, values in zip(places, throughput, strict=True):
+            left.plot([place] * len(values), values, "k.", markersize=5)
+        for name, style in (("stock_equal", "--"), ("stock_all", ":")):
+            if name in figures:
+                level = spread(column(figures[name], "tok_s")).median
+                left.axhline(level, color="tab:gray", linestyle=style, label=name)
+        left.set_ylim(bottom=0)
+        left.set_ylabel("tokens/s, median; dots are runs")
+        left.legend()
+        stalls = [spread(column(figures[name], "stall_share")).median for name in speeds]
+        middle.bar(places, [100 * share for share in stalls], color="tab:orange")
+        middle.set_ylabel("stall, % of the time")
+        draw_gaps(right, figures)
+        for axes in (left, middle):
+            axes.set_xticks(places, [name.removeprefix("pie_") for name in speeds])
+            axes.set_xlabel("link, GB/s per direction")
 
 
 def draw_gaps(axes: Any, figures: Mapping[str, Sequence[Figures]]) -> None:

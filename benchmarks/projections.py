@@ -11,7 +11,6 @@ Peak speeds "by specification" are the makers' published figures, quoted and not
 
 from __future__ import annotations
 
-import argparse
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from benchmarks.harness.display import console, table, working
 from benchmarks.harness.machine import RESULTS, facts, write_json
+from benchmarks.harness.options import plain_parser
 from pie_vllm.policy.decider import Decider
 from pie_vllm.policy.detector import Prior
 from pie_vllm.policy.geometry import Geometry, plan_geometry
@@ -177,8 +177,7 @@ def play(machine: Machine, excess: float) -> dict[str, Any]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.projections", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = plain_parser("projections", __doc__)
     parser.add_argument("--excess", type=float, default=2.0, help="KV wanted / KV of the device")
     parser.add_argument("--output", type=Path, default=RESULTS / "projections.json")
     args = parser.parse_args()

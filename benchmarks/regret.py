@@ -8,13 +8,14 @@ fixed at each of several shares of the window, and as stock vLLM, with and witho
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.cases import limit_at, random_case, stock
 from benchmarks.harness.display import console, working
+from benchmarks.harness.drawing import drawing
 from benchmarks.harness.machine import RESULTS, facts, write_json
+from benchmarks.harness.options import plain_parser
 from benchmarks.harness.stats import spread
 from pie_vllm.policy.decider import Decider
 from pie_vllm.policy.simulator import Simulation
@@ -50,29 +51,23 @@ def play(seed: int) -> dict[str, Any]:
 
 def plot(path: Path, cases: list[dict[str, Any]]) -> None:
     """Regrets as a histogram; throughput against stock by the speed of the link."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    drawing, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    drawing.suptitle(f"{len(cases)} random machines and traces, simulated")
-    left.hist([100 * case["regret"] for case in cases], bins=40, color="tab:orange")
-    left.set_xlabel("regret against the best static limit, %")
-    left.set_ylabel("cases")
-    links = [case["link_gb_s"] for case in cases]
-    right.semilogx(links, [case["to_stock_with_ring"] for case in cases], "o", color="tab:orange")
-    right.axhline(1.0, color="tab:gray", linestyle="--")
-    right.set_xlabel("link, GB/s")
-    right.set_ylabel("throughput of pie / stock, equal device bytes")
-    drawing.savefig(path, dpi=120)
-    pyplot.close(drawing)
+    title = f"{len(cases)} random machines and traces, simulated"
+    with drawing(path, title, (11, 4.5), 1, 2) as (left, right):
+        left.hist([100 * case["regret"] for case in cases], bins=40, color="tab:orange")
+        left.set_xlabel("regret against the best static limit, %")
+        left.set_ylabel("cases")
+        links = [case["link_gb_s"] for case in cases]
+        right.semilogx(
+            links, [case["to_stock_with_ring"] for case in cases], "o", color="tab:orange"
+        )
+        right.axhline(1.0, color="tab:gray", linestyle="--")
+        right.set_xlabel("link, GB/s")
+        right.set_ylabel("throughput of pie / stock, equal device bytes")
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.regret", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = plain_parser("regret", __doc__)
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--output", type=Path, default=RESULTS / "regret")
     args = parser.parse_args()

@@ -19,7 +19,6 @@ not vLLM's, plus what allocations take longer than stock's; it is held against t
 
 from __future__ import annotations
 
-import argparse
 import gc
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from benchmarks.harness.display import console, table, working
 from benchmarks.harness.machine import RESULTS, facts, write_json
+from benchmarks.harness.options import plain_parser
 from benchmarks.harness.scheduler_side import (
     BLOCK_SIZE,
     REQUESTS,
@@ -173,11 +173,7 @@ def show(results: dict[int, dict[str, Cost]]) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scheduler_cost",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = plain_parser("scheduler_cost", __doc__)
     parser.add_argument("--blocks", default="10000,100000,1000000")
     parser.add_argument("--steps", type=int, default=64, help="at most 64 with 10000 blocks")
     parser.add_argument("--rounds", type=int, default=3)

@@ -9,13 +9,14 @@ within a fifth of the long run's, and the stall within 1.1 times the target.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.display import table, working
+from benchmarks.harness.drawing import drawing
 from benchmarks.harness.machine import RESULTS, facts, write_json
+from benchmarks.harness.options import plain_parser
 from benchmarks.harness.shifts import (
     BEYOND,
     NAMES,
@@ -56,41 +57,32 @@ def play(name: str, seed: int) -> tuple[dict[str, Any], Outcome]:
 
 def plot(path: Path, outcomes: dict[str, Outcome]) -> None:
     """Limit, stall and throughput over time, a column for each shift, one trace each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    drawing, axes = pyplot.subplots(
-        3, len(outcomes), figsize=(16, 8), layout="constrained", sharex=True, sharey="row"
-    )
-    drawing.suptitle(f"Shifts of load and link, simulated; running means of {WINDOW} steps")
-    for column, (name, outcome) in enumerate(outcomes.items()):
-        first = first_after(outcome)
-        recent = {i: range(first + i - WINDOW + 1, first + i + 1) for i in SHOWN}
-        rows = (
-            ("admission limit, blocks", [outcome.decisions[first + i].limit for i in SHOWN]),
-            ("stall, %", [100 * stall_share(outcome, recent[i]) for i in SHOWN]),
-            ("tokens/s", [tokens_per_second(outcome, recent[i]) for i in SHOWN]),
-        )
-        for axis, (label, values) in zip(axes[:, column], rows, strict=True):
-            axis.plot(list(SHOWN), values, color="tab:orange")
-            axis.axvline(0, color="black", linewidth=1)
-            axis.axvline(SETTLE, color="tab:gray", linestyle=":")
-            axis.set_ylim(bottom=0)
-            if not column:
-                axis.set_ylabel(label)
-        axes[1, column].axhline(1.0, color="tab:gray", linestyle="--")
-        axes[0, column].set_title(name)
-        axes[2, column].set_xlabel("steps after the shift")
-    drawing.savefig(path, dpi=120)
-    pyplot.close(drawing)
+    title = f"Shifts of load and link, simulated; running means of {WINDOW} steps"
+    shared = {"sharex": True, "sharey": "row"}
+    with drawing(path, title, (16, 8), 3, len(outcomes), **shared) as axes:
+        for column, (name, outcome) in enumerate(outcomes.items()):
+            first = first_after(outcome)
+            recent = {i: range(first + i - WINDOW + 1, first + i + 1) for i in SHOWN}
+            rows = (
+                ("admission limit, blocks", [outcome.decisions[first + i].limit for i in SHOWN]),
+                ("stall, %", [100 * stall_share(outcome, recent[i]) for i in SHOWN]),
+                ("tokens/s", [tokens_per_second(outcome, recent[i]) for i in SHOWN]),
+            )
+            for axis, (label, values) in zip(axes[:, column], rows, strict=True):
+                axis.plot(list(SHOWN), values, color="tab:orange")
+                axis.axvline(0, color="black", linewidth=1)
+                axis.axvline(SETTLE, color="tab:gray", linestyle=":")
+                axis.set_ylim(bottom=0)
+                if not column:
+                    axis.set_ylabel(label)
+            axes[1, column].axhline(1.0, color="tab:gray", linestyle="--")
+            axes[0, column].set_title(name)
+            axes[2, column].set_xlabel("steps after the shift")
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.settling", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = plain_parser("settling", __doc__)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--output", type=Path, default=RESULTS / "settling")
     args = parser.parse_args()

@@ -30,18 +30,31 @@ def _fail(key: str, value: object, wanted: str) -> ConfigError:
     return ConfigError(f"{name} is {value!r}; it must be {wanted}.")
 
 
-def parse_pool_gib(value: object) -> float | None:
-    """A pool size in GiB, or None for ``auto``. Raises ConfigError."""
-    wanted = "a number of GiB above 0, or 'auto'"
+def _number(value: object) -> float:
+    """A number, also as text; not a number if it is none."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _parse_size(key: str, value: object, wanted: str) -> float | None:
     if value is None or value == "auto":
         return None
-    try:
-        size = float(value) if not isinstance(value, bool) else math.nan  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        size = math.nan
+    size = _number(value)
     if not math.isfinite(size) or size <= 0:
-        raise _fail("pool_gib", value, wanted)
+        raise _fail(key, value, f"{wanted} above 0, or 'auto'")
     return size
+
+
+def parse_pool_gib(value: object) -> float | None:
+    """A pool size in GiB, or None for ``auto``. Raises ConfigError."""
+    return _parse_size("pool_gib", value, "a number of GiB")
+
+
+def parse_link_gbps(value: object) -> float | None:
+    """A speed in GB/s, or None for ``auto``. Raises ConfigError."""
+    return _parse_size("link_gbps", value, "a speed in GB/s")
 
 
 def parse_ring_slots(value: object) -> int | None:
@@ -58,10 +71,7 @@ def parse_ring_slots(value: object) -> int | None:
 
 
 def _parse_share(key: str, value: object, wanted: str) -> float:
-    try:
-        share = float(value) if not isinstance(value, bool) else math.nan  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        share = math.nan
+    share = _number(value)
     if not 0 < share < 1:
         raise _fail(key, value, wanted)
     return share
@@ -73,19 +83,6 @@ def parse_ring_fraction(value: object) -> float | None:
         return None
     wanted = "a share of the device's KV bytes between 0 and 1, or 'auto'"
     return _parse_share("ring_fraction", value, wanted)
-
-
-def parse_link_gbps(value: object) -> float | None:
-    """A speed in GB/s, or None for ``auto``. Raises ConfigError."""
-    if value is None or value == "auto":
-        return None
-    try:
-        speed = float(value) if not isinstance(value, bool) else math.nan  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        speed = math.nan
-    if not math.isfinite(speed) or speed <= 0:
-        raise _fail("link_gbps", value, "a speed in GB/s above 0, or 'auto'")
-    return speed
 
 
 def parse_target_slowdown(value: object) -> float | None:

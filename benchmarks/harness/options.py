@@ -10,10 +10,18 @@ from benchmarks.harness.machine import RESULTS, fast_dtype
 from benchmarks.harness.shape import KvShape
 
 
+def plain_parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser without options for the benchmark of that name; the description is kept as it is."""
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def parser_of(module: str, description: str | None) -> argparse.ArgumentParser:
     """A parser with the options of every comparison: model, load, sizes, repeats, output."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=description)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = plain_parser(module, description)
     parser.add_argument("--model", type=Path, default=Path("build/models/smollm2-135m"))
     parser.add_argument("--dtype", default=fast_dtype(), choices=("bfloat16", "float32"))
     parser.add_argument("--chats", type=int, default=32)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.display import console, table
+from benchmarks.harness.drawing import drawing
 from benchmarks.harness.machine import facts, write_json
 from benchmarks.harness.rounds import Figures, Question, answers, column, in_all, summarize
 from benchmarks.harness.stats import spread
@@ -72,35 +73,27 @@ def print_answers(
 
 def plot(path: Path, title: str, figures: Mapping[str, Sequence[Figures]]) -> None:
     """Draw throughput (bars, every run a dot) and inter-token latency of the configurations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = list(figures)
     places = range(len(names))
-    drawing, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    drawing.suptitle(title)
-    colors = ["tab:orange" if name.startswith("pie") else "tab:gray" for name in names]
-    throughput = [column(figures[name], "tok_s") for name in names]
-    left.bar(places, [spread(values).median for values in throughput], color=colors)
-    for place, values in zip(places, throughput, strict=True):
-        left.plot([place] * len(values), values, "k.", markersize=5)
-    left.set_ylabel("tokens/s, median; dots are runs")
-    for key, offset, shade, label in (
-        ("itl_p50_ms", -0.2, 0.55, "p50"),
-        ("itl_p99_ms", 0.2, 1.0, "p99"),
-    ):
-        medians = [spread(column(figures[name], key)).median for name in names]
-        bars = [place + offset for place in places]
-        right.bar(bars, medians, width=0.4, color=colors, alpha=shade)
-        for x, height in zip(bars, medians, strict=True):
-            right.annotate(label, (x, height), ha="center", va="bottom", fontsize=8)
-    right.set_ylabel("time between tokens, ms")
-    for axes in (left, right):
-        axes.set_xticks(places, [name.replace("_", "\n") for name in names])
-    drawing.savefig(path, dpi=120)
-    pyplot.close(drawing)
+    with drawing(path, title, (11, 4.5), 1, 2) as (left, right):
+        colors = ["tab:orange" if name.startswith("pie") else "tab:gray" for name in names]
+        throughput = [column(figures[name], "tok_s") for name in names]
+        left.bar(places, [spread(values).median for values in throughput], color=colors)
+        for place, values in zip(places, throughput, strict=True):
+            left.plot([place] * len(values), values, "k.", markersize=5)
+        left.set_ylabel("tokens/s, median; dots are runs")
+        for key, offset, shade, label in (
+            ("itl_p50_ms", -0.2, 0.55, "p50"),
+            ("itl_p99_ms", 0.2, 1.0, "p99"),
+        ):
+            medians = [spread(column(figures[name], key)).median for name in names]
+            bars = [place + offset for place in places]
+            right.bar(bars, medians, width=0.4, color=colors, alpha=shade)
+            for x, height in zip(bars, medians, strict=True):
+                right.annotate(label, (x, height), ha="center", va="bottom", fontsize=8)
+        right.set_ylabel("time between tokens, ms")
+        for axes in (left, right):
+            axes.set_xticks(places, [name.replace("_", "\n") for name in names])
 
 
 def publish(

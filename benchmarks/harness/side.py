@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.display import working
 from benchmarks.harness.environment import vllm_environment
 
 SCRATCH = Path("build/runs")
@@ -68,6 +70,30 @@ class Side:
             self._process.wait()
         finally:
             self._log.close()
+
+
+Sides = dict[str, Side]
+"""Engines by name."""
+
+
+@contextmanager
+def sides(module: str, specs: Mapping[str, dict[str, Any]], suffix: str = "") -> Iterator[Sides]:
+    """The engines of these specs by name, ended at the end, also where one does not start.
+
+    Args:
+        module: as in Side.
+        specs: what each is given.
+        suffix: of the names of their files.
+    """
+    found: Sides = {}
+    try:
+        with working("starting two engines"):
+            for name, spec in specs.items():
+                found[name] = Side(module, name + suffix, spec)
+        yield found
+    finally:
+        for side in found.values():
+            side.close()
 
 
 def serve(turn: Callable[[Any], Any]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.display import table
+from benchmarks.harness.drawing import drawing
 from benchmarks.harness.stats import curve, draw_curve, percentile
 from benchmarks.harness.wave import Wave
 
@@ -132,30 +133,22 @@ def print_summary(data: Mapping[str, Any]) -> None:
 
 def plot(path: Path, title: str, rounds: Sequence[Round]) -> None:
     """Memory over the time of the first round's waves, and the times of steps without prompts."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    drawing, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    drawing.suptitle(title)
-    for name, color in (("held", "tab:gray"), ("elastic", "tab:orange")):
-        times: list[float] = []
-        samples: list[dict[str, Any]] = []
-        for wave in rounds[0][name]:
-            begin = times[-1] if times else 0.0
-            times += [begin + sample["at"] for sample in wave]
-            samples += wave
-        for key, style, label in (("memory", "-", "process"), ("pool", "--", "pool")):
-            values = [sample[key] / MIB for sample in samples]
-            left.plot(times, values, style, color=color, label=f"{name}, {label}")
-        waves = [wave for round_ in rounds for wave in round_[name]]
-        draw_curve(right, curve(milliseconds(waves, DECODING)), name, color=color)
-    left.set_ylim(bottom=0)
-    left.set_ylabel("MiB")
-    left.set_xlabel("seconds, turns of the other side left out")
-    right.set_xlabel("step time without prompts, ms")
-    for axes in (left, right):
-        axes.legend()
-    drawing.savefig(path, dpi=120)
-    pyplot.close(drawing)
+    with drawing(path, title, (12, 4.5), 1, 2) as (left, right):
+        for name, color in (("held", "tab:gray"), ("elastic", "tab:orange")):
+            times: list[float] = []
+            samples: list[dict[str, Any]] = []
+            for wave in rounds[0][name]:
+                begin = times[-1] if times else 0.0
+                times += [begin + sample["at"] for sample in wave]
+                samples += wave
+            for key, style, label in (("memory", "-", "process"), ("pool", "--", "pool")):
+                values = [sample[key] / MIB for sample in samples]
+                left.plot(times, values, style, color=color, label=f"{name}, {label}")
+            waves = [wave for round_ in rounds for wave in round_[name]]
+            draw_curve(right, curve(milliseconds(waves, DECODING)), name, color=color)
+        left.set_ylim(bottom=0)
+        left.set_ylabel("MiB")
+        left.set_xlabel("seconds, turns of the other side left out")
+        right.set_xlabel("step time without prompts, ms")
+        for axes in (left, right):
+            axes.legend()

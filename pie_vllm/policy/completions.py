@@ -45,9 +45,11 @@ class Completions:
             self._note(request_id, requests[request_id], self._residency.computed)
         due = self._on.pop(step, None)
         if due is not None:
-            ended = self._residency.tails_completed(due, step, self._block_size, self._expect)
+            residency, size = self._residency, self._block_size
+            ended, newly = residency.victims.tails_completed(due, step, size, self._expect)
+            residency.queue.demotable += newly
             if ended:
-                self._on.setdefault(step + self._block_size, []).extend(ended)
+                self._on.setdefault(step + size, []).extend(ended)
         for request_id in fresh:
             self._note(request_id, requests[request_id], self._residency.computed_again)
 

@@ -11,6 +11,9 @@ DEFAULT_IDLE_SECONDS = 60.0
 FREE_MARGIN = 512 << 20
 """Bytes of free CPU memory that the pool leaves alone when it grows."""
 
+LOOK_STEPS = 16
+"""Between looks at what the pool needs while nothing changes: a look takes some microseconds."""
+
 CHECK_SECONDS = 1.0
 """Between looks at the free memory, which cost some system calls."""
 
@@ -59,7 +62,6 @@ class ElasticPool:
         order: the newest order.
         usable: chunks whose rows may be used.
         state: what the worker reported last.
-        due: whether the next ``end_step`` must not wait: a worker was refused memory.
     """
 
     def __init__(
@@ -89,7 +91,8 @@ class ElasticPool:
         self.order = PoolOrder(1, idle=True)
         self.usable = self._chunks
         self.state = PoolState(1)
-        self.due = False
+        self._steps = 0
+        self._due = False
         self._last_step = self._looked = self._since = clock()
         self._peak = 1
         self._refused_at: float | None = None
@@ -100,10 +103,9 @@ class ElasticPool:
         return self.usable < self._chunks
 
     def begin_step(self) -> bool:
-        """Before a step: whether what the pool holds counts as gone, so must be forgotten.
-
-        Needs no call while one chunk is ordered: that one stays.
-        """
+        """Before a step: whether what the pool holds counts as gone, so must be forgotten."""
+        if self.order.chunks == 1:
+            return False  # That one stays.
         now = self._clock()
         gone = self.order.idle and now - self._last_step >= self._idle_seconds
         self._last_step = now
@@ -111,18 +113,20 @@ class ElasticPool:
             self.order = PoolOrder(1, idle=True)
         return gone
 
-    def end_step(self, held: int, *, in_use: bool) -> PoolOrder:
+    def end_step(self, held: int, *, in_use: bool, changed: bool = True) -> PoolOrder:
         """After a step was planned: the order that travels with it.
-
-        Needs a call where more is held than before, where ``in_use`` changed, where the engine
-        has nothing to run, and where it is ``due``; otherwise now and then.
 
         Args:
             held: chunks up to the last one with a row taken.
             in_use: whether a request has pooled blocks.
+            changed: whether more may be held than before, or the engine has nothing to run.
         """
+        self._steps += 1
+        changed |= self._due or in_use == self.order.idle
+        if not changed and self._steps % LOOK_STEPS:
+            return self.order
+        self._due = False
         now = self._last_step = self._clock()
-        self.due = False
         if held or self.scarce:
             self._look(now, held)
         wanted = max(held, min(held + 1 + held // 8, self.usable))
@@ -143,7 +147,7 @@ class ElasticPool:
         """Note what a worker holds."""
         if state.refused > self.state.refused:
             self._refused_at = self._clock()
-            self.due = True
+            self._due = True
         self.state = state
 
     def _look(self, now: float, held: int) -> None:

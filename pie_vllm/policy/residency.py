@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from pie_vllm.errors import IntegrityError
@@ -14,7 +14,7 @@ from pie_vllm.policy.reading import ReadSet
 from pie_vllm.policy.relabels import RelabelLog
 from pie_vllm.policy.runs import merge
 from pie_vllm.policy.tiers import FreeList, TieredFreeBlockQueue
-from pie_vllm.policy.victims import Holder, Victims
+from pie_vllm.policy.victims import Victims
 
 MOST_HELD = 0.2
 """Share of the residents that requests waiting for the link may hold."""
@@ -34,7 +34,6 @@ class Residency:
         rows: the ledger of the CPU pool's rows.
         boundary: ids below it are resident.
         window: pooled ids in all.
-        chunks_usable: of the pool; rows of others are not handed out.
         demotions, promotions: counts since the start.
     """
 
@@ -74,7 +73,7 @@ class Residency:
         self._stores: dict[int, tuple[int, int]] = {}
         self._relabels = RelabelLog()
         self._step = 0
-        self.chunks_usable = geometry.num_chunks
+        self._chunks_usable = geometry.num_chunks
         self.demotions = 0
         self.promotions = 0
 
@@ -98,14 +97,6 @@ class Residency:
                 self._set_full(block)
             holder.full = num_full
             self.victims.offer(holder)
-
-    def tails_completed(
-        self, due: Iterable[Holder], step: int, size: int, late: Callable[[Holder, int], None]
-    ) -> list[Holder]:
-        """As ``computed`` for requests that decode, the common case; see ``Victims``."""
-        ended, newly = self.victims.tails_completed(due, step, size, late)
-        self.queue.demotable += newly
-        return ended
 
     def computed_again(self, request_id: str, num_full: int) -> None:
         """As ``computed``, for a request admitted in this step: also its hits."""
@@ -226,7 +217,9 @@ class Residency:
 
     def use_chunks(self, chunks: int) -> None:
         """Hand out rows of the first ``chunks`` chunks only, at least ``rows.chunks_held``."""
-        self.chunks_usable = chunks
+        if chunks == self._chunks_usable:
+            return
+        self._chunks_usable = chunks
         self.rows.usable = min(chunks * self.geometry.chunk_rows, self.geometry.rows)
         withheld = max(0, self.window - self.rows.usable)
         if withheld != self.queue.withheld:

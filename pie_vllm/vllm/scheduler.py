@@ -27,9 +27,6 @@ from pie_vllm.vllm.metrics import Control, Report, StepLog, Totals
 logger = init_logger("vllm.pie")
 
 
-LOOK_STEPS = 16
-"""Between looks at the pool's size while nothing is demoted: a look takes some microseconds."""
-
 _Mixed: Any = object  # What the mixin extends; vLLM's own classes are read as Any.
 
 
@@ -40,7 +37,8 @@ class PieSchedulerMixin(_Mixed):
     max_num_scheduled_tokens: int
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
-        geometry = settings.of(vllm_config).geometry
+        given = settings.of(vllm_config)
+        config, geometry = given.config, given.geometry
         if geometry is None:
             raise RuntimeError("the workers' geometry did not reach the scheduler")
         block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
@@ -60,9 +58,8 @@ class PieSchedulerMixin(_Mixed):
             )
             self.max_num_scheduled_tokens = most
         self.kv_cache_manager.claims = self._claims
-        config, prior = settings.of(vllm_config).config, settings.of(vllm_config).prior
         self.pie_decider = Decider(
-            geometry.row_bytes, geometry.pooled_blocks, config.target_slowdown, prior
+            geometry.row_bytes, geometry.pooled_blocks, config.target_slowdown, given.prior
         )
         self.pie_pool = ElasticPool(
             geometry,
@@ -87,25 +84,19 @@ class PieSchedulerMixin(_Mixed):
         manager.begin_step(decision.limit)
         residency, pool = manager.residency, self.pie_pool
         demotions = residency.demotions
-        if pool.order.chunks > 1 and pool.begin_step():
+        if pool.begin_step():
             residency.queue.forget_cached_pooled()
-        if pool.usable != residency.chunks_usable:
-            residency.use_chunks(pool.usable)
+        residency.use_chunks(pool.usable)
         for request_id in turns.begin_step(self.running, residency, decision, self._priority):
             # vLLM counts the step when it schedules it, and runs who is due in it or before.
             self.requests[request_id].next_decode_eligible_step = self.current_step + 2
         output: SchedulerOutput = super().schedule(*args, **kwargs)
         output.pie_plan = self._plan(output, decision)
-        in_use = residency.reading.any_pooled
-        if (
-            in_use == pool.order.idle
-            or residency.demotions != demotions
-            or pool.due
-            or not self.current_step % LOOK_STEPS
-            or not output.num_scheduled_tokens
-        ):
-            pool.end_step(residency.rows.chunks_held, in_use=in_use)
-        output.pie_pool = pool.order
+        output.pie_pool = pool.end_step(
+            residency.rows.chunks_held,
+            in_use=residency.reading.any_pooled,
+            changed=residency.demotions != demotions or not output.num_scheduled_tokens,
+        )
         output.pie_within_budget = not turns.exceeds
         turns.end_step(output.num_scheduled_tokens, residency)
         return output

@@ -72,12 +72,13 @@ class PieWorkerMixin(_Mixed):
         )
         plan(ring_fraction=config.ring_fraction, fed_blocks=1)  # Refuses early what cannot work.
         self._pie_prior = self._pie_measure(len(specs), spec.page_size_bytes)
-        share, fed = config.ring_fraction, None
-        if share is None and self._pie_prior.bandwidth is None:
+        share, fed, bandwidth = config.ring_fraction, None, self._pie_prior.bandwidth
+        if share is None and bandwidth is None:
             share = UNKNOWN_LINK_FRACTION
-        elif share is None and config.target_slowdown is not None:
+        elif share is None and bandwidth is not None and config.target_slowdown is not None:
             row_bytes = len(specs) * spec.page_size_bytes
-            fed = self._pie_fed_blocks(device_bytes // row_bytes, needed, row_bytes)
+            requests = self._pie_requests(device_bytes // row_bytes, needed)
+            fed = self._pie_fed_blocks(bandwidth, requests, row_bytes)
         geometry = self._pie_geometry = plan(ring_fraction=share, fed_blocks=fed)
         logger.info(
             "Pie: %d resident blocks, %d pooled blocks, ring %d slots %.1f MiB (costs %.1f "
@@ -119,19 +120,19 @@ class PieWorkerMixin(_Mixed):
         logger.info("Pie: link %s", link)
         return Prior(link.load)
 
-    def _pie_fed_blocks(self, device_blocks: int, longest: int, row_bytes: int) -> int:
-        """Pooled blocks that the link can feed in a step that only decodes.
-
-        With as many requests as run at once when a request takes a quarter of the longest one.
-        """
+    def _pie_requests(self, device_blocks: int, longest: int) -> int:
+        """Requests that run at once when each takes a quarter of the blocks of the longest one."""
         scheduler = self.vllm_config.scheduler_config
-        requests = min(
-            scheduler.max_num_seqs,
-            scheduler.max_num_batched_tokens,
+        return min(
+            int(scheduler.max_num_seqs),
+            int(scheduler.max_num_batched_tokens),
             max(1, device_blocks // max(1, longest // 4)),
         )
+
+    def _pie_fed_blocks(self, bandwidth: float, requests: int, row_bytes: int) -> int:
+        """Pooled blocks that the link can feed in a step that only decodes."""
         seconds = compat.decode_seconds(self.model_runner, requests)
-        fed = blocks_fed(self._pie_prior.bandwidth or 0.0, seconds, row_bytes)
+        fed = blocks_fed(bandwidth, seconds, row_bytes)
         logger.info(
             "Pie: %d requests decode in %.1f ms without attention: the link can feed %d pooled "
             "blocks",

@@ -10,6 +10,9 @@ import pytest
 from tests.helpers.engine import Engines, Setup, request, round_
 from tests.helpers.engine_load import chats, tokens
 
+SLOW, FAST = 0.005, 2.0
+"""GB/s."""
+
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
@@ -18,12 +21,12 @@ def test_the_ring_is_as_wide_as_the_link_can_feed(engines: Engines, model: Path)
     sizes = Setup(model, 30, 40, 90, dtype="float32", ring="auto", target=0.01)
     load = [request(text, max_tokens=24) for text in chats(12, 14, 6)]
     records = {}
-    for link in (0.005, 2.0):
+    for link in (SLOW, FAST):
         setup = replace(sizes, emulated_link_gbps=link)
         (records[link],) = engines.run(setup, [round_(load)], "pie")
-    slow, fast = (records[link]["counters"] for link in (0.005, 2.0))
+    slow, fast = (records[link]["counters"] for link in (SLOW, FAST))
     assert fast["pooled_blocks"] > 2 * slow["pooled_blocks"]
     assert fast["resident_blocks"] < slow["resident_blocks"]
     assert fast["bytes_loaded"] > 0
     (stock,) = engines.run(sizes, [round_(load)], "stock")
-    assert tokens(records[0.005]) == tokens(records[2.0]) == tokens(stock)
+    assert tokens(records[SLOW]) == tokens(records[FAST]) == tokens(stock)
