@@ -9,6 +9,8 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.outputs import ModelRunnerOutput
 
 from pie_vllm.policy.detector import Observation
+from pie_vllm.policy.elastic import PoolState
+from pie_vllm.vllm.metrics import Totals
 from tests.helpers import scheduling
 
 BLOCK_SIZE = 16
@@ -19,7 +21,7 @@ RESIDENT_SHARE = 0.63
 
 
 class Timed:
-    """Times the `schedule` of the class after it, and the allocations within."""
+    """Times the methods of the class after it, and the allocations within `schedule`."""
 
     inner = 0
     allocating = 0
@@ -31,6 +33,13 @@ class Timed:
         output = super().schedule()  # type: ignore[misc]
         self.inner = thread_time_ns() - start
         return output
+
+    def update_from_output(self, output: Any, result: Any) -> Any:
+        """As the class after this one does."""
+        start = thread_time_ns()
+        outputs = super().update_from_output(output, result)  # type: ignore[misc]
+        self.inner += thread_time_ns() - start
+        return outputs
 
     def watch(self) -> None:
         """Time allocations from now on."""
@@ -62,7 +71,6 @@ class Side:
             async_scheduling=issubclass(flavour, AsyncScheduler),
         )
         self.held: list[Any] = []
-        self.scheduling = 0
         for i in range(REQUESTS):
             pooled = i >= REQUESTS - POOLED_REQUESTS
             full = POOLED_EACH - steps // BLOCK_SIZE if pooled else POOLED_EACH // 2
@@ -79,7 +87,7 @@ class Side:
         """Schedule and take results; returns nanoseconds."""
         start = thread_time_ns()
         output = self.scheduler.schedule()
-        self.scheduling = thread_time_ns() - start
+        seconds = thread_time_ns() - start
         scheduled = output.num_scheduled_tokens
         requests = self.scheduler.requests
         result = ModelRunnerOutput(
@@ -87,9 +95,15 @@ class Side:
             req_id_to_index={r: i for i, r in enumerate(scheduled)},
             sampled_token_ids=[[] if requests[r].is_prefill_chunk else [7] for r in scheduled],
         )
+        self.report(output, result)
         start = thread_time_ns()
-        self.scheduler.update_from_output(output, result)
-        return self.scheduling + thread_time_ns() - start
+        outputs = self.scheduler.update_from_output(output, result)
+        seconds += thread_time_ns() - start
+        del outputs  # That is hundreds of objects.
+        return seconds
+
+    def report(self, output: Any, result: Any) -> None:
+        """Add what a worker says beside the tokens: stock's says nothing."""
 
     def leave_out(self, turn: int) -> None:
         """Leave out every other request of those that hold pooled blocks, from this step."""
@@ -102,11 +116,25 @@ class PieSide(Side):
     """Pie's scheduler; says how many residents are free before each step."""
 
     def __init__(self, flavour: type, blocks: int, steps: int, phases: int) -> None:
+        self.totals = Totals()
         super().__init__(flavour, blocks, steps, phases)
         # As learnt from a link whose budget is the whole window.
         row_bytes = self.scheduler.kv_cache_manager.geometry.row_bytes
         seen = Observation(REQUESTS, REQUESTS, 1.0, 0.0, blocks * row_bytes, 1e-3)
         self.scheduler.pie_decider.observe(seen)
+
+    def report(self, output: Any, result: Any) -> None:
+        """Add the counters of the engine, as if the step had loaded what it was to load."""
+        reading, before = self.residency.reading, self.totals
+        row_bytes = self.scheduler.kv_cache_manager.geometry.row_bytes
+        self.totals = before._replace(
+            steps=before.steps + bool(reading.readers),
+            bytes_loaded=before.bytes_loaded + reading.num_blocks * row_bytes,
+            load_seconds=before.load_seconds + reading.num_blocks * 1e-9,
+        )
+        result.pie_stats = self.totals
+        result.pie_seconds = 1.0
+        result.pie_pool = PoolState(output.pie_pool.chunks)
 
     @property
     def residency(self) -> Any:

@@ -75,6 +75,7 @@ class Decider:
         self._saved = 0.0
         self._carried = 0.0
         self._rate: float | None = None  # Blocks a second, once known.
+        self._hidden: float | None = None  # Blocks that a step which only decodes can load.
         bandwidth = self.detector.bandwidth
         if bandwidth is not None and target is not None:
             self._rate = bandwidth / row_bytes
@@ -84,23 +85,28 @@ class Decider:
 
     def observe(self, seen: Observation, *, within_budget: bool = True) -> None:
         """Learn from a step; ``within_budget`` as ``Detector.observe``."""
-        detector = self.detector
-        # Before both are known there was no budget.
-        within_budget &= detector.bandwidth is not None and detector.step_seconds is not None
+        detector, target = self.detector, self._target
+        within_budget &= self._hidden is not None  # Before, there was no budget.
         detector.observe(seen, within_budget=within_budget)
-        if self._target is None:
+        bandwidth, step = detector.bandwidth, detector.step_seconds
+        if target is None or bandwidth is None:
             return
-        bandwidth = detector.bandwidth
-        if bandwidth is not None:
-            self._rate = bandwidth / self._row_bytes
-            most = self._window / self._rate
-            saved = self._target * (seen.seconds - seen.stall_seconds) - seen.stall_seconds
-            self._saved = max(-most, min(self._saved + saved, most))
+        self._rate = rate = bandwidth / self._row_bytes
+        stall, most = seen.stall_seconds, self._window / rate
+        saved = self._saved + target * (seen.seconds - stall) - stall
+        self._saved = most if saved > most else -most if saved < -most else saved
+        self._correct(target, loaded=bool(seen.bytes_loaded) and within_budget)
+        if step is not None:
+            self._hidden = self._gain * rate * step
+
+    def _correct(self, target: float, *, loaded: bool) -> None:
+        """Feedback on a step; ``loaded`` if its loads were to hide behind its compute."""
+        detector = self.detector
         if self._cool:
             self._cool -= 1
-        elif not (seen.bytes_loaded and within_budget):
+        elif not loaded:
             return
-        elif detector.stall_share > AIM * self._target:
+        elif detector.stall_share > AIM * target:
             self._gain = max(self._gain * BACK_OFF, LEAST_GAIN)
             self._cool = COOL_DOWN
             detector.forget_stall()  # What comes now is of another budget.
@@ -113,13 +119,12 @@ class Decider:
         Args:
             prompt_tokens: tokens that it will compute beyond one for each request.
         """
-        window, rate, step = self._window, self._rate, self.detector.step_seconds
-        if rate is None or step is None:
+        window, rate, hidden = self._window, self._rate, self._hidden
+        if rate is None or hidden is None:
             return self._first
-        decode = self._gain * rate * step
-        if decode >= window:
+        if hidden >= window:
             return self._everything
-        exact = decode + self._carried
+        exact = hidden + self._carried
         if prompt_tokens:
             exact += self._gain * rate * self.detector.slope * prompt_tokens
         # Less than a block a step is a block every few steps.
@@ -127,6 +132,6 @@ class Decider:
         spare = self._saved * rate if self._saved > 0 else 0
         return Decision(
             window if exact > window else int(exact),
-            int(decode),
+            int(hidden),
             window if spare > window else int(spare),
         )

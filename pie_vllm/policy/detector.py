@@ -56,6 +56,8 @@ class Detector:
     Attributes:
         step_seconds: of a step that only decodes, with all its KV on the device; None at first.
         slope: seconds for each prompt token; 0 while unknown.
+        bandwidth: bytes per second to the device that can be counted on, None while unknown: those
+            of the link while it is busy, and no more than the prior's most.
         stall_share: stall of recent steps that loaded, as a share of the rest of the step.
     """
 
@@ -67,17 +69,7 @@ class Detector:
         self._busy = 0.0 if prior.bandwidth is None else PRIOR_SECONDS
         self._bytes = (prior.bandwidth or 0.0) * self._busy
         self._most = prior.most_bandwidth
-
-    @property
-    def bandwidth(self) -> float | None:
-        """Bytes per second to the device that can be counted on; None while unknown.
-
-        Those of the link while it is busy, and no more than the prior's most.
-        """
-        if self._busy <= 0:
-            return None
-        measured = self._bytes / self._busy
-        return measured if self._most is None or measured < self._most else self._most
+        self.bandwidth = None if prior.bandwidth is None else self._limited()
 
     def observe(self, seen: Observation, *, within_budget: bool = True) -> None:
         """Learn from a step.
@@ -86,28 +78,31 @@ class Detector:
             seen: the step.
             within_budget: whether its loads were meant to hide; others tell nothing of the stall.
         """
-        compute = max(seen.seconds - seen.stall_seconds, 0.0)
-        if seen.tokens > 0 and compute > 0:
-            self._learn(compute, seen.tokens - seen.requests)
-        if seen.load_seconds > 0:
+        tokens, requests, seconds, stall, loaded, busy = seen
+        compute = seconds - stall
+        if compute > 0:
+            if tokens > 0:
+                self._learn(compute, tokens - requests)
+            if loaded and within_budget:
+                self.stall_share += WEIGHT * (stall / compute - self.stall_share)
+        if busy > 0:
             keep = 1 - WEIGHT
-            self._bytes = keep * self._bytes + seen.bytes_loaded
-            self._busy = keep * self._busy + seen.load_seconds
-        if seen.bytes_loaded and within_budget and compute > 0:
-            self.stall_share = _towards(self.stall_share, seen.stall_seconds / compute)
+            self._bytes = keep * self._bytes + loaded
+            self._busy = keep * self._busy + busy
+            self.bandwidth = self._limited()
 
     def forget_stall(self) -> None:
         """Begin the average of the stall anew."""
         self.stall_share = 0.0
 
+    def _limited(self) -> float:
+        measured = self._bytes / self._busy
+        return measured if self._most is None or measured < self._most else self._most
+
     def _learn(self, compute: float, prompt_tokens: int) -> None:
         if prompt_tokens <= 0:
             known = self.step_seconds
-            self.step_seconds = compute if known is None else _towards(known, compute)
+            self.step_seconds = compute if known is None else known + WEIGHT * (compute - known)
             return
         slope = max(compute - (self.step_seconds or 0.0), 0.0) / prompt_tokens
-        self.slope = _towards(self.slope, slope) if self.slope else slope
-
-
-def _towards(average: float, value: float) -> float:
-    return average + WEIGHT * (value - average)
+        self.slope += (WEIGHT if self.slope else 1.0) * (slope - self.slope)

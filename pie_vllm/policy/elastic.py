@@ -104,10 +104,10 @@ class ElasticPool:
 
     def begin_step(self) -> bool:
         """Before a step: whether what the pool holds counts as gone, so must be forgotten."""
-        if self.order.chunks == 1:
-            return False  # That one stays.
+        if not self.order.idle or self.order.chunks == 1:
+            return False
         now = self._clock()
-        gone = self.order.idle and now - self._last_step >= self._idle_seconds
+        gone = now - self._last_step >= self._idle_seconds
         self._last_step = now
         if gone:
             self.order = PoolOrder(1, idle=True)

@@ -29,8 +29,6 @@ def promote_free(
         budget: blocks that the step may load; None is without end.
     """
     room = residency.queue.free_residents - headroom
-    if room <= 0:
-        return ()
     reading, victims = residency.reading, residency.victims
     spare = residency.window if budget is None else budget - reading.num_blocks
     copies: list[tuple[int, int]] = []

@@ -17,34 +17,29 @@ class ReadSet:
 
     Costs follow change: a step in which the same requests run over the same
     blocks costs one set difference over the requests that have pooled blocks.
+
+    Attributes:
+        by_request: the pooled blocks of each request that has any; read only.
+        readers: of each block that the step loads, the number of its readers; read only.
     """
 
     def __init__(self, rows: RowLedger, chunk_rows: int) -> None:
+        """No request has pooled blocks."""
         self._rows = rows
-        self._pooled: dict[str, set[int]] = {}
+        self.by_request: dict[str, set[int]] = {}
         self._running: set[str] = set()
-        self._readers: dict[int, int] = {}
+        self.readers: dict[int, int] = {}
         self._loads = RunSet(chunk_rows)
         self._sent: tuple[Copy, ...] = ()
 
     @property
-    def any_loads(self) -> bool:
-        """Whether the step loads any block."""
-        return bool(self._readers)
-
-    @property
-    def any_pooled(self) -> bool:
-        """Whether any request has a pooled block."""
-        return bool(self._pooled)
-
-    @property
     def num_blocks(self) -> int:
         """Blocks that the step loads; a shared one counts once."""
-        return len(self._readers)
+        return len(self.readers)
 
     def pooled(self, request_id: str) -> Collection[int]:
         """The pooled blocks of a request."""
-        return self._pooled.get(request_id, ())
+        return self.by_request.get(request_id, ())
 
     def runs(self, request_id: str) -> bool:
         """Whether the request ran in the last step followed and has pooled blocks."""
@@ -52,7 +47,7 @@ class ReadSet:
 
     def add(self, request_id: str, block_id: int) -> None:
         """A block of the request is pooled now; it has a row."""
-        blocks = self._pooled.setdefault(request_id, set())
+        blocks = self.by_request.setdefault(request_id, set())
         if block_id not in blocks:
             blocks.add(block_id)
             if request_id in self._running:
@@ -60,17 +55,17 @@ class ReadSet:
 
     def discard(self, request_id: str, block_id: int) -> None:
         """A block of the request is not pooled any more."""
-        blocks = self._pooled[request_id]
+        blocks = self.by_request[request_id]
         blocks.remove(block_id)
         if request_id in self._running:
             self._unread(block_id)
         if not blocks:
-            del self._pooled[request_id]
+            del self.by_request[request_id]
             self._running.discard(request_id)
 
     def forget(self, request_id: str) -> None:
         """The request gives its blocks back."""
-        blocks = self._pooled.pop(request_id, None)
+        blocks = self.by_request.pop(request_id, None)
         if blocks and request_id in self._running:
             self._running.remove(request_id)
             for block_id in blocks:
@@ -83,11 +78,11 @@ class ReadSet:
             scheduled: the requests that run in this step, by id.
             everyone: whether these are all requests, which saves a comparison.
         """
-        if len(self._running) == len(self._pooled) and (
+        if len(self._running) == len(self.by_request) and (
             everyone or self._running <= scheduled.keys()
         ):
             return
-        running, pooled, readers = self._running, self._pooled, self._readers
+        running, pooled, readers = self._running, self.by_request, self.readers
         gone: list[int] = []
         new: list[int] = []
         for request_id in [r for r in running if r not in scheduled]:
@@ -118,24 +113,24 @@ class ReadSet:
         return runs
 
     def _read(self, block_id: int) -> None:
-        readers = self._readers.get(block_id, 0)
-        self._readers[block_id] = readers + 1
+        readers = self.readers.get(block_id, 0)
+        self.readers[block_id] = readers + 1
         if not readers:
             self._loads.add(block_id, self._rows.row_of(block_id))
 
     def _unread(self, block_id: int) -> None:
-        readers = self._readers[block_id] - 1
+        readers = self.readers[block_id] - 1
         if readers:
-            self._readers[block_id] = readers
+            self.readers[block_id] = readers
         else:
-            del self._readers[block_id]
+            del self.readers[block_id]
             self._loads.remove(block_id)
 
     def check_integrity(self, tables: dict[str, set[int]]) -> None:
         """Raise IntegrityError unless the books agree with the requests' pooled ids."""
         self._loads.check_integrity()
-        if {r: ids for r, ids in tables.items() if ids} != self._pooled:
+        if {r: ids for r, ids in tables.items() if ids} != self.by_request:
             raise IntegrityError("pooled blocks of the requests disagree with their tables")
-        readers = Counter(b for r in self._running for b in self._pooled[r])
-        if dict(readers) != self._readers or len(readers) != len(self._loads):
+        readers = Counter(b for r in self._running for b in self.by_request[r])
+        if dict(readers) != self.readers or len(readers) != len(self._loads):
             raise IntegrityError("readers of pooled blocks disagree")

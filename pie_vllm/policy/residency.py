@@ -34,6 +34,7 @@ class Residency:
         rows: the ledger of the CPU pool's rows.
         boundary: ids below it are resident.
         window: pooled ids in all.
+        chunks_usable: of the pool, whose rows are handed out; see ``use_chunks``.
         demotions, promotions: counts since the start.
     """
 
@@ -73,7 +74,7 @@ class Residency:
         self._stores: dict[int, tuple[int, int]] = {}
         self._relabels = RelabelLog()
         self._step = 0
-        self._chunks_usable = geometry.num_chunks
+        self.chunks_usable = geometry.num_chunks
         self.demotions = 0
         self.promotions = 0
 
@@ -217,9 +218,9 @@ class Residency:
 
     def use_chunks(self, chunks: int) -> None:
         """Hand out rows of the first ``chunks`` chunks only, at least ``rows.chunks_held``."""
-        if chunks == self._chunks_usable:
+        if chunks == self.chunks_usable:
             return
-        self._chunks_usable = chunks
+        self.chunks_usable = chunks
         self.rows.usable = min(chunks * self.geometry.chunk_rows, self.geometry.rows)
         withheld = max(0, self.window - self.rows.usable)
         if withheld != self.queue.withheld:
@@ -249,16 +250,17 @@ class Residency:
         self._step += 1  # Steps without a plan count: the engine must notice the gap.
         reading = self.reading
         promotions: tuple[Copy, ...] = ()
-        if reading.any_pooled:
+        if reading.by_request:
             reading.follow(scheduled, len(scheduled) == len(self._requests))
-            if headroom is not None and forward and not self._stores:
+            free = self.queue.free_residents
+            if headroom is not None and free > headroom and forward and not self._stores:
                 promotions = promote_free(self, fresh, headroom, budget)
         self.queue.refresh()
         relabels = self._relabels.drain(self._requests, fresh)
         stores = self._take_stores()
-        if not (stores or promotions or relabels or reading.any_loads):
+        if not (stores or promotions or relabels or reading.readers):
             return None
-        loads, pooled = reading.take(), self.pooled_in_use
+        loads, pooled = reading.take(), self.window - self.queue.free_pooled
         return StepPlan(self._step, stores, promotions, loads, relabels, forward, pooled)
 
     def _take_stores(self) -> tuple[Copy, ...]:

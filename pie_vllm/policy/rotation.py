@@ -18,6 +18,7 @@ class Turns:
 
     Attributes:
         left_out: requests left out of steps so far; one may count often.
+        taken: whether the pooled blocks of all exceed the budget of this step.
         exceeds: whether a request of this step exceeds the budget alone.
     """
 
@@ -25,7 +26,7 @@ class Turns:
         """Nobody has run."""
         self._clock = 0
         self._last: dict[str, int] = {}
-        self._taken = False
+        self.taken = False
         self.left_out = 0
         self.exceeds = False
 
@@ -45,25 +46,23 @@ class Turns:
             priority: as ``choose``.
         """
         self.exceeds = False
-        self._taken = residency.reading.any_pooled and residency.pooled_in_use > decision.budget
-        if not self._taken and not residency.queue.frozen:
+        budget = decision.budget
+        self.taken = budget < residency.window and residency.pooled_in_use > budget
+        if not self.taken and not residency.queue.frozen:
             return []
         out: list[str] = []
-        if self._taken:
+        if self.taken:
             of = residency.reading.pooled
             pooled = {r.request_id: blocks for r in running if (blocks := of(r.request_id))}
             others = len(running) > len(pooled)
-            out, self.exceeds = self.choose(
-                pooled, decision.budget, decision.spare, others, priority
-            )
+            out, self.exceeds = self.choose(pooled, budget, decision.spare, others, priority)
             self.left_out += len(out)
         residency.begin_step(out)
         return out
 
     def end_step(self, scheduled: Iterable[str], residency: Residency) -> None:
-        """These requests run in the step."""
-        if self._taken:
-            self.ran(r for r in scheduled if residency.reading.runs(r))
+        """These requests run in a step in which turns are taken."""
+        self.ran(r for r in scheduled if residency.reading.runs(r))
 
     def choose(
         self,

@@ -132,7 +132,8 @@ class Simulation:
         over = residency.pooled_in_use > decision.limit
         headroom = tail_room(len(self._running), size) if over or not self._waiting else None
         plan = residency.end_step(ran, fresh, bool(ran), headroom, decision.budget)
-        self._turns.end_step(ran, residency)
+        if self._turns.taken:
+            self._turns.end_step(ran, residency)
         promoted = sum(copy.count for copy in plan.promotions) if plan else 0
         loads = residency.reading.num_blocks + promoted
         self._pass_time(ran, loads, within_budget=not self._turns.exceeds)

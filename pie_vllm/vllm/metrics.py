@@ -115,41 +115,38 @@ class Report:
 
 
 class StepLog:
-    """Writes one line of totals every few seconds while steps stream."""
+    """Writes one line of totals every few seconds while steps stream.
 
-    def __init__(self, geometry: Geometry) -> None:
-        self._geometry = geometry
-        self._written = time.monotonic()
-        self._totals = Totals()
-        self._pooled = 0
-        self._dirty = False
+    Attributes:
+        totals: the newest.
+    """
 
-    def record(self, totals: Totals, pooled: int) -> None:
-        """Note the newest totals and the pooled blocks in use; write when due."""
-        self._dirty |= totals != self._totals
-        self._totals, self._pooled = totals, pooled
-        if time.monotonic() - self._written >= LOG_SECONDS:
+    def __init__(self, residency: Residency) -> None:
+        """Nothing has happened."""
+        self._residency = residency
+        self._due = time.monotonic() + LOG_SECONDS
+        self.totals = self._told = Totals()
+
+    def record(self, totals: Totals) -> None:
+        """Note the newest totals; write when due."""
+        self.totals = totals
+        if time.monotonic() >= self._due:
             self.write()
-
-    @property
-    def totals(self) -> Totals:
-        """The newest totals."""
-        return self._totals
 
     def write(self) -> None:
         """Write the line, unless nothing happened since the last one."""
-        self._written = time.monotonic()
-        if not self._dirty:
+        self._due = time.monotonic() + LOG_SECONDS
+        totals, residency = self.totals, self._residency
+        if totals == self._told:
             return
-        self._dirty = False
-        totals = self._totals
+        self._told = totals
         logger.info(
             "Pie: steps=%d pooled=%d pooled_peak=%d pooled_blocks=%d bytes_loaded=%d "
             "bytes_stored=%d load_seconds=%.3f store_seconds=%.3f stall_seconds=%.3f",
             totals.steps,
-            self._pooled,
+            residency.pooled_in_use,
             totals.pooled_peak,
-            self._geometry.pooled_blocks,
+            residency.window,
             totals.bytes_loaded,
             totals.bytes_stored,
             totals.load_seconds,

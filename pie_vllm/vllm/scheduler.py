@@ -26,6 +26,8 @@ from pie_vllm.vllm.metrics import Control, Report, StepLog, Totals
 
 logger = init_logger("vllm.pie")
 
+IDLE_STEPS = 8
+"""Of steps that only decode while nothing is pooled, one in so many is observed."""
 
 _Mixed: Any = object  # What the mixin extends; vLLM's own classes are read as Any.
 
@@ -73,7 +75,7 @@ class PieSchedulerMixin(_Mixed):
         self.pie_decision = self.pie_decider.decide()
         by_priority = vllm_config.scheduler_config.policy == "priority"
         self._priority = (lambda name: self.requests[name].priority) if by_priority else None
-        self.pie_log = StepLog(geometry)
+        self.pie_log = StepLog(self.kv_cache_manager.residency)
         self.pie_report = Report(geometry)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -86,7 +88,8 @@ class PieSchedulerMixin(_Mixed):
         demotions = residency.demotions
         if pool.begin_step():
             residency.queue.forget_cached_pooled()
-        residency.use_chunks(pool.usable)
+        if pool.usable != residency.chunks_usable:
+            residency.use_chunks(pool.usable)
         for request_id in turns.begin_step(self.running, residency, decision, self._priority):
             # vLLM counts the step when it schedules it, and runs who is due in it or before.
             self.requests[request_id].next_decode_eligible_step = self.current_step + 2
@@ -94,11 +97,12 @@ class PieSchedulerMixin(_Mixed):
         output.pie_plan = self._plan(output, decision)
         output.pie_pool = pool.end_step(
             residency.rows.chunks_held,
-            in_use=residency.reading.any_pooled,
+            in_use=bool(residency.reading.by_request),
             changed=residency.demotions != demotions or not output.num_scheduled_tokens,
         )
         output.pie_within_budget = not turns.exceeds
-        turns.end_step(output.num_scheduled_tokens, residency)
+        if turns.taken:
+            turns.end_step(output.num_scheduled_tokens, residency)
         return output
 
     def _prompt_tokens(self) -> int:
@@ -131,7 +135,7 @@ class PieSchedulerMixin(_Mixed):
             several = [r for r, count in scheduled.items() if count > 1 and r not in fresh]
         manager.completions.next_step(self.requests, several, fresh)
         headroom = None
-        if residency.reading.any_pooled and (
+        if residency.reading.by_request and (
             not self.waiting
             or len(self.running) >= self.max_num_running_reqs
             or residency.pooled_in_use > decision.limit
@@ -147,18 +151,22 @@ class PieSchedulerMixin(_Mixed):
         if stats is not None:
             self._observe(scheduler_output, stats, model_runner_output.pie_seconds)
             self.pie_pool.report(model_runner_output.pie_pool)
-            self.pie_log.record(stats, self.kv_cache_manager.residency.pooled_in_use)
+            self.pie_log.record(stats)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _observe(self, output: Any, totals: Totals, seconds: float) -> None:
+        tokens, requests = output.total_num_scheduled_tokens, len(output.num_scheduled_tokens)
         before = self.pie_log.totals
+        # While nothing moves, a step that only decodes says little that is new.
+        if tokens == requests and totals == before and self.current_step % IDLE_STEPS:
+            return
         seen = Observation(
-            tokens=output.total_num_scheduled_tokens,
-            requests=len(output.num_scheduled_tokens),
-            seconds=seconds,
-            stall_seconds=totals.stall_seconds - before.stall_seconds,
-            bytes_loaded=totals.bytes_loaded - before.bytes_loaded,
-            load_seconds=totals.load_seconds - before.load_seconds,
+            tokens,
+            requests,
+            seconds,
+            totals.stall_seconds - before.stall_seconds,
+            totals.bytes_loaded - before.bytes_loaded,
+            totals.load_seconds - before.load_seconds,
         )
         self.pie_decider.observe(seen, within_budget=output.pie_within_budget)
 

@@ -54,7 +54,7 @@ def test_loads_are_the_union_over_scheduled_requests(
             scheduled = names
             reading.follow(dict.fromkeys(names, 1))
             wanted = {b for r in names for b in pooled.get(r, ())}
-            assert reading.any_loads == bool(wanted)
+            assert bool(reading.readers) == bool(wanted)
         elif kind == "take":
             reading.follow(dict.fromkeys(scheduled, 1))
             loads = reading.take()
@@ -78,7 +78,7 @@ def test_the_same_loads_are_not_sent_twice() -> None:
     reading.follow({"a": 1})
     assert reading.take() is None
     reading.follow({})
-    assert not reading.any_loads
+    assert not reading.readers
     reading.follow({"a": 1})
     assert reading.take() == (Copy(10, 0, 2), Copy(14, 4, 1))
 
