@@ -76,10 +76,15 @@ class Machine:
             exposed=1 / LAYERS,
         )
 
-    def geometry(self) -> Geometry:
-        """As a server plans it, with a pool of four times the device's KV bytes."""
+    def prior(self) -> Prior:
+        """What a server measures at start."""
         profile = self.profile()
         step = profile.base + MAX_NUM_SEQS * profile.per_request
+        return Prior(self.link, step_seconds=step)
+
+    def geometry(self) -> Geometry:
+        """As a server plans it, with a pool of four times the device's KV bytes."""
+        step = self.prior().step_seconds or 0.0
         return plan_geometry(
             num_layers=LAYERS,
             page_bytes=PAGE_BYTES,
@@ -151,8 +156,7 @@ def play(machine: Machine, excess: float) -> dict[str, Any]:
     geometry = machine.geometry()
     jobs = chats(geometry, excess)
     all_blocks = sum((job.prompt + job.answer) // BLOCK_TOKENS + 2 for job in jobs)
-    prior = Prior(machine.link)  # as a server measures it at start
-    decider = Decider(geometry.row_bytes, geometry.pooled_blocks, prior=prior)
+    decider = Decider(geometry.row_bytes, geometry.pooled_blocks, prior=machine.prior())
     pie = Simulation(geometry, machine.profile(), jobs, decider).run()
     equal = stock(machine, jobs, machine.kv_bytes // ROW_BYTES)
     plenty = stock(machine, jobs, all_blocks)

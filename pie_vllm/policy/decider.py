@@ -76,28 +76,32 @@ class Decider:
         self._carried = 0.0
         self._rate: float | None = None  # Blocks a second, once known.
         self._hidden: float | None = None  # Blocks that a step which only decodes can load.
-        bandwidth = self.detector.bandwidth
-        if bandwidth is not None and target is not None:
-            self._rate = bandwidth / row_bytes
         first = window if target is None else min(FIRST_BLOCKS, window)
         self._first = Decision(first, first, 0)
         self._everything = Decision(window, window, 0)
+        self._predict()
 
     def observe(self, seen: Observation, *, within_budget: bool = True) -> None:
         """Learn from a step; ``within_budget`` as ``Detector.observe``."""
         detector, target = self.detector, self._target
         within_budget &= self._hidden is not None  # Before, there was no budget.
         detector.observe(seen, within_budget=within_budget)
-        bandwidth, step = detector.bandwidth, detector.step_seconds
+        bandwidth = detector.bandwidth
         if target is None or bandwidth is None:
             return
-        self._rate = rate = bandwidth / self._row_bytes
-        stall, most = seen.stall_seconds, self._window / rate
+        stall, most = seen.stall_seconds, self._window * self._row_bytes / bandwidth
         saved = self._saved + target * (seen.seconds - stall) - stall
         self._saved = most if saved > most else -most if saved < -most else saved
         self._correct(target, loaded=bool(seen.bytes_loaded) and within_budget)
+        self._predict()
+
+    def _predict(self) -> None:
+        bandwidth, step = self.detector.bandwidth, self.detector.step_seconds
+        if self._target is None or bandwidth is None:
+            return
+        self._rate = bandwidth / self._row_bytes
         if step is not None:
-            self._hidden = self._gain * rate * step
+            self._hidden = self._gain * self._rate * step
 
     def _correct(self, target: float, *, loaded: bool) -> None:
         """Feedback on a step; ``loaded`` if its loads were to hide behind its compute."""

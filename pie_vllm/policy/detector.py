@@ -38,10 +38,12 @@ class Prior(NamedTuple):
     Attributes:
         bandwidth: from the CPU to the device, bytes per second; None if unknown.
         most_bandwidth: that is counted on, whatever is measured; None is without end.
+        step_seconds: of a step that only decodes; None if unknown. The first such step replaces it.
     """
 
     bandwidth: float | None = None
     most_bandwidth: float | None = None
+    step_seconds: float | None = None
 
 
 NOTHING = Prior()
@@ -54,7 +56,7 @@ class Detector:
     change little from one to the next, and prompt tokens come on top.
 
     Attributes:
-        step_seconds: of a step that only decodes, with all its KV on the device; None at first.
+        step_seconds: of a step that only decodes with all its KV on the device; None if unknown.
         slope: seconds for each prompt token; 0 while unknown.
         bandwidth: bytes per second to the device that can be counted on, None while unknown: those
             of the link while it is busy, and no more than the prior's most.
@@ -63,7 +65,8 @@ class Detector:
 
     def __init__(self, prior: Prior = NOTHING) -> None:
         """Nothing is known but the prior."""
-        self.step_seconds: float | None = None
+        self.step_seconds = prior.step_seconds
+        self._guessed = True
         self.slope = 0.0
         self.stall_share = 0.0
         self._busy = 0.0 if prior.bandwidth is None else PRIOR_SECONDS
@@ -102,7 +105,10 @@ class Detector:
     def _learn(self, compute: float, prompt_tokens: int) -> None:
         if prompt_tokens <= 0:
             known = self.step_seconds
-            self.step_seconds = compute if known is None else known + WEIGHT * (compute - known)
+            if known is None or self._guessed:
+                self.step_seconds, self._guessed = compute, False
+            else:
+                self.step_seconds = known + WEIGHT * (compute - known)
             return
         slope = max(compute - (self.step_seconds or 0.0), 0.0) / prompt_tokens
         self.slope += (WEIGHT if self.slope else 1.0) * (slope - self.slope)

@@ -14,7 +14,7 @@ def blocks_fed(link_bytes_per_s: float, step_seconds: float, row_bytes: int) -> 
 
     Args:
         link_bytes_per_s: from the CPU to the device.
-        step_seconds: of a step that decodes, attention and output layer left out.
+        step_seconds: of a step that decodes, attention left out.
         row_bytes: of one block in all layers.
     """
     return max(1, math.ceil(link_bytes_per_s * step_seconds / row_bytes))

@@ -71,14 +71,14 @@ class PieWorkerMixin(_Mixed):
             ring_slots=config.ring_slots,
         )
         plan(ring_fraction=config.ring_fraction, fed_blocks=1)  # Refuses early what cannot work.
-        self._pie_prior = self._pie_measure(len(specs), spec.page_size_bytes)
-        share, fed, bandwidth = config.ring_fraction, None, self._pie_prior.bandwidth
-        if share is None and bandwidth is None:
+        row_bytes = len(specs) * spec.page_size_bytes
+        requests = self._pie_requests(device_bytes // row_bytes, needed)
+        prior = self._pie_prior = self._pie_measure(len(specs), spec.page_size_bytes, requests)
+        share, fed = config.ring_fraction, None
+        if share is None and prior.bandwidth is None:
             share = UNKNOWN_LINK_FRACTION
-        elif share is None and bandwidth is not None and config.target_slowdown is not None:
-            row_bytes = len(specs) * spec.page_size_bytes
-            requests = self._pie_requests(device_bytes // row_bytes, needed)
-            fed = self._pie_fed_blocks(bandwidth, requests, row_bytes)
+        elif share is None and prior.bandwidth is not None and prior.step_seconds is not None:
+            fed = blocks_fed(prior.bandwidth, prior.step_seconds, row_bytes)
         geometry = self._pie_geometry = plan(ring_fraction=share, fed_blocks=fed)
         logger.info(
             "Pie: %d resident blocks, %d pooled blocks, ring %d slots %.1f MiB (costs %.1f "
@@ -99,13 +99,22 @@ class PieWorkerMixin(_Mixed):
         )
         return geometry.num_blocks * geometry.row_bytes
 
-    def _pie_measure(self, num_layers: int, page_bytes: int) -> Prior:
-        """How fast the link is: as the user said, as measured, or not known."""
+    def _pie_measure(self, num_layers: int, page_bytes: int, requests: int) -> Prior:
+        """How fast the link is, and how long a step with so many requests takes.
+
+        The link as the user said, as measured, or not known; the step where a target asks for it.
+        """
         config = settings.of(self.vllm_config).config
+        seconds = None
+        if config.target_slowdown is not None:
+            seconds = compat.decode_seconds(self.model_runner, requests)
+            logger.info(
+                "Pie: %d requests decode in %.1f ms without attention", requests, 1e3 * seconds
+            )
         if config.link_gbps is not None:
             given = config.link_gbps * 1e9
             logger.info("Pie: link to the device counted on for %.2f GB/s", config.link_gbps)
-            return Prior(given, most_bandwidth=given)
+            return Prior(given, given, seconds)
         try:
             link = measure_link(
                 num_layers,
@@ -116,9 +125,9 @@ class PieWorkerMixin(_Mixed):
             )
         except TransferError as error:
             logger.warning("Pie: the link could not be measured at start: %s", error)
-            return Prior()
+            return Prior(step_seconds=seconds)
         logger.info("Pie: link %s", link)
-        return Prior(link.load)
+        return Prior(link.load, step_seconds=seconds)
 
     def _pie_requests(self, device_blocks: int, longest: int) -> int:
         """Requests that run at once when each takes a quarter of the blocks of the longest one."""
@@ -128,19 +137,6 @@ class PieWorkerMixin(_Mixed):
             int(scheduler.max_num_batched_tokens),
             max(1, device_blocks // max(1, longest // 4)),
         )
-
-    def _pie_fed_blocks(self, bandwidth: float, requests: int, row_bytes: int) -> int:
-        """Pooled blocks that the link can feed in a step that only decodes."""
-        seconds = compat.decode_seconds(self.model_runner, requests)
-        fed = blocks_fed(bandwidth, seconds, row_bytes)
-        logger.info(
-            "Pie: %d requests decode in %.1f ms without attention: the link can feed %d pooled "
-            "blocks",
-            requests,
-            1e3 * seconds,
-            fed,
-        )
-        return fed
 
     def _pie_needed_blocks(self, block_size: int) -> int:
         """Blocks of one longest request; 1 where vLLM fits the length to the memory."""

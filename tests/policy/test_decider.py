@@ -63,6 +63,14 @@ def test_what_was_measured_at_start_is_the_first_budget() -> None:
     assert decider.decide().budget <= 20
 
 
+def test_the_step_that_was_timed_at_start_is_the_first_budget_too() -> None:
+    """Without waiting for a step; the first one that only decodes replaces it."""
+    decider = Decider(ROW, WINDOW, prior=Prior(1e9, step_seconds=0.05))
+    assert decider.decide().budget == pytest.approx(0.9 * 1e9 * 0.05 / ROW, abs=1)
+    decider.observe(Observation(32, 32, 0.1))
+    assert decider.decide().budget == pytest.approx(0.9 * 1e9 * 0.1 / ROW, abs=1)
+
+
 def test_no_more_of_the_link_is_counted_on_than_was_said() -> None:
     """However fast it is; a slower one is noticed."""
     for link, hidden in ((5e9, 100), (5e8, 50)):
