@@ -2,7 +2,8 @@
 
 The chats of `benchmarks.throughput` at equal device bytes, with the host driver's link held to each
 of several speeds per direction ("none" is as fast as memory copies are), between stock vLLM with
-the same device bytes and stock vLLM with memory for every chat:
+the same device bytes and stock vLLM with memory for every chat. Beside each figure stands what the
+simulator says of the same chats, its model of a step fitted to stock's steps of the same round:
 
     python -m benchmarks.link_speeds [--speeds 0.1,0.3,1,3,none] [--repeats 3]
 """
@@ -16,11 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.agreement import add_simulated
 from benchmarks.harness.drawing import drawing
 from benchmarks.harness.load import Load
 from benchmarks.harness.options import parser_of, run_spec
 from benchmarks.harness.report import publish
-from benchmarks.harness.rounds import Figures, Question, column, run_rounds
+from benchmarks.harness.rounds import Figures, Question, column, in_all, run_rounds
 from benchmarks.harness.shape import PieSizes, kv_shape
 from benchmarks.harness.stats import draw_curve, spread
 from benchmarks.throughput import compare_answers, pie_keys, run_once
@@ -51,7 +53,7 @@ def specs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         if speed != "none":
             keys["emulated_link_gbps"] = float(speed)
         runs[f"pie_{speed}"] = run_spec(args, shape, args.device_blocks, keys)
-    return runs
+    return {name: spec | {"watch_steps": True} for name, spec in runs.items()}
 
 
 def add_shares(figures: Mapping[str, Sequence[Figures]]) -> None:
@@ -79,6 +81,9 @@ def plot(path: Path, title: str, figures: Mapping[str, Sequence[Figures]]) -> No
             if name in figures:
                 level = spread(column(figures[name], "tok_s")).median
                 left.axhline(level, color="tab:gray", linestyle=style, label=name)
+        if all(in_all(figures[name], "simulated_tok_s") for name in speeds):
+            said = [spread(column(figures[name], "simulated_tok_s")).median for name in speeds]
+            left.plot(places, said, color="tab:blue", linestyle=":", label="simulated")
         left.set_ylim(bottom=0)
         left.set_ylabel("tokens/s, median; dots are runs")
         left.legend()
@@ -124,6 +129,7 @@ def main() -> None:
     figures = run_rounds({name: runner(name) for name in runs}, args.repeats)
     compare_answers(figures)
     add_shares(figures)
+    add_simulated(figures, runs)
     questions = [
         Question(name, "stock_equal", ASKED) for name in figures if name.startswith("pie_")
     ]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.harness.load import Load
+from benchmarks.harness.step_times import watch_steps
 from benchmarks.harness.token_gaps import gap_figures, watch_pooled
 
 WARM_UP = Load(chats=2, tokens=16)
@@ -33,14 +34,15 @@ def make_llm(spec: dict[str, Any]) -> Any:
     return llm
 
 
-def add_chats(llm: Any, load: Load, longer: Sequence[int] = ()) -> None:
+def add_chats(llm: Any, load: Load, longer: Sequence[int] = ()) -> list[int]:
     """Add all chats of `load` before the first step: with that, vLLM is deterministic.
 
-    The first chats may be `longer` by some tokens each.
+    The first chats may be `longer` by some tokens each. Returns the tokens of each prompt.
     """
     from vllm import SamplingParams
 
     tokenizer = llm.get_tokenizer()
+    prompts = []
     for index, prompt in enumerate(load.prompts()):
         tokens = load.tokens + sum(longer[index : index + 1])
         sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
@@ -49,6 +51,8 @@ def add_chats(llm: Any, load: Load, longer: Sequence[int] = ()) -> None:
         )
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         llm.llm_engine.add_request(str(index), {"prompt_token_ids": ids}, sampling)
+        prompts.append(len(ids))
+    return prompts
 
 
 class Steps(NamedTuple):
@@ -108,7 +112,8 @@ def main() -> None:
 
     pooled = watch_pooled(llm) if spec["pie"] is not None else ()
 
-    add_chats(llm, load)
+    prompts = add_chats(llm, load)
+    watched = watch_steps(llm)
     steps = run_steps(llm, load, pooled)
 
     result: dict[str, Any] = {
@@ -119,6 +124,14 @@ def main() -> None:
         "num_blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
         "tokens": steps.tokens,
     }
+    if spec.get("watch_steps"):
+        limits = llm.llm_engine.vllm_config.scheduler_config
+        result["trace"] = {
+            "steps": watched,
+            "prompts": prompts,
+            "max_running": limits.max_num_seqs,
+            "max_tokens": limits.max_num_batched_tokens,
+        }
     if spec["pie"] is not None:
         result["pie_before"] = pie_before
         result["pie"] = pie_counters(llm)

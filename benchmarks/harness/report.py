@@ -14,6 +14,7 @@ from benchmarks.harness.stats import spread
 
 FIGURES = (
     ("tok_s", "tokens/s", 0),
+    ("simulated_tok_s", "simulated tokens/s", 0),
     ("ttft_p50_ms", "TTFT p50 ms", 0),
     ("ttft_p99_ms", "TTFT p99 ms", 0),
     ("tpot_p50_ms", "TPOT p50 ms", 1),

@@ -225,6 +225,7 @@ class Simulation:
             + profile.per_request * len(ran)
             + profile.per_prompt_token * (tokens - len(ran))
             + profile.per_block * blocks
+            + profile.per_load * loads
         )
         load = loads * row / profile.link
         stall = max(load - compute, load * profile.exposed)

@@ -21,6 +21,8 @@ class Profile:
         per_prompt_token: seconds for each prompt token.
         per_block: seconds to read one block of context on the device.
         exposed: share of a step's loads that no compute hides: the first layer's.
+        per_load: seconds by which the load of one block slows the compute beside it: memory
+            bandwidth that they share. None on most GPUs, much on a CPU.
     """
 
     link: float
@@ -29,6 +31,7 @@ class Profile:
     per_prompt_token: float
     per_block: float
     exposed: float = 0.0
+    per_load: float = 0.0
 
 
 class Job(NamedTuple):
