@@ -3,7 +3,7 @@
 The chats of `benchmarks.throughput` at equal device bytes, with the host driver's link held to each
 of several speeds per direction ("none" is as fast as memory copies are), between stock vLLM with
 the same device bytes and stock vLLM with memory for every chat. Beside each figure stands what the
-simulator says of the same chats, its model of a step fitted to stock's steps of the same round:
+simulator says of the same chats, see `benchmarks.harness.agreement`:
 
     python -m benchmarks.link_speeds [--speeds 0.1,0.3,1,3,none] [--repeats 3]
 """
@@ -56,16 +56,18 @@ def specs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return {name: spec | {"watch_steps": True} for name, spec in runs.items()}
 
 
-def add_shares(figures: Mapping[str, Sequence[Figures]]) -> None:
-    """Add the share of the time that pie's steps stalled."""
+def add_shares(
+    figures: Mapping[str, Sequence[Figures]], specs: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Add the share of the time that steps stalled, and how fast the link was while it loaded."""
     for name, runs in figures.items():
         for run in runs:
             run["stall_share"] = run.get("stall_seconds", 0.0) / run["seconds"]
-            if not name.startswith("pie"):
+            if specs[name]["pie"] is None:
                 continue
-            run["bandwidth_gbps"] = (
-                run["loaded_mib"] * 2**20 / 1e9 / max(run["pie"]["load_seconds"], 1e-9)
-            )
+            given = specs[name]["pie"].get("emulated_link_gbps", float("inf"))
+            busy = run["load_seconds"]
+            run["bandwidth_gbps"] = run["loaded_mib"] * 2**20 / 1e9 / busy if busy else given
 
 
 def plot(path: Path, title: str, figures: Mapping[str, Sequence[Figures]]) -> None:
@@ -128,7 +130,7 @@ def main() -> None:
 
     figures = run_rounds({name: runner(name) for name in runs}, args.repeats)
     compare_answers(figures)
-    add_shares(figures)
+    add_shares(figures, runs)
     add_simulated(figures, runs)
     questions = [
         Question(name, "stock_equal", ASKED) for name in figures if name.startswith("pie_")

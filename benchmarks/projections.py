@@ -22,8 +22,8 @@ from benchmarks.harness.options import plain_parser
 from pie_vllm.policy.decider import Decider
 from pie_vllm.policy.detector import Prior
 from pie_vllm.policy.geometry import Geometry, plan_geometry
-from pie_vllm.policy.simulator import Simulation
-from pie_vllm.policy.traces import Job, Outcome, Profile, Static
+from pie_vllm.policy.simulator import Simulation, run_stock
+from pie_vllm.policy.traces import Job, Profile
 from pie_vllm.policy.window import blocks_fed
 
 LAYERS, BLOCK_TOKENS = 32, 16
@@ -145,12 +145,6 @@ def chats(geometry: Geometry, excess: float) -> list[Job]:
     return jobs
 
 
-def stock(machine: Machine, jobs: list[Job], blocks: int) -> Outcome:
-    """Stock vLLM with so many blocks."""
-    sizes = Geometry(LAYERS, PAGE_BYTES, blocks, 1, 3, 1, 1, GRANULARITY)
-    return Simulation(sizes, machine.profile(), jobs, Static(0)).run()
-
-
 def play(machine: Machine, excess: float) -> dict[str, Any]:
     """One machine."""
     geometry = machine.geometry()
@@ -158,8 +152,8 @@ def play(machine: Machine, excess: float) -> dict[str, Any]:
     all_blocks = sum((job.prompt + job.answer) // BLOCK_TOKENS + 2 for job in jobs)
     decider = Decider(geometry.row_bytes, geometry.pooled_blocks, prior=machine.prior())
     pie = Simulation(geometry, machine.profile(), jobs, decider).run()
-    equal = stock(machine, jobs, machine.kv_bytes // ROW_BYTES)
-    plenty = stock(machine, jobs, all_blocks)
+    equal = run_stock(machine.kv_bytes // ROW_BYTES, machine.profile(), jobs)
+    plenty = run_stock(all_blocks, machine.profile(), jobs)
     return {
         "machine": machine.name,
         "source": machine.source,

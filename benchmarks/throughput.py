@@ -88,7 +88,8 @@ def add_pie_figures(figures: Figures) -> None:
     before, after = figures.pop("pie_before"), figures["pie"]
     for key, name in (("bytes_loaded", "loaded_mib"), ("bytes_stored", "stored_mib")):
         figures[name] = (after[key] - before[key]) / MIB
-    figures["stall_seconds"] = after["stall_seconds"] - before["stall_seconds"]
+    for key in ("stall_seconds", "load_seconds"):
+        figures[key] = after[key] - before[key]
     figures["pie_pooled_peak"] = after["pooled_peak"]
     figures["idle_cost_blocks"] = after["idle_cost_blocks"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from pie_vllm.policy.decider import Decider, Decision
 from pie_vllm.policy.geometry import Geometry
-from pie_vllm.policy.simulator import Simulation
-from pie_vllm.policy.traces import Job, Outcome, Profile, Static
+from pie_vllm.policy.simulator import run_stock
+from pie_vllm.policy.traces import Job, Outcome, Profile
 
 LAYERS, PAGE_BYTES, RING_SLOTS, GRANULARITY = 32, 65536, 3, 4096
 
@@ -61,8 +61,7 @@ def random_case(seed: int) -> Case:
 def stock(case: Case, *, with_ring: bool) -> Outcome:
     """Stock vLLM on the same device: the residents, and the ring's bytes as further ones."""
     ring = RING_SLOTS * case.geometry.pooled_blocks // LAYERS if with_ring else 0
-    sizes = geometry(case.geometry.resident_blocks + ring, 1)
-    return Simulation(sizes, case.profile, case.jobs, Static(0)).run()
+    return run_stock(case.geometry.resident_blocks + ring, case.profile, case.jobs)
 
 
 class _LimitAt(Decider):

@@ -113,7 +113,7 @@ def main() -> None:
     pooled = watch_pooled(llm) if spec["pie"] is not None else ()
 
     prompts = add_chats(llm, load)
-    watched = watch_steps(llm)
+    watched = watch_steps(llm) if spec.get("watch_steps") else None
     steps = run_steps(llm, load, pooled)
 
     result: dict[str, Any] = {
@@ -124,7 +124,7 @@ def main() -> None:
         "num_blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
         "tokens": steps.tokens,
     }
-    if spec.get("watch_steps"):
+    if watched is not None:
         limits = llm.llm_engine.vllm_config.scheduler_config
         result["trace"] = {
             "steps": watched,

@@ -87,7 +87,7 @@ def sides(module: str, specs: Mapping[str, dict[str, Any]], suffix: str = "") ->
     """
     found: Sides = {}
     try:
-        with working("starting two engines"):
+        with working(f"starting {len(specs)} engines"):
             for name, spec in specs.items():
                 found[name] = Side(module, name + suffix, spec)
         yield found

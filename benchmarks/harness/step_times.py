@@ -18,7 +18,7 @@ class Step(NamedTuple):
         requests: that ran.
         prompt_tokens: computed beyond one for each request.
         blocks: that these requests hold.
-        loads: pooled blocks that they read.
+        loads: blocks that came over the link for it: pooled ones that it reads, promotions.
     """
 
     seconds: float
@@ -41,8 +41,10 @@ def watch_steps(llm: Any) -> list[Step]:
     def updated(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal before
         scheduled = scheduler_output.num_scheduled_tokens
-        blocks = sum(len(tables[name]) for name in scheduled)
-        loads = residency.reading.num_blocks if residency is not None else 0
+        blocks = sum(len(tables.get(name, ())) for name in scheduled)
+        plan = getattr(scheduler_output, "pie_plan", None)
+        promoted = sum(copy.count for copy in plan.promotions) if plan is not None else 0
+        loads = residency.reading.num_blocks + promoted if residency is not None else 0
         result = update(scheduler_output, *args, **kwargs)
         now = time.perf_counter()
         tokens = scheduler_output.total_num_scheduled_tokens - len(scheduled)
@@ -83,14 +85,5 @@ def fit(steps: Sequence[Step]) -> tuple[float, float, float, float]:
 
 def slowed_by_loads(profile: Profile, steps: Sequence[Step], stall_seconds: float) -> float:
     """Seconds by which each load slowed these steps of pie, beyond the stall and the model."""
-    over = sum(step.seconds - _all_resident(profile, step) for step in steps) - stall_seconds
+    over = sum(step.seconds - profile.step_seconds(*step[1:4]) for step in steps) - stall_seconds
     return max(over, 0.0) / max(sum(step.loads for step in steps), 1)
-
-
-def _all_resident(profile: Profile, step: Step) -> float:
-    return (
-        profile.base
-        + profile.per_request * step.requests
-        + profile.per_prompt_token * step.prompt_tokens
-        + profile.per_block * step.blocks
-    )

@@ -64,7 +64,7 @@ class Decider:
             row_bytes: of one block in all layers.
             window: pooled ids.
             target: stall allowed as a share of the time without; None limits nothing.
-            prior: what is known of the link.
+            prior: what is known of the link and of steps.
         """
         self.detector = Detector(prior)
         self._row_bytes = row_bytes

@@ -113,7 +113,7 @@ class ElasticPool:
             self.order = PoolOrder(1, idle=True)
         return gone
 
-    def end_step(self, held: int, *, in_use: bool, changed: bool = True) -> PoolOrder:
+    def end_step(self, held: int, *, in_use: bool, changed: bool) -> PoolOrder:
         """After a step was planned: the order that travels with it.
 
         Args:

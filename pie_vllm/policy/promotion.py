@@ -18,17 +18,16 @@ def tail_room(running: int, block_size: int) -> int:
 
 
 def promote_free(
-    residency: Residency, fresh: Collection[str], headroom: int, budget: int | None
+    residency: Residency, fresh: Collection[str], room: int, budget: int | None
 ) -> tuple[Copy, ...]:
     """Promote blocks of running requests, the first admitted first; returns the copies.
 
     Args:
         residency: whose blocks.
         fresh: requests whose tables were sent already; theirs stay where they are.
-        headroom: free residents to leave alone.
+        room: free residents to use.
         budget: blocks that the step may load; None is without end.
     """
-    room = residency.queue.free_residents - headroom
     reading, victims = residency.reading, residency.victims
     spare = residency.window if budget is None else budget - reading.num_blocks
     copies: list[tuple[int, int]] = []

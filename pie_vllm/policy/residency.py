@@ -218,8 +218,6 @@ class Residency:
 
     def use_chunks(self, chunks: int) -> None:
         """Hand out rows of the first ``chunks`` chunks only, at least ``rows.chunks_held``."""
-        if chunks == self.chunks_usable:
-            return
         self.chunks_usable = chunks
         self.rows.usable = min(chunks * self.geometry.chunk_rows, self.geometry.rows)
         withheld = max(0, self.window - self.rows.usable)
@@ -252,9 +250,9 @@ class Residency:
         promotions: tuple[Copy, ...] = ()
         if reading.by_request:
             reading.follow(scheduled, len(scheduled) == len(self._requests))
-            free = self.queue.free_residents
-            if headroom is not None and free > headroom and forward and not self._stores:
-                promotions = promote_free(self, fresh, headroom, budget)
+            room = 0 if headroom is None else self.queue.free_residents - headroom
+            if room > 0 and forward and not self._stores:
+                promotions = promote_free(self, fresh, room, budget)
         self.queue.refresh()
         relabels = self._relabels.drain(self._requests, fresh)
         stores = self._take_stores()

@@ -18,7 +18,6 @@ class Turns:
 
     Attributes:
         left_out: requests left out of steps so far; one may count often.
-        taken: whether the pooled blocks of all exceed the budget of this step.
         exceeds: whether a request of this step exceeds the budget alone.
     """
 
@@ -26,7 +25,7 @@ class Turns:
         """Nobody has run."""
         self._clock = 0
         self._last: dict[str, int] = {}
-        self.taken = False
+        self._taken = False
         self.left_out = 0
         self.exceeds = False
 
@@ -47,11 +46,11 @@ class Turns:
         """
         self.exceeds = False
         budget = decision.budget
-        self.taken = budget < residency.window and residency.pooled_in_use > budget
-        if not self.taken and not residency.queue.frozen:
+        self._taken = budget < residency.window and residency.pooled_in_use > budget
+        if not self._taken and not residency.queue.frozen:
             return []
         out: list[str] = []
-        if self.taken:
+        if self._taken:
             of = residency.reading.pooled
             pooled = {r.request_id: blocks for r in running if (blocks := of(r.request_id))}
             others = len(running) > len(pooled)
@@ -61,8 +60,9 @@ class Turns:
         return out
 
     def end_step(self, scheduled: Iterable[str], residency: Residency) -> None:
-        """These requests run in a step in which turns are taken."""
-        self.ran(r for r in scheduled if residency.reading.runs(r))
+        """These requests run in the step."""
+        if self._taken:
+            self.ran(r for r in scheduled if residency.reading.runs(r))
 
     def choose(
         self,

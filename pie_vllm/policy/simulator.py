@@ -19,7 +19,16 @@ from pie_vllm.policy.geometry import Geometry, cdiv, chunk_blocks_of
 from pie_vllm.policy.promotion import tail_room
 from pie_vllm.policy.residency import Residency
 from pie_vllm.policy.rotation import Turns
-from pie_vllm.policy.traces import Block, Decides, Free, Job, Outcome, Profile, StepTime
+from pie_vllm.policy.traces import (
+    Block,
+    Decides,
+    Free,
+    Job,
+    Outcome,
+    Profile,
+    Static,
+    StepTime,
+)
 
 
 @dataclass
@@ -132,8 +141,7 @@ class Simulation:
         over = residency.pooled_in_use > decision.limit
         headroom = tail_room(len(self._running), size) if over or not self._waiting else None
         plan = residency.end_step(ran, fresh, bool(ran), headroom, decision.budget)
-        if self._turns.taken:
-            self._turns.end_step(ran, residency)
+        self._turns.end_step(ran, residency)
         promoted = sum(copy.count for copy in plan.promotions) if plan else 0
         loads = residency.reading.num_blocks + promoted
         self._pass_time(ran, loads, within_budget=not self._turns.exceeds)
@@ -220,13 +228,7 @@ class Simulation:
         profile, row = self._profile, self._geometry.row_bytes
         tokens = sum(count for _, count in ran.values())
         blocks = sum(len(request.table) for request, _ in ran.values())
-        compute = (
-            profile.base
-            + profile.per_request * len(ran)
-            + profile.per_prompt_token * (tokens - len(ran))
-            + profile.per_block * blocks
-            + profile.per_load * loads
-        )
+        compute = profile.step_seconds(len(ran), tokens - len(ran), blocks, loads)
         load = loads * row / profile.link
         stall = max(load - compute, load * profile.exposed)
         began = self._clock
@@ -245,3 +247,18 @@ class Simulation:
                     self._running.remove(request)
                     self._free(request)
         self._times.append(StepTime(began, compute, stall, self._tokens - before))
+
+
+def run_stock(blocks: int, profile: Profile, jobs: Sequence[Job], **options: Any) -> Outcome:
+    """Play a trace with so many blocks on the device and no pooled one.
+
+    Args:
+        blocks: with the null block.
+        profile: of the machine.
+        jobs: the trace.
+        options: keywords of ``Simulation``.
+    """
+    geometry = Geometry(1, 1, blocks, 1, 1, 1, 1, 1)
+    simulation = Simulation(geometry, profile, jobs, Static(0), **options)
+    simulation.residency.use_chunks(0)
+    return simulation.run()

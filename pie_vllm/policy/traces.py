@@ -33,6 +33,23 @@ class Profile:
     exposed: float = 0.0
     per_load: float = 0.0
 
+    def step_seconds(self, requests: int, prompt_tokens: int, blocks: int, loads: int = 0) -> float:
+        """Seconds that a step computes.
+
+        Args:
+            requests: that run.
+            prompt_tokens: computed beyond one for each request.
+            blocks: that these requests hold.
+            loads: blocks loaded beside it.
+        """
+        return (
+            self.base
+            + self.per_request * requests
+            + self.per_prompt_token * prompt_tokens
+            + self.per_block * blocks
+            + self.per_load * loads
+        )
+
 
 class Job(NamedTuple):
     """One request: when it comes (seconds), its prompt and its answer (tokens)."""

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
+import torch
 import vllm
 from packaging.version import Version
 
@@ -211,11 +212,13 @@ def decode_seconds(runner: Any, requests: int) -> float:
         "hidden_states, last_hidden_states = self._dummy_run(",
         "self._sync_device()",
     )
+    expect(type(runner)._dummy_sampler_run, "self.model.compute_logits(hidden_states)")
     seconds = []
     for _ in range(3):
         start = perf_counter()
         _, last_hidden_states = runner._dummy_run(requests, is_profile=True)
-        runner.model.compute_logits(last_hidden_states)
+        with torch.inference_mode():
+            runner.model.compute_logits(last_hidden_states)
         runner._sync_device()
         seconds.append(perf_counter() - start)
     return min(seconds)

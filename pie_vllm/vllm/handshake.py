@@ -8,7 +8,7 @@ from pie_vllm.vllm import settings
 
 
 def give_geometry_to_scheduler(engine_core: Any, vllm_config: Any) -> None:
-    """Ask all workers for their geometry and link, once, before the scheduler is made.
+    """Ask all workers for their geometry and measurements, once, before the scheduler is made.
 
     Raises:
         RuntimeError: two ranks chose different sizes.

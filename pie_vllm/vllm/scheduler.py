@@ -26,9 +26,6 @@ from pie_vllm.vllm.metrics import Control, Report, StepLog, Totals
 
 logger = init_logger("vllm.pie")
 
-IDLE_STEPS = 8
-"""Of steps that only decode while nothing is pooled, one in so many is observed."""
-
 _Mixed: Any = object  # What the mixin extends; vLLM's own classes are read as Any.
 
 
@@ -101,8 +98,7 @@ class PieSchedulerMixin(_Mixed):
             changed=residency.demotions != demotions or not output.num_scheduled_tokens,
         )
         output.pie_within_budget = not turns.exceeds
-        if turns.taken:
-            turns.end_step(output.num_scheduled_tokens, residency)
+        turns.end_step(output.num_scheduled_tokens, residency)
         return output
 
     def _prompt_tokens(self) -> int:
@@ -155,14 +151,10 @@ class PieSchedulerMixin(_Mixed):
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _observe(self, output: Any, totals: Totals, seconds: float) -> None:
-        tokens, requests = output.total_num_scheduled_tokens, len(output.num_scheduled_tokens)
         before = self.pie_log.totals
-        # While nothing moves, a step that only decodes says little that is new.
-        if tokens == requests and totals == before and self.current_step % IDLE_STEPS:
-            return
         seen = Observation(
-            tokens,
-            requests,
+            output.total_num_scheduled_tokens,
+            len(output.num_scheduled_tokens),
             seconds,
             totals.stall_seconds - before.stall_seconds,
             totals.bytes_loaded - before.bytes_loaded,

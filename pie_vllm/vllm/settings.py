@@ -19,7 +19,7 @@ class PieSettings(dict[str, Any]):
     Attributes:
         config: the checked settings.
         geometry: the sizes, known once the workers have sized the tiers.
-        prior: the slowest link that the workers found at start.
+        prior: what the worker with the slowest link measured at start.
     """
 
     def __init__(self, config: PieConfig) -> None:

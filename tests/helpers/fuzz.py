@@ -48,7 +48,7 @@ class WatchedPool(ElasticPool):
             self.expired()
         return gone
 
-    def end_step(self, held: int, *, in_use: bool, changed: bool = True) -> PoolOrder:
+    def end_step(self, held: int, *, in_use: bool, changed: bool) -> PoolOrder:
         assert held <= self.usable, "a row is used for which there is no memory"
         return super().end_step(held, in_use=in_use, changed=changed)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pie_vllm.policy.elastic import FREE_MARGIN, ElasticPool, PoolOrder, PoolState
+from pie_vllm.policy.elastic import FREE_MARGIN, LOOK_STEPS, ElasticPool, PoolOrder, PoolState
 from pie_vllm.policy.geometry import Geometry
 
 GEOMETRY = Geometry(4, 4096, 20, 160, 2, 160, 8, 4096)
@@ -28,7 +28,9 @@ class World:
         """A step after some time, at whose end so many chunks are held."""
         self.now += seconds
         self.pool.begin_step()
-        order = self.pool.end_step(held, in_use=held > 0 if in_use is None else in_use)
+        order = self.pool.end_step(
+            held, in_use=held > 0 if in_use is None else in_use, changed=True
+        )
         self.pool.report(PoolState(order.chunks))
         return order
 
@@ -39,6 +41,21 @@ def test_one_chunk_while_nothing_is_pooled() -> None:
     first = world.step(0)
     assert first == PoolOrder(1, idle=True)
     assert all(world.step(0) is first for _ in range(5))
+
+
+def test_steps_that_change_nothing_look_now_and_then() -> None:
+    """What they would see was seen; a worker's refusal is looked at in the next one."""
+    world = World()
+    first = world.step(4)
+    world.now += 1000.0
+    assert world.pool.end_step(4, in_use=True, changed=False) is first
+    world.free = FREE_MARGIN
+    world.pool.report(PoolState(4, refused=1))
+    assert world.pool.end_step(4, in_use=True, changed=False).chunks == 4
+    world.pool.report(PoolState(4, refused=1))
+    world.free, world.now = FREE_MARGIN + CHUNKS * CHUNK_BYTES, world.now + 1000.0
+    orders = [world.pool.end_step(4, in_use=True, changed=False) for _ in range(LOOK_STEPS)]
+    assert {order.chunks for order in orders} == {4, 5}
 
 
 @pytest.mark.parametrize(("held", "chunks"), [(1, 2), (7, 8), (8, 10), (16, 19), (20, 20)])
@@ -66,7 +83,7 @@ def test_an_idle_pool_counts_as_gone_before_the_workers_give_it_back() -> None:
     assert world.step(10, in_use=False) == PoolOrder(12, idle=True)
     world.now += 59
     assert not world.pool.begin_step()
-    world.pool.end_step(10, in_use=False)
+    world.pool.end_step(10, in_use=False, changed=True)
     world.now += 60
     assert world.pool.begin_step()
     assert world.pool.order == PoolOrder(1, idle=True)
@@ -111,10 +128,10 @@ def test_memory_refused_to_a_worker_is_not_asked_for_again_at_once() -> None:
     world.pool.report(PoolState(4, refused=1))
     world.now += 2
     world.pool.begin_step()
-    assert world.pool.end_step(4, in_use=True).chunks == 4
+    assert world.pool.end_step(4, in_use=True, changed=True).chunks == 4
     world.now += 40
     world.pool.begin_step()
-    assert world.pool.end_step(4, in_use=True).chunks == 5
+    assert world.pool.end_step(4, in_use=True, changed=True).chunks == 5
 
 
 @given(
