@@ -29,7 +29,7 @@ MIB = 1 << 20
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.soak,
-    pytest.mark.timeout(int(SOAK_SECONDS) + 2400),
+    pytest.mark.timeout(2 * int(SOAK_SECONDS) + 2400),
 ]
 
 
@@ -52,23 +52,51 @@ def sampling(server: Server) -> Iterator[list[dict[str, Usage]]]:
         thread.join()
 
 
-def assert_flat(samples: list[dict[str, Usage]]) -> None:
-    """Compare the second quarter of the samples with the last one, by process."""
-    quarter = len(samples) // 4
-    assert quarter >= 2, f"only {len(samples)} samples"
-    for title in samples[0]:
-        early = [sample[title] for sample in samples[quarter : 2 * quarter]]
-        late = [sample[title] for sample in samples[-quarter:]]
+Quarters = dict[str, tuple[list[Usage], list[Usage]]]
+"""By process, the second quarter of the samples and the last one."""
+
+
+def quarters(samples: list[dict[str, Usage]]) -> Quarters:
+    """What is compared: the first quarter is still a warm-up."""
+    count = len(samples) // 4
+    assert count >= 2, f"only {len(samples)} samples"
+    middle, last = samples[count : 2 * count], samples[-count:]
+    return {title: ([s[title] for s in middle], [s[title] for s in last]) for title in samples[0]}
+
+
+def growth(early: list[Usage], late: list[Usage]) -> float:
+    """Private bytes gained, in the median."""
+    before, after = (statistics.median(u.private_bytes for u in part) for part in (early, late))
+    return after - before
+
+
+def assert_as_flat(ours: Quarters, stock: Quarters) -> None:
+    """No more threads and descriptors late than early; memory grows no more than stock's.
+
+    Stock's worker grows for minutes too, on a CPU: by 60 to 100 MiB in four of them.
+    """
+    for title, (early, late) in ours.items():
         assert max(u.threads for u in late) <= max(u.threads for u in early), title
         assert max(u.descriptors for u in late) <= max(u.descriptors for u in early) + 2, title
-        grown = statistics.median(u.private_bytes for u in late) - statistics.median(
-            u.private_bytes for u in early
-        )
-        assert grown <= 16 * MIB, f"{title} grew by {grown / MIB:.1f} MiB"
+        grown, allowed = growth(early, late), max(growth(*stock[title]), 0.0) + 16 * MIB
+        assert grown <= allowed, f"{title} grew by {grown / MIB:.1f} of {allowed / MIB:.1f} MiB"
+
+
+def stock_under_load(model: Path) -> Quarters:
+    """What stock vLLM uses under the same load."""
+    with make_server(model, "soak-stock", "--api-server-count=2", pie=False) as server:
+        server.start()
+        load(server.url, range(0, 1))
+        with sampling(server) as samples:
+            load_for(server.url, SOAK_SECONDS)
+        server.signal(signal.SIGTERM)
+        server.await_end(END_SECONDS)
+    return quarters(samples)
 
 
 def test_minutes_of_load_change_nothing(model: Path) -> None:
-    """Usage flat, answers equal, blocks all free after, nothing left at the end."""
+    """Usage as flat as stock's, answers equal, blocks free after, nothing left at the end."""
+    stock = stock_under_load(model)
     with make_server(model, "soak", "--api-server-count=2") as server:
         server.start()
         load(server.url, range(0, 1))  # warm-up: grammar threads, allocators
@@ -79,7 +107,7 @@ def test_minutes_of_load_change_nothing(model: Path) -> None:
         assert len(answers) > 2 * CLIENTS
         references = [alone(server.url, client) for client in range(ALONE)]
         assert differing([*answers, *references]) == []
-        assert_flat(samples)
+        assert_as_flat(quarters(samples), stock)
         metrics = server.metrics()
         assert metrics["vllm:num_preemptions_total"] > 0
         assert metrics["vllm:kv_cache_usage_perc"] == 0
