@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.display import console, working
+from benchmarks.harness.in_process import scheduler_of
 from benchmarks.harness.load import Load
 from benchmarks.harness.machine import facts, write_json
 from benchmarks.harness.one_run import WARM_UP, add_chats, make_llm, pie_counters, run_steps
@@ -58,7 +59,7 @@ def hold_all(llm: Any) -> None:
     """Order the whole pool, as if that much had been needed, and wait until it is there."""
     from pie_vllm.policy.elastic import PoolOrder
 
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    scheduler = scheduler_of(llm)
     residency = scheduler.kv_cache_manager.residency
     scheduler.pie_pool.order = PoolOrder(residency.geometry.num_chunks, idle=False)
     add_chats(llm, WARM_UP)

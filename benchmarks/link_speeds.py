@@ -25,7 +25,7 @@ from benchmarks.harness.report import publish
 from benchmarks.harness.rounds import Figures, Question, column, in_all, run_rounds
 from benchmarks.harness.shape import PieSizes, kv_shape
 from benchmarks.harness.stats import draw_curve, spread
-from benchmarks.throughput import compare_answers, pie_keys, run_once
+from benchmarks.throughput import MIB, compare_answers, pie_keys, run_once
 
 ASKED = 0.95
 """Before the ring's share of the blocks is accounted for."""
@@ -67,7 +67,7 @@ def add_shares(
                 continue
             given = specs[name]["pie"].get("emulated_link_gbps", float("inf"))
             busy = run["load_seconds"]
-            run["bandwidth_gbps"] = run["loaded_mib"] * 2**20 / 1e9 / busy if busy else given
+            run["bandwidth_gbps"] = run["loaded_mib"] * MIB / 1e9 / busy if busy else given
 
 
 def plot(path: Path, title: str, figures: Mapping[str, Sequence[Figures]]) -> None:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from benchmarks.harness.in_process import scheduler_of
+from pie_vllm.policy.plan import num_copied
 from pie_vllm.policy.traces import Profile
 
 
@@ -30,7 +32,7 @@ class Step(NamedTuple):
 
 def watch_steps(llm: Any) -> list[Step]:
     """A list that grows by one for each step of an engine in this process, stock's or pie's."""
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    scheduler = scheduler_of(llm)
     manager = scheduler.kv_cache_manager
     tables = manager.coordinator.single_type_managers[0].req_to_blocks
     residency = getattr(manager, "residency", None)
@@ -43,7 +45,7 @@ def watch_steps(llm: Any) -> list[Step]:
         scheduled = scheduler_output.num_scheduled_tokens
         blocks = sum(len(tables.get(name, ())) for name in scheduled)
         plan = getattr(scheduler_output, "pie_plan", None)
-        promoted = sum(copy.count for copy in plan.promotions) if plan is not None else 0
+        promoted = num_copied(plan.promotions) if plan is not None else 0
         loads = residency.reading.num_blocks + promoted if residency is not None else 0
         result = update(scheduler_output, *args, **kwargs)
         now = time.perf_counter()

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.harness.in_process import scheduler_of
 from benchmarks.harness.stats import curve, percentile
 
 
@@ -17,7 +18,7 @@ def watch_pooled(llm: Any) -> set[str]:
     steps in flight it would be the blocks of a step later; in one process vLLM has one in flight.
     """
     engine = llm.llm_engine
-    scheduler = engine.engine_core.engine_core.scheduler
+    scheduler = scheduler_of(llm)
     reading = scheduler.kv_cache_manager.residency.reading
     states = engine.output_processor.request_states
     update = scheduler.update_from_output

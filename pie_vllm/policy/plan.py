@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -16,6 +17,11 @@ class Copy(NamedTuple):
     block: int
     row: int
     count: int  # type: ignore[assignment]  # the word for it, over tuple.count
+
+
+def num_copied(copies: Iterable[Copy]) -> int:
+    """Blocks that these runs move."""
+    return sum(copy.count for copy in copies)
 
 
 class Relabel(NamedTuple):

@@ -258,7 +258,7 @@ class Residency:
         stores = self._take_stores()
         if not (stores or promotions or relabels or reading.readers):
             return None
-        loads, pooled = reading.take(), self.window - self.queue.free_pooled
+        loads, pooled = reading.take(), self.pooled_in_use
         return StepPlan(self._step, stores, promotions, loads, relabels, forward, pooled)
 
     def _take_stores(self) -> tuple[Copy, ...]:

@@ -16,6 +16,7 @@ from typing import Any
 from pie_vllm.policy.decider import Decision
 from pie_vllm.policy.detector import Observation
 from pie_vllm.policy.geometry import Geometry, cdiv, chunk_blocks_of
+from pie_vllm.policy.plan import num_copied
 from pie_vllm.policy.promotion import tail_room
 from pie_vllm.policy.residency import Residency
 from pie_vllm.policy.rotation import Turns
@@ -142,7 +143,7 @@ class Simulation:
         headroom = tail_room(len(self._running), size) if over or not self._waiting else None
         plan = residency.end_step(ran, fresh, bool(ran), headroom, decision.budget)
         self._turns.end_step(ran, residency)
-        promoted = sum(copy.count for copy in plan.promotions) if plan else 0
+        promoted = num_copied(plan.promotions) if plan else 0
         loads = residency.reading.num_blocks + promoted
         self._pass_time(ran, loads, within_budget=not self._turns.exceeds)
         self._decisions.append(decision)

@@ -75,10 +75,11 @@ class PieWorkerMixin(_Mixed):
         requests = self._pie_requests(device_bytes // row_bytes, needed)
         prior = self._pie_prior = self._pie_measure(len(specs), spec.page_size_bytes, requests)
         share, fed = config.ring_fraction, None
-        if share is None and prior.bandwidth is None:
-            share = UNKNOWN_LINK_FRACTION
-        elif share is None and prior.bandwidth is not None and prior.step_seconds is not None:
-            fed = blocks_fed(prior.bandwidth, prior.step_seconds, row_bytes)
+        if share is None:
+            if prior.bandwidth is None:
+                share = UNKNOWN_LINK_FRACTION
+            elif prior.step_seconds is not None:
+                fed = blocks_fed(prior.bandwidth, prior.step_seconds, row_bytes)
         geometry = self._pie_geometry = plan(ring_fraction=share, fed_blocks=fed)
         logger.info(
             "Pie: %d resident blocks, %d pooled blocks, ring %d slots %.1f MiB (costs %.1f "

@@ -15,7 +15,7 @@ import pytest
 from benchmarks.harness.counters import last_pie_line
 from tests.serving.process import Server, Usage, frames_of_ours, tracebacks_in_service
 from tests.serving.settings import make_server
-from tests.serving.traffic import CLIENTS, alone, differing, interrupted, load, load_for
+from tests.serving.traffic import CLIENTS, Answer, alone, differing, interrupted, load, load_for
 
 SOAK_SECONDS = float(os.environ.get("PIE_SOAK_SECONDS", "300"))
 SAMPLE_SECONDS = min(5.0, SOAK_SECONDS / 12)
@@ -83,32 +83,35 @@ def assert_as_flat(ours: Quarters, stock: Quarters) -> None:
         assert grown <= allowed, f"{title} grew by {grown / MIB:.1f} of {allowed / MIB:.1f} MiB"
 
 
+def soaked(server: Server) -> tuple[list[Answer], Quarters]:
+    """Start a server and load it for the time: the answers, and what it used."""
+    server.start()
+    load(server.url, range(0, 1))  # warm-up: grammar threads, allocators
+    with sampling(server) as samples:
+        answers = load_for(server.url, SOAK_SECONDS)
+    return answers, quarters(samples)
+
+
 def stock_under_load(model: Path) -> Quarters:
     """What stock vLLM uses under the same load."""
     with make_server(model, "soak-stock", "--api-server-count=2", pie=False) as server:
-        server.start()
-        load(server.url, range(0, 1))
-        with sampling(server) as samples:
-            load_for(server.url, SOAK_SECONDS)
+        _, used = soaked(server)
         server.signal(signal.SIGTERM)
         server.await_end(END_SECONDS)
-    return quarters(samples)
+    return used
 
 
 def test_minutes_of_load_change_nothing(model: Path) -> None:
     """Usage as flat as stock's, answers equal, blocks free after, nothing left at the end."""
     stock = stock_under_load(model)
     with make_server(model, "soak", "--api-server-count=2") as server:
-        server.start()
-        load(server.url, range(0, 1))  # warm-up: grammar threads, allocators
-        with sampling(server) as samples:
-            answers = load_for(server.url, SOAK_SECONDS)
+        answers, used = soaked(server)
         assert [a for a in answers if a.error is not None] == []
         assert [a for a in answers if a.kind != "aborted" and not a.complete] == []
         assert len(answers) > 2 * CLIENTS
         references = [alone(server.url, client) for client in range(ALONE)]
         assert differing([*answers, *references]) == []
-        assert_as_flat(quarters(samples), stock)
+        assert_as_flat(used, stock)
         metrics = server.metrics()
         assert metrics["vllm:num_preemptions_total"] > 0
         assert metrics["vllm:kv_cache_usage_perc"] == 0
