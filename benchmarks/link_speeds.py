@@ -31,6 +31,10 @@ ASKED = 0.95
 """Before the ring's share of the blocks is accounted for."""
 
 
+UNUSED_GBPS = 1000.0
+"""Of a link without a limit over which nothing was loaded: finite, and faster than any."""
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = parser_of("link_speeds", __doc__)
@@ -65,7 +69,7 @@ def add_shares(
             run["stall_share"] = run.get("stall_seconds", 0.0) / run["seconds"]
             if specs[name]["pie"] is None:
                 continue
-            given = specs[name]["pie"].get("emulated_link_gbps", float("inf"))
+            given = specs[name]["pie"].get("emulated_link_gbps", UNUSED_GBPS)
             busy = run["load_seconds"]
             run["bandwidth_gbps"] = run["loaded_mib"] * MIB / 1e9 / busy if busy else given
 
