@@ -78,6 +78,8 @@ def test_poison_fills_what_is_not_loaded(make_engine: MakeEngine) -> None:
 @pytest.mark.parametrize("word", ["skip_loads", "skip_stores", "late_submit"])
 def test_self_test_finds_a_broken_hand_over(make_engine: MakeEngine, word: str) -> None:
     engine = make_engine(debug=(word,))
+    # So that a load that nobody waits for cannot win by chance.
+    inject(engine, "late", direction="load", milliseconds=5)
     with pytest.raises(TransferError, match="self-test"):
         engine.self_test()
     assert not View(engine).bytes.any()
