@@ -11,7 +11,8 @@ step in turns; no model runs. Four phases:
 
 Times are CPU time of the thread, so that other work on the machine disturbs little. "stock" and
 "pie" are `schedule` and `update_from_output` together. "own" is the time inside both that is not
-vLLM's, plus what allocations take longer than stock's; it is held against the target.
+vLLM's, plus what allocations take longer than stock's, less what taking the times costs, which
+stock's side shows; it is held against the target.
 "difference" is pie's step less stock's: it holds what the two do alike too, so it is noisy.
 
     python -m benchmarks.scheduler_cost [--blocks 10000,100000,1000000] [--steps 64] [--sync]
@@ -83,6 +84,7 @@ def measure(stock: Side, pie: PieSide, phase: str, steps: int) -> list[Sample]:
             times[side] = side.step()
         own = times[pie] - pie.scheduler.inner
         own += pie.scheduler.allocating - stock.scheduler.allocating
+        own -= times[stock] - stock.scheduler.inner  # What taking these times costs.
         done = pie.residency.demotions - before
         samples.append(Sample(times[stock], times[pie], own, done, pie.residency.pooled_in_use))
     return samples

@@ -1,4 +1,4 @@
-"""Which blocks are complete after a step, without asking every request."""
+"""Which blocks are complete, found out when somebody wants to know."""
 
 from __future__ import annotations
 
@@ -16,54 +16,55 @@ class Progress(Protocol):
 
 
 class Completions:
-    """Tells the residency of complete blocks, in the step that completes them.
+    """Tells the residency of complete blocks, before it demotes or refuses anything.
 
-    A request computes one token a step or is left out, unless it works on its
-    prompt; so a block that lacks ``k`` tokens is not complete for ``k - 1``
-    steps, and nobody need look at its request before.
+    Between two looks the residency knows of fewer complete blocks than there
+    are: it counts on less, never on more, and a step with enough free blocks
+    costs nothing here. A look asks only requests whose last block can be
+    complete: they compute one token a step or are left out, unless they work
+    on their prompt, so a block that lacks ``k`` tokens is not complete for
+    ``k - 1`` steps.
     """
 
     def __init__(self, block_size: int, residency: Residency) -> None:
-        """Start before the first step."""
+        """Start before the first step; ``residency`` asks here before it demotes."""
         self._block_size = block_size
         self._residency = residency
+        self._holders = residency.victims.holders
         self._step = 0
-        self._on: dict[int, list[Holder]] = {}
+        self._looked = 0
+        residency.catch_up = self.catch_up
 
     def next_step(
         self, requests: Mapping[str, Any], several: Collection[str], fresh: Collection[str]
     ) -> None:
-        """Go on by one step, and note the blocks that are complete after it.
+        """Go on by one step, once its tokens are counted as computed.
 
         Args:
             requests: Progress by id, of all requests that hold blocks.
             several: those that compute more than one token in this step.
             fresh: those that got their first blocks in this step.
         """
-        self._step = step = self._step + 1
+        self._step += 1
         for request_id in several:
-            self._note(request_id, requests[request_id], self._residency.computed)
-        due = self._on.pop(step, None)
-        if due is not None:
-            residency, size = self._residency, self._block_size
-            ended, newly = residency.victims.tails_completed(due, step, size, self._expect)
-            residency.queue.demotable += newly
-            if ended:
-                self._on.setdefault(step + size, []).extend(ended)
+            self._note(self._holders[request_id], self._residency.computed)
         for request_id in fresh:
-            self._note(request_id, requests[request_id], self._residency.computed_again)
+            holder = self._holders[request_id]
+            holder.progress = requests[request_id]
+            self._note(holder, self._residency.computed_again)
 
-    def _note(
-        self, request_id: str, request: Progress, computed: Callable[[str, int], None]
-    ) -> None:
-        tokens = request.num_computed_tokens
-        computed(request_id, tokens // self._block_size)
-        holder = self._residency.victims.holders[request_id]
-        holder.progress, holder.table = request, self._residency.tables[request_id]
-        self._expect(holder, tokens)
+    def catch_up(self) -> None:
+        """Tell of all blocks that are complete after the last step."""
+        step = self._step
+        if self._looked == step:
+            return
+        self._looked = step
+        computed = self._residency.computed
+        for holder in self._holders.values():
+            if holder.due <= step:
+                self._note(holder, computed)
 
-    def _expect(self, holder: Holder, tokens: int) -> None:
-        due = self._step + self._block_size - tokens % self._block_size
-        if holder.due != due:
-            holder.due = due
-            self._on.setdefault(due, []).append(holder)
+    def _note(self, holder: Holder, tell: Callable[[str, int], None]) -> None:
+        full, begun = divmod(holder.progress.num_computed_tokens, self._block_size)
+        tell(holder.request_id, full)
+        holder.due = self._step + self._block_size - begun

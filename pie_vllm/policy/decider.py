@@ -92,7 +92,9 @@ class Decider:
         stall, most = seen.stall_seconds, self._window * self._row_bytes / bandwidth
         saved = self._saved + target * (seen.seconds - stall) - stall
         self._saved = most if saved > most else -most if saved < -most else saved
-        self._correct(target, loaded=bool(seen.bytes_loaded) and within_budget)
+        loaded = bool(seen.bytes_loaded) and within_budget
+        if self._cool or loaded:
+            self._correct(target, loaded=loaded)
         self._predict()
 
     def _predict(self) -> None:

@@ -84,8 +84,14 @@ class Detector:
         tokens, requests, seconds, stall, loaded, busy = seen
         compute = seconds - stall
         if compute > 0:
-            if tokens > 0:
-                self._learn(compute, tokens - requests)
+            if tokens > requests:
+                self._learn_prompts(compute, tokens - requests)
+            elif tokens:
+                known = self.step_seconds
+                if known is None or self._guessed:
+                    self.step_seconds, self._guessed = compute, False
+                else:
+                    self.step_seconds = known + WEIGHT * (compute - known)
             if loaded and within_budget:
                 self.stall_share += WEIGHT * (stall / compute - self.stall_share)
         if busy > 0:
@@ -102,13 +108,6 @@ class Detector:
         measured = self._bytes / self._busy
         return measured if self._most is None or measured < self._most else self._most
 
-    def _learn(self, compute: float, prompt_tokens: int) -> None:
-        if prompt_tokens <= 0:
-            known = self.step_seconds
-            if known is None or self._guessed:
-                self.step_seconds, self._guessed = compute, False
-            else:
-                self.step_seconds = known + WEIGHT * (compute - known)
-            return
+    def _learn_prompts(self, compute: float, prompt_tokens: int) -> None:
         slope = max(compute - (self.step_seconds or 0.0), 0.0) / prompt_tokens
         self.slope += (WEIGHT if self.slope else 1.0) * (slope - self.slope)

@@ -8,24 +8,26 @@ from pie_vllm.policy.plan import Relabel
 
 
 class RelabelLog:
-    """Changes of block tables since the last ``drain``; the newest id counts."""
+    """Changes of block tables since the last ``drain``; the newest id counts.
+
+    Attributes:
+        ids: by request and index; read only.
+    """
 
     def __init__(self) -> None:
-        self._ids: dict[str, dict[int, int]] = {}
+        self.ids: dict[str, dict[int, int]] = {}
 
     def record(self, request_id: str, index: int, block_id: int) -> None:
         """Entry ``index`` of a request's table is ``block_id`` now."""
-        self._ids.setdefault(request_id, {})[index] = block_id
+        self.ids.setdefault(request_id, {})[index] = block_id
 
     def drain(self, live: Container[str], fresh: Container[str]) -> tuple[Relabel, ...]:
         """Merged relabels of live requests that are not fresh; the rest is dropped."""
-        if not self._ids:
-            return ()
         relabels: list[Relabel] = []
-        for request_id, ids in self._ids.items():
+        for request_id, ids in self.ids.items():
             if request_id in live and request_id not in fresh:
                 relabels.extend(_runs(request_id, sorted(ids.items())))
-        self._ids.clear()
+        self.ids.clear()
         return tuple(relabels)
 
 

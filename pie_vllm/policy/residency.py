@@ -36,6 +36,7 @@ class Residency:
         window: pooled ids in all.
         chunks_usable: of the pool, whose rows are handed out; see ``use_chunks``.
         demotions, promotions: counts since the start.
+        catch_up: called before a demotion; tells of blocks that are complete by then.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Residency:
         self.chunks_usable = geometry.num_chunks
         self.demotions = 0
         self.promotions = 0
+        self.catch_up: Callable[[], None] = lambda: None
 
     # What vLLM's block manager tells.
 
@@ -98,6 +100,7 @@ class Residency:
                 self._set_full(block)
             holder.full = num_full
             self.victims.offer(holder)
+            self.queue.refresh()
 
     def computed_again(self, request_id: str, num_full: int) -> None:
         """As ``computed``, for a request admitted in this step: also its hits."""
@@ -106,6 +109,7 @@ class Residency:
         request = self._requests[request_id]
         request.full = num_full
         self.victims.offer(request)
+        self.queue.refresh()
 
     def forget(self, request_id: str) -> None:
         """A request is about to give its blocks back."""
@@ -142,6 +146,7 @@ class Residency:
 
     def make_residents_free(self, count: int) -> None:
         """Demote up to ``count`` blocks, as far as pooled ids are free."""
+        self.catch_up()
         count = min(count, self.queue.available_pooled)
         while count > 0:
             victim = self.victims.private()
@@ -253,17 +258,14 @@ class Residency:
             room = 0 if headroom is None else self.queue.free_residents - headroom
             if room > 0 and forward and not self._stores:
                 promotions = promote_free(self, fresh, room, budget)
-        self.queue.refresh()
-        relabels = self._relabels.drain(self._requests, fresh)
-        stores = self._take_stores()
+        stores = self._take_stores() if self._stores else ()
+        relabels = self._relabels.drain(self._requests, fresh) if self._relabels.ids else ()
         if not (stores or promotions or relabels or reading.readers):
             return None
         loads, pooled = reading.take(), self.pooled_in_use
         return StepPlan(self._step, stores, promotions, loads, relabels, forward, pooled)
 
     def _take_stores(self) -> tuple[Copy, ...]:
-        if not self._stores:
-            return ()
         stores = merge(self._stores.values(), self.geometry.chunk_rows)
         self._stores.clear()
         return stores

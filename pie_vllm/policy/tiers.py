@@ -78,9 +78,11 @@ class TieredFreeBlockQueue:
     Attributes:
         num_free_blocks: as above; a plain attribute because vLLM reads it once
             per request and step.
+        free_pooled: pooled ids that demotion can have: blank ones and idle cached ones.
+        available_pooled: ``FP``, as ``free_pooled`` without those that are withheld.
         frozen: whether nothing may be demoted now: ``FP`` counts as 0. Call
             ``refresh`` after a change.
-        demotable: ``D``.
+        demotable: ``D``, as far as it is known.
         withheld: pooled ids that may not be used now, for want of CPU memory;
             they are no part of ``FP``. Call ``refresh`` after a change.
     """
@@ -110,7 +112,7 @@ class TieredFreeBlockQueue:
         self.demotable = 0
         self.frozen = False
         self.withheld = 0
-        self.num_free_blocks = 0
+        self.num_free_blocks = self.free_pooled = self.available_pooled = 0
         self._hits = 0
         self._reserve = 0
         self.refresh()
@@ -119,17 +121,6 @@ class TieredFreeBlockQueue:
     def free_residents(self) -> int:
         """Resident blocks that nobody uses."""
         return self._resident.num_free_blocks
-
-    @property
-    def free_pooled(self) -> int:
-        """Pooled ids that demotion can have: blank ones and idle cached ones."""
-        return len(self._blank) + self._cached.num_free_blocks
-
-    @property
-    def available_pooled(self) -> int:
-        """As ``free_pooled``, without those that are withheld."""
-        blank = len(self._blank) - self.withheld
-        return (blank if blank > 0 else 0) + self._cached.num_free_blocks
 
     @property
     def free_in_all(self) -> int:
@@ -142,8 +133,12 @@ class TieredFreeBlockQueue:
         return self.free_residents + self.available_pooled
 
     def refresh(self) -> None:
-        """Recompute ``num_free_blocks`` after one of its terms changed."""
+        """Recompute ``num_free_blocks`` and the counts of pooled ids after a change."""
         free = self._resident.num_free_blocks
+        blank, cached = len(self._blank), self._cached.num_free_blocks
+        self.free_pooled = blank + cached
+        blank -= self.withheld
+        self.available_pooled = cached + (blank if blank > 0 else 0)
         pooled = 0 if self.frozen else self.available_pooled
         reachable = self.demotable + self._hits - self._reserve
         self.num_free_blocks = free + (pooled if pooled < reachable else reachable)

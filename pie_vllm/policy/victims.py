@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from math import inf
 from typing import Any, NamedTuple
 
 from pie_vllm.errors import IntegrityError
@@ -12,7 +13,7 @@ from pie_vllm.errors import IntegrityError
 class Holder:
     """What the policy keeps of one request that holds blocks."""
 
-    __slots__ = ("cursor", "due", "full", "listed", "progress", "request_id", "serial", "table")
+    __slots__ = ("cursor", "due", "full", "listed", "progress", "request_id", "serial")
 
     def __init__(self, request_id: str, serial: int) -> None:
         self.request_id = request_id
@@ -21,12 +22,10 @@ class Holder:
         """Blocks at the front whose KV is complete."""
         self.cursor = 0
         """The search for a private resident full block goes on at this index."""
-        self.due = 0
-        """The first step in which its last block can be complete; 0: it is not asked."""
+        self.due = inf
+        """The first step in which its last block can be complete, once that is expected."""
         self.progress: Any = None
-        """vLLM's request, and its blocks, once its last block is expected to be complete: at hand
-        here because looking them up for each such block is most of what that costs."""
-        self.table: list[Any] = []
+        """vLLM's request, from then on."""
         self.listed = False
         """Whether such a block may stand at the cursor or after it."""
 
@@ -76,7 +75,6 @@ class Victims:
         holder = self.holders.pop(request_id, None)
         if holder is None:
             return False
-        holder.due, holder.progress, holder.table = 0, None, []
         del self._by_serial[holder.serial]
         if holder.listed:
             self._listed.pop(bisect_left(self._listed, holder.serial))
@@ -94,40 +92,6 @@ class Victims:
         if index < holder.cursor:
             holder.cursor = index
         self.offer(holder)
-
-    def tails_completed(
-        self, due: Iterable[Holder], step: int, size: int, late: Callable[[Holder, int], None]
-    ) -> tuple[list[Holder], int]:
-        """Note the last blocks that are complete after a step.
-
-        Args:
-            due: requests whose last block may be complete after this step.
-            step: those due in another one by now are passed over.
-            size: tokens of a block.
-            late: told of those whose block is not complete, with their tokens.
-
-        Returns:
-            Those whose block is complete, due again a block later, and how many blocks are
-            complete that were not.
-        """
-        flags, newly, ended = self.full, 0, []
-        for holder in due:
-            if holder.due != step:
-                continue
-            tokens, full = holder.progress.num_computed_tokens, holder.full
-            if tokens // size <= full:  # it was left out of a step
-                late(holder, tokens)
-                continue
-            block_id = holder.table[full].block_id
-            holder.full = full + 1
-            holder.due = step + size
-            ended.append(holder)
-            if not flags[block_id]:  # else a request that hit it was first
-                flags[block_id] = 1
-                newly += 1
-            if not holder.listed:
-                self.offer(holder)
-        return ended, newly
 
     def _demotable(self, block: Any) -> bool:
         block_id = block.block_id

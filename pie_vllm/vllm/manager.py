@@ -97,7 +97,7 @@ class PieBlockSpaceManager(KVCacheManager):
         self._claims: Claims | None = None
         self._kept_back = 0
 
-    def begin_step(self, limit: int) -> None:
+    def begin_step(self, limit: int, most: int) -> None:
         """Before ``Scheduler.schedule``: set this step's admission limit.
 
         As vLLM's watermark it applies to waiting and preempted requests only,
@@ -109,9 +109,12 @@ class PieBlockSpaceManager(KVCacheManager):
             limit: pooled blocks in use beyond which no waiting request is
                 admitted. What is pooled beyond it has the first call on free
                 residents.
+            most: blocks that the running requests may take in this step.
         """
         self._claims = None
         self._kept_back = self.geometry.pooled_blocks - limit
+        if self.residency.queue.num_free_blocks < most:
+            self.completions.catch_up()
 
     def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
         """As vLLM's, which asks this of a waiting request just before it allocates for it.
@@ -153,6 +156,7 @@ class PieBlockSpaceManager(KVCacheManager):
             request, tokens, new_computed_blocks, computed, has_scheduled_reqs
         ):
             return None
+        self.completions.catch_up()
         partial = computed + num_new_tokens < request.num_tokens
         if self._claims is None:
             self._claims = self.claims()

@@ -80,7 +80,7 @@ class PieSchedulerMixin(_Mixed):
         manager, turns = self.kv_cache_manager, self.pie_turns
         prompts = self._prompt_tokens() if self._prompts_under_way else 0
         decision = self.pie_decision = self.pie_decider.decide(prompts)
-        manager.begin_step(decision.limit)
+        manager.begin_step(decision.limit, len(self.running) + prompts // manager.block_size)
         residency, pool = manager.residency, self.pie_pool
         demotions = residency.demotions
         if pool.begin_step():
@@ -126,7 +126,7 @@ class PieSchedulerMixin(_Mixed):
         if output.scheduled_new_reqs:
             fresh = {*fresh, *(r.req_id for r in output.scheduled_new_reqs)}
         several: Collection[str] = ()
-        self._prompts_under_way = tokens > len(scheduled)
+        self._prompts_under_way = tokens > len(scheduled) or bool(fresh)
         if self._prompts_under_way:
             several = [r for r, count in scheduled.items() if count > 1 and r not in fresh]
         manager.completions.next_step(self.requests, several, fresh)
