@@ -20,13 +20,10 @@ def test_the_ring_is_as_wide_as_the_link_can_feed(engines: Engines, model: Path)
     """A slow link gets a narrow ring, a fast one a wider one; both answer as stock does."""
     sizes = Setup(model, 30, 40, 90, dtype="float32", ring="auto", target=0.01)
     load = [request(text, max_tokens=24) for text in chats(12, 14, 6)]
-    records = {}
-    for link in (SLOW, FAST):
-        setup = replace(sizes, emulated_link_gbps=link)
-        (records[link],) = engines.run(setup, [round_(load)], "pie")
-    slow, fast = (records[link]["counters"] for link in (SLOW, FAST))
+    narrow, stock = engines.both(replace(sizes, emulated_link_gbps=SLOW), [round_(load)], sizes)
+    wide = engines.run(replace(sizes, emulated_link_gbps=FAST), [round_(load)])
+    slow, fast = narrow[0]["counters"], wide[0]["counters"]
     assert fast["pooled_blocks"] > 2 * slow["pooled_blocks"]
     assert fast["resident_blocks"] < slow["resident_blocks"]
     assert fast["bytes_loaded"] > 0
-    (stock,) = engines.run(sizes, [round_(load)], "stock")
-    assert tokens(records[SLOW]) == tokens(records[FAST]) == tokens(stock)
+    assert tokens(narrow[0]) == tokens(wide[0]) == tokens(stock[0])
