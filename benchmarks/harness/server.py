@@ -60,6 +60,11 @@ class VllmServer:
 
     def start(self, on_wait: Callable[[float], None] = lambda _: None) -> None:
         """Start the process and wait until it is healthy; `on_wait` gets the seconds so far."""
+        self.launch()
+        self.await_healthy(on_wait)
+
+    def launch(self) -> None:
+        """Start the process."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -70,6 +75,10 @@ class VllmServer:
                 env=vllm_environment(),
                 start_new_session=True,
             )
+
+    def await_healthy(self, on_wait: Callable[[float], None] = lambda _: None) -> None:
+        """Wait until the server answers. Raises ServerError when it ended or does not."""
+        assert self._process is not None
         begin = time.monotonic()
         while not self._healthy():
             seconds = time.monotonic() - begin

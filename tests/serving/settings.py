@@ -18,6 +18,15 @@ POOL_BLOCKS = 56
 
 RING_SLOTS = 2
 MAX_MODEL_LEN = 512
+WITHOUT_WHITESPACE = (
+    '--structured-outputs-config={"backend": "xgrammar", "disable_any_whitespace": true}'
+)
+"""A grammar that allows whitespace lets a small model write nothing else until its last token."""
+
+SOON_IDLE = '--additional-config={"pie": {"pool_idle_seconds": 2}}'
+LOADED = ("--api-server-count=2", WITHOUT_WHITESPACE, SOON_IDLE)
+"""Further arguments of the server under load."""
+
 LOGS = REPOSITORY / "build" / "serving-tests"
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.process import Ending, frames_of_ours
+from tests.serving.conftest import Pair
+from tests.serving.process import Ending, Server, frames_of_ours
 from tests.serving.settings import make_server
 from tests.serving.traffic import CLIENTS, interrupted
 
@@ -17,27 +18,22 @@ WORKER = "VLLM::Worker"
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 
 
-def crash(model: Path, victim: str, pie: bool) -> Ending:
+def crash(server: Server, victim: str, pie: bool = True) -> Ending:
     """Kill one process of the engine amid the streams; how the server ended then."""
-    name = f"crash-{victim.rpartition(':')[2]}-{'pie' if pie else 'stock'}"
-    with make_server(model, name, pie=pie) as server:
-        server.start()
-        target = server.child(victim)
-        answers = interrupted(
-            server.url, lambda: server.signal(signal.SIGKILL, target), END_SECONDS
-        )
-        ending = server.await_end(END_SECONDS)
-        assert len(answers) == CLIENTS
-        assert not any(answer.complete for answer in answers)
-        assert frames_of_ours(server.text()) == []
-        assert server.maps_an_arena == pie
-        return ending
+    target = server.child(victim)
+    answers = interrupted(server.url, lambda: server.signal(signal.SIGKILL, target), END_SECONDS)
+    ending = server.await_end(END_SECONDS)
+    assert len(answers) == CLIENTS
+    assert not any(answer.complete for answer in answers)
+    assert frames_of_ours(server.text()) == []
+    assert server.maps_an_arena == pie
+    return ending
 
 
 @pytest.mark.slow
-def test_nothing_outlives_a_killed_engine_core(model: Path) -> None:
+def test_nothing_outlives_a_killed_engine_core(pair: Pair) -> None:
     """The server ends by itself with stock's status; worker, memory and clients go with it."""
-    ending = crash(model, CORE, pie=True)
+    ending = crash(pair.killed, CORE)
     assert ending.status == 0
     assert ending.left == ()
 
@@ -46,6 +42,12 @@ def test_nothing_outlives_a_killed_engine_core(model: Path) -> None:
 @pytest.mark.parametrize("victim", [CORE, WORKER])
 def test_a_crash_ends_as_with_stock(model: Path, victim: str) -> None:
     """Whichever process is killed, status and remains are those of stock vLLM."""
-    ours, stock = crash(model, victim, pie=True), crash(model, victim, pie=False)
+    endings = []
+    for pie in (True, False):
+        name = f"crash-{victim.rpartition(':')[2]}-{'pie' if pie else 'stock'}"
+        with make_server(model, name, pie=pie) as server:
+            server.start()
+            endings.append(crash(server, victim, pie))
+    ours, stock = endings
     assert ours.status == stock.status
     assert ours.left == stock.left == ()

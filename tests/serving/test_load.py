@@ -10,12 +10,12 @@ import re
 import signal
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from benchmarks.harness.counters import last_pie_line
 from tests.helpers.model import REPOSITORY
+from tests.serving.conftest import Pair
 from tests.serving.process import (
     START_LINE,
     Ending,
@@ -25,7 +25,7 @@ from tests.serving.process import (
     tracebacks_in_service,
     usage,
 )
-from tests.serving.settings import MAX_MODEL_LEN, POOL_BLOCKS, RING_SLOTS, make_server
+from tests.serving.settings import MAX_MODEL_LEN, POOL_BLOCKS, RING_SLOTS
 from tests.serving.traffic import (
     CLIENTS,
     COLOURS,
@@ -40,12 +40,6 @@ from tests.serving.traffic import (
 END_SECONDS = 40.0
 """Stock vLLM ends within 7 s of SIGTERM on a busy machine of two cores (0.32, 2026-11-22)."""
 
-WITHOUT_WHITESPACE = (
-    '--structured-outputs-config={"backend": "xgrammar", "disable_any_whitespace": true}'
-)
-"""A grammar that allows whitespace lets a small model write nothing else until its last token."""
-
-SOON_IDLE = '--additional-config={"pie": {"pool_idle_seconds": 2}}'
 WORKER = "VLLM::Worker"
 GIVEN_BACK = 8 << 20
 """The pool's second chunk has 11 rows, 15.5 MiB."""
@@ -101,33 +95,31 @@ def after_idling(server: Server, before: Usage) -> Usage:
 
 
 @pytest.fixture(scope="module")
-def story(model: Path) -> Story:
+def story(pair: Pair) -> Story:
     """Let the server live, and write down what happened."""
-    more = ("--api-server-count=2", WITHOUT_WHITESPACE, SOON_IDLE)
-    with make_server(model, "load", *more) as server:
-        server.start()
-        first = load(server.url, range(0, 1))
-        warm = server.engine_usage()
-        second = load(server.url, range(1, 2))
-        later = server.engine_usage()
-        complete = [a.client for a in second.answers if a.kind == "greedy" and a.complete]
-        references = [alone(server.url, client) for client in complete[:ALONE]]
-        metrics = server.metrics()
-        idle = after_idling(server, later[WORKER])
-        last = interrupted(server.url, lambda: server.signal(signal.SIGTERM), END_SECONDS)
-        ending = server.await_end(END_SECONDS)
-        return Story(
-            (first, second),
-            references,
-            (warm, later),
-            idle,
-            metrics,
-            ending,
-            last,
-            last_pie_line(server.log),
-            server.text(),
-            server.maps_an_arena,
-        )
+    server = pair.loaded
+    first = load(server.url, range(0, 1))
+    warm = server.engine_usage()
+    second = load(server.url, range(1, 2))
+    later = server.engine_usage()
+    complete = [a.client for a in second.answers if a.kind == "greedy" and a.complete]
+    references = [alone(server.url, client) for client in complete[:ALONE]]
+    metrics = server.metrics()
+    idle = after_idling(server, later[WORKER])
+    last = interrupted(server.url, lambda: server.signal(signal.SIGTERM), END_SECONDS)
+    ending = server.await_end(END_SECONDS)
+    return Story(
+        (first, second),
+        references,
+        (warm, later),
+        idle,
+        metrics,
+        ending,
+        last,
+        last_pie_line(server.log),
+        server.text(),
+        server.maps_an_arena,
+    )
 
 
 def test_the_server_says_its_sizes_once(story: Story) -> None:
