@@ -116,14 +116,15 @@ class PieBlockSpaceManager(KVCacheManager):
         if self.residency.queue.num_free_blocks < most:
             self.completions.catch_up()
 
-    def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
+    def get_computed_blocks(self, request: Request, *args: Any) -> tuple[KVCacheBlocks, int, int]:
         """As vLLM's, which asks this of a waiting request just before it allocates for it.
 
         The next ``allocate_slots`` is then ``_admit``. Running requests call
-        vLLM's own method without a detour: there are hundreds of them a step.
+        vLLM's own method without a detour: there are hundreds of them a step. (``args``: 0.33
+        passes the longest hit allowed.)
         """
         self.allocate_slots = self._admit
-        return super().get_computed_blocks(request)  # type: ignore[no-any-return]
+        return super().get_computed_blocks(request, *args)  # type: ignore[no-any-return]
 
     def _admit(
         self,
