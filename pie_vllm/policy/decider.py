@@ -92,9 +92,10 @@ class Decider:
         stall, most = seen.stall_seconds, self._window * self._row_bytes / bandwidth
         saved = self._saved + target * (seen.seconds - stall) - stall
         self._saved = most if saved > most else -most if saved < -most else saved
-        loaded = bool(seen.bytes_loaded) and within_budget
-        if self._cool or loaded:
-            self._correct(target, loaded=loaded)
+        if self._cool:
+            self._cool -= 1
+        elif seen.bytes_loaded and within_budget:
+            self._correct(target)
         self._predict()
 
     def _predict(self) -> None:
@@ -105,14 +106,10 @@ class Decider:
         if step is not None:
             self._hidden = self._gain * self._rate * step
 
-    def _correct(self, target: float, *, loaded: bool) -> None:
-        """Feedback on a step; ``loaded`` if its loads were to hide behind its compute."""
+    def _correct(self, target: float) -> None:
+        """Feedback on a step whose loads were to hide behind its compute."""
         detector = self.detector
-        if self._cool:
-            self._cool -= 1
-        elif not loaded:
-            return
-        elif detector.stall_share > AIM * target:
+        if detector.stall_share > AIM * target:
             self._gain = max(self._gain * BACK_OFF, LEAST_GAIN)
             self._cool = COOL_DOWN
             detector.forget_stall()  # What comes now is of another budget.

@@ -19,6 +19,9 @@ from benchmarks.harness.load import Load
 SERVED_NAME = "model"
 CLIENTS = 32
 TOKENS = 64
+INTERRUPTED_TOKENS = 256
+"""So many that no stream has ended when it is interrupted, however slow the machine is to do so."""
+
 SAMPLES = 2
 """Choices of a sampled request."""
 
@@ -47,6 +50,7 @@ class Answer:
         tokens: ids by choice.
         finished: finish reason by choice.
         error: what the server or the connection said instead.
+        asked: tokens of each choice that were asked for.
     """
 
     client: int
@@ -54,12 +58,13 @@ class Answer:
     tokens: list[list[int]] = field(default_factory=list)
     finished: list[str | None] = field(default_factory=list)
     error: str | None = None
+    asked: int = TOKENS
 
     @property
     def complete(self) -> bool:
         """Whether all choices have the number of tokens that was asked for."""
         return self.error is None and all(
-            len(ids) == TOKENS and end == "length"
+            len(ids) == self.asked and end == "length"
             for ids, end in zip(self.tokens, self.finished, strict=True)
         )
 
@@ -106,22 +111,23 @@ async def _ask(
     number: int,
     kind: str = "greedy",
     *,
+    tokens: int = TOKENS,
     pieces: int | None = None,
     on_piece: Callable[[], None] = lambda: None,
 ) -> Answer:
     """Stream one answer; with `pieces` the client hangs up after so many of them."""
     sampled = kind == "sampled"
     choices = SAMPLES if sampled else 1
-    answer = Answer(number, kind, [[] for _ in range(choices)], [None] * choices)
+    answer = Answer(number, kind, [[] for _ in range(choices)], [None] * choices, asked=tokens)
     stream = await client.chat.completions.create(
         model=SERVED_NAME,
         messages=[{"role": "user", "content": PROMPTS[number]}],
         temperature=0.8 if sampled else 0.0,
         seed=number,
         n=choices,
-        max_tokens=TOKENS,
+        max_tokens=tokens,
         stream=True,
-        extra_body={"ignore_eos": True, "min_tokens": TOKENS, "return_token_ids": True},
+        extra_body={"ignore_eos": True, "min_tokens": tokens, "return_token_ids": True},
     )
     try:
         count = 0
@@ -247,7 +253,7 @@ def interrupted(url: str, strike: Callable[[], None], seconds: float) -> list[An
 
         async def one(number: int) -> Answer:
             try:
-                return await _ask(client, number, on_piece=on_piece)
+                return await _ask(client, number, tokens=INTERRUPTED_TOKENS, on_piece=on_piece)
             except (OpenAIError, httpx.HTTPError) as error:
                 return Answer(number, "greedy", error=repr(error))
 
