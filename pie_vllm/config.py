@@ -103,12 +103,15 @@ class PieConfig:
         ring_slots: ``B``; None chooses.
         ring_fraction: share of the device's KV bytes that the ring may take; None takes what
             the link can feed (``auto``).
-        target_slowdown: stall that pooling may cause, as a share of a step's time;
+        target_slowdown: time that pooling may cost, as a share of a step's time;
             None pools as much as fits, whatever it costs.
         link_gbps: speed from the CPU to the device, GB/s, in place of what is measured at
             start; no more is counted on later. None measures (``auto``).
         emulated_link_gbps: speed that the host driver's link is held to, GB/s per direction;
             None is as fast as memory copies are. For tests and emulation.
+        limit_contention: whether what copies take from the compute beside them counts as
+            slowdown, not the stall alone; None is yes, but no where the copies run on the
+            compute's own cores, as on a CPU, whatever the link.
         pool_idle_seconds: how long the pool keeps CPU memory that is not needed.
         debug: switches of the engine that break or check it on purpose.
     """
@@ -119,6 +122,7 @@ class PieConfig:
     target_slowdown: float | None = DEFAULT_TARGET_SLOWDOWN
     link_gbps: float | None = None
     emulated_link_gbps: float | None = None
+    limit_contention: bool | None = None
     pool_idle_seconds: float = DEFAULT_IDLE_SECONDS
     debug: tuple[str, ...] = ()
 
@@ -152,6 +156,7 @@ class PieConfig:
             ),
             link_gbps=parse_link_gbps(settings.get("link_gbps")),
             emulated_link_gbps=_parse_emulated(settings.get("emulated_link_gbps")),
+            limit_contention=_parse_limit(settings.get("limit_contention")),
             pool_idle_seconds=_parse_idle(settings.get("pool_idle_seconds", DEFAULT_IDLE_SECONDS)),
             debug=_parse_debug(settings.get("debug", ())),
         )
@@ -172,6 +177,12 @@ class PieConfig:
 
 def _parse_emulated(value: object) -> float | None:
     return None if value is None else _above_zero("emulated_link_gbps", value, "a speed in GB/s")
+
+
+def _parse_limit(value: object) -> bool | None:
+    if value is None or isinstance(value, bool):
+        return value
+    raise _fail("limit_contention", value, "true or false")
 
 
 def _parse_idle(value: object) -> float:
@@ -208,7 +219,7 @@ def engine_args(
         ring_slots: layers that the ring holds; default 3.
         ring_fraction: share of the device's KV bytes for the ring, or ``"auto"`` (the
             default): what the link can feed.
-        target_slowdown: stall allowed as a share of a step's time, or ``"off"``; default 0.01.
+        target_slowdown: slowdown allowed as a share of a step's time, or ``"off"``; default 0.01.
         link_gbps: speed from the CPU to the device, GB/s, no more than which is counted on, or
             ``"auto"`` (the default): measured at start.
         other: further keys of ``additional_config["pie"]``.

@@ -23,9 +23,10 @@ def add_simulated(
 ) -> None:
     """Add `simulated_tok_s` and the `profile` that led to it to each run; drop the runs' traces.
 
-    The model of a step is fitted to the steps of a round's stock runs. What a load costs beyond the
-    stall, by the memory bandwidth that a CPU's copies and its compute share, is taken from that pie
-    run of the round that loaded most: in it the total is no prediction, in the others it is.
+    The model of a step is fitted to the steps of a round's stock runs. What a load costs, the share
+    of it that no compute hides and what it takes from the compute by memory bandwidth that a CPU's
+    copies share with it, is taken from that pie run of the round that loaded most: in it the total
+    is no prediction, in the others it is.
 
     Args:
         figures: runs with their `trace`, by configuration.
@@ -42,7 +43,9 @@ def add_simulated(
         if ours:
             most = max(ours, key=lambda name: sum(step.loads for step in steps[name]))
             slowed = slowed_by_loads(profile, steps[most], of[most]["stall_seconds"])
-            profile = replace(profile, per_load=slowed)
+            busy = of[most]["load_seconds"]
+            exposed = of[most]["stall_seconds"] / busy if busy else 0.0
+            profile = replace(profile, per_load=slowed, exposed=exposed)
         for name, run in of.items():
             run["profile"] = asdict(profile)
             run["simulated_tok_s"] = _simulate(run, traces[name], specs[name], profile).throughput
@@ -71,11 +74,17 @@ def _simulate(
         granularity=1,
     )
     link = run["bandwidth_gbps"] * 1e9
-    profile = replace(profile, link=link, exposed=1 / geometry.num_layers)
+    profile = replace(profile, link=link)
     decider = Decider(
         geometry.row_bytes,
         geometry.pooled_blocks,
         spec["pie"]["target_slowdown"],
-        Prior(link, step_seconds=profile.base),
+        Prior(
+            link,
+            step_seconds=profile.base,
+            request_seconds=profile.per_request,
+            prompt_seconds=profile.per_prompt_token,
+            limits_contention=False,  # The host driver's copies take the compute's own cores.
+        ),
     )
     return Simulation(geometry, profile, jobs, decider, **options).run()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pie_vllm.policy.decider import Decider, Decision
 from pie_vllm.policy.geometry import Geometry
-from pie_vllm.policy.simulator import run_stock
-from pie_vllm.policy.traces import Job, Outcome, Profile
+from pie_vllm.policy.simulator import Simulation, run_stock
+from pie_vllm.policy.traces import Decides, Job, Outcome, Profile
 
 LAYERS, PAGE_BYTES, RING_SLOTS, GRANULARITY = 32, 65536, 3, 4096
 
@@ -22,15 +23,30 @@ class Case:
         geometry: of the tiers.
         profile: of the machine.
         jobs: the trace.
+        noise: standard deviation of a step's compute, as a share of it.
     """
 
     geometry: Geometry
     profile: Profile
     jobs: list[Job]
+    noise: float = 0.0
 
     def decider(self) -> Decider:
         """What decides."""
         return Decider(self.geometry.row_bytes, self.geometry.pooled_blocks)
+
+    def simulation(self, decider: Decides) -> Simulation:
+        """The trace on the machine."""
+        scatter = scattered(self.noise)
+        return Simulation(self.geometry, self.profile, self.jobs, decider, scatter=scatter)
+
+
+def scattered(noise: float) -> Callable[[], float] | None:
+    """Factors of the compute of step after step, the same each time; None without noise."""
+    if not noise:
+        return None
+    rng = random.Random(1)
+    return lambda: max(0.5, rng.gauss(1.0, noise))
 
 
 def geometry(resident: int, pooled: int) -> Geometry:
@@ -38,8 +54,14 @@ def geometry(resident: int, pooled: int) -> Geometry:
     return Geometry(LAYERS, PAGE_BYTES, resident, pooled, RING_SLOTS, pooled, LAYERS, GRANULARITY)
 
 
-def random_case(seed: int) -> Case:
-    """200 to 600 resident, 100 to 800 pooled blocks, links of 0.3 to 400 GB/s, 40 to 120 jobs."""
+def random_case(seed: int, *, contended: bool = False) -> Case:
+    """200 to 600 resident, 100 to 800 pooled blocks, links of 0.3 to 400 GB/s, 40 to 120 jobs.
+
+    Args:
+        seed: of machine and trace.
+        contended: whether loads slow the compute beside them, by up to a tenth of the link's time
+            and up to 3 % of the step whatever they load, and steps scatter by 2 %.
+    """
     rng = random.Random(seed)
     resident, pooled = rng.randint(200, 600), rng.randint(100, 800)
     profile = Profile(
@@ -55,13 +77,22 @@ def random_case(seed: int) -> Case:
     for _ in range(rng.randint(40, 120)):
         now += rng.expovariate(rate)
         jobs.append(Job(now, rng.randint(10, 400), rng.randint(10, 300)))
-    return Case(geometry(resident, pooled), profile, jobs)
+    sizes = geometry(resident, pooled)
+    if contended:
+        step = profile.step_seconds(20, 0, resident)
+        profile = replace(
+            profile,
+            per_load=rng.uniform(0, 0.1) * sizes.row_bytes / profile.link,
+            per_streaming_step=rng.uniform(0, 0.03) * step,
+        )
+    return Case(sizes, profile, jobs, 0.02 if contended else 0.0)
 
 
 def stock(case: Case, *, with_ring: bool) -> Outcome:
     """Stock vLLM on the same device: the residents, and the ring's bytes as further ones."""
     ring = RING_SLOTS * case.geometry.pooled_blocks // LAYERS if with_ring else 0
-    return run_stock(case.geometry.resident_blocks + ring, case.profile, case.jobs)
+    blocks = case.geometry.resident_blocks + ring
+    return run_stock(blocks, case.profile, case.jobs, scatter=scattered(case.noise))
 
 
 class _LimitAt(Decider):

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.harness.cases import LAYERS, geometry
+from benchmarks.harness.cases import LAYERS, geometry, scattered
 from pie_vllm.policy.decider import DEFAULT_TARGET_SLOWDOWN, Decider
 from pie_vllm.policy.simulator import Simulation
 from pie_vllm.policy.traces import Decides, Job, Outcome, Profile
@@ -53,17 +53,25 @@ class Shift:
         name: one of ``NAMES``, or ``BEYOND``.
         jobs: the trace.
         after: the machine after it.
+        before: the machine before it.
+        noise: standard deviation of a step's compute, as a share of it.
     """
 
     name: str
     jobs: list[Job]
     after: Profile
+    before: Profile = BEFORE
+    noise: float = 0.0
 
     def play(self, decider: Decides | None = None) -> Outcome:
         """Simulate it, by pie's own decider unless another is given."""
         decider = decider or Decider(GEOMETRY.row_bytes, GEOMETRY.pooled_blocks)
         changes = [(SHIFT, self.after)]
-        return Simulation(GEOMETRY, BEFORE, self.jobs, decider, changes=changes).run()
+        scatter = scattered(self.noise)
+        simulation = Simulation(
+            GEOMETRY, self.before, self.jobs, decider, changes=changes, scatter=scatter
+        )
+        return simulation.run()
 
 
 def shift(name: str, seed: int) -> Shift:

@@ -15,6 +15,12 @@ AIM = 0.8
 """Of the target, at which the budget is cut: the average of the stall begins at nothing after each
 cut, so that steps stall up to a quarter more than it says."""
 
+CONTENTION_SHARE = 0.5
+"""Of the target, that loads may take from the compute beside them; the rest is for the stall."""
+
+LEAST_AIM = 0.2
+"""Of the target: so much stall does not cut the budget, whatever loads take from the compute."""
+
 BACK_OFF = 0.8
 RECOVER = 0.02
 COOL_DOWN = 10
@@ -47,6 +53,11 @@ class Decider:
     slowly. What the target leaves of the time is saved up, up to one load of the whole window,
     for a request whose blocks alone exceed the budget.
 
+    What a load takes from the compute beside it, by memory bandwidth that they share, takes its
+    part of the target too: no more blocks are loaded than that allows. Where it is too much for any
+    block, because a step that streams costs something at all, steps stream in bursts, one of so
+    many, and nobody is admitted to pooled blocks: whoever has some anyway seldom runs.
+
     Attributes:
         detector: what the steps said.
     """
@@ -63,9 +74,10 @@ class Decider:
         Args:
             row_bytes: of one block in all layers.
             window: pooled ids.
-            target: stall allowed as a share of the time without; None limits nothing.
+            target: slowdown allowed as a share of the time without; None limits nothing.
             prior: what is known of the link and of steps.
         """
+        self._contention = prior.limits_contention
         self.detector = Detector(prior)
         self._row_bytes = row_bytes
         self._window = window
@@ -76,10 +88,14 @@ class Decider:
         self._carried = 0.0
         self._rate: float | None = None  # Blocks a second, once known.
         self._hidden: float | None = None  # Blocks that a step which only decodes can load.
+        self._more = 0.0  # Blocks for each second that a step takes longer.
+        self._burst = 0  # Blocks of a step that streams, where not every one does.
+        self._share = 0.0  # Of the time, that loads in every step take from the compute.
         first = window if target is None else min(FIRST_BLOCKS, window)
         self._first = Decision(first, first, 0)
         self._everything = Decision(window, window, 0)
-        self._predict()
+        if target is not None:
+            self._predict(target)
 
     def observe(self, seen: Observation, *, within_budget: bool = True) -> None:
         """Learn from a step; ``within_budget`` as ``Detector.observe``."""
@@ -90,26 +106,49 @@ class Decider:
         if target is None or bandwidth is None:
             return
         stall, most = seen.stall_seconds, self._window * self._row_bytes / bandwidth
-        saved = self._saved + target * (seen.seconds - stall) - stall
+        lost = stall
+        if self._contention and seen.bytes_loaded:
+            lost += detector.cost.seconds(seen.bytes_loaded)
+            most += detector.cost.seconds(self._window * self._row_bytes)
+        saved = self._saved + target * (seen.seconds - lost) - lost
         self._saved = most if saved > most else -most if saved < -most else saved
         if self._cool:
             self._cool -= 1
         elif seen.bytes_loaded and within_budget:
             self._correct(target)
-        self._predict()
+        self._predict(target)
 
-    def _predict(self) -> None:
+    def _predict(self, target: float) -> None:
         bandwidth, step = self.detector.bandwidth, self.detector.step_seconds
-        if self._target is None or bandwidth is None:
+        if bandwidth is None:
             return
         self._rate = bandwidth / self._row_bytes
-        if step is not None:
-            self._hidden = self._gain * self._rate * step
+        if step is None:
+            return
+        self._more = self._gain * self._rate
+        self._hidden = hidden = self._more * step
+        if self._contention:
+            self._spread(target, hidden, step)
+
+    def _spread(self, target: float, hidden: float, step: float) -> None:
+        """Within what loads may take from the compute: fewer blocks, or fewer steps that load."""
+        cost, most = self.detector.cost, CONTENTION_SHARE * target * step
+        blocks = min(max(int(hidden), 1), self._window)
+        seconds = cost.seconds(blocks * self._row_bytes)
+        self._burst = 0
+        if seconds > most and cost.fixed < most:
+            block = cost.per_byte * self._row_bytes
+            self._hidden = (most - cost.fixed) / block
+            self._more = CONTENTION_SHARE * target / block
+        elif seconds > most:
+            self._burst, self._hidden = blocks, blocks * most / seconds
+        self._share = min(seconds, most) / step
 
     def _correct(self, target: float) -> None:
         """Feedback on a step whose loads were to hide behind its compute."""
         detector = self.detector
-        if detector.stall_share > AIM * target:
+        aim = max(AIM * target - self._share, LEAST_AIM * target)
+        if detector.stall_share > aim:
             self._gain = max(self._gain * BACK_OFF, LEAST_GAIN)
             self._cool = COOL_DOWN
             detector.forget_stall()  # What comes now is of another budget.
@@ -125,16 +164,25 @@ class Decider:
         window, rate, hidden = self._window, self._rate, self._hidden
         if rate is None or hidden is None:
             return self._first
+        spare = self._saved * rate if self._saved > 0 else 0
+        if self._burst:
+            return self._in_bursts(hidden, spare)
         if hidden >= window:
             return self._everything
         exact = hidden + self._carried
         if prompt_tokens:
-            exact += self._gain * rate * self.detector.slope * prompt_tokens
+            exact += self._more * self.detector.slope * prompt_tokens
         # Less than a block a step is a block every few steps.
         self._carried = exact % 1.0
-        spare = self._saved * rate if self._saved > 0 else 0
         return Decision(
             window if exact > window else int(exact),
             int(hidden),
             window if spare > window else int(spare),
         )
+
+    def _in_bursts(self, hidden: float, spare: float) -> Decision:
+        self._carried += hidden
+        streams = self._carried >= self._burst
+        if streams:
+            self._carried = min(self._carried - self._burst, self._burst)
+        return Decision(self._burst if streams else 0, 0, min(int(spare), self._window))

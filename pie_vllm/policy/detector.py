@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from pie_vllm.policy.step_model import FREE, LoadCost, StepModel
+
 WEIGHT = 0.1
 """Of the newest step in each average: half of what is known is from the last 7 steps."""
 
@@ -18,6 +20,7 @@ class Observation(NamedTuple):
         stall_seconds: that it waited for KV.
         bytes_loaded: that the link brought to the device since the last observation.
         load_seconds: that the link was busy with them.
+        blocks: of KV that the requests of the step hold, about.
     """
 
     tokens: int
@@ -26,10 +29,14 @@ class Observation(NamedTuple):
     stall_seconds: float = 0.0
     bytes_loaded: int = 0
     load_seconds: float = 0.0
+    blocks: int = 0
 
 
 PRIOR_SECONDS = 0.01
 """Of loading that a bandwidth known before the first load counts for; as much outweighs it."""
+
+PLAUSIBLE_BANDWIDTH = 1e10
+"""Bytes per second; the unit of what loads cost where the link was not measured at start."""
 
 
 class Prior(NamedTuple):
@@ -39,11 +46,18 @@ class Prior(NamedTuple):
         bandwidth: from the CPU to the device, bytes per second; None if unknown.
         most_bandwidth: that is counted on, whatever is measured; None is without end.
         step_seconds: of a step that only decodes; None if unknown. The first such step replaces it.
+        request_seconds: by which it is longer for each further request; 0 if unknown.
+        prompt_seconds: of each prompt token; 0 if unknown.
+        limits_contention: whether what loads take from the compute counts as slowdown, not the
+            stall alone.
     """
 
     bandwidth: float | None = None
     most_bandwidth: float | None = None
     step_seconds: float | None = None
+    request_seconds: float = 0.0
+    prompt_seconds: float = 0.0
+    limits_contention: bool = True
 
 
 NOTHING = Prior()
@@ -52,27 +66,38 @@ NOTHING = Prior()
 class Detector:
     """Learns from each step; decides nothing.
 
-    A step is taken to last ``step_seconds + slope * (tokens - requests)``: steps that only decode
-    change little from one to the next, and prompt tokens come on top.
+    A step that only decodes is predicted by ``StepModel``, from the requests and blocks of the last
+    step; prompt tokens come on top, ``slope`` seconds each.
 
     Attributes:
-        step_seconds: of a step that only decodes with all its KV on the device; None if unknown.
+        step_seconds: of a step that only decodes, as the last one but with all its KV on the
+            device; None if unknown.
         slope: seconds for each prompt token; 0 while unknown.
         bandwidth: bytes per second to the device that can be counted on, None while unknown: those
             of the link while it is busy, and no more than the prior's most.
         stall_share: stall of recent steps that loaded, as a share of the rest of the step.
+        cost: what loads cost the compute beside them, at least (``StepModel.sure_cost``).
+        streaming_seconds: of all steps that loaded.
+        slowed_seconds: by which loads slowed the compute of these steps, most likely.
     """
 
     def __init__(self, prior: Prior = NOTHING) -> None:
         """Nothing is known but the prior."""
         self.step_seconds = prior.step_seconds
-        self._guessed = True
-        self.slope = 0.0
+        self._prior = prior
+        self._model: StepModel | None = None
+        self.slope = prior.prompt_seconds
         self.stall_share = 0.0
+        self.streaming_seconds = self.slowed_seconds = 0.0
         self._busy = 0.0 if prior.bandwidth is None else PRIOR_SECONDS
         self._bytes = (prior.bandwidth or 0.0) * self._busy
         self._most = prior.most_bandwidth
         self.bandwidth = None if prior.bandwidth is None else self._limited()
+
+    @property
+    def cost(self) -> LoadCost:
+        """As the class says; nothing while unknown."""
+        return FREE if self._model is None else self._model.sure_cost
 
     def observe(self, seen: Observation, *, within_budget: bool = True) -> None:
         """Learn from a step.
@@ -81,24 +106,35 @@ class Detector:
             seen: the step.
             within_budget: whether its loads were meant to hide; others tell nothing of the stall.
         """
-        tokens, requests, seconds, stall, loaded, busy = seen
+        tokens, requests, seconds, stall, loaded, busy, blocks = seen
         compute = seconds - stall
         if compute > 0:
+            model = self._model
+            if model is not None:
+                if tokens == requests and tokens:
+                    model.learn(requests, blocks, loaded, compute)
+                self.step_seconds = model.seconds(requests, blocks)
+            elif tokens == requests and tokens:
+                self._begin(requests, blocks, compute)
             if tokens > requests:
                 self._learn_prompts(compute, tokens - requests)
-            elif tokens:
-                known = self.step_seconds
-                if known is None or self._guessed:
-                    self.step_seconds, self._guessed = compute, False
-                else:
-                    self.step_seconds = known + WEIGHT * (compute - known)
-            if loaded and within_budget:
-                self.stall_share += WEIGHT * (stall / compute - self.stall_share)
+            if loaded:
+                self.streaming_seconds += seconds
+                if model is not None:
+                    self.slowed_seconds += model.cost.seconds(loaded)
+                if within_budget:
+                    self.stall_share += WEIGHT * (stall / compute - self.stall_share)
         if busy > 0:
             keep = 1 - WEIGHT
             self._bytes = keep * self._bytes + loaded
             self._busy = keep * self._busy + busy
             self.bandwidth = self._limited()
+
+    def _begin(self, requests: int, blocks: int, compute: float) -> None:
+        prior = self._prior
+        unit = self.bandwidth or PLAUSIBLE_BANDWIDTH
+        self._model = StepModel(requests, blocks, unit, compute, prior.request_seconds)
+        self.step_seconds = compute
 
     def forget_stall(self) -> None:
         """Begin the average of the stall anew."""

@@ -275,6 +275,11 @@ class Residency:
         """Pooled ids that requests use now."""
         return self.window - self.queue.free_pooled
 
+    @property
+    def residents_in_use(self) -> int:
+        """Resident ids that requests use now."""
+        return self.boundary - 1 - self.queue.free_residents
+
     def check_integrity(self) -> None:
         """Raise IntegrityError unless all books agree; costs a pass over all blocks."""
         from pie_vllm.policy.integrity import check_residency

@@ -9,7 +9,7 @@ recomputation. No prefix cache.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,7 @@ class Simulation:
         max_running: int = 256,
         max_tokens: int = 2048,
         changes: Sequence[tuple[float, Profile]] = (),
+        scatter: Callable[[], float] | None = None,
     ) -> None:
         """Before the first request.
 
@@ -68,6 +69,7 @@ class Simulation:
             max_running: vLLM's ``--max-num-seqs``.
             max_tokens: vLLM's ``--max-num-batched-tokens``.
             changes: the machine that steps meet from a time (seconds) on, in order of time.
+            scatter: asked for the factor of each step's compute; None is 1.
         """
         self._geometry, self._profile, self._decider = geometry, profile, decider
         self._size, self._max_running = block_size, max_running
@@ -90,6 +92,7 @@ class Simulation:
         self._turns = Turns()
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
+        self._scatter = scatter
         self._clock = self._stall = 0.0
         self._number = self._tokens = self._preemptions = 0
         self._loads: list[int] = []
@@ -229,14 +232,18 @@ class Simulation:
         profile, row = self._profile, self._geometry.row_bytes
         tokens = sum(count for _, count in ran.values())
         blocks = sum(len(request.table) for request, _ in ran.values())
-        compute = profile.step_seconds(len(ran), tokens - len(ran), blocks, loads)
+        compute = profile.step_seconds(len(ran), tokens - len(ran), blocks)
+        if self._scatter is not None:
+            compute *= self._scatter()
+        slowed = profile.load_cost(loads)
+        compute += slowed
         load = loads * row / profile.link
         stall = max(load - compute, load * profile.exposed)
         began = self._clock
         self._clock += compute + stall
         self._stall += stall
         self._loads.append(loads)
-        seen = Observation(tokens, len(ran), compute + stall, stall, loads * row, load)
+        seen = Observation(tokens, len(ran), compute + stall, stall, loads * row, load, blocks)
         self._decider.observe(seen, within_budget=within_budget)
         before = self._tokens
         for request, _ in ran.values():
@@ -247,7 +254,7 @@ class Simulation:
                 if request.left == 0:
                     self._running.remove(request)
                     self._free(request)
-        self._times.append(StepTime(began, compute, stall, self._tokens - before))
+        self._times.append(StepTime(began, compute, stall, self._tokens - before, slowed))
 
 
 def run_stock(blocks: int, profile: Profile, jobs: Sequence[Job], **options: Any) -> Outcome:

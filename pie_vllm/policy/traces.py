@@ -23,6 +23,7 @@ class Profile:
         exposed: share of a step's loads that no compute hides: the first layer's.
         per_load: seconds by which the load of one block slows the compute beside it: memory
             bandwidth that they share. None on most GPUs, much on a CPU.
+        per_streaming_step: seconds that a step takes longer when it loads anything.
     """
 
     link: float
@@ -32,23 +33,26 @@ class Profile:
     per_block: float
     exposed: float = 0.0
     per_load: float = 0.0
+    per_streaming_step: float = 0.0
 
-    def step_seconds(self, requests: int, prompt_tokens: int, blocks: int, loads: int = 0) -> float:
-        """Seconds that a step computes.
+    def step_seconds(self, requests: int, prompt_tokens: int, blocks: int) -> float:
+        """Seconds that a step computes, with all its KV on the device.
 
         Args:
             requests: that run.
             prompt_tokens: computed beyond one for each request.
             blocks: that these requests hold.
-            loads: blocks loaded beside it.
         """
         return (
             self.base
             + self.per_request * requests
             + self.per_prompt_token * prompt_tokens
             + self.per_block * blocks
-            + self.per_load * loads
         )
+
+    def load_cost(self, loads: int) -> float:
+        """Seconds by which so many loads of blocks slow the compute beside them."""
+        return self.per_streaming_step + self.per_load * loads if loads else 0.0
 
 
 class Job(NamedTuple):
@@ -60,12 +64,21 @@ class Job(NamedTuple):
 
 
 class StepTime(NamedTuple):
-    """One step: when it began, the seconds it computed and then waited, the tokens it answered."""
+    """One step.
+
+    Attributes:
+        began: seconds on the clock.
+        compute: seconds, what loads took from it included.
+        stall: seconds that it waited for loads.
+        tokens: answered.
+        slowed: of ``compute``, what loads took from it.
+    """
 
     began: float
     compute: float
     stall: float
     tokens: int
+    slowed: float
 
 
 class Outcome(NamedTuple):
@@ -92,6 +105,25 @@ class Outcome(NamedTuple):
     loads: list[int]
     decisions: list[Decision]
     times: list[StepTime]
+
+    def last(self, steps: int) -> Outcome:
+        """Of the last steps alone; preemptions and requests left out remain those of all."""
+        times = self.times[-steps:]
+        return self._replace(
+            seconds=sum(time.compute + time.stall for time in times),
+            tokens=sum(time.tokens for time in times),
+            stall_seconds=sum(time.stall for time in times),
+            steps=len(times),
+            loads=self.loads[-steps:],
+            decisions=self.decisions[-steps:],
+            times=times,
+        )
+
+    @property
+    def slowdown(self) -> float:
+        """Time over that of the same steps with all KV on the device, less 1."""
+        lost = self.stall_seconds + sum(time.slowed for time in self.times)
+        return lost / (sum(time.compute + time.stall for time in self.times) - lost)
 
     @property
     def throughput(self) -> float:

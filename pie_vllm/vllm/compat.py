@@ -200,10 +200,11 @@ def relabel_rows(runner: Any, relabels: Any) -> None:
             batch.block_table.block_tables[0].block_table.np[row, first:end] = blocks
 
 
-def decode_seconds(runner: Any, requests: int) -> float:
-    """Seconds of a forward pass that decodes so many requests, without attention.
+def forward_seconds(runner: Any, tokens: int) -> float:
+    """Seconds of a forward pass over so many tokens, without attention.
 
-    The least of three passes, of which the first warms up, before there is a KV cache. Relies on
+    Of requests that decode, as many as there are tokens, up to ``--max-num-seqs``. The least of
+    three passes, of which the first warms up, before there is a KV cache. Relies on
     ``_dummy_run`` as ``profile_run`` calls it, v1/worker/gpu_model_runner.py:6193, and on
     ``compute_logits`` of what it returns, 5942 there.
     """
@@ -216,7 +217,7 @@ def decode_seconds(runner: Any, requests: int) -> float:
     seconds = []
     for _ in range(3):
         start = perf_counter()
-        _, last_hidden_states = runner._dummy_run(requests, is_profile=True)
+        _, last_hidden_states = runner._dummy_run(tokens, is_profile=True)
         with torch.inference_mode():
             runner.model.compute_logits(last_hidden_states)
         runner._sync_device()

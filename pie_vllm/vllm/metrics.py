@@ -47,6 +47,8 @@ class Control(NamedTuple):
         bandwidth: of the link to the device, bytes per second; 0 while unknown.
         left_out: requests left out of steps since the start; one may count often.
         pool_chunks: of the pool that the worker holds.
+        streaming_seconds: of all steps that loaded KV.
+        slowed_seconds: by which loads slowed the compute beside them, as estimated.
     """
 
     limit: int
@@ -54,6 +56,8 @@ class Control(NamedTuple):
     bandwidth: int
     left_out: int
     pool_chunks: int
+    streaming_seconds: float
+    slowed_seconds: float
 
 
 MICROSECONDS = 1e6
@@ -81,9 +85,8 @@ class Report:
 
     def changes(self, totals: Totals, residency: Residency, control: Control) -> dict[str, int]:
         """Increments of counters and new values of gauges since the last call."""
-        queue = residency.queue
         gauges = {
-            "pie_resident_blocks_used": residency.boundary - 1 - queue.free_residents,
+            "pie_resident_blocks_used": residency.residents_in_use,
             "pie_pooled_blocks_used": residency.pooled_in_use,
             "pie_pooled_blocks_read": residency.reading.num_blocks,
             "pie_admission_limit_blocks": control.limit,
@@ -98,6 +101,8 @@ class Report:
             "pie_load_seconds": int(totals.load_seconds * MICROSECONDS),
             "pie_store_seconds": int(totals.store_seconds * MICROSECONDS),
             "pie_stall_seconds": int(totals.stall_seconds * MICROSECONDS),
+            "pie_streaming_seconds": int(control.streaming_seconds * MICROSECONDS),
+            "pie_slowed_seconds": int(control.slowed_seconds * MICROSECONDS),
             "pie_demoted_blocks": residency.demotions,
             "pie_promoted_blocks": residency.promotions,
             "pie_left_out_requests": control.left_out,

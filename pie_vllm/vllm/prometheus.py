@@ -31,6 +31,9 @@ COUNTERS = {
     "pie_load_seconds": "Time the link was busy loading, in seconds.",
     "pie_store_seconds": "Time the link was busy storing, in seconds.",
     "pie_stall_seconds": "Time the compute waited for KV, in seconds.",
+    "pie_streaming_seconds": "Time of engine steps that loaded KV, in seconds.",
+    "pie_slowed_seconds": "Time by which copies slowed the compute beside them, as estimated, in "
+    "seconds.",
     "pie_demoted_blocks": "Blocks moved from the device to the pool.",
     "pie_promoted_blocks": "Blocks moved back to the device for good.",
     "pie_left_out_requests": "Running requests left out of a step because the link could not "

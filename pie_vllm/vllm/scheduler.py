@@ -98,6 +98,7 @@ class PieSchedulerMixin(_Mixed):
             changed=residency.demotions != demotions or not output.num_scheduled_tokens,
         )
         output.pie_within_budget = not turns.exceeds
+        output.pie_blocks = residency.residents_in_use + residency.reading.num_blocks
         turns.end_step(output.num_scheduled_tokens, residency)
         return output
 
@@ -159,6 +160,7 @@ class PieSchedulerMixin(_Mixed):
             totals.stall_seconds - before.stall_seconds,
             totals.bytes_loaded - before.bytes_loaded,
             totals.load_seconds - before.load_seconds,
+            output.pie_blocks,
         )
         self.pie_decider.observe(seen, within_budget=output.pie_within_budget)
 
@@ -172,6 +174,8 @@ class PieSchedulerMixin(_Mixed):
                 int(self.pie_decider.detector.bandwidth or 0),
                 self.pie_turns.left_out,
                 self.pie_pool.state.chunks,
+                self.pie_decider.detector.streaming_seconds,
+                self.pie_decider.detector.slowed_seconds,
             )
             residency = self.kv_cache_manager.residency
             changes = self.pie_report.changes(self.pie_log.totals, residency, control)

@@ -22,6 +22,8 @@ from pie_vllm.vllm.cache_engine import PieCacheEngine
 
 logger = init_logger("vllm.pie")
 
+PROMPT_TOKENS = 256
+"""Of a prompt chunk whose time is taken at start."""
 
 _Mixed: Any = object  # What the mixin extends; vLLM's own classes are read as Any.
 
@@ -106,16 +108,16 @@ class PieWorkerMixin(_Mixed):
         The link as the user said, as measured, or not known; the step where a target asks for it.
         """
         config = settings.of(self.vllm_config).config
-        seconds = None
+        contention = config.limit_contention
+        prior = Prior(
+            limits_contention=not self.pie_device_is_host if contention is None else contention
+        )
         if config.target_slowdown is not None:
-            seconds = compat.decode_seconds(self.model_runner, requests)
-            logger.info(
-                "Pie: %d requests decode in %.1f ms without attention", requests, 1e3 * seconds
-            )
+            prior = self._pie_measure_steps(prior, requests)
         if config.link_gbps is not None:
             given = config.link_gbps * 1e9
             logger.info("Pie: link to the device counted on for %.2f GB/s", config.link_gbps)
-            return Prior(given, given, seconds)
+            return prior._replace(bandwidth=given, most_bandwidth=given)
         try:
             link = measure_link(
                 num_layers,
@@ -126,9 +128,32 @@ class PieWorkerMixin(_Mixed):
             )
         except TransferError as error:
             logger.warning("Pie: the link could not be measured at start: %s", error)
-            return Prior(step_seconds=seconds)
+            return prior
         logger.info("Pie: link %s", link)
-        return Prior(link.load, step_seconds=seconds)
+        return prior._replace(bandwidth=link.load)
+
+    def _pie_measure_steps(self, prior: Prior, requests: int) -> Prior:
+        """Seconds of a step of so many requests, of each of them, and of a prompt token."""
+        one = compat.forward_seconds(self.model_runner, 1)
+        step = compat.forward_seconds(self.model_runner, requests)
+        by_request = max(step - one, 0.0) / max(requests - 1, 1)
+        most = int(self.vllm_config.scheduler_config.max_num_batched_tokens)
+        tokens = min(most, requests + PROMPT_TOKENS)
+        by_token = by_request
+        if tokens > requests:
+            longer = compat.forward_seconds(self.model_runner, tokens) - step
+            by_token = max(longer, 0.0) / (tokens - requests)
+        logger.info(
+            "Pie: %d requests decode in %.1f ms without attention, one in %.1f ms; a prompt token "
+            "takes %.2f ms",
+            requests,
+            1e3 * step,
+            1e3 * one,
+            1e3 * by_token,
+        )
+        return prior._replace(
+            step_seconds=step, request_seconds=by_request, prompt_seconds=by_token
+        )
 
     def _pie_requests(self, device_blocks: int, longest: int) -> int:
         """Requests that run at once when each takes a quarter of the blocks of the longest one."""

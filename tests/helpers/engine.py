@@ -44,6 +44,7 @@ class Setup:
         debug: words that break the transfer engine on purpose.
         ring: width of the ring; None is as wide as all pooled blocks.
         emulated_link_gbps: emulated link speed.
+        limit_contention: whether what copies take from the compute counts as slowdown.
         target: of the slowdown; "off" keeps the schedule that stock has.
         idle_seconds: how long the pool keeps memory that is not needed.
         lost_relabels: the worker drops all relabels.
@@ -60,6 +61,7 @@ class Setup:
     debug: tuple[str, ...] = ()
     ring: float | str | None = None
     emulated_link_gbps: float | None = None
+    limit_contention: bool | None = None
     target: float | str = "off"
     idle_seconds: float = 60.0
     lost_relabels: bool = False
@@ -107,8 +109,9 @@ class Setup:
         }
         if self.debug:
             pie["debug"] = list(self.debug)
-        if self.emulated_link_gbps is not None:
-            pie["emulated_link_gbps"] = self.emulated_link_gbps
+        for key in ("emulated_link_gbps", "limit_contention"):
+            if getattr(self, key) is not None:
+                pie[key] = getattr(self, key)
         return {"llm": llm, "pie": pie, "lost_relabels": self.lost_relabels}
 
 

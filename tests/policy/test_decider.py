@@ -8,6 +8,7 @@ import pytest
 
 from pie_vllm.policy.decider import FIRST_BLOCKS, Decider, Decision
 from pie_vllm.policy.detector import Detector, Observation, Prior
+from pie_vllm.policy.step_model import FREE, LoadCost
 
 ROW = 1_000_000
 WINDOW = 500
@@ -20,14 +21,18 @@ class Machine:
         link: bytes per second.
         step: seconds of a step that decodes.
         exposed: share of a load that no compute can hide.
+        cost: what loads take from the compute beside them.
     """
 
-    def __init__(self, link: float, step: float = 0.1, exposed: float = 0.0) -> None:
-        self.link, self.step, self.exposed = link, step, exposed
+    def __init__(
+        self, link: float, step: float = 0.1, exposed: float = 0.0, cost: LoadCost = FREE
+    ) -> None:
+        self.link, self.step, self.exposed, self.cost = link, step, exposed, cost
         self.rng = random.Random(1)
 
     def run(self, blocks: int, prompt_tokens: int = 0) -> Observation:
         compute = (self.step + 1e-4 * prompt_tokens) * self.rng.uniform(0.97, 1.03)
+        compute += self.cost.seconds(blocks * ROW)
         load = blocks * ROW / self.link
         stall = max(load - compute, load * self.exposed)
         return Observation(32 + prompt_tokens, 32, compute + stall, stall, blocks * ROW, load)
@@ -129,6 +134,47 @@ def test_stall_within_the_budget_lowers_it_and_it_comes_back() -> None:
     machine.exposed = 0.0
     settle(decider, machine, steps=200)
     assert decider.decide().budget > 0.8 * hidden
+
+
+COSTS = {
+    "fixed": LoadCost(0.005, 0.0),
+    "by the byte": LoadCost(0.0, 0.06 / 1e9),
+    "both": LoadCost(0.004, 0.03 / 1e9),
+}
+"""Of a machine that loads 90 MB in a step of 100 ms: 3 to 7 % of the step."""
+
+
+def slowdown(machine: Machine, seen: list[Observation]) -> float:
+    """Time over that of steps that load nothing, less 1."""
+    lost = sum(o.stall_seconds + machine.cost.seconds(o.bytes_loaded) for o in seen)
+    return lost / (sum(o.seconds for o in seen) - lost)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_what_loads_take_from_the_compute_counts(cost: str) -> None:
+    """Few blocks are loaded, or in few steps, and so the mean slowdown is within the target."""
+    machine = Machine(1e9, cost=COSTS[cost])
+    decider = Decider(ROW, WINDOW)
+    settle(decider, machine, wanted=0)
+    settle(decider, machine, steps=400)
+    seen = settle(decider, machine, steps=400)
+    assert 0.003 <= slowdown(machine, seen) <= 0.012
+    assert 0 < sum(one.bytes_loaded for one in seen) < 0.5 * 90 * ROW * len(seen)
+    if COSTS[cost].fixed:
+        assert sum(1 for one in seen if one.bytes_loaded) < 0.5 * len(seen)
+        assert decider.decide().limit == 0, "whoever has pooled blocks seldom runs"
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_it_does_not_count_where_it_must_not(cost: str) -> None:
+    """The copies of a CPU's own cores; negative control of the test above."""
+    machine = Machine(1e9, cost=COSTS[cost])
+    decider = Decider(ROW, WINDOW, prior=Prior(limits_contention=False))
+    settle(decider, machine, wanted=0)
+    settle(decider, machine, steps=400)
+    seen = settle(decider, machine, steps=400)
+    assert slowdown(machine, seen) > 0.025
+    assert decider.detector.slowed_seconds > 0
 
 
 def test_prompts_make_room_for_more() -> None:

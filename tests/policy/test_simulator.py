@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import median
 
 import pytest
 
 from benchmarks.harness import cases
-from benchmarks.harness.cases import Case, limit_at, random_case
+from benchmarks.harness.cases import Case, limit_at, random_case, scattered
+from benchmarks.harness.shifts import GEOMETRY, Shift, shift
 from pie_vllm.policy.decider import Decider
+from pie_vllm.policy.detector import Prior
 from pie_vllm.policy.geometry import Geometry
-from pie_vllm.policy.simulator import Simulation
+from pie_vllm.policy.simulator import Simulation, run_stock
 from pie_vllm.policy.traces import Job, Outcome, Profile, Static
 
 
 def run(case: Case, decider: Decider | None = None) -> Outcome:
     """Play a case, and check the books at its end."""
-    simulation = Simulation(
-        case.geometry, case.profile, case.jobs, decider or case.decider(), block_size=16
-    )
+    simulation = case.simulation(decider or case.decider())
     outcome = simulation.run()
     simulation.residency.check_integrity()
     assert simulation.residency.pooled_in_use == 0
@@ -67,6 +68,46 @@ def test_the_simulator_tells_good_limits_from_bad_ones() -> None:
     careless = Simulation(case.geometry, case.profile, case.jobs, Static(window)).run()
     assert careless.throughput < 0.3 * run(case).throughput
     assert careless.stall_seconds > 0.5 * careless.seconds
+
+
+CONTENTION = {"by the byte": (0.1, 0.0), "fixed": (0.0, 0.05), "both": (0.1, 0.02)}
+"""Of the link's time, by which loads slow the compute; of a step, by which any load does."""
+
+
+def contended(kind: str, seed: int) -> Shift:
+    """A load that doubles, on a machine whose loads slow the compute, and whose steps scatter."""
+    by_time, fixed = CONTENTION[kind]
+    found = shift("load doubles", seed)
+    machine = replace(
+        found.after,
+        per_load=by_time * GEOMETRY.row_bytes / found.after.link,
+        per_streaming_step=fixed * 0.019,
+    )
+    return replace(found, before=machine, after=machine, noise=0.02)
+
+
+@pytest.mark.parametrize("kind", CONTENTION)
+def test_contention_is_kept_within_the_target(kind: str) -> None:
+    """In the median of three traces, once it is known; and none is slower than stock."""
+    found = []
+    for seed in range(3):
+        trace = contended(kind, seed)
+        outcome = trace.play()
+        found.append(outcome.last(1000).slowdown)
+        stock = run_stock(
+            GEOMETRY.resident_blocks, trace.before, trace.jobs, scatter=scattered(trace.noise)
+        )
+        assert outcome.throughput >= 0.98 * stock.throughput
+    assert median(found) <= 0.012
+
+
+@pytest.mark.parametrize("kind", CONTENTION)
+def test_uncounted_contention_slows(kind: str) -> None:
+    """Negative control: with the stall alone as slowdown, steps take percents longer."""
+    careless = Decider(
+        GEOMETRY.row_bytes, GEOMETRY.pooled_blocks, prior=Prior(limits_contention=False)
+    )
+    assert contended(kind, 0).play(careless).last(1000).slowdown >= 0.03
 
 
 def test_a_link_that_feeds_nothing_is_no_worse_than_none() -> None:

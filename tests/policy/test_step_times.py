@@ -22,7 +22,7 @@ def steps_of(profile: Profile, noise: float, loads: int = 0) -> list[Step]:
     for _ in range(300):
         requests = rng.randint(10, 32)
         blocks, prompt = rng.randint(requests, 3 * requests), rng.choice([0] * 29 + [500])
-        seconds = profile.step_seconds(requests, prompt, blocks, loads)
+        seconds = profile.step_seconds(requests, prompt, blocks) + profile.load_cost(loads)
         steps.append(
             Step(seconds * rng.uniform(1 - noise, 1 + noise), requests, prompt, blocks, loads)
         )

@@ -52,6 +52,7 @@ def configure(model: Path, pie: Any = None, **arguments: Any) -> Any:
         ({"pool": 1}, ["unknown pie setting pool", "pool_gib", "ring_slots", "ring_fraction"]),
         ([1], ["must be a mapping", "pool_gib"]),
         ({"debug": "poison"}, ["debug", "list of words"]),
+        ({"limit_contention": "yes"}, ["limit_contention", "'yes'", "true or false"]),
         ({"pool_idle_seconds": 0}, ["pool_idle_seconds", "seconds above 0"]),
         ({"pool_idle_seconds": "soon"}, ["pool_idle_seconds", "'soon'"]),
     ],

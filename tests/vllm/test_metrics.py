@@ -31,7 +31,7 @@ from tests.helpers.engine_model import LAYERS
 
 pytestmark = pytest.mark.vllm
 
-CONTROL = Control(7, 5, 3_000_000_000, 11, 2)
+CONTROL = Control(7, 5, 3_000_000_000, 11, 2, 0.75, 0.006)
 
 
 def config(model: Path, **more: Any) -> VllmConfig:
@@ -78,6 +78,8 @@ def test_increments_add_up_and_gauges_follow(model: Path) -> None:
     assert found["vllm:pie_stored_bytes_total"] == 300
     assert found["vllm:pie_load_seconds_total"] == pytest.approx(0.5)
     assert found["vllm:pie_stall_seconds_total"] == pytest.approx(0.004)
+    assert found["vllm:pie_streaming_seconds_total"] == pytest.approx(0.75)
+    assert found["vllm:pie_slowed_seconds_total"] == pytest.approx(0.006)
     assert found["vllm:pie_resident_blocks"] == 8
     assert found["vllm:pie_pooled_blocks"] == 12
     assert found["vllm:pie_capacity_gained_blocks"] == geometry.capacity_gained_blocks > 0
@@ -127,6 +129,9 @@ def test_python_users_see_what_the_engine_counted(engines: Engines, few: Path) -
     assert metrics["vllm:pie_loaded_bytes"] == counters["bytes_loaded"] > 0
     assert metrics["vllm:pie_stored_bytes"] == counters["bytes_stored"] > 0
     assert metrics["vllm:pie_streaming_steps"] == counters["steps"]
+    streaming = metrics["vllm:pie_streaming_seconds"]
+    assert 0 <= metrics["vllm:pie_stall_seconds"] < streaming
+    assert 0 <= metrics["vllm:pie_slowed_seconds"] < streaming
     assert metrics["vllm:pie_demoted_blocks"] * setup.page * layers >= counters["bytes_stored"]
     assert metrics["vllm:pie_resident_blocks"] == counters["resident_blocks"]
     assert metrics["vllm:pie_pooled_blocks"] == counters["pooled_blocks"]

@@ -87,12 +87,20 @@ def test_preemption(engines: Engines, ample: Setup, scarce: Setup, texts: list[s
     assert tokens(pie) == tokens(stock)
 
 
-@pytest.mark.parametrize("link_gbps", [0.02, 0.2])
+@pytest.mark.parametrize(("link_gbps", "contention"), [(0.02, None), (0.2, None), (0.2, True)])
 def test_turns_and_limits(
-    engines: Engines, ample: Setup, scarce: Setup, texts: list[str], link_gbps: float
+    engines: Engines,
+    ample: Setup,
+    scarce: Setup,
+    texts: list[str],
+    link_gbps: float,
+    contention: bool | None,
 ) -> None:
-    """On a slow link requests wait, take turns and come back; their answers do not change."""
-    setup = replace(scarce, target=0.01, emulated_link_gbps=link_gbps)
+    """On a slow link requests wait, take turns and come back; their answers do not change.
+
+    Nor do they where steps load in bursts, because of what copies take from the compute.
+    """
+    setup = replace(scarce, target=0.01, emulated_link_gbps=link_gbps, limit_contention=contention)
     pie, stock = both(engines, setup, ample, [request(t, max_tokens=ANSWER) for t in texts])
     assert pie["left_out"] > 0
     assert tokens(pie) == tokens(stock)

@@ -1,0 +1,165 @@
+"""How long a step that decodes takes with all its KV on the device, and what loads add to it.
+
+A Kalman filter over ``seconds = base + requests + blocks + streaming + loads``, each term a factor
+times its feature. The base drifts, as machines do; the other factors hardly: that is how a load's
+cost is told from a machine that got slower. It is small and without a library because it runs in
+the scheduler's step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import NamedTuple
+
+OFTEN = 256
+"""Steps learnt from one by one; then one in ``EVERY``, to spare the scheduler's time, or in
+``CHANGED`` where other bytes are loaded than in the last one: such steps say most of their cost."""
+EVERY = 8
+CHANGED = 2
+
+NOISE = 0.03
+"""Of a step's time: standard deviation of what the model does not know, at first."""
+LEAST_NOISE = 0.005
+MOST_NOISE = 0.1
+NOISE_WEIGHT = 0.05
+OUTLIER = 1.0
+"""Of a step's time, beyond which an error counts as if it were there."""
+
+LEAST_SHARE = 0.1
+"""Of the last step learnt from: no prediction is less."""
+
+BASE_DRIFT = 0.1
+"""Of the noise, by which the base wanders from one step to the next: what is known of it is from
+some ten steps, as in an average."""
+OTHER_DRIFT = 1e-4
+SHAPE_DOUBT = 0.5
+"""Of a step's time: how far the terms of requests and blocks may be from what is expected."""
+FIXED_DOUBT = 0.05
+LOAD_DOUBT = 0.05
+"""Of the time that the link is busy, by which loads may slow the compute beside them."""
+
+SURE = 1.5
+"""Standard deviations above nothing from which on a cost is taken for real."""
+
+
+def _dot(a: Sequence[float], b: Sequence[float]) -> float:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3] + a[4] * b[4]
+
+
+class LoadCost(NamedTuple):
+    """What a step that streams takes longer, beyond the stall.
+
+    Attributes:
+        fixed: seconds of each such step.
+        per_byte: seconds for each byte loaded.
+    """
+
+    fixed: float
+    per_byte: float
+
+    def seconds(self, loaded: int) -> float:
+        """Of a step that loads so many bytes."""
+        return self.fixed + self.per_byte * loaded if loaded else 0.0
+
+
+FREE = LoadCost(0.0, 0.0)
+
+
+class StepModel:
+    """Learns from steps that only decode.
+
+    Attributes:
+        cost: what loads add, most likely.
+        sure_cost: the same, of what is not likely to be chance.
+    """
+
+    def __init__(
+        self,
+        requests: int,
+        blocks: int,
+        bandwidth: float,
+        compute: float,
+        request_seconds: float = 0.0,
+    ) -> None:
+        """Begin with one step, whose requests and blocks are the units of their terms.
+
+        Args:
+            requests: that ran.
+            blocks: of KV that they hold.
+            bandwidth: of the link as far as known, bytes per second; the unit of loads.
+            compute: seconds that the step took.
+            request_seconds: of each request, as far as known.
+        """
+        self._units = max(requests, 1), max(blocks, 1), bandwidth
+        by_request = min(request_seconds * requests, compute)
+        self._factors = [compute - by_request, by_request, 0.0, 0.0, 0.0]
+        shape = SHAPE_DOUBT * compute
+        doubts = (compute, shape, shape, FIXED_DOUBT * compute, LOAD_DOUBT)
+        self._cov = [[d * d * (i == j) for j in range(5)] for i, d in enumerate(doubts)]
+        self._most = [self._cov[i][i] for i in range(5)]
+        self._scale = compute
+        self._noise = NOISE**2
+        self._steps = self._since = self._loaded = 0
+        self.cost = self.sure_cost = FREE
+
+    def seconds(self, requests: int, blocks: int) -> float:
+        """Of a step that loads nothing."""
+        base, by_request, by_block = self._factors[:3]
+        unit_requests, unit_blocks, _ = self._units
+        found = base + by_request * requests / unit_requests + by_block * blocks / unit_blocks
+        return max(found, LEAST_SHARE * self._scale)
+
+    def learn(self, requests: int, blocks: int, loaded: int, compute: float) -> None:
+        """Take a step into account: what it ran, the bytes it loaded, the seconds it computed."""
+        self._steps += 1
+        self._since += 1
+        if self._steps > OFTEN and self._since < (EVERY if loaded == self._loaded else CHANGED):
+            return
+        since, self._since, self._loaded = self._since, 0, loaded
+        unit_requests, unit_blocks, bandwidth = self._units
+        x = (
+            1.0,
+            requests / unit_requests,
+            blocks / unit_blocks,
+            1.0 if loaded else 0.0,
+            loaded / bandwidth,
+        )
+        cov, factors = self._cov, self._factors
+        gain = [_dot(row, x) for row in cov]
+        known, expected = _dot(gain, x), _dot(factors, x)
+        scale = self._scale = max(expected, LEAST_SHARE * compute)
+        error = min(max(compute - expected, -OUTLIER * scale), OUTLIER * scale)
+        unit = scale * scale
+        variance = known + self._noise * unit
+        noise = self._noise + NOISE_WEIGHT * ((error * error - known) / unit - self._noise)
+        self._noise = min(max(noise, LEAST_NOISE**2), MOST_NOISE**2)
+        step = error / variance
+        # Never clipped: what one factor may not have would pile up in those bound to it.
+        self._factors = [f + g * step for f, g in zip(factors, gain, strict=True)]
+        u, v, w, y, z = [g / variance for g in gain]
+        self._cov = [
+            [r[0] - g * u, r[1] - g * v, r[2] - g * w, r[3] - g * y, r[4] - g * z]
+            for r, g in zip(cov, gain, strict=True)
+        ]
+        self._drift(unit, since)
+        self._tell(bandwidth)
+
+    def _drift(self, unit: float, steps: int) -> None:
+        other = OTHER_DRIFT * OTHER_DRIFT * steps
+        base = BASE_DRIFT * BASE_DRIFT * self._noise * steps
+        wander = (base * unit, other * unit, other * unit, other * unit, other)
+        for i, (row, more, most) in enumerate(zip(self._cov, wander, self._most, strict=True)):
+            found = row[i] + more
+            row[i] = found if found < most else most
+
+    def _tell(self, bandwidth: float) -> None:
+        fixed, load = self._factors[3:]
+        self.cost = LoadCost(max(fixed, 0.0), max(load, 0.0) / bandwidth)
+        sure_fixed = fixed if fixed > SURE * self._doubt(3) else 0.0
+        sure_load = load if load > SURE * self._doubt(4) else 0.0
+        self.sure_cost = LoadCost(sure_fixed, sure_load / bandwidth)
+
+    def _doubt(self, i: int) -> float:
+        """Standard deviation of a factor."""
+        return sqrt(max(self._cov[i][i], 0.0))
