@@ -53,7 +53,7 @@ def test_what_a_load_costs_is_what_the_model_lacks() -> None:
 
 
 def test_real_runs_are_played_again() -> None:
-    """Stock's with the fitted model, pie's with its own sizes, link and cost of a load."""
+    """Stock's with the fitted model, pie's with its own sizes, link and cost of loads."""
     slowed = Profile(1.0, 0.05, 0.003, 0.0007, 0.0004, per_load=0.001)
     limits = {"prompts": [40] * 32, "max_running": 64, "max_tokens": 512}
     sizes = {"num_layers": 30, "page_bytes": 1000, "resident_blocks": 30, "pooled_blocks": 60}
@@ -65,7 +65,7 @@ def test_real_runs_are_played_again() -> None:
     }
     traces = {
         "stock_equal": steps_of(TRUE, 0.0),
-        "pie": steps_of(slowed, 0.0, loads=20),
+        "pie": [s._replace(seconds=s.seconds + 0.002) for s in steps_of(slowed, 0.0, loads=20)],
         "pie_idle": steps_of(TRUE, 0.0),
     }
     figures: dict[str, list[dict[str, Any]]] = {
@@ -73,7 +73,8 @@ def test_real_runs_are_played_again() -> None:
             {
                 "trace": {"steps": steps, **limits},
                 "num_blocks": 40,
-                "stall_seconds": 0.0,
+                "stall_seconds": 0.6 if name == "pie" else 0.0,
+                "load_seconds": 12.0 if name == "pie" else 0.0,
                 "bandwidth_gbps": 1.0 if name == "pie" else float("inf"),
                 "pie": {**sizes, "ring_slots": 3, "rows": 60},
             }
@@ -86,6 +87,7 @@ def test_real_runs_are_played_again() -> None:
     expected = run_stock(40, TRUE, jobs, block_size=16, max_running=64, max_tokens=512)
     assert stock["simulated_tok_s"] == pytest.approx(expected.throughput, rel=0.01)
     assert pie["profile"]["per_load"] == pytest.approx(0.001, rel=0.01)
+    assert pie["profile"]["exposed"] == pytest.approx(0.05)
     assert pie["simulated_tok_s"] > 1.05 * stock["simulated_tok_s"]
     assert idle["simulated_tok_s"] > pie["simulated_tok_s"], "a link without end"
     assert all("trace" not in run for runs in figures.values() for run in runs)
