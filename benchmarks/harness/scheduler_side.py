@@ -10,6 +10,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from pie_vllm.policy.detector import Observation
 from pie_vllm.policy.elastic import PoolState
+from pie_vllm.policy.step_model import OFTEN
 from pie_vllm.vllm.metrics import Totals
 from tests.helpers import scheduling
 
@@ -118,10 +119,11 @@ class PieSide(Side):
     def __init__(self, flavour: type, blocks: int, steps: int, phases: int) -> None:
         self.totals = Totals()
         super().__init__(flavour, blocks, steps, phases)
-        # As learnt from a link whose budget is the whole window.
+        # As learnt from a link whose budget is the whole window, and no more from every step.
         row_bytes = self.scheduler.kv_cache_manager.geometry.row_bytes
         seen = Observation(REQUESTS, REQUESTS, 1.0, 0.0, blocks * row_bytes, 1e-3)
-        self.scheduler.pie_decider.observe(seen)
+        for _ in range(OFTEN):
+            self.scheduler.pie_decider.observe(seen)
 
     def report(self, output: Any, result: Any) -> None:
         """Add the counters of the engine, as if the step had loaded what it was to load."""

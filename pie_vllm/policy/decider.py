@@ -86,6 +86,7 @@ class Decider:
         self._cool = 0
         self._saved = 0.0
         self._carried = 0.0
+        self._known: tuple[float | None, float | None, float] | None = None
         self._rate: float | None = None  # Blocks a second, once known.
         self._hidden: float | None = None  # Blocks that a step which only decodes can load.
         self._more = 0.0  # Blocks for each second that a step takes longer.
@@ -116,7 +117,10 @@ class Decider:
             self._cool -= 1
         elif seen.bytes_loaded and within_budget:
             self._correct(target)
-        self._predict(target)
+        known = detector.step_seconds, detector.bandwidth, self._gain
+        if known != self._known:
+            self._known = known
+            self._predict(target)
 
     def _predict(self, target: float) -> None:
         bandwidth, step = self.detector.bandwidth, self.detector.step_seconds

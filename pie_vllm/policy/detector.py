@@ -86,6 +86,7 @@ class Detector:
         self.step_seconds = prior.step_seconds
         self._prior = prior
         self._model: StepModel | None = None
+        self._requests = 0  # Of the step that ``step_seconds`` is of.
         self.slope = prior.prompt_seconds
         self.stall_share = 0.0
         self.streaming_seconds = self.slowed_seconds = 0.0
@@ -111,9 +112,11 @@ class Detector:
         if compute > 0:
             model = self._model
             if model is not None:
-                if tokens == requests and tokens:
-                    model.learn(requests, blocks, loaded, compute)
-                self.step_seconds = model.seconds(requests, blocks)
+                decodes = tokens == requests and tokens > 0
+                learnt = decodes and model.learn(requests, blocks, loaded, compute)
+                if learnt or requests != self._requests:
+                    self.step_seconds = model.seconds(requests, blocks)
+                    self._requests = requests
             elif tokens == requests and tokens:
                 self._begin(requests, blocks, compute)
             if tokens > requests:
@@ -133,6 +136,7 @@ class Detector:
     def _begin(self, requests: int, blocks: int, compute: float) -> None:
         prior = self._prior
         unit = self.bandwidth or PLAUSIBLE_BANDWIDTH
+        self._requests = requests
         self._model = StepModel(requests, blocks, unit, compute, prior.request_seconds)
         self.step_seconds = compute
 

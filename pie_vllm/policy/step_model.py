@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from math import sqrt
 from typing import NamedTuple
 
-OFTEN = 256
+OFTEN = 64
 """Steps learnt from one by one; then one in ``EVERY``, to spare the scheduler's time, or in
 ``CHANGED`` where other bytes are loaded than in the last one: such steps say most of their cost."""
 EVERY = 8
@@ -23,7 +23,7 @@ NOISE = 0.03
 LEAST_NOISE = 0.005
 MOST_NOISE = 0.1
 NOISE_WEIGHT = 0.05
-OUTLIER = 1.0
+OUTLIER = 0.3
 """Of a step's time, beyond which an error counts as if it were there."""
 
 LEAST_SHARE = 0.1
@@ -44,7 +44,8 @@ SURE = 1.5
 
 
 def _dot(a: Sequence[float], b: Sequence[float]) -> float:
-    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3] + a[4] * b[4]
+    (a1, a2, a3, a4, a5), (b1, b2, b3, b4, b5) = a, b
+    return a1 * b1 + a2 * b2 + a3 * b3 + a4 * b4 + a5 * b5
 
 
 class LoadCost(NamedTuple):
@@ -110,12 +111,19 @@ class StepModel:
         found = base + by_request * requests / unit_requests + by_block * blocks / unit_blocks
         return max(found, LEAST_SHARE * self._scale)
 
-    def learn(self, requests: int, blocks: int, loaded: int, compute: float) -> None:
-        """Take a step into account: what it ran, the bytes it loaded, the seconds it computed."""
+    def learn(self, requests: int, blocks: int, loaded: int, compute: float) -> bool:
+        """Take a step into account, or pass it over; returns which.
+
+        Args:
+            requests: that ran.
+            blocks: of KV that they hold.
+            loaded: bytes.
+            compute: seconds that it took, stall left out.
+        """
         self._steps += 1
         self._since += 1
         if self._steps > OFTEN and self._since < (EVERY if loaded == self._loaded else CHANGED):
-            return
+            return False
         since, self._since, self._loaded = self._since, 0, loaded
         unit_requests, unit_blocks, bandwidth = self._units
         x = (
@@ -125,8 +133,8 @@ class StepModel:
             1.0 if loaded else 0.0,
             loaded / bandwidth,
         )
-        cov, factors = self._cov, self._factors
-        gain = [_dot(row, x) for row in cov]
+        factors = self._factors
+        gain = [_dot(row, x) for row in self._cov]
         known, expected = _dot(gain, x), _dot(factors, x)
         scale = self._scale = max(expected, LEAST_SHARE * compute)
         error = min(max(compute - expected, -OUTLIER * scale), OUTLIER * scale)
@@ -139,11 +147,12 @@ class StepModel:
         self._factors = [f + g * step for f, g in zip(factors, gain, strict=True)]
         u, v, w, y, z = [g / variance for g in gain]
         self._cov = [
-            [r[0] - g * u, r[1] - g * v, r[2] - g * w, r[3] - g * y, r[4] - g * z]
-            for r, g in zip(cov, gain, strict=True)
+            [a - g * u, b - g * v, c - g * w, d - g * y, e - g * z]
+            for (a, b, c, d, e), g in zip(self._cov, gain, strict=True)
         ]
         self._drift(unit, since)
         self._tell(bandwidth)
+        return True
 
     def _drift(self, unit: float, steps: int) -> None:
         other = OTHER_DRIFT * OTHER_DRIFT * steps

@@ -76,6 +76,18 @@ def test_the_step_that_was_timed_at_start_is_the_first_budget_too() -> None:
     assert decider.decide().budget == pytest.approx(0.9 * 1e9 * 0.1 / ROW, abs=1)
 
 
+def test_what_was_timed_at_start_tells_larger_steps_from_smaller_ones() -> None:
+    """Before it has seen any: with twice the requests, or with a prompt chunk."""
+    prior = Prior(1e9, step_seconds=0.1, request_seconds=0.002, prompt_seconds=1e-4)
+    decider = Decider(ROW, WINDOW, prior=prior)
+    decider.observe(Observation(32, 32, 0.1))
+    assert decider.decide().budget == pytest.approx(90, abs=1)
+    assert decider.decide(1000).budget == pytest.approx(180, abs=2)
+    decider.detector.observe(Observation(64, 64, 0.0))
+    decider.observe(Observation(64 + 1000, 64, 0.264))
+    assert decider.decide().budget == pytest.approx(0.9 * 164, abs=2)
+
+
 def test_no_more_of_the_link_is_counted_on_than_was_said() -> None:
     """However fast it is; a slower one is noticed."""
     for link, hidden in ((5e9, 100), (5e8, 50)):
@@ -163,6 +175,31 @@ def test_what_loads_take_from_the_compute_counts(cost: str) -> None:
     if COSTS[cost].fixed:
         assert sum(1 for one in seen if one.bytes_loaded) < 0.5 * len(seen)
         assert decider.decide().limit == 0, "whoever has pooled blocks seldom runs"
+
+
+def test_prompts_make_room_within_the_target_only() -> None:
+    """Where the compute pays for each byte, a prompt chunk allows as much more as it is longer."""
+    machine = Machine(1e9, cost=COSTS["by the byte"])
+    decider = Decider(ROW, WINDOW)
+    rng = random.Random(3)
+    for i in range(1000):
+        wanted = rng.randint(0, 90) if i < 500 else WINDOW
+        budget = min(wanted, decider.decide().budget)
+        decider.observe(machine.run(budget, prompt_tokens=1000 * (i % 10 == 0)))
+    decode, prompt = decider.decide(), decider.decide(1000)
+    assert 0 < decode.limit < 25
+    assert 1.5 * decode.limit <= prompt.budget <= 2.5 * decode.limit + 1
+
+
+def test_stall_and_contention_share_the_target() -> None:
+    """Loads that are a little exposed too: both together are within it."""
+    machine = Machine(1e9, exposed=0.06, cost=LoadCost(0.0, 0.02 / 1e9))
+    decider = Decider(ROW, WINDOW)
+    rng = random.Random(3)
+    for _ in range(500):
+        decider.observe(machine.run(min(rng.randint(0, 90), decider.decide().budget)))
+    settle(decider, machine, steps=200)
+    assert slowdown(machine, settle(decider, machine, steps=400)) <= 0.012
 
 
 @pytest.mark.parametrize("cost", COSTS)

@@ -9,7 +9,7 @@ from statistics import median
 
 import pytest
 
-from pie_vllm.policy.step_model import FREE, LoadCost, StepModel
+from pie_vllm.policy.step_model import FREE, OFTEN, LoadCost, StepModel
 
 BANDWIDTH = 1e10
 FULL = 200_000_000
@@ -93,12 +93,10 @@ def test_a_machine_that_gets_slower_is_not_taken_for_a_cost() -> None:
 
 def test_one_long_step_moves_little() -> None:
     """A pause of ten steps, as of a machine that does something else."""
-    model = learnt(Machine(noise=0.005), count=1500)
+    model = learnt(Machine(noise=0.01), count=OFTEN - 1)
     before = model.seconds(30, 450)
     model.learn(30, 450, 0, 10 * before)
-    for _ in range(3):
-        model.learn(30, 450, 0, before)
-    assert model.seconds(30, 450) == pytest.approx(before, rel=0.3)
+    assert before < model.seconds(30, 450) < 1.3 * before
 
 
 def test_terms_that_change_together_do_not_run_away() -> None:
