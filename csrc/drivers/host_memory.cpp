@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <string>
 
@@ -18,9 +19,19 @@ void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
 std::string size_text(size_t bytes) { return std::to_string(bytes) + " bytes"; }
 
+// At once: meanwhile nobody else in the process can map or unmap memory, as large prompts do.
+constexpr size_t kSlice = size_t{4} << 20;
+
+bool populate_slices(char* address, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += kSlice) {
+    if (madvise(address + i, std::min(kSlice, bytes - i), MADV_POPULATE_WRITE) != 0) return false;
+  }
+  return true;
+}
+
 // Puts a page behind every address, so that no step pays for faults. Contents do not change.
 void populate(void* address, size_t bytes, const char* what) {
-  if (madvise(address, bytes, MADV_POPULATE_WRITE) == 0) return;
+  if (populate_slices(static_cast<char*>(address), bytes)) return;
   if (errno != EINVAL) throw_errno(std::string("populate ") + what + " of " + size_text(bytes));
   const size_t page = granularity();  // A kernel before 5.14.
   for (size_t i = 0; i < bytes; i += page) {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -14,6 +16,10 @@ from pie_vllm.policy.elastic import PoolOrder, PoolState
 from pie_vllm.policy.plan import Copy
 
 logger = logging.getLogger("vllm.pie")
+
+
+NICENESS = 10
+"""Of the thread beside the process's own: filling fresh memory must not take a core from a step."""
 
 
 class Chunks(Protocol):
@@ -113,6 +119,7 @@ class PoolKeeper:
         self._thread.join()
 
     def _run(self) -> None:
+        _step_back()
         try:
             while (chunk := self._next()) is not None:
                 if chunk < self._ready:
@@ -171,3 +178,11 @@ class PoolKeeper:
         with self._changed:
             self._ready = chunk + 1
             self._changed.notify_all()
+
+
+def _step_back() -> None:
+    """Lower the priority of the calling thread, where a thread can have its own."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        own = os.getpriority(os.PRIO_PROCESS, thread)
+        os.setpriority(os.PRIO_PROCESS, thread, min(own + NICENESS, 19))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,9 +28,11 @@ class Chunks:
         self.most = most
         self.seconds = seconds
         self.threads: set[str] = set()
+        self.niceness = 0
 
     def commit_chunk(self, chunk: int) -> None:
         self.threads.add(threading.current_thread().name)
+        self.niceness = niceness()
         time.sleep(self.seconds)
         assert chunk not in self.held
         if chunk >= self.most:
@@ -38,6 +42,11 @@ class Chunks:
     def release_chunk(self, chunk: int) -> None:
         self.threads.add(threading.current_thread().name)
         self.held.remove(chunk)
+
+
+def niceness() -> int:
+    """Of the calling thread; higher is less urgent."""
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
 def stores(chunk: int) -> list[Copy]:
@@ -77,6 +86,16 @@ def test_it_follows_orders_in_a_thread_of_its_own(make: Callable[..., PoolKeeper
         assert keeper.state.chunks == count
     assert chunks.threads == {"pie-pool"}
     assert keeper.waits == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities on Linux")
+def test_growing_takes_no_core_from_a_step(make: Callable[..., PoolKeeper]) -> None:
+    """The thread that fills fresh memory steps back behind those that compute."""
+    chunks = Chunks()
+    keeper = make(chunks)
+    keeper.follow(PoolOrder(2, idle=False))
+    until(lambda: keeper.state.chunks == 2)
+    assert chunks.niceness > niceness()
 
 
 def test_a_step_waits_for_the_chunk_that_it_stores_to(make: Callable[..., PoolKeeper]) -> None:
