@@ -63,12 +63,15 @@ def specs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 def add_shares(
     figures: Mapping[str, Sequence[Figures]], specs: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Add the share of the time that steps stalled, and how fast the link was while it loaded."""
+    """Add what loads cost as a share of the time, and how fast the link was while it loaded."""
     for name, runs in figures.items():
         for run in runs:
             run["stall_share"] = run.get("stall_seconds", 0.0) / run["seconds"]
             if specs[name]["pie"] is None:
                 continue
+            lost = run["stall_seconds"] + run["slowed_seconds"]
+            rest = run["streaming_seconds"] - lost
+            run["slowdown_share"] = lost / rest if rest > 0 else 0.0
             given = specs[name]["pie"].get("emulated_link_gbps", UNUSED_GBPS)
             busy = run["load_seconds"]
             run["bandwidth_gbps"] = run["loaded_mib"] * MIB / 1e9 / busy if busy else given
@@ -136,6 +139,9 @@ def main() -> None:
     compare_answers(figures)
     add_shares(figures, runs)
     add_simulated(figures, runs)
+    for each in figures.values():
+        for run in each:
+            run["to_simulated"] = run["tok_s"] / run["simulated_tok_s"]
     questions = [
         Question(name, "stock_equal", ASKED) for name in figures if name.startswith("pie_")
     ]

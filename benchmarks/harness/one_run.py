@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.harness.in_process import scheduler_of
 from benchmarks.harness.load import Load
 from benchmarks.harness.step_times import watch_steps
 from benchmarks.harness.token_gaps import gap_figures, watch_pooled
@@ -135,6 +136,9 @@ def main() -> None:
     if spec["pie"] is not None:
         result["pie_before"] = pie_before
         result["pie"] = pie_counters(llm)
+        detector = scheduler_of(llm).pie_decider.detector
+        result["streaming_seconds"] = detector.streaming_seconds
+        result["slowed_seconds"] = detector.slowed_seconds
     Path(sys.argv[2]).write_text(json.dumps(result))
 
 

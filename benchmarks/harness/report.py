@@ -15,6 +15,7 @@ from benchmarks.harness.stats import spread
 FIGURES = (
     ("tok_s", "tokens/s", 0),
     ("simulated_tok_s", "simulated tokens/s", 0),
+    ("to_simulated", "real / simulated", 3),
     ("ttft_p50_ms", "TTFT p50 ms", 0),
     ("ttft_p99_ms", "TTFT p99 ms", 0),
     ("tpot_p50_ms", "TPOT p50 ms", 1),
@@ -31,6 +32,7 @@ FIGURES = (
     ("stored_mib", "stored MiB", 0),
     ("idle_cost_blocks", "ring costs, blocks", 2),
     ("stall_share", "stall, share", 4),
+    ("slowdown_share", "slowdown of steps that load, estimated", 4),
     ("equal_answers", "equal answers", 0),
 )
 
