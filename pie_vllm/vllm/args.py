@@ -122,9 +122,9 @@ def _add_flags(parser: Any) -> None:
         "target_slowdown",
         _or("off", parse_target_slowdown),
         "F",
-        "How long steps may wait for pooled KV, as a share of their time (default 0.01). "
-        "It limits how much is pooled, and how often requests with pooled KV run. 'off' pools as "
-        "much as fits, whatever it costs.",
+        "How much longer steps may take because of pooled KV, as a share of their time (default "
+        "0.01). It limits how much is pooled, and how often requests with pooled KV run. 'off' "
+        "pools as much as fits, whatever it costs.",
     )
     add(
         "ring_slots",
