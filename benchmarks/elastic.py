@@ -132,7 +132,8 @@ def main() -> None:
         {"question": title, "machine": facts(), "setup": setup, **data},
     )
     plot(args.output.with_suffix(".png"), title, rounds)
-    console.print(f"written: {args.output}.json, {args.output}.png")
+    stem = args.output
+    console.print(f"written: {stem.with_suffix('.json')}, {stem.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

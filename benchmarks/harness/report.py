@@ -121,4 +121,4 @@ def publish(
     }
     write_json(stem.with_suffix(".json"), data)
     draw(stem.with_suffix(".png"), title, figures)
-    console.print(f"written: {stem}.json, {stem}.png")
+    console.print(f"written: {stem.with_suffix('.json')}, {stem.with_suffix('.png')}")
