@@ -26,6 +26,10 @@ RECOVER = 0.02
 COOL_DOWN = 10
 """Steps after a cut before the next change: the stall is an average over about as many."""
 
+LONGEST_TURN = 10
+"""Steps in which all pooled blocks in use can be loaded once. Beyond that requests wait so long for
+their turn that what they hold is better had by preemption."""
+
 FIRST_BLOCKS = 4
 """Budget and limit while the link's speed or the steps' time is not known."""
 
@@ -38,11 +42,14 @@ class Decision(NamedTuple):
         limit: pooled blocks in use beyond which no waiting request is admitted.
         spare: blocks beyond the budget that one request alone may load, out of the stall that
             the target allows over time.
+        most: pooled blocks in use beyond which nothing is demoted while several requests run;
+            None is without end.
     """
 
     budget: int
     limit: int
     spare: int
+    most: int | None = None
 
 
 class Decider:
@@ -56,7 +63,8 @@ class Decider:
     What a load takes from the compute beside it, by memory bandwidth that they share, takes its
     part of the target too: no more blocks are loaded than that allows. Where it is too much for any
     block, because a step that streams costs something at all, steps stream in bursts, one of so
-    many, and nobody is admitted to pooled blocks: whoever has some anyway seldom runs.
+    many. Where a turn of all pooled blocks takes more than ``LONGEST_TURN`` steps, nothing more is
+    pooled.
 
     Attributes:
         detector: what the steps said.
@@ -182,6 +190,7 @@ class Decider:
             window if exact > window else int(exact),
             int(hidden),
             window if spare > window else int(spare),
+            int(hidden * LONGEST_TURN),
         )
 
     def _in_bursts(self, hidden: float, spare: float) -> Decision:
@@ -189,4 +198,7 @@ class Decider:
         streams = self._carried >= self._burst
         if streams:
             self._carried = min(self._carried - self._burst, self._burst)
-        return Decision(self._burst if streams else 0, 0, min(int(spare), self._window))
+        # One that streams in so many steps brings ``hidden`` blocks a step.
+        most = int(hidden * LONGEST_TURN) if self._burst <= hidden * LONGEST_TURN else 0
+        limit, spare = min(int(hidden), most), min(int(spare), self._window)
+        return Decision(self._burst if streams else 0, limit, spare, most)

@@ -206,17 +206,19 @@ class Residency:
 
     # A step.
 
-    def begin_step(self, waiting: Collection[str] = ()) -> None:
+    def begin_step(self, waiting: Collection[str] = (), most: int | None = None) -> None:
         """Before vLLM's ``schedule``: say who is left out because of the link.
 
         Their tails and blocks not full hold residents that do nothing. Where
         those are more than ``MOST_HELD`` of all, nothing more is demoted: vLLM
-        then preempts the last request instead, as it does without a pool.
+        then preempts the last request instead, as it does without a pool. So
+        it is while ``most`` pooled blocks or more are in use.
         """
-        if not waiting and not self.queue.frozen:
+        beyond = most is not None and self.pooled_in_use >= most
+        if not waiting and not self.queue.frozen and not beyond:
             return
         held = sum(len(self.tables[r]) - len(self.reading.pooled(r)) for r in waiting)
-        frozen = held > MOST_HELD * self.boundary
+        frozen = beyond or held > MOST_HELD * self.boundary
         if frozen != self.queue.frozen:
             self.queue.frozen = frozen
             self.queue.refresh()

@@ -56,7 +56,7 @@ class Turns:
             others = len(running) > len(pooled)
             out, self.exceeds = self.choose(pooled, budget, decision.spare, others, priority)
             self.left_out += len(out)
-        residency.begin_step(out)
+        residency.begin_step(out, decision.most if len(running) > 1 else None)
         return out
 
     def end_step(self, scheduled: Iterable[str], residency: Residency) -> None:

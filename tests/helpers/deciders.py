@@ -27,6 +27,7 @@ class Wavering(Fixed):
 
     def decide(self, prompt_tokens: int = 0) -> Decision:
         if self._rng.random() < 0.2:
-            budget, limit, spare = (self._rng.randint(0, self._window) for _ in range(3))
-            self._decision = Decision(budget, limit, self._rng.choice([0, spare]))
+            budget, limit, spare, most = (self._rng.randint(0, self._window) for _ in range(4))
+            choice = self._rng.choice
+            self._decision = Decision(budget, limit, choice([0, spare]), choice([None, most]))
         return super().decide(prompt_tokens)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from pie_vllm.policy.decider import FIRST_BLOCKS, Decider, Decision
+from pie_vllm.policy.decider import FIRST_BLOCKS, LONGEST_TURN, Decider, Decision
 from pie_vllm.policy.detector import Detector, Observation, Prior
 from pie_vllm.policy.step_model import FREE, LoadCost
 
@@ -110,6 +110,7 @@ def test_less_than_a_block_a_step_is_a_block_every_few_steps() -> None:
     budgets = [decider.decide().budget for _ in range(100)]
     assert set(budgets) == {0, 1}
     assert 10 <= sum(budgets) <= 30
+    assert decider.decide().most == int(LONGEST_TURN * sum(budgets) / 100) > 0
 
 
 @pytest.mark.parametrize("link", [1e7, 1e8, 1e9, 1e10])
@@ -174,7 +175,7 @@ def test_what_loads_take_from_the_compute_counts(cost: str) -> None:
     assert 0 < sum(one.bytes_loaded for one in seen) < 0.5 * 90 * ROW * len(seen)
     if COSTS[cost].fixed:
         assert sum(1 for one in seen if one.bytes_loaded) < 0.5 * len(seen)
-        assert decider.decide().limit == 0, "whoever has pooled blocks seldom runs"
+        assert decider.decide().limit < 0.2 * 90
 
 
 def test_prompts_make_room_within_the_target_only() -> None:

@@ -110,6 +110,15 @@ def test_uncounted_contention_slows(kind: str) -> None:
     assert contended(kind, 0).play(careless).last(1000).slowdown >= 0.03
 
 
+@pytest.mark.parametrize("seed", [22, 42, 83])
+def test_nothing_is_pooled_where_turns_would_last_too_long(seed: int) -> None:
+    """Slow links whose loads also slow the compute: requests are preempted, as without a pool."""
+    case = random_case(seed, contended=True)
+    pie, stock = run(case), cases.stock(case, with_ring=False)
+    assert pie.preemptions > 0
+    assert pie.throughput >= 0.98 * stock.throughput
+
+
 def test_a_link_that_feeds_nothing_is_no_worse_than_none() -> None:
     """Short chats of long blocks: half of what a waiting request holds is its tail."""
     profile = Profile(1e8, 0.08, 0.003, 0.001, 0.0005, 1 / 30)
