@@ -9,7 +9,10 @@ Then other machines, whose loads slow the compute beside them and whose steps sc
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +82,17 @@ def main() -> None:
     parser.add_argument("--contended", type=int, default=100)
     parser.add_argument("--output", type=Path, default=RESULTS / "regret")
     args = parser.parse_args()
-    found: dict[str, list[dict[str, Any]]] = {"plain": [], "contended": []}
     counts = {"plain": args.cases, "contended": args.contended}
-    with working(f"{sum(counts.values())} cases") as task:
-        for kind, cases in found.items():
-            for seed in range(counts[kind]):
-                cases.append(play(seed, contended=kind == "contended"))
-                task.note(f"{kind} {seed + 1}")
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in counts}
+    with (
+        working(f"{sum(counts.values())} cases") as task,
+        ProcessPoolExecutor(os.cpu_count()) as processes,
+    ):
+        for kind, count in counts.items():
+            run = partial(play, contended=kind == "contended")
+            for case in processes.map(run, range(count)):
+                found[kind].append(case)
+                task.note(f"{kind} {len(found[kind])}")
     summary = {
         kind: {key: spread([case[key] for case in cases]).as_dict() for key in SUMMED}
         for kind, cases in found.items()
