@@ -42,7 +42,7 @@ class Decision(NamedTuple):
         limit: pooled blocks in use beyond which no waiting request is admitted.
         spare: blocks beyond the budget that one request alone may load, out of the stall that
             the target allows over time.
-        most: pooled blocks in use beyond which nothing is demoted while several requests run;
+        most: pooled blocks in use from which on nothing is demoted while several requests run;
             None is without end.
     """
 
