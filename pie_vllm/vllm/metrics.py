@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from vllm.logger import init_logger
 
+from pie_vllm.policy.detector import Detector
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.residency import Residency
 
@@ -126,9 +127,10 @@ class StepLog:
         totals: the newest.
     """
 
-    def __init__(self, residency: Residency) -> None:
+    def __init__(self, residency: Residency, detector: Detector) -> None:
         """Nothing has happened."""
         self._residency = residency
+        self._detector = detector
         self._due = time.monotonic() + LOG_SECONDS
         self.totals = self._told = Totals()
 
@@ -147,7 +149,8 @@ class StepLog:
         self._told = totals
         logger.info(
             "Pie: steps=%d pooled=%d pooled_peak=%d pooled_blocks=%d bytes_loaded=%d "
-            "bytes_stored=%d load_seconds=%.3f store_seconds=%.3f stall_seconds=%.3f",
+            "bytes_stored=%d load_seconds=%.3f store_seconds=%.3f stall_seconds=%.3f "
+            "slowed_seconds=%.3f",
             totals.steps,
             residency.pooled_in_use,
             totals.pooled_peak,
@@ -157,6 +160,7 @@ class StepLog:
             totals.load_seconds,
             totals.store_seconds,
             totals.stall_seconds,
+            self._detector.slowed_seconds,
         )
 
 

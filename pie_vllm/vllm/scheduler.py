@@ -72,7 +72,7 @@ class PieSchedulerMixin(_Mixed):
         self.pie_decision = self.pie_decider.decide()
         by_priority = vllm_config.scheduler_config.policy == "priority"
         self._priority = (lambda name: self.requests[name].priority) if by_priority else None
-        self.pie_log = StepLog(self.kv_cache_manager.residency)
+        self.pie_log = StepLog(self.kv_cache_manager.residency, self.pie_decider.detector)
         self.pie_report = Report(geometry)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
