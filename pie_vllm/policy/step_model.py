@@ -1,9 +1,10 @@
 """How long a step that decodes takes with all its KV on the device, and what loads add to it.
 
-A Kalman filter over ``seconds = base + requests + blocks + streaming + loads``, each term a factor
-times its feature. The base drifts, as machines do; the other factors hardly: that is how a load's
-cost is told from a machine that got slower. It is small and without a library because it runs in
-the scheduler's step.
+A Kalman filter (R. E. Kalman, 1960) over ``base + requests + blocks + streaming + loads`` seconds,
+each term a factor times its feature. The base drifts, as machines do; the other factors hardly:
+that is how a load's cost is told from a machine that got slower. It is small and without a library
+because it runs in the scheduler's step. Its constants are from simulated machines whose loads cost
+nothing, a fixed time, or by the byte, with steps that scatter by 0 to 3 % (2026-11-23).
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ BASE_DRIFT = 0.1
 """Of the noise, by which the base wanders from one step to the next: what is known of it is from
 some ten steps, as in an average."""
 OTHER_DRIFT = 1e-4
+"""Of a step's time, by which each of the other terms does."""
 SHAPE_DOUBT = 0.5
 """Of a step's time: how far the terms of requests and blocks may be from what is expected."""
 FIXED_DOUBT = 0.05
+"""Of a step's time, by which a step that streams may take longer whatever it loads."""
 LOAD_DOUBT = 0.05
 """Of the time that the link is busy, by which loads may slow the compute beside them."""
 
