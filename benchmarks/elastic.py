@@ -23,7 +23,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.display import console, working
+from benchmarks.harness.display import say_written, working
 from benchmarks.harness.in_process import scheduler_of
 from benchmarks.harness.load import Load
 from benchmarks.harness.machine import facts, write_json
@@ -132,8 +132,7 @@ def main() -> None:
         {"question": title, "machine": facts(), "setup": setup, **data},
     )
     plot(args.output.with_suffix(".png"), title, rounds)
-    stem = args.output
-    console.print(f"written: {stem.with_suffix('.json')}, {stem.with_suffix('.png')}")
+    say_written(args.output)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Then other machines, whose loads slow the compute beside them and whose steps sc
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -23,6 +22,7 @@ from benchmarks.harness.machine import RESULTS, facts, write_json
 from benchmarks.harness.options import plain_parser
 from benchmarks.harness.stats import spread
 from pie_vllm.policy.decider import Decider
+from pie_vllm.policy.traces import slowdown
 
 SUMMED = ("regret", "to_stock", "to_stock_with_ring", "stall_share", "slowdown")
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
@@ -48,7 +48,7 @@ def play(seed: int, *, contended: bool) -> dict[str, Any]:
         "to_stock": pie.throughput / plain.throughput,
         "to_stock_with_ring": pie.throughput / equal.throughput,
         "stall_share": pie.stall_seconds / pie.seconds,
-        "slowdown": pie.slowdown,
+        "slowdown": slowdown(pie.times),
         "preemptions": pie.preemptions,
         "stock_preemptions": equal.preemptions,
         "left_out": pie.left_out,
@@ -86,7 +86,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in counts}
     with (
         working(f"{sum(counts.values())} cases") as task,
-        ProcessPoolExecutor(os.cpu_count()) as processes,
+        ProcessPoolExecutor() as processes,
     ):
         for kind, count in counts.items():
             run = partial(play, contended=kind == "contended")

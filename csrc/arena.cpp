@@ -59,7 +59,9 @@ Geometry::Geometry(const pie_geometry& given)
 }
 
 Arena::Arena(Driver& driver, const Geometry& geometry)
-    : geometry_(geometry), range_(driver, static_cast<size_t>(geometry.virtual_bytes)) {
+    : geometry_(geometry),
+      range_(driver, static_cast<size_t>(geometry.virtual_bytes),
+             static_cast<size_t>(geometry.granularity)) {
   const auto own = static_cast<size_t>(geometry.layer_resident_bytes);
   const auto slot = static_cast<size_t>(geometry.slot_bytes);
   std::vector<Physical> ring;

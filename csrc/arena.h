@@ -27,8 +27,8 @@ class Geometry {
 // An address range of the driver.
 class Reservation {
  public:
-  Reservation(Driver& driver, size_t bytes)
-      : driver_(driver), bytes_(bytes), address_(driver.reserve(bytes)) {}
+  Reservation(Driver& driver, size_t bytes, size_t alignment)
+      : driver_(driver), bytes_(bytes), address_(driver.reserve(bytes, alignment)) {}
   ~Reservation() { driver_.unreserve(address_, bytes_); }
   Reservation(const Reservation&) = delete;
   Reservation& operator=(const Reservation&) = delete;

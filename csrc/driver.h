@@ -41,7 +41,7 @@ class Driver {
 
   // Memory. Sizes and addresses are multiples of granularity().
   virtual size_t granularity() const = 0;
-  virtual Address reserve(size_t bytes) = 0;
+  virtual Address reserve(size_t bytes, size_t alignment) = 0;
   virtual void unreserve(Address address, size_t bytes) noexcept = 0;
   virtual Handle create(size_t bytes) = 0;                             // zeroed
   virtual void release(Handle handle) noexcept = 0;                    // mappings keep the memory

@@ -54,6 +54,19 @@ def geometry(resident: int, pooled: int) -> Geometry:
     return Geometry(LAYERS, PAGE_BYTES, resident, pooled, RING_SLOTS, pooled, LAYERS, GRANULARITY)
 
 
+def contending(profile: Profile, sizes: Geometry, link_share: float, fixed: float) -> Profile:
+    """The machine, but that loads slow the compute beside them.
+
+    Args:
+        profile: of the machine.
+        sizes: of the tiers.
+        link_share: seconds lost for each second that the link is busy.
+        fixed: seconds lost in each step that loads anything.
+    """
+    per_load = link_share * sizes.row_bytes / profile.link
+    return replace(profile, per_load=per_load, per_streaming_step=fixed)
+
+
 def random_case(seed: int, *, contended: bool = False) -> Case:
     """200 to 600 resident, 100 to 800 pooled blocks, links of 0.3 to 400 GB/s, 40 to 120 jobs.
 
@@ -79,12 +92,9 @@ def random_case(seed: int, *, contended: bool = False) -> Case:
         jobs.append(Job(now, rng.randint(10, 400), rng.randint(10, 300)))
     sizes = geometry(resident, pooled)
     if contended:
-        step = profile.step_seconds(20, 0, resident)
-        profile = replace(
-            profile,
-            per_load=rng.uniform(0, 0.1) * sizes.row_bytes / profile.link,
-            per_streaming_step=rng.uniform(0, 0.03) * step,
-        )
+        link_share, step_share = rng.uniform(0, 0.1), rng.uniform(0, 0.03)
+        fixed = step_share * profile.step_seconds(20, 0, resident)
+        profile = contending(profile, sizes, link_share, fixed)
     return Case(sizes, profile, jobs, 0.02 if contended else 0.0)
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -81,3 +82,8 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Non
     for row in rows:
         drawn.add_row(*map(escape, row))
     console.print(drawn)
+
+
+def say_written(stem: Path) -> None:
+    """Print which result files lie there now."""
+    console.print(f"written: {stem.with_suffix('.json')}, {stem.with_suffix('.png')}")

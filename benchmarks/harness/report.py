@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.display import console, table
+from benchmarks.harness.display import say_written, table
 from benchmarks.harness.drawing import drawing
 from benchmarks.harness.machine import facts, write_json
 from benchmarks.harness.rounds import Figures, Question, answers, column, in_all, summarize
@@ -121,4 +121,4 @@ def publish(
     }
     write_json(stem.with_suffix(".json"), data)
     draw(stem.with_suffix(".png"), title, figures)
-    console.print(f"written: {stem.with_suffix('.json')}, {stem.with_suffix('.png')}")
+    say_written(stem)

@@ -7,7 +7,9 @@
 namespace pie {
 
 size_t HostDriver::granularity() const { return host_memory::granularity(); }
-Address HostDriver::reserve(size_t bytes) { return host_memory::reserve(bytes); }
+Address HostDriver::reserve(size_t bytes, size_t alignment) {
+  return host_memory::reserve(bytes, alignment);
+}
 void HostDriver::unreserve(Address a, size_t bytes) noexcept { host_memory::unreserve(a, bytes); }
 Handle HostDriver::create(size_t bytes) { return host_memory::create(bytes); }
 void HostDriver::release(Handle handle) noexcept { host_memory::release(handle); }

@@ -17,7 +17,7 @@ class HostDriver : public Driver {
   ~HostDriver() override { synchronize(); }
 
   size_t granularity() const override;
-  Address reserve(size_t bytes) override;
+  Address reserve(size_t bytes, size_t alignment) override;
   void unreserve(Address address, size_t bytes) noexcept override;
   Handle create(size_t bytes) override;
   void release(Handle handle) noexcept override;

@@ -44,10 +44,18 @@ void populate(void* address, size_t bytes, const char* what) {
 
 size_t granularity() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
 
-Address reserve(size_t bytes) {
-  void* at = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+Address reserve(size_t bytes, size_t alignment) {
+  // mmap aligns to a page: reserve more, and give back what lies before and behind.
+  const size_t slack = alignment - granularity();
+  void* at =
+      mmap(nullptr, bytes + slack, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (at == MAP_FAILED) throw_errno("reserve an address range of " + size_text(bytes));
-  return reinterpret_cast<Address>(at);
+  const auto first = reinterpret_cast<Address>(at);
+  const Address aligned = (first + alignment - 1) / alignment * alignment;
+  const size_t before = aligned - first;
+  if (before > 0) munmap(at, before);
+  if (slack > before) munmap(pointer(aligned + bytes), slack - before);
+  return aligned;
 }
 
 void unreserve(Address address, size_t bytes) noexcept { munmap(pointer(address), bytes); }

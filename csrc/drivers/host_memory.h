@@ -6,7 +6,7 @@
 namespace pie::host_memory {
 
 size_t granularity();
-Address reserve(size_t bytes);
+Address reserve(size_t bytes, size_t alignment);
 void unreserve(Address address, size_t bytes) noexcept;
 Handle create(size_t bytes);
 void release(Handle handle) noexcept;

@@ -111,13 +111,13 @@ class Detector:
         compute = seconds - stall
         if compute > 0:
             model = self._model
+            decodes = 0 < tokens == requests
             if model is not None:
-                decodes = tokens == requests and tokens > 0
                 learnt = decodes and model.learn(requests, blocks, loaded, compute)
                 if learnt or requests != self._requests:
                     self.step_seconds = model.seconds(requests, blocks)
                     self._requests = requests
-            elif tokens == requests and tokens:
+            elif decodes:
                 self._begin(requests, blocks, compute)
             if tokens > requests:
                 self._learn_prompts(compute, tokens - requests)

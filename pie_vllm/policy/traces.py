@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -81,6 +82,12 @@ class StepTime(NamedTuple):
     slowed: float
 
 
+def slowdown(times: Sequence[StepTime]) -> float:
+    """Time of these steps over that of the same with all KV on the device, less 1."""
+    lost = sum(time.stall + time.slowed for time in times)
+    return lost / (sum(time.compute + time.stall for time in times) - lost)
+
+
 class Outcome(NamedTuple):
     """What a trace took.
 
@@ -105,25 +112,6 @@ class Outcome(NamedTuple):
     loads: list[int]
     decisions: list[Decision]
     times: list[StepTime]
-
-    def last(self, steps: int) -> Outcome:
-        """Of the last steps alone; preemptions and requests left out remain those of all."""
-        times = self.times[-steps:]
-        return self._replace(
-            seconds=sum(time.compute + time.stall for time in times),
-            tokens=sum(time.tokens for time in times),
-            stall_seconds=sum(time.stall for time in times),
-            steps=len(times),
-            loads=self.loads[-steps:],
-            decisions=self.decisions[-steps:],
-            times=times,
-        )
-
-    @property
-    def slowdown(self) -> float:
-        """Time over that of the same steps with all KV on the device, less 1."""
-        lost = self.stall_seconds + sum(time.slowed for time in self.times)
-        return lost / (sum(time.compute + time.stall for time in self.times) - lost)
 
     @property
     def throughput(self) -> float:

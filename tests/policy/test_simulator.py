@@ -8,13 +8,13 @@ from statistics import median
 import pytest
 
 from benchmarks.harness import cases
-from benchmarks.harness.cases import Case, limit_at, random_case, scattered
+from benchmarks.harness.cases import Case, contending, limit_at, random_case, scattered
 from benchmarks.harness.shifts import GEOMETRY, Shift, shift
 from pie_vllm.policy.decider import Decider
 from pie_vllm.policy.detector import Prior
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.simulator import Simulation, run_stock
-from pie_vllm.policy.traces import Job, Outcome, Profile, Static
+from pie_vllm.policy.traces import Job, Outcome, Profile, Static, slowdown
 
 
 def run(case: Case, decider: Decider | None = None) -> Outcome:
@@ -78,11 +78,7 @@ def contended(kind: str, seed: int) -> Shift:
     """A load that doubles, on a machine whose loads slow the compute, and whose steps scatter."""
     by_time, fixed = CONTENTION[kind]
     found = shift("load doubles", seed)
-    machine = replace(
-        found.after,
-        per_load=by_time * GEOMETRY.row_bytes / found.after.link,
-        per_streaming_step=fixed * 0.019,
-    )
+    machine = contending(found.after, GEOMETRY, by_time, fixed * 0.019)
     return replace(found, before=machine, after=machine, noise=0.02)
 
 
@@ -93,7 +89,7 @@ def test_contention_is_kept_within_the_target(kind: str) -> None:
     for seed in range(3):
         trace = contended(kind, seed)
         outcome = trace.play()
-        found.append(outcome.last(1000).slowdown)
+        found.append(slowdown(outcome.times[-1000:]))
         stock = run_stock(
             GEOMETRY.resident_blocks, trace.before, trace.jobs, scatter=scattered(trace.noise)
         )
@@ -107,7 +103,7 @@ def test_uncounted_contention_slows(kind: str) -> None:
     careless = Decider(
         GEOMETRY.row_bytes, GEOMETRY.pooled_blocks, prior=Prior(limits_contention=False)
     )
-    assert contended(kind, 0).play(careless).last(1000).slowdown >= 0.03
+    assert slowdown(contended(kind, 0).play(careless).times[-1000:]) >= 0.03
 
 
 @pytest.mark.parametrize("seed", [22, 42, 83])
