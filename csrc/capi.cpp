@@ -109,6 +109,9 @@ int pie_run_idle(pie_engine* engine, const pie_plan* plan, uint64_t compute_stre
 int pie_abort_step(pie_engine* engine) {
   return guarded([&] { engine->engine.abort_step(); });
 }
+int pie_drain(pie_engine* engine) {
+  return guarded([&] { engine->engine.drain(); });
+}
 int pie_self_test(pie_engine* engine) {
   return guarded([&] { engine->engine.self_test(); });
 }
@@ -149,7 +152,7 @@ int pie_copy(pie_engine* engine, uint64_t stream, int direction, uint64_t dst, u
   });
 }
 int pie_event_create(pie_engine* engine, uint64_t* event) {
-  return guarded([&] { *event = driver(engine).event_create(); });
+  return guarded([&] { *event = driver(engine).event_create(true); });
 }
 int pie_event_destroy(pie_engine* engine, uint64_t event) {
   return guarded([&] { driver(engine).event_destroy(event); });

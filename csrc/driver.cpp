@@ -1,15 +1,42 @@
 #include "driver.h"
 
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 
 #include "drivers/host.h"
+#if PIE_WITH_CUDA
+#include "drivers/cuda_driver.h"
+#endif
 
 namespace pie {
+namespace {
+
+std::unique_ptr<Driver> make_cuda(const std::string& kind) {
+#if PIE_WITH_CUDA
+  int device = -1;
+  if (kind.size() > 5) {
+    char* end = nullptr;
+    device = static_cast<int>(std::strtol(kind.c_str() + 5, &end, 10));
+    if (*end != 0 || device < 0) {
+      throw Error(PIE_ERR_UNSUPPORTED, "driver \"" + kind + "\" names no device; \"cuda:0\" does");
+    }
+  }
+  return std::make_unique<cuda::CudaDriver>(device);
+#else
+  throw Error(PIE_ERR_UNSUPPORTED,
+              "driver \"" + kind + "\" is not in this build: there was no cuda.h of CUDA 12.8 or " +
+                  "newer; pip install nvidia-cuda-runtime, then build again");
+#endif
+}
+
+}  // namespace
 
 void throw_errno(const std::string& what) {
   throw Error(PIE_ERR_TRANSFER, what + ": " + std::strerror(errno));
 }
+
+void Driver::sample(bool) {}
 
 void Driver::inject(int, int, double, double, uint64_t) {
   throw Error(PIE_ERR_UNSUPPORTED, "this driver has no fault injection; use the host driver");
@@ -17,11 +44,9 @@ void Driver::inject(int, int, double, double, uint64_t) {
 
 std::unique_ptr<Driver> make_driver(const std::string& kind, double link_bytes_per_s) {
   if (kind == "host") return std::make_unique<HostDriver>(link_bytes_per_s);
-  if (kind == "cuda") {
-    throw Error(PIE_ERR_UNSUPPORTED,
-                "driver \"cuda\" is not built in this version; driver \"host\" is");
-  }
-  throw Error(PIE_ERR_UNSUPPORTED, "unknown driver \"" + kind + "\"; known: \"host\", \"cuda\"");
+  if (kind == "cuda" || kind.rfind("cuda:", 0) == 0) return make_cuda(kind);
+  throw Error(PIE_ERR_UNSUPPORTED,
+              "unknown driver \"" + kind + "\"; known: \"host\", \"cuda\", \"cuda:N\" (device N)");
 }
 
 }  // namespace pie

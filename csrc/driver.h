@@ -1,4 +1,4 @@
-// What the engine asks of a device. Two implementations: the host (drivers/host*) and CUDA (later).
+// What the engine asks of a device. Two implementations: drivers/host* and drivers/cuda*.
 //
 // The meaning of every call is CUDA's; csrc/DESIGN.md numbers the behaviour that is relied on.
 // Errors are thrown as pie::Error. Device addresses are integers on purpose: only drivers/host*
@@ -66,7 +66,8 @@ class Driver {
   virtual void launch_host(Stream stream, HostFn fn, void* arg) = 0;
 
   // Events.
-  virtual Event event_create() = 0;
+  // Only events that were made with `timed` have an elapsed time.
+  virtual Event event_create(bool timed) = 0;
   virtual void event_destroy(Event event) noexcept = 0;
   virtual void event_record(Event event, Stream stream) = 0;
   // The stream's later work waits for the newest record submitted before this call.
@@ -78,11 +79,14 @@ class Driver {
   // Waits for all work of all streams; errors stay on their streams.
   virtual void synchronize() noexcept = 0;
   virtual Counters counters(Direction direction) const = 0;
+  // Whether copies from now on are timed; a driver may time all, and estimates what it does not.
+  virtual void sample(bool on);
   // PIE_FAULT_*; only the host driver has faults.
   virtual void inject(int fault, int directions, double a, double b, uint64_t seed);
 };
 
-// kind: "host" or "cuda". Throws PIE_ERR_UNSUPPORTED for a driver this build lacks.
+// kind: "host", "cuda" (the device whose context is current, else the first) or "cuda:N". Throws
+// PIE_ERR_UNSUPPORTED for a driver this build or this machine lacks.
 std::unique_ptr<Driver> make_driver(const std::string& kind, double link_bytes_per_s);
 
 }  // namespace pie

@@ -36,20 +36,39 @@ Engine::Engine(const pie_geometry& geometry, const std::string& driver, double l
       arena_(*driver_, geometry_),
       pool_(*driver_, geometry_, at_start(geometry_, chunks)),
       h2d_(*driver_),
-      d2h_(*driver_) {
+      d2h_(*driver_),
+      stall_(*driver_) {
   reset_events();
 }
 
 Engine::~Engine() { driver_->synchronize(); }
 
+// Runs a part of an open step; what fails in it ends the step, and is what the caller hears of.
+template <typename Body>
+void Engine::or_abort(Body&& body) {
+  try {
+    body();
+  } catch (const Error&) {
+    try {
+      abort_step();
+    } catch (const Error&) {
+      step_.open = false;  // The device is lost; every later call says so.
+    }
+    throw;
+  }
+}
+
 void Engine::begin_step(const pie_plan& plan, Stream compute) {
   open_step(plan, true, compute);
-  if (!step_.stores.empty()) {
-    for (int64_t l = 0; l < geometry_.layers; ++l) submit_store(l);
-  }
-  if (step_.streams_in && !debug(PIE_DEBUG_LATE_SUBMIT)) {
-    for (int64_t l = 0; l < geometry_.slots; ++l) submit_load(l);
-  }
+  or_abort([&] {
+    submit_barrier();
+    if (!step_.stores.empty()) {
+      for (int64_t l = 0; l < geometry_.layers; ++l) submit_store(l);
+    }
+    if (step_.streams_in && !debug(PIE_DEBUG_LATE_SUBMIT)) {
+      for (int64_t l = 0; l < geometry_.slots; ++l) submit_load(l);
+    }
+  });
 }
 
 // Rule 4: a layer's KV write comes after the store that reads the same pages.
@@ -104,10 +123,13 @@ pie_stats Engine::end_step() {
 
 pie_stats Engine::run_idle(const pie_plan& plan, Stream compute) {
   open_step(plan, false, compute);
-  for (int64_t l = 0; l < geometry_.layers; ++l) {
-    if (!step_.stores.empty()) submit_store(l);
-    if (!step_.promotions.empty()) submit_load(l);
-  }
+  or_abort([&] {
+    submit_barrier();
+    for (int64_t l = 0; l < geometry_.layers; ++l) {
+      if (!step_.stores.empty()) submit_store(l);
+      if (!step_.promotions.empty()) submit_load(l);
+    }
+  });
   // Rule 7: no gate follows, so the compute waits for all of it here.
   const auto last = static_cast<size_t>(geometry_.layers - 1);
   try {
@@ -124,6 +146,7 @@ pie_stats Engine::run_idle(const pie_plan& plan, Stream compute) {
 }
 
 void Engine::abort_step() {
+  stall_.drop();
   if (step_.open && driver_->stream_error(h2d_).empty()) finish_promotions();
   step_.open = false;
   for (const Stream stream : {Stream{d2h_}, Stream{h2d_}, last_compute_}) {
@@ -134,6 +157,11 @@ void Engine::abort_step() {
     }  // PIE_ERR_STATE: the compute stream is gone
   }
   reset_events();
+}
+
+void Engine::drain() {
+  driver_->stream_synchronize(d2h_);
+  driver_->stream_synchronize(h2d_);
 }
 
 void Engine::zero_ring() {

@@ -9,42 +9,12 @@
 #include <vector>
 
 #include "arena.h"
-#include "driver.h"
+#include "owned.h"
 #include "plan.h"
 #include "pool.h"
+#include "stall.h"
 
 namespace pie {
-
-class OwnedStream {
- public:
-  explicit OwnedStream(Driver& driver) : driver_(driver), id_(driver.stream_create()) {}
-  ~OwnedStream() { driver_.stream_destroy(id_); }
-  OwnedStream(const OwnedStream&) = delete;
-  OwnedStream& operator=(const OwnedStream&) = delete;
-  operator Stream() const { return id_; }  // NOLINT: is its id
-
- private:
-  Driver& driver_;
-  const Stream id_;
-};
-
-class OwnedEvent {
- public:
-  explicit OwnedEvent(Driver& driver) : driver_(&driver), id_(driver.event_create()) {}
-  OwnedEvent(OwnedEvent&& other) noexcept : driver_(other.driver_), id_(other.id_) {
-    other.driver_ = nullptr;
-  }
-  OwnedEvent(const OwnedEvent&) = delete;
-  OwnedEvent& operator=(const OwnedEvent&) = delete;
-  ~OwnedEvent() {
-    if (driver_ != nullptr) driver_->event_destroy(id_);
-  }
-  operator Event() const { return id_; }  // NOLINT: is its id
-
- private:
-  Driver* driver_;
-  Event id_;
-};
 
 // One event a layer, of each meaning. The newest record of each is the one that counts.
 struct LayerEvents {
@@ -71,7 +41,7 @@ class Engine {
   Driver& driver() { return *driver_; }
 
   // Submits all stores, and promotions and loads of the first B layers. A bad plan throws
-  // PIE_ERR_PLAN and changes nothing.
+  // PIE_ERR_PLAN and changes nothing; a submission that fails throws and aborts the step.
   void begin_step(const pie_plan& plan, Stream compute);
   void before_write(int64_t layer);      // later writes of the layer come after its stores
   void before_attention(int64_t layer);  // later reads of the layer come after its loads
@@ -83,6 +53,8 @@ class Engine {
   // Ends an open step: remaining promotions are still copied (rows and pages stay consistent),
   // streams drain, errors that can be cleared are. Also without an open step.
   void abort_step();
+  // Waits for the copies submitted so far. Throws PIE_ERR_TRANSFER when one failed.
+  void drain();
 
   // Throws PIE_ERR_TRANSFER. Needs an idle device; leaves ring, rows and pages it used zeroed.
   void self_test();
@@ -102,6 +74,8 @@ class Engine {
     Stream compute = 0;
     bool forward = false;     // runs the model: ring pages are loaded
     bool streams_in = false;  // has loads or promotions: the gates wait
+    bool barrier = false;     // what the compute did before is not known
+    Stream before = 0;        // compute stream of the step before
     int64_t next_load = 0;    // the first layer whose loads are not submitted
     Runs stores, promotions;
     std::vector<int64_t> gated, left;  // layers in the order of their gate calls
@@ -109,7 +83,9 @@ class Engine {
   };
 
   void open_step(const pie_plan& plan, bool forward, Stream compute);
-  void submit_barrier(Stream before);
+  template <typename Body>
+  void or_abort(Body&& body);
+  void submit_barrier();
   void submit_store(int64_t layer);
   void submit_load(int64_t layer);
   void finish_promotions();
@@ -140,6 +116,7 @@ class Engine {
   bool need_barrier_ = true;         // what the compute did since last_step_ is not known
   std::vector<int64_t> slot_user_;   // the layer that used a ring slot last, -1: none
   std::vector<bool> store_pending_;  // stores that no compute was told to wait for
+  StallClock stall_;
   std::vector<CopyOp> scratch_;
   Counters reported_in_, reported_out_;
 };

@@ -12,6 +12,10 @@ namespace {
 
 using Now = std::chrono::steady_clock;
 
+// Of steps that load, this share is timed where timing takes events on streams: they cost a
+// microsecond or two each, and a step needs two a layer.
+constexpr int64_t kSampleEvery = 4;
+
 std::string names(const std::vector<int64_t>& layers) {
   std::string text;
   for (size_t i = 0; i < layers.size() && i < 16; ++i) {
@@ -58,22 +62,25 @@ void Engine::open_step(const pie_plan& plan, bool forward, Stream compute) {
   step.streams_in = !step.promotions.empty() || (forward && !loads_.empty());
   step.stats.step = plan.step;
   step.open = true;
+  step.before = last_compute_;
+  step.barrier = need_barrier_ || last_step_ + 1 != plan.step || step.before != compute;
   step_ = std::move(step);
-  const Stream before = last_compute_;
-  const bool barrier = need_barrier_ || last_step_ + 1 != plan.step || before != compute;
   last_step_ = plan.step;
   last_compute_ = compute;
-  if (barrier) submit_barrier(before);
-  need_barrier_ = false;
+  const bool sampled = !forward || plan.step % kSampleEvery == 0;
+  driver_->sample(sampled);
+  if (forward && sampled) stall_.begin(plan.step, compute);
 }
 
 // Rule 3: whatever the compute did since the newest step here comes before the copies; and on a
 // compute stream that is new, after them.
-void Engine::submit_barrier(Stream before) {
+void Engine::submit_barrier() {
+  if (!step_.barrier) return;
   driver_->event_record(events_->barrier, step_.compute);
   driver_->stream_wait(h2d_, events_->barrier);
   driver_->stream_wait(d2h_, events_->barrier);
-  if (before == step_.compute) return;
+  need_barrier_ = false;
+  if (step_.before == step_.compute) return;
   const auto last = static_cast<size_t>(geometry_.layers - 1);
   for (const Stream stream : {Stream{h2d_}, Stream{d2h_}, step_.compute}) {
     driver_->stream_wait(stream, events_->done[last]);
@@ -136,12 +143,9 @@ int64_t Engine::copy_runs(Stream stream, Direction direction, const Runs& runs, 
   return bytes;
 }
 
-// Seconds that a wait blocked this thread are stall; a wait on a real stream does not block.
+// Seconds that a wait blocked this thread are stall; on a real stream events tell, in a sample.
 void Engine::wait_on_compute(Event event) {
-  if (!driver_->stream_is_inline(step_.compute)) {
-    driver_->stream_wait(step_.compute, event);
-    return;
-  }
+  if (!driver_->stream_is_inline(step_.compute)) return stall_.wait(step_.compute, event);
   const auto start = Now::now();
   try {
     driver_->stream_wait(step_.compute, event);
@@ -207,6 +211,14 @@ pie_stats Engine::close_step() {
   reported_in_ = in;
   reported_out_ = out;
   step_.stats.gates = static_cast<int64_t>(step_.gated.size());
+  stall_.end();
+  if (driver_->stream_is_inline(step_.compute)) {
+    step_.stats.stall_step = step_.number;
+  } else {
+    const StallClock::Result found = stall_.collect();
+    step_.stats.stall_step = found.step;
+    step_.stats.stall_seconds = found.seconds;
+  }
   return step_.stats;
 }
 

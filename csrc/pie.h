@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define PIE_ABI_VERSION 2
+#define PIE_ABI_VERSION 3
 #define PIE_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -67,9 +67,11 @@ typedef struct {
   int64_t num_loads;
 } pie_plan;
 
-/* Bytes and copies are those the step submitted; seconds those that finished since the last one. */
+/* Bytes and copies are those the step submitted; seconds those that finished since the last one.
+ * stall_seconds are of step stall_step: this one where waits block the caller, else an earlier one
+ * that was timed and is over now, or -1: none. */
 typedef struct {
-  int64_t step, bytes_loaded, bytes_stored, bytes_promoted, gates, copies;
+  int64_t step, bytes_loaded, bytes_stored, bytes_promoted, gates, copies, stall_step;
   double load_seconds, store_seconds, stall_seconds;
 } pie_stats;
 
@@ -83,8 +85,8 @@ typedef struct pie_engine pie_engine;
 PIE_API int pie_abi_version(void);
 PIE_API const char* pie_last_error(void);
 
-/* driver: "host" or "cuda". link_bytes_per_s <= 0: as fast as the machine. chunks of the pool are
- * there from the start: all when negative, at least one. */
+/* driver: "host", "cuda" or "cuda:N". link_bytes_per_s <= 0: as fast as the machine. chunks of the
+ * pool are there from the start: all when negative, at least one. */
 PIE_API int pie_granularity(const char* driver, int64_t* bytes);
 PIE_API int pie_open(const pie_geometry* geometry, const char* driver, double link_bytes_per_s,
                      uint32_t debug, int64_t chunks, pie_engine** engine);
@@ -109,6 +111,8 @@ PIE_API int pie_end_step(pie_engine* engine, pie_stats* stats);
 PIE_API int pie_run_idle(pie_engine* engine, const pie_plan* plan, uint64_t compute_stream,
                          pie_stats* stats);
 PIE_API int pie_abort_step(pie_engine* engine);
+/* Waits for the copies submitted so far. */
+PIE_API int pie_drain(pie_engine* engine);
 
 PIE_API int pie_self_test(pie_engine* engine);
 PIE_API int pie_zero_ring(pie_engine* engine);

@@ -3,21 +3,22 @@
 #include <cstring>
 
 #include "host_memory.h"
+#include "pages.h"
 
 namespace pie {
 
-size_t HostDriver::granularity() const { return host_memory::granularity(); }
+size_t HostDriver::granularity() const { return pages::size(); }
 Address HostDriver::reserve(size_t bytes, size_t alignment) {
-  return host_memory::reserve(bytes, alignment);
+  return pages::reserve(bytes, alignment);
 }
-void HostDriver::unreserve(Address a, size_t bytes) noexcept { host_memory::unreserve(a, bytes); }
+void HostDriver::unreserve(Address a, size_t bytes) noexcept { pages::unreserve(a, bytes); }
 Handle HostDriver::create(size_t bytes) { return host_memory::create(bytes); }
 void HostDriver::release(Handle handle) noexcept { host_memory::release(handle); }
 void HostDriver::map(Address a, size_t bytes, Handle h) { host_memory::map(a, bytes, h); }
 void HostDriver::set_access(Address a, size_t bytes) { host_memory::set_access(a, bytes); }
 void HostDriver::unmap(Address a, size_t bytes) noexcept { host_memory::unmap(a, bytes); }
-void* HostDriver::host_alloc(size_t bytes) { return host_memory::host_alloc(bytes); }
-void HostDriver::host_free(void* p, size_t bytes) noexcept { host_memory::host_free(p, bytes); }
+void* HostDriver::host_alloc(size_t bytes) { return pages::take(bytes); }
+void HostDriver::host_free(void* p, size_t bytes) noexcept { pages::give_back(p, bytes); }
 
 HostStream& HostDriver::find(Stream stream) {
   std::lock_guard<std::mutex> lock(mutex_);
@@ -95,7 +96,7 @@ void HostDriver::launch_host(Stream stream, HostFn fn, void* arg) {
   find(stream).submit(std::move(command));
 }
 
-Event HostDriver::event_create() {
+Event HostDriver::event_create(bool) {
   std::lock_guard<std::mutex> lock(mutex_);
   events_.emplace(next_id_, nullptr);
   return next_id_++;

@@ -37,7 +37,7 @@ class HostDriver : public Driver {
   void memset_async(Stream stream, Address dst, int value, size_t bytes) override;
   void launch_host(Stream stream, HostFn fn, void* arg) override;
 
-  Event event_create() override;
+  Event event_create(bool timed) override;
   void event_destroy(Event event) noexcept override;
   void event_record(Event event, Stream stream) override;
   void stream_wait(Stream stream, Event event) override;

@@ -1,12 +1,16 @@
 // Random plans against a model of what every page must hold, for builds with a sanitizer.
 //
-//   random_plans FIRST_SEED COUNT
+//   random_plans FIRST_SEED COUNT [DRIVER]
+//
+// The driver "cuda" runs over the tests' stand-in for libcuda, found by LD_LIBRARY_PATH.
 //
 // Each seed draws a geometry, an inline or an asynchronous compute, faults that delay and tear
 // copies, and some steps: gated, ungated, idle and aborted. The compute is host callbacks that
 // write and check pages through the layer's own view; nothing waits between steps, so on the
 // asynchronous stream several are in flight. A second thread gives chunks back that hold nothing,
 // and takes them again, beside the steps. Prints the first wrong page and returns 1.
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
@@ -16,6 +20,7 @@
 #include <map>
 #include <random>
 #include <set>
+#include <string>
 #include <thread>
 
 #include "../engine.h"
@@ -62,15 +67,46 @@ void run_task(void* argument) {
   }
 }
 
+// Faults and findings of the stand-in.
+struct Standin {
+  void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
+  template <typename Function>
+  Function find(const char* name) const {
+    return reinterpret_cast<Function>(dlsym(library, name));
+  }
+  void clear() const { find<void (*)()>("standin_clear")(); }
+  void delay(int directions, double from, double to, uint64_t seed) const {
+    find<void (*)(int, double, double, uint64_t)>("standin_delay")(directions, from, to, seed);
+  }
+  void tear(int directions, double ms) const {
+    find<void (*)(int, double)>("standin_tear")(directions, ms);
+  }
+  std::string found(const char* name) const {
+    std::string text(1 << 16, 0);
+    text.resize(
+        std::min(text.size(), find<size_t (*)(char*, size_t)>(name)(&text[0], text.size())));
+    return text;
+  }
+};
+
 class Scenario {
  public:
-  explicit Scenario(uint64_t seed)
-      : random_(seed), engine_(geometry(), "host", 0, 0, -1), g_(engine_.geometry()) {
+  Scenario(uint64_t seed, const std::string& driver)
+      : random_(seed), engine_(geometry(), driver, 0, 0, -1), g_(engine_.geometry()) {
     resident_.assign(static_cast<size_t>(g_.resident), 0);
     rows_.assign(static_cast<size_t>(g_.rows), 0);
     if (seed % 2 == 0) compute_ = engine_.driver().stream_create();
-    if (chance(60)) engine_.driver().inject(PIE_FAULT_LATE, 1 + pick(3), 0, 0.4, seed);
-    if (chance(30)) engine_.driver().inject(PIE_FAULT_TORN, 1 + pick(3), 0.2, 0, seed);
+    const auto late = static_cast<int>(1 + pick(3)), torn = static_cast<int>(1 + pick(3));
+    const bool is_late = chance(60), is_torn = chance(30);
+    if (driver != "host") {
+      const Standin standin;
+      standin.clear();
+      if (is_late) standin.delay(late, 0, 0.4, seed);
+      if (is_torn) standin.tear(torn, 0.2);
+      return;
+    }
+    if (is_late) engine_.driver().inject(PIE_FAULT_LATE, late, 0, 0.4, seed);
+    if (is_torn) engine_.driver().inject(PIE_FAULT_TORN, torn, 0.2, 0, seed);
   }
 
   ~Scenario() {
@@ -291,10 +327,17 @@ class Scenario {
 int main(int count, char** arguments) {
   const auto first = static_cast<uint64_t>(count > 1 ? std::atoll(arguments[1]) : 1);
   const auto seeds = static_cast<uint64_t>(count > 2 ? std::atoll(arguments[2]) : 20);
+  const std::string driver = count > 3 ? arguments[3] : "host";
   for (uint64_t seed = first; seed < first + seeds; ++seed) {
-    Scenario scenario(seed);
-    if (scenario.run(30) != 0) {
+    if (Scenario(seed, driver).run(30) != 0) {
       std::printf("seed %lu: wrong bytes\n", static_cast<unsigned long>(seed));
+      return 1;
+    }
+    if (driver == "host") continue;
+    for (const char* what : {"standin_violations", "standin_live"}) {
+      const std::string text = Standin().found(what);
+      if (text.empty()) continue;
+      std::printf("seed %lu: %s: %s\n", static_cast<unsigned long>(seed), what, text.c_str());
       return 1;
     }
   }

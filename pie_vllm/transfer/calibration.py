@@ -8,7 +8,7 @@ from pie_vllm.errors import TransferError
 from pie_vllm.policy.geometry import Geometry, round_up
 from pie_vllm.policy.plan import Copy, StepPlan
 from pie_vllm.transfer.engine import TransferEngine
-from pie_vllm.transfer.stats import StepStats
+from pie_vllm.transfer.streams import counters
 
 RUN_LENGTHS = (1, 4, 16)
 """Neighbouring blocks that make one copy of a layer: single pages, and runs as rows merge to."""
@@ -115,6 +115,15 @@ def measure_link(
         return _Bench(engine).measure()
 
 
+class _Moved(NamedTuple):
+    """Bytes and seconds of copies that are complete."""
+
+    loaded: int
+    stored: int
+    load_seconds: float
+    store_seconds: float
+
+
 class _Bench:
     def __init__(self, engine: TransferEngine) -> None:
         self._engine, self._step = engine, 0
@@ -138,9 +147,7 @@ class _Bench:
         both = self._move(blocks, blocks)
         return LinkSpeed(tuple(pieces), _load_rate(both), _store_rate(both))
 
-    def _move(
-        self, blocks: int, length: int, *, loads: bool = True, stores: bool = True
-    ) -> StepStats:
+    def _move(self, blocks: int, length: int, *, loads: bool = True, stores: bool = True) -> _Moved:
         """Store blocks 1 to ``most`` to rows from 0, load the blocks after them from the others."""
         self._step += 1
         most = self._most
@@ -155,15 +162,22 @@ class _Bench:
             (),
             forward=False,
         )
-        return self._engine.run_idle(plan)
+        before = [counters(self._engine, direction) for direction in ("load", "store")]
+        self._engine.run_idle(plan)
+        self._engine.drain()
+        after = [counters(self._engine, direction) for direction in ("load", "store")]
+        return _Moved(
+            *(new.bytes - old.bytes for new, old in zip(after, before, strict=True)),
+            *(new.seconds - old.seconds for new, old in zip(after, before, strict=True)),
+        )
 
 
-def _load_rate(stats: StepStats) -> float:
-    return _rate(stats.bytes_loaded, stats.load_seconds)
+def _load_rate(moved: _Moved) -> float:
+    return _rate(moved.loaded, moved.load_seconds)
 
 
-def _store_rate(stats: StepStats) -> float:
-    return _rate(stats.bytes_stored, stats.store_seconds)
+def _store_rate(moved: _Moved) -> float:
+    return _rate(moved.stored, moved.store_seconds)
 
 
 def _rate(count: int, seconds: float) -> float:

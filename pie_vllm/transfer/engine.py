@@ -35,7 +35,8 @@ class TransferEngine:
 
     Args:
         geometry: all sizes; ``granularity`` a multiple of the driver's.
-        driver: ``"host"``; ``"cuda"`` is not built in this version.
+        driver: ``"host"``, ``"cuda"`` (the device whose context is current on this
+            thread, else the first) or ``"cuda:N"``.
         link_bytes_per_s: emulated link speed per direction; ``None`` is as fast
             as the machine.
         debug: negative controls, words of ``native.DEBUG_FLAGS``.
@@ -48,7 +49,7 @@ class TransferEngine:
 
     Raises:
         ConfigError: an unknown debug word, or sizes that cannot work.
-        UnsupportedError: the driver is not in this build.
+        UnsupportedError: the driver is not in this build, or this machine cannot do it.
         NativeLibraryError: the native library is missing or does not fit.
         TransferError: memory could not be had; nothing is left behind.
     """
@@ -124,12 +125,13 @@ class TransferEngine:
             plan: ``relabels`` and ``forward`` are not looked at. ``loads=None``
                 means the loads of step ``plan.step - 1``.
             compute_stream: stream that the model runs on; 0 is the calling
-                thread on the host driver.
+                thread on the host driver and the default stream on CUDA.
 
         Raises:
             IntegrityError: a run outside its range or across a chunk, or a row
                 both stored to and promoted from; nothing was submitted.
-            TransferError: a step is open, or an earlier copy failed.
+            TransferError: a step is open, an earlier copy failed, or a submission
+                failed; the step is aborted then.
         """
         arrays = PlanArrays(plan)
         self._check(
@@ -192,6 +194,14 @@ class TransferEngine:
             TransferError: the device cannot recover; only ``close`` is left.
         """
         self._check(self._library.pie_abort_step(self._open()))
+
+    def drain(self) -> None:
+        """Wait for the copies submitted so far.
+
+        Raises:
+            TransferError: one of them failed.
+        """
+        self._check(self._library.pie_drain(self._open()))
 
     def run_idle(self, plan: StepPlan, compute_stream: int = 0) -> StepStats:
         """Stores and promotions of a step that runs no model; no ring loads, no gates.

@@ -22,7 +22,7 @@ from pie_vllm.errors import (
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import Copy, StepPlan
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """What this package expects of ``pie_abi_version()``."""
 
 DEFAULT_LIBRARY = Path(__file__).resolve().parent.parent / "_native" / "libpie.so"
@@ -95,6 +95,7 @@ class StatsStruct(ctypes.Structure):
                 "bytes_promoted",
                 "gates",
                 "copies",
+                "stall_step",
             )
         ),
         ("load_seconds", c_double),
@@ -129,6 +130,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pie_end_step": (_E, POINTER(StatsStruct)),
     "pie_run_idle": (_E, POINTER(PlanStruct), c_uint64, POINTER(StatsStruct)),
     "pie_abort_step": (_E,),
+    "pie_drain": (_E,),
     "pie_self_test": (_E,),
     "pie_zero_ring": (_E,),
     "pie_counters_of": (_E, c_int, POINTER(CountersStruct)),

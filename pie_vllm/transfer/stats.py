@@ -18,11 +18,14 @@ class StepStats(NamedTuple):
             finished since the last report; with two steps in flight they may
             belong to the step before.
         store_seconds: the same, device to host.
-        stall_seconds: seconds that the gates blocked this thread; 0 on an
-            asynchronous compute stream, where waits do not block.
+        stall_seconds: seconds that the compute stood at the gates of step
+            ``stall_step``; 0 where that is -1.
         gates: layers that passed ``before_attention``.
         copies: runs copied, all layers.
         bytes_promoted: the part of ``bytes_loaded`` that went to resident pages.
+        stall_step: this step where a wait blocks the calling thread. On an
+            asynchronous compute stream one step in four is timed by events, and
+            reported with the first step that ends after them; -1 is none.
     """
 
     step: int
@@ -34,6 +37,7 @@ class StepStats(NamedTuple):
     gates: int
     copies: int
     bytes_promoted: int = 0
+    stall_step: int = -1
 
 
 def step_stats(stats: StatsStruct) -> StepStats:

@@ -212,8 +212,8 @@ def test_row_page_is_checked(engine: TransferEngine) -> None:
 
 
 def test_unknown_driver_and_debug_word() -> None:
-    with pytest.raises(UnsupportedError, match="not built in this version"):
-        TransferEngine(geometry(), driver="cuda")
+    with pytest.raises(UnsupportedError, match='"cuda:x" names no device'):
+        TransferEngine(geometry(), driver="cuda:x")
     with pytest.raises(UnsupportedError, match="host"):
         driver_granularity("tpu")
     with pytest.raises(ConfigError, match="late_submit, poison, skip_gate"):

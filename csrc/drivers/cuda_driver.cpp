@@ -1,0 +1,190 @@
+#include "cuda_driver.h"
+
+namespace pie::cuda {
+namespace {
+
+CUstream of(Stream stream) { return reinterpret_cast<CUstream>(stream); }
+CUevent event_of(Event event) { return reinterpret_cast<CUevent>(event); }
+
+// STREAM for both directions: a row is stored over, and a page written again, by work that other
+// streams order after this copy; to read the source any earlier or later than in stream order would
+// miss that.
+CUmemcpyAttributes stream_ordered() {
+  CUmemcpyAttributes attributes{};
+  attributes.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;
+  attributes.flags = CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE;
+  return attributes;
+}
+
+}  // namespace
+
+CudaDriver::CudaDriver(int device)
+    : api_(api()), device_(device), meter_(api_), batches_(api_.batch12 || api_.batch13) {}
+
+CudaDriver::~CudaDriver() { synchronize(); }
+
+Address CudaDriver::reserve(size_t bytes, size_t alignment) {
+  return device_.reserve(bytes, alignment);
+}
+void CudaDriver::unreserve(Address a, size_t bytes) noexcept { device_.unreserve(a, bytes); }
+Handle CudaDriver::create(size_t bytes) { return device_.create(bytes); }
+void CudaDriver::release(Handle handle) noexcept { device_.release(handle); }
+void CudaDriver::map(Address a, size_t bytes, Handle handle) { device_.map(a, bytes, handle); }
+void CudaDriver::set_access(Address a, size_t bytes) { device_.set_access(a, bytes); }
+void CudaDriver::unmap(Address a, size_t bytes) noexcept { device_.unmap(a, bytes); }
+void* CudaDriver::host_alloc(size_t bytes) { return device_.host_alloc(bytes); }
+void CudaDriver::host_free(void* p, size_t bytes) noexcept { device_.host_free(p, bytes); }
+
+Stream CudaDriver::stream_create() {
+  device_.use();
+  int least = 0, greatest = 0;
+  check(api_.cuCtxGetStreamPriorityRange(&least, &greatest), "cuCtxGetStreamPriorityRange");
+  CUstream stream = nullptr;
+  // Not ordered with the legacy default stream: only events order it.
+  check(api_.cuStreamCreateWithPriority(&stream, CU_STREAM_NON_BLOCKING, greatest),
+        "cuStreamCreateWithPriority");
+  return reinterpret_cast<Stream>(stream);
+}
+
+void CudaDriver::stream_destroy(Stream stream) noexcept {
+  api_.cuStreamSynchronize(of(stream));
+  meter_.forget(stream);
+  errors_.erase(stream);
+  api_.cuStreamDestroy(of(stream));
+}
+
+void CudaDriver::stream_synchronize(Stream stream) {
+  check(api_.cuStreamSynchronize(of(stream)), "cuStreamSynchronize");
+  const auto marked = errors_.find(stream);
+  if (marked != errors_.end()) throw Error(PIE_ERR_TRANSFER, marked->second);
+}
+
+std::string CudaDriver::stream_error(Stream stream) {
+  const auto marked = errors_.find(stream);
+  if (marked != errors_.end()) return marked->second;
+  const CUresult result = api_.cuStreamQuery(of(stream));
+  if (result == CUDA_SUCCESS || result == CUDA_ERROR_NOT_READY) return {};
+  return "cuStreamQuery: " + text_of(result, "cuStreamQuery");
+}
+
+void CudaDriver::stream_recover(Stream stream) {
+  check(api_.cuStreamSynchronize(of(stream)), "cuStreamSynchronize");
+  errors_.erase(stream);
+}
+
+void CudaDriver::submitted(CUresult result, const char* call, Stream stream) {
+  if (result == CUDA_SUCCESS) return;
+  errors_.emplace(stream, std::string(call) + ": " + text_of(result, call));
+  check(result, call);
+}
+
+CUresult CudaDriver::copy_all(CUstream stream, Direction direction, const CopyOp* ops, size_t count,
+                              const char*& call) {
+  // The default stream takes no batches.
+  if (batches_ && stream != nullptr) {
+    targets_.clear(), sources_.clear(), sizes_.clear();
+    for (size_t i = 0; i < count; ++i) {
+      targets_.push_back(ops[i].dst);
+      sources_.push_back(ops[i].src);
+      sizes_.push_back(ops[i].bytes);
+    }
+    CUmemcpyAttributes attributes = stream_ordered();
+    size_t first = 0, failed = 0;
+    call = "cuMemcpyBatchAsync";
+    const CUresult result = api_.batch13
+                                ? api_.batch13(targets_.data(), sources_.data(), sizes_.data(),
+                                               count, &attributes, &first, 1, stream)
+                                : api_.batch12(targets_.data(), sources_.data(), sizes_.data(),
+                                               count, &attributes, &first, 1, &failed, stream);
+    if (result != CUDA_ERROR_NOT_SUPPORTED) return result;
+    batches_ = false;
+  }
+  const bool in = direction == Direction::kHostToDevice;
+  call = in ? "cuMemcpyHtoDAsync" : "cuMemcpyDtoHAsync";
+  for (size_t i = 0; i < count; ++i) {
+    const CUresult result =
+        in ? api_.cuMemcpyHtoDAsync(ops[i].dst, reinterpret_cast<const void*>(ops[i].src),
+                                    ops[i].bytes, stream)
+           : api_.cuMemcpyDtoHAsync(reinterpret_cast<void*>(ops[i].dst), ops[i].src, ops[i].bytes,
+                                    stream);
+    if (result != CUDA_SUCCESS) return result;
+  }
+  return CUDA_SUCCESS;
+}
+
+void CudaDriver::copy_batch(Stream stream, Direction direction, const CopyOp* ops, size_t count) {
+  if (count == 0) return;
+  device_.use();
+  int64_t bytes = 0;
+  for (size_t i = 0; i < count; ++i) bytes += static_cast<int64_t>(ops[i].bytes);
+  meter_.before(stream);
+  const char* call = nullptr;
+  submitted(copy_all(of(stream), direction, ops, count, call), call, stream);
+  meter_.after(stream, direction, bytes, static_cast<int64_t>(count));
+}
+
+void CudaDriver::memset_async(Stream stream, Address dst, int value, size_t bytes) {
+  device_.use();
+  submitted(api_.cuMemsetD8Async(dst, static_cast<unsigned char>(value), bytes, of(stream)),
+            "cuMemsetD8Async", stream);
+}
+
+void CudaDriver::launch_host(Stream stream, HostFn fn, void* arg) {
+  device_.use();
+  submitted(api_.cuLaunchHostFunc(of(stream), fn, arg), "cuLaunchHostFunc", stream);
+}
+
+Event CudaDriver::event_create(bool timed) {
+  device_.use();
+  CUevent event = nullptr;
+  check(api_.cuEventCreate(&event, timed ? CU_EVENT_DEFAULT : CU_EVENT_DISABLE_TIMING),
+        "cuEventCreate");
+  return reinterpret_cast<Event>(event);
+}
+
+void CudaDriver::event_destroy(Event event) noexcept { api_.cuEventDestroy(event_of(event)); }
+
+void CudaDriver::event_record(Event event, Stream stream) {
+  device_.use();
+  submitted(api_.cuEventRecord(event_of(event), of(stream)), "cuEventRecord", stream);
+}
+
+void CudaDriver::stream_wait(Stream stream, Event event) {
+  device_.use();
+  submitted(api_.cuStreamWaitEvent(of(stream), event_of(event), CU_EVENT_WAIT_DEFAULT),
+            "cuStreamWaitEvent", stream);
+}
+
+bool CudaDriver::event_query(Event event) {
+  const CUresult result = api_.cuEventQuery(event_of(event));
+  if (result == CUDA_ERROR_NOT_READY) return false;
+  check(result, "cuEventQuery");
+  return true;
+}
+
+void CudaDriver::event_synchronize(Event event) {
+  check(api_.cuEventSynchronize(event_of(event)), "cuEventSynchronize");
+}
+
+double CudaDriver::event_elapsed(Event start, Event end) {
+  float milliseconds = 0;
+  const CUresult result = api_.cuEventElapsedTime(&milliseconds, event_of(start), event_of(end));
+  if (result == CUDA_ERROR_NOT_READY) {
+    throw Error(PIE_ERR_STATE, "elapsed time needs two events whose records are complete");
+  }
+  check(result, "cuEventElapsedTime");
+  return milliseconds * 1e-3;
+}
+
+void CudaDriver::synchronize() noexcept {
+  try {
+    device_.use();
+  } catch (const Error&) {
+    return;  // The context is lost; nothing runs in it.
+  }
+  device_.synchronize();
+}
+
+Counters CudaDriver::counters(Direction direction) const { return meter_.counters(direction); }
+
+}  // namespace pie::cuda
