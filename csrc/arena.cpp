@@ -75,6 +75,10 @@ Arena::Arena(Driver& driver, const Geometry& geometry)
                            ring[static_cast<size_t>(l % geometry.slots)].handle());
   }
   driver.set_access(base(), static_cast<size_t>(geometry.virtual_bytes));
+  for (int64_t l = 0; l < geometry.layers; ++l) {  // each slot once: no alias is written beside it
+    const Address at = base() + static_cast<Address>(l * geometry.layer_stride);
+    driver.zero(at, l < geometry.slots ? own + slot : own);
+  }
 }
 
 }  // namespace pie

@@ -43,12 +43,13 @@ class Driver {
   virtual size_t granularity() const = 0;
   virtual Address reserve(size_t bytes, size_t alignment) = 0;
   virtual void unreserve(Address address, size_t bytes) noexcept = 0;
-  virtual Handle create(size_t bytes) = 0;                             // zeroed
+  virtual Handle create(size_t bytes) = 0;
   virtual void release(Handle handle) noexcept = 0;                    // mappings keep the memory
   virtual void map(Address address, size_t bytes, Handle handle) = 0;  // the whole handle
   virtual void set_access(Address address, size_t bytes) = 0;          // may cover many mappings
-  virtual void unmap(Address address, size_t bytes) noexcept = 0;      // does not wait for work
-  virtual void* host_alloc(size_t bytes) = 0;  // zeroed, populated, registered
+  virtual void zero(Address address, size_t bytes) = 0;  // new memory, before its first use
+  virtual void unmap(Address address, size_t bytes) noexcept = 0;  // does not wait for work
+  virtual void* host_alloc(size_t bytes) = 0;                      // zeroed, populated, registered
   virtual void host_free(void* pointer, size_t bytes) noexcept = 0;
 
   // Streams.

@@ -23,6 +23,7 @@ namespace pie::cuda {
   X(cuDeviceGetAttribute, 2000)           \
   X(cuDeviceGetCount, 2000)               \
   X(cuDeviceGetPCIBusId, 4010)            \
+  X(cuDevicePrimaryCtxGetState, 7000)     \
   X(cuDevicePrimaryCtxRelease, 11000)     \
   X(cuDevicePrimaryCtxRetain, 7000)       \
   X(cuDriverGetVersion, 2020)             \

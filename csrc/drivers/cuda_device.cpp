@@ -43,7 +43,6 @@ Device::Device(int index) : api_(api()), device_(choose(api_, index)) {
       api_.cuMemGetAllocationGranularity(&granularity_, &wanted, CU_MEM_ALLOC_GRANULARITY_MINIMUM),
       "cuMemGetAllocationGranularity");
   numa_node_ = find_numa_node();
-  api_.cuCtxGetCurrent(&before_);
   check(api_.cuDevicePrimaryCtxRetain(&context_, device_), "cuDevicePrimaryCtxRetain");
   try {
     use();
@@ -54,12 +53,15 @@ Device::Device(int index) : api_(api()), device_(choose(api_, index)) {
 }
 
 Device::~Device() {
-  CUcontext current = nullptr;
-  // A thread must not be left with a context that ends here.
-  if (api_.cuCtxGetCurrent(&current) == CUDA_SUCCESS && current == context_) {
-    api_.cuCtxSetCurrent(before_);
-  }
   api_.cuDevicePrimaryCtxRelease(device_);
+  // The thread keeps a context that others hold, and is not left with one that ended here.
+  unsigned flags = 0;
+  int active = 0;
+  CUcontext current = nullptr;
+  if (api_.cuDevicePrimaryCtxGetState(device_, &flags, &active) == CUDA_SUCCESS && active == 0 &&
+      api_.cuCtxGetCurrent(&current) == CUDA_SUCCESS && current == context_) {
+    api_.cuCtxSetCurrent(nullptr);
+  }
 }
 
 void Device::use() const {
@@ -126,7 +128,10 @@ void Device::set_access(Address address, size_t bytes) const {
   access.location = {CU_MEM_LOCATION_TYPE_DEVICE, {device_}};
   access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
   check(api_.cuMemSetAccess(address, bytes, &access, 1), "cuMemSetAccess", size_text(bytes));
-  // The driver does not promise zeros, and kernels may load pages that they mask later.
+}
+
+// The driver does not promise zeros, and kernels may load pages that they mask later.
+void Device::zero(Address address, size_t bytes) const {
   use();
   check(api_.cuMemsetD8Async(address, 0, bytes, nullptr), "cuMemsetD8Async", size_text(bytes));
   check(api_.cuStreamSynchronize(nullptr), "cuStreamSynchronize");

@@ -31,6 +31,7 @@ class Device {
   void release(Handle handle) const noexcept;
   void map(Address address, size_t bytes, Handle handle) const;
   void set_access(Address address, size_t bytes) const;
+  void zero(Address address, size_t bytes) const;
   void unmap(Address address, size_t bytes) const noexcept;
 
   // Zeroed, on the GPU's NUMA node, pinned.
@@ -44,7 +45,7 @@ class Device {
 
   const Api& api_;
   CUdevice device_ = 0;
-  CUcontext context_ = nullptr, before_ = nullptr;
+  CUcontext context_ = nullptr;
   size_t granularity_ = 0;
   int numa_node_ = -1;
 };

@@ -21,7 +21,11 @@ CUmemcpyAttributes stream_ordered() {
 CudaDriver::CudaDriver(int device)
     : api_(api()), device_(device), meter_(api_), batches_(api_.batch12 || api_.batch13) {}
 
-CudaDriver::~CudaDriver() { synchronize(); }
+CudaDriver::~CudaDriver() {
+  synchronize();
+  for (const Event event : events_) api_.cuEventDestroy(event_of(event));
+  for (const Stream stream : streams_) api_.cuStreamDestroy(of(stream));
+}
 
 Address CudaDriver::reserve(size_t bytes, size_t alignment) {
   return device_.reserve(bytes, alignment);
@@ -31,6 +35,7 @@ Handle CudaDriver::create(size_t bytes) { return device_.create(bytes); }
 void CudaDriver::release(Handle handle) noexcept { device_.release(handle); }
 void CudaDriver::map(Address a, size_t bytes, Handle handle) { device_.map(a, bytes, handle); }
 void CudaDriver::set_access(Address a, size_t bytes) { device_.set_access(a, bytes); }
+void CudaDriver::zero(Address a, size_t bytes) { device_.zero(a, bytes); }
 void CudaDriver::unmap(Address a, size_t bytes) noexcept { device_.unmap(a, bytes); }
 void* CudaDriver::host_alloc(size_t bytes) { return device_.host_alloc(bytes); }
 void CudaDriver::host_free(void* p, size_t bytes) noexcept { device_.host_free(p, bytes); }
@@ -43,25 +48,36 @@ Stream CudaDriver::stream_create() {
   // Not ordered with the legacy default stream: only events order it.
   check(api_.cuStreamCreateWithPriority(&stream, CU_STREAM_NON_BLOCKING, greatest),
         "cuStreamCreateWithPriority");
-  return reinterpret_cast<Stream>(stream);
+  std::lock_guard<std::mutex> lock(mutex_);
+  return *streams_.insert(reinterpret_cast<Stream>(stream)).first;
 }
 
 void CudaDriver::stream_destroy(Stream stream) noexcept {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (streams_.erase(stream) == 0) return;
+    errors_.erase(stream);
+  }
   api_.cuStreamSynchronize(of(stream));
   meter_.forget(stream);
-  errors_.erase(stream);
   api_.cuStreamDestroy(of(stream));
 }
 
 void CudaDriver::stream_synchronize(Stream stream) {
   check(api_.cuStreamSynchronize(of(stream)), "cuStreamSynchronize");
-  const auto marked = errors_.find(stream);
-  if (marked != errors_.end()) throw Error(PIE_ERR_TRANSFER, marked->second);
+  const std::string error = marked(stream);
+  if (!error.empty()) throw Error(PIE_ERR_TRANSFER, error);
+}
+
+std::string CudaDriver::marked(Stream stream) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = errors_.find(stream);
+  return found == errors_.end() ? std::string() : found->second;
 }
 
 std::string CudaDriver::stream_error(Stream stream) {
-  const auto marked = errors_.find(stream);
-  if (marked != errors_.end()) return marked->second;
+  const std::string error = marked(stream);
+  if (!error.empty()) return error;
   const CUresult result = api_.cuStreamQuery(of(stream));
   if (result == CUDA_SUCCESS || result == CUDA_ERROR_NOT_READY) return {};
   return "cuStreamQuery: " + text_of(result, "cuStreamQuery");
@@ -69,12 +85,16 @@ std::string CudaDriver::stream_error(Stream stream) {
 
 void CudaDriver::stream_recover(Stream stream) {
   check(api_.cuStreamSynchronize(of(stream)), "cuStreamSynchronize");
+  std::lock_guard<std::mutex> lock(mutex_);
   errors_.erase(stream);
 }
 
 void CudaDriver::submitted(CUresult result, const char* call, Stream stream) {
   if (result == CUDA_SUCCESS) return;
-  errors_.emplace(stream, std::string(call) + ": " + text_of(result, call));
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    errors_.emplace(stream, std::string(call) + ": " + text_of(result, call));
+  }
   check(result, call);
 }
 
@@ -119,7 +139,8 @@ void CudaDriver::copy_batch(Stream stream, Direction direction, const CopyOp* op
   for (size_t i = 0; i < count; ++i) bytes += static_cast<int64_t>(ops[i].bytes);
   meter_.before(stream);
   const char* call = nullptr;
-  submitted(copy_all(of(stream), direction, ops, count, call), call, stream);
+  const CUresult result = copy_all(of(stream), direction, ops, count, call);
+  submitted(result, call, stream);
   meter_.after(stream, direction, bytes, static_cast<int64_t>(count));
 }
 
@@ -139,10 +160,14 @@ Event CudaDriver::event_create(bool timed) {
   CUevent event = nullptr;
   check(api_.cuEventCreate(&event, timed ? CU_EVENT_DEFAULT : CU_EVENT_DISABLE_TIMING),
         "cuEventCreate");
-  return reinterpret_cast<Event>(event);
+  std::lock_guard<std::mutex> lock(mutex_);
+  return *events_.insert(reinterpret_cast<Event>(event)).first;
 }
 
-void CudaDriver::event_destroy(Event event) noexcept { api_.cuEventDestroy(event_of(event)); }
+void CudaDriver::event_destroy(Event event) noexcept {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (events_.erase(event) > 0) api_.cuEventDestroy(event_of(event));
+}
 
 void CudaDriver::event_record(Event event, Stream stream) {
   device_.use();

@@ -3,6 +3,7 @@
 
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -26,6 +27,7 @@ class CudaDriver : public Driver {
   void release(Handle handle) noexcept override;
   void map(Address address, size_t bytes, Handle handle) override;
   void set_access(Address address, size_t bytes) override;
+  void zero(Address address, size_t bytes) override;
   void unmap(Address address, size_t bytes) noexcept override;
   void* host_alloc(size_t bytes) override;
   void host_free(void* pointer, size_t bytes) noexcept override;
@@ -53,6 +55,7 @@ class CudaDriver : public Driver {
   void sample(bool on) override { meter_.sample(on); }
 
  private:
+  std::string marked(Stream stream);
   // Throws like check(), and marks the stream.
   void submitted(CUresult result, const char* call, Stream stream);
   CUresult copy_all(CUstream stream, Direction direction, const CopyOp* ops, size_t count,
@@ -61,8 +64,11 @@ class CudaDriver : public Driver {
   const Api& api_;
   Device device_;
   mutable Meter meter_;
-  bool batches_;  // false: this machine has no batched copy
+  bool batches_;      // false: this machine has no batched copy
+  std::mutex mutex_;  // of these three: the pool's thread makes events too
   std::map<Stream, std::string> errors_;
+  std::set<Stream> streams_;  // made here and not destroyed yet
+  std::set<Event> events_;
   std::vector<CUdeviceptr> targets_, sources_;
   std::vector<size_t> sizes_;
 };

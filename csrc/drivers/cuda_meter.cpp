@@ -1,6 +1,14 @@
 #include "cuda_meter.h"
 
+#include <algorithm>
+
 namespace pie::cuda {
+namespace {
+
+// What a timed batch keeps of its weight when the next one comes: some steps' layers count.
+constexpr double kKept = 0.98;
+
+}  // namespace
 
 Meter::~Meter() {
   for (auto& [key, lane] : lanes_) {
@@ -45,18 +53,24 @@ void Meter::after(Stream stream, Direction direction, int64_t bytes, int64_t cop
 void Meter::count(Lane& lane) {
   const Batch batch = lane.pending.front();
   lane.pending.pop_front();
+  double seconds = -1;
   if (batch.start != nullptr) {
     float milliseconds = 0;
     const CUresult result = api_.cuEventElapsedTime(&milliseconds, batch.start, batch.end);
-    if (result == CUDA_SUCCESS && batch.bytes > 0) {
-      lane.seconds_per_byte = milliseconds * 1e-3 / static_cast<double>(batch.bytes);
+    if (result == CUDA_SUCCESS) {
+      lane.timed_bytes = kKept * lane.timed_bytes + static_cast<double>(batch.bytes);
+      lane.timed_seconds = kKept * lane.timed_seconds + milliseconds * 1e-3;
+      seconds = milliseconds * 1e-3;
     }
     spare_.push_back(batch.start);
     spare_.push_back(batch.end);
   }
   lane.done.bytes += batch.bytes;
   lane.done.copies += batch.copies;
-  lane.done.seconds += lane.seconds_per_byte * static_cast<double>(batch.bytes);
+  if (seconds < 0 && lane.timed_bytes > 0) {
+    seconds = lane.timed_seconds / lane.timed_bytes * static_cast<double>(batch.bytes);
+  }
+  lane.done.seconds += std::max(seconds, 0.0);
 }
 
 // A stream is in order: what lies before a timed batch that is complete, is complete.

@@ -1,7 +1,7 @@
 // Counts copies of the CUDA driver: bytes of all, time of a sample.
 //
 // An event that takes time costs a microsecond or two of the stream. So only some batches are
-// timed, and the others are taken to have been as fast as the newest of these.
+// timed, and the others are taken to have been as fast as the newest of these, about.
 #pragma once
 
 #include <deque>
@@ -40,7 +40,7 @@ class Meter {
   struct Lane {
     std::deque<Batch> pending;
     Counters done;
-    double seconds_per_byte = 0;
+    double timed_bytes = 0, timed_seconds = 0;  // of the newest timed ones, the older for less
   };
   CUevent take_event();
   void settle(Stream stream, Lane& lane);

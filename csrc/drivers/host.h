@@ -23,6 +23,7 @@ class HostDriver : public Driver {
   void release(Handle handle) noexcept override;
   void map(Address address, size_t bytes, Handle handle) override;
   void set_access(Address address, size_t bytes) override;
+  void zero(Address, size_t) override {}  // a new memfd is
   void unmap(Address address, size_t bytes) noexcept override;
   void* host_alloc(size_t bytes) override;
   void host_free(void* pointer, size_t bytes) noexcept override;

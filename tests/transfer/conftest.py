@@ -5,17 +5,39 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.streams import DriverStream
-from tests.transfer.driving import View, geometry
+from tests.helpers.standin import load
+from tests.transfer.driving import PAGE, View, geometry
+
+
+@pytest.fixture(params=["host", "cuda"])
+def driver(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each driver in turn; CUDA's over the stand-in for libcuda, which must find no fault."""
+    name: str = request.param
+    if name == "host":
+        yield name
+        return
+    standin = load()
+    standin.set(granularity=PAGE)
+    yield name
+    races, live = standin.violations(), standin.live()
+    standin.clear()
+    standin.reset()
+    assert live == []
+    if request.node.get_closest_marker("races"):
+        assert all("unordered" in line for line in races)
+    else:
+        assert races == []
 
 
 @pytest.fixture
-def make_engine() -> Iterator[Callable[..., TransferEngine]]:
+def make_engine(driver: str) -> Iterator[Callable[..., TransferEngine]]:
     """Makes engines of the small geometry; sizes and engine options by name."""
     engines: list[TransferEngine] = []
 
@@ -26,8 +48,14 @@ def make_engine() -> Iterator[Callable[..., TransferEngine]]:
         **sizes: Any,
     ) -> TransferEngine:
         engine = TransferEngine(
-            geometry(**sizes), debug=debug, link_bytes_per_s=link_bytes_per_s, chunks=chunks
+            geometry(**sizes),
+            driver=driver,
+            debug=debug,
+            link_bytes_per_s=link_bytes_per_s,
+            chunks=chunks,
         )
+        if driver == "cuda":
+            load().link(link_bytes_per_s or 0)
         engines.append(engine)
         return engine
 
@@ -58,14 +86,18 @@ def view(engine: TransferEngine) -> View:
 def run_native() -> Callable[..., str]:
     """Runs a sanitizer build without address randomisation, which old libtsan needs."""
 
-    def run(*command: object) -> str:
+    def run(*command: object, libraries: Path | None = None) -> str:
+        # vLLM sets LD_PRELOAD.
+        environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+        if libraries is not None:
+            environment["LD_LIBRARY_PATH"] = str(libraries)
         result = subprocess.run(
             ["setarch", "-R", *map(str, command)],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
-            env={k: v for k, v in os.environ.items() if k != "LD_PRELOAD"},  # vLLM sets it.
+            env=environment,
         )
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,16 +10,49 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import Copy, StepPlan
+from pie_vllm.transfer import streams
 from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.stats import StepStats
 from pie_vllm.transfer.streams import DriverStream, row_page
+from tests.helpers.standin import load
 
 PAGE = 4096
 LATCH_SECONDS = 5.0
 Pages = npt.NDArray[np.uint8]
+
+
+host_only = pytest.mark.parametrize("driver", ["host"], indirect=True)
+"""For what the host driver alone has, or does otherwise than CUDA."""
+
+
+def inject(
+    engine: TransferEngine,
+    fault: str,
+    *,
+    direction: str = "both",
+    milliseconds: float = 0.0,
+    up_to: float = 0.0,
+    **other: int,
+) -> None:
+    """Copies that come late or torn: of the host driver, or of the stand-in for libcuda."""
+    if engine.arena.driver == "host":
+        streams.inject(
+            engine, fault, direction=direction, milliseconds=milliseconds, up_to=up_to, **other
+        )
+        return
+    directions = {"load": 1, "store": 2, "both": 3}[direction]
+    if fault == "late":
+        most = max(milliseconds, up_to)
+        load().delay(milliseconds, most, directions, other.get("seed", 0))
+    elif fault == "torn":
+        load().tear(milliseconds, directions)
+    else:
+        assert fault == "none"
+        load().clear()
 
 
 def geometry(**changes: int) -> Geometry:
@@ -65,7 +99,9 @@ class View:
     def __init__(self, engine: TransferEngine) -> None:
         self.engine = engine
         self.geometry = engine.geometry
-        self.bytes: Pages = np.frombuffer(engine.arena.buffer(), dtype=np.uint8)
+        # Of the CUDA driver too: device memory of the stand-in is host memory.
+        memory = (ctypes.c_uint8 * engine.arena.size).from_address(engine.arena.address)
+        self.bytes: Pages = np.frombuffer(memory, dtype=np.uint8)
 
     def page(self, layer: int, block: int) -> Pages:
         start = self.geometry.page_offset(layer, block)

@@ -8,8 +8,7 @@ import pytest
 
 from pie_vllm.errors import GateError, TransferError
 from pie_vllm.transfer.engine import TransferEngine
-from pie_vllm.transfer.streams import inject
-from tests.transfer.driving import View, plan, run_step
+from tests.transfer.driving import View, host_only, inject, plan, run_step
 
 LAYERS = range(6)
 MakeEngine = Callable[..., TransferEngine]
@@ -44,12 +43,14 @@ def test_skip_stores(make_engine: MakeEngine) -> None:
     assert gathered(make_engine(debug=("skip_stores",))) == ([True] * 6, [False] * 6)
 
 
+@pytest.mark.races
 def test_late_submit(make_engine: MakeEngine) -> None:
     engine = make_engine(debug=("late_submit",))
     inject(engine, "late", direction="load", milliseconds=5)
     assert gathered(engine)[0] == [False] * 6
 
 
+@pytest.mark.races
 def test_skip_gate(make_engine: MakeEngine) -> None:
     engine = make_engine(debug=("skip_gate",))
     inject(engine, "late", direction="load", milliseconds=5)
@@ -75,7 +76,9 @@ def test_poison_fills_what_is_not_loaded(make_engine: MakeEngine) -> None:
     assert seen == [True] * 6
 
 
-@pytest.mark.parametrize("word", ["skip_loads", "skip_stores", "late_submit"])
+@pytest.mark.parametrize(
+    "word", ["skip_loads", "skip_stores", pytest.param("late_submit", marks=pytest.mark.races)]
+)
 def test_self_test_finds_a_broken_hand_over(make_engine: MakeEngine, word: str) -> None:
     engine = make_engine(debug=(word,))
     # So that a load that nobody waits for cannot win by chance.
@@ -85,6 +88,7 @@ def test_self_test_finds_a_broken_hand_over(make_engine: MakeEngine, word: str) 
     assert not View(engine).bytes.any()
 
 
+@host_only
 def test_self_test_reports_a_failing_copy(engine: TransferEngine) -> None:
     inject(engine, "fail", direction="load", nth=9)
     with pytest.raises(TransferError):

@@ -6,8 +6,8 @@ import pytest
 
 from pie_vllm.errors import TransferError
 from pie_vllm.transfer.engine import TransferEngine
-from pie_vllm.transfer.streams import DriverEvent, DriverStream, inject
-from tests.transfer.driving import latched
+from pie_vllm.transfer.streams import DriverEvent, DriverStream
+from tests.transfer.driving import host_only, inject, latched
 
 
 def test_stream_runs_in_order(engine: TransferEngine) -> None:
@@ -94,6 +94,7 @@ def test_wait_holds_later_work_only(engine: TransferEngine) -> None:
     assert seen == ["before", "after"]
 
 
+@host_only
 def test_elapsed(engine: TransferEngine) -> None:
     stream, start, end = DriverStream(engine), DriverEvent(engine), DriverEvent(engine)
     inject(engine, "late", milliseconds=20)
@@ -107,6 +108,7 @@ def test_elapsed(engine: TransferEngine) -> None:
     assert 0.02 <= start.seconds_until(end) < 0.5
 
 
+@host_only
 def test_closed_event_does_not_touch_submitted_waits(engine: TransferEngine) -> None:
     a, b, event, passed = DriverStream(engine), DriverStream(engine), DriverEvent(engine), []
     with latched(a):
@@ -121,6 +123,7 @@ def test_closed_event_does_not_touch_submitted_waits(engine: TransferEngine) -> 
         event.query()
 
 
+@host_only
 def test_failed_stream_fails_its_waiters(engine: TransferEngine) -> None:
     a, b, event, seen = DriverStream(engine), DriverStream(engine), DriverEvent(engine), []
     at = engine.arena.address
@@ -138,6 +141,7 @@ def test_failed_stream_fails_its_waiters(engine: TransferEngine) -> None:
     assert seen == []
 
 
+@host_only
 def test_unknown_stream_is_an_error(engine: TransferEngine) -> None:
     stream = DriverStream(engine)
     stream.close()

@@ -220,7 +220,7 @@ def test_unknown_driver_and_debug_word() -> None:
         TransferEngine(geometry(), debug=("skip_everything",))
 
 
-def test_random_geometries_pass_the_self_test() -> None:
+def test_random_geometries_pass_the_self_test(driver: str) -> None:
     draw = random.Random(5)
     for _ in range(10):
         layers = draw.randint(1, 9)
@@ -234,7 +234,7 @@ def test_random_geometries_pass_the_self_test() -> None:
             chunk_rows=draw.randint(1, rows),
             granularity=draw.choice((4096, 65536)),
         )
-        with TransferEngine(sizes) as engine:
+        with TransferEngine(sizes, driver=driver) as engine:
             engine.self_test()
 
 

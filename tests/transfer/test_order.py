@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from pie_vllm.transfer.engine import TransferEngine
-from pie_vllm.transfer.streams import DriverStream, inject
-from tests.transfer.driving import View, latched, plan, run_step
+from pie_vllm.transfer.streams import DriverStream
+from tests.transfer.driving import View, inject, latched, plan, run_step
 
 OLD, NEW, OTHER = 11, 22, 33
 LAYERS = range(6)

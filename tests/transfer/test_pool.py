@@ -9,9 +9,9 @@ import pytest
 
 from pie_vllm.errors import ConfigError, IntegrityError
 from pie_vllm.transfer.engine import TransferEngine
-from pie_vllm.transfer.streams import DriverStream, inject
+from pie_vllm.transfer.streams import DriverStream
 from tests.helpers.process import resident_bytes
-from tests.transfer.driving import View, geometry, plan, run_step
+from tests.transfer.driving import View, geometry, inject, plan, run_step
 
 
 @pytest.fixture

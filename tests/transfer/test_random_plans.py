@@ -11,8 +11,8 @@ from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import Copy, StepPlan
 from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.stats import StepStats
-from pie_vllm.transfer.streams import DriverStream, counters, inject
-from tests.transfer.driving import View
+from pie_vllm.transfer.streams import DriverStream, counters
+from tests.transfer.driving import View, inject
 
 Holds = dict[int, int]
 
@@ -222,9 +222,11 @@ class Runner:
 
 @pytest.mark.parametrize("inline", [True, False], ids=["inline", "async"])
 @pytest.mark.parametrize("fault", ["none", "late", "torn"])
-def test_every_page_holds_what_the_model_says(inline: bool, fault: str) -> None:
+def test_every_page_holds_what_the_model_says(driver: str, inline: bool, fault: str) -> None:
     for seed in range(8):
-        with TransferEngine(random_geometry(seed), debug=("poison",) * (seed % 2)) as engine:
+        with TransferEngine(
+            random_geometry(seed), driver=driver, debug=("poison",) * (seed % 2)
+        ) as engine:
             runner = Runner(engine, seed, inline)
             late = {"milliseconds": 0.1, "up_to": 0.6} if fault != "none" else {}
             direction = ("load", "store", "both")[seed % 3]
@@ -234,9 +236,9 @@ def test_every_page_holds_what_the_model_says(inline: bool, fault: str) -> None:
             runner.finish()
 
 
-def test_counters_are_what_the_plans_imply() -> None:
+def test_counters_are_what_the_plans_imply(driver: str) -> None:
     for seed in range(100, 104):
-        with TransferEngine(random_geometry(seed)) as engine:
+        with TransferEngine(random_geometry(seed), driver=driver) as engine:
             runner = Runner(engine, seed, inline=False)
             runner.model.draw.randrange = _without_aborts(runner.model.draw)  # type: ignore[method-assign]
             for _ in range(20):

@@ -10,8 +10,8 @@ import pytest
 
 from pie_vllm.errors import GateError, IntegrityError, TransferError
 from pie_vllm.transfer.engine import TransferEngine
-from pie_vllm.transfer.streams import DriverStream, counters, inject
-from tests.transfer.driving import View, plan, run_step
+from pie_vllm.transfer.streams import DriverStream, counters
+from tests.transfer.driving import View, host_only, inject, plan, run_step
 
 LAYERS = range(6)
 MakeEngine = Callable[..., TransferEngine]
@@ -63,6 +63,7 @@ def test_same_loads_after_a_gap_is_refused(engine: TransferEngine) -> None:
     run_step(engine, plan(5, loads=None))  # of a step that loaded nothing: nothing
 
 
+@host_only
 def test_link_speed(make_engine: MakeEngine) -> None:
     engine = make_engine(link_bytes_per_s=50e6, page_bytes=50_000, num_layers=4)
     stats = run_step(engine, plan(1, loads=((8, 0, 4),)))  # 0.8 MB: 16 ms
@@ -73,6 +74,7 @@ def test_link_speed(make_engine: MakeEngine) -> None:
     assert 0.016 <= stats.store_seconds < 0.06
 
 
+@host_only
 def test_copies_of_one_direction_share_the_link(make_engine: MakeEngine) -> None:
     engine = make_engine(link_bytes_per_s=10e6, page_bytes=50_000)
     streams = [DriverStream(engine) for _ in range(2)]
@@ -84,6 +86,7 @@ def test_copies_of_one_direction_share_the_link(make_engine: MakeEngine) -> None
     assert 0.02 <= time.monotonic() - start < 0.15
 
 
+@host_only
 def test_stall_is_the_time_that_gates_block(engine: TransferEngine) -> None:
     inject(engine, "late", direction="load", milliseconds=20)
     start = time.monotonic()
@@ -181,6 +184,7 @@ def test_abort_without_a_step(engine: TransferEngine) -> None:
     run_step(engine, plan(1))
 
 
+@host_only
 @pytest.mark.parametrize("direction", ["load", "store"])
 @pytest.mark.parametrize("nth", [1, 4, 12])
 @pytest.mark.parametrize("inline", [True, False])
@@ -214,6 +218,7 @@ def test_a_failing_copy_is_an_error_and_never_a_hang(
     assert seen == [True] * 6
 
 
+@host_only
 def test_a_failed_engine_refuses_steps_until_aborted(engine: TransferEngine) -> None:
     inject(engine, "fail", direction="store")
     with pytest.raises(TransferError, match="stream of stores: injected fault"):
@@ -223,6 +228,7 @@ def test_a_failed_engine_refuses_steps_until_aborted(engine: TransferEngine) -> 
     assert stats.bytes_stored == 6000
 
 
+@host_only
 def test_a_failed_engine_closes(make_engine: MakeEngine) -> None:
     engine = make_engine()
     inject(engine, "fail", nth=3)
