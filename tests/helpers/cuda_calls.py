@@ -82,6 +82,7 @@ class Cuda:
     def __init__(self, standin: Standin) -> None:
         self.standin = standin
         self._undo: list[tuple[Any, ...]] = []
+        self._memory: list[mmap.mmap] = []  # copies may run when a test has forgotten it
 
     def result(self, name: str, *arguments: Any) -> int:
         """The code a call returns."""
@@ -137,6 +138,7 @@ class Cuda:
         """Registered host memory and its address."""
         memory = mmap.mmap(-1, size)
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self._memory.append(memory)
         self.do("cuMemHostRegister", address, size, 0)
         self._undo.append(("cuMemHostUnregister", address))
         return memory, address

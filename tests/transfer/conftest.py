@@ -11,6 +11,8 @@ import pytest
 
 from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.streams import DriverStream
+from tests.helpers import standin
+from tests.helpers.cuda_calls import Cuda
 from tests.transfer.driving import View, geometry
 
 
@@ -71,3 +73,17 @@ def run_native() -> Callable[..., str]:
         return result.stdout
 
     return run
+
+
+@pytest.fixture
+def cuda() -> Iterator[Cuda]:
+    """The stand-in for libcuda with device 0 current; nothing of it may be live afterwards."""
+    loaded = standin.load()
+    cuda = Cuda(loaded)
+    cuda.start()
+    yield cuda
+    loaded.clear()
+    cuda.close()
+    live = loaded.live()
+    loaded.reset()
+    assert not live

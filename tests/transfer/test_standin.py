@@ -3,73 +3,23 @@
 from __future__ import annotations
 
 import ctypes
-import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from tests.helpers import standin as builds
 from tests.helpers.cuda_calls import ANY, DURING_CALL, MIB, PINNED, STREAM, U64, Attributes, Cuda
-from tests.helpers.standin import Standin
+from tests.transfer.standin_fixtures import HOST_FN, Gate, clean, violation
 
 INVALID_VALUE, OUT_OF_MEMORY, NOT_INITIALIZED, NOT_READY = 1, 2, 3, 600
 INVALID_CONTEXT, INVALID_HANDLE, CONTEXT_IS_DESTROYED = 201, 400, 709
 ILLEGAL_ADDRESS, NOT_PERMITTED, NOT_SUPPORTED = 700, 800, 801
 GARBAGE = b"\xa5"
-HOST_FN = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 pytestmark = pytest.mark.skipif(builds.include_folder() is None, reason="no cuda.h")
-
-
-@pytest.fixture
-def standin() -> Iterator[Standin]:
-    loaded = builds.load()
-    yield loaded
-    loaded.clear()
-    live = loaded.live()
-    loaded.reset()
-    assert not live
-
-
-@pytest.fixture
-def raw(standin: Standin) -> Iterator[Cuda]:
-    """No violations are expected of these tests, or they take them by `violation`."""
-    cuda = Cuda(standin)
-    yield cuda
-    cuda.close()
-
-
-@pytest.fixture
-def cuda(raw: Cuda) -> Cuda:
-    raw.start()
-    return raw
-
-
-def violation(cuda: Cuda, pattern: str) -> None:
-    """There is exactly one, and it says so."""
-    found = cuda.standin.violations()
-    assert len(found) == 1, found
-    assert re.search(pattern, found[0]), found
-
-
-def clean(cuda: Cuda) -> None:
-    assert cuda.standin.violations() == []
-
-
-class Gate:
-    """A host function that holds a stream until the test lets it pass."""
-
-    def __init__(self, cuda: Cuda, stream: int) -> None:
-        self._open = threading.Event()
-        self._function = HOST_FN(lambda _: self._open.wait(20) and None)
-        cuda.do("cuLaunchHostFunc", stream, self._function, None)
-
-    def open(self) -> None:
-        self._open.set()
 
 
 # Memory.

@@ -236,6 +236,7 @@ size_t standin_reset(char* text, size_t size) {
     s.sticky = CUDA_SUCCESS;
     s.races.clear();
     s.fence.clear();
+    s.ended.clear();
     s.actor_names.clear();
     s.threads.clear();
     ++s.generation;

@@ -101,6 +101,7 @@ struct State {
   std::vector<std::string> actor_names;
   std::vector<std::unique_ptr<HostThread>> threads;
   VectorClock fence;
+  VectorClock ended;  // of destroyed streams: cuCtxSynchronize waits for these too
   Races races;
 
   Lane lanes[kDirections];

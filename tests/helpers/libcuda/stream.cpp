@@ -122,6 +122,7 @@ CUresult cuStreamDestroy(CUstream handle) {
   stream.filled.notify_one();
   std::unique_ptr<Stream> mine = std::move(found->second);
   s.streams.erase(found);
+  mine->actor.precedes(s.ended);
   // CUDA does not wait for the work; an idle stream ends at once, so that no thread is left over.
   if (idle) {
     call.lock.unlock();
@@ -162,7 +163,7 @@ CUresult cuCtxSynchronize(void) {
     targets.emplace_back(id, stream->submitted);
     stream->actor.precedes(clock);
   }
-  for (auto& stream : s.ending) stream->actor.precedes(clock);
+  join(clock, s.ended);
   for (auto& thread : s.threads) thread->null_stream.precedes(clock);
   s.changed.wait(call.lock, [&] {
     const auto over = [](const auto& stream) { return stream->ended; };
