@@ -140,6 +140,11 @@ class Standin:
         function(buffer, len(buffer))
         return buffer.value.decode().splitlines()
 
+    def _known(self, function: str) -> bytes:
+        if not any(hasattr(self.library, function + suffix) for suffix in ("", "_v2")):
+            raise KeyError(function)
+        return function.encode()
+
     def set(self, **settings: int) -> None:
         """Changes settings, by the names in ``libcuda/state.cpp``."""
         for key, value in settings.items():
@@ -152,7 +157,7 @@ class Standin:
 
     def fail(self, function: str, nth: int = 1, error: int = 2) -> None:
         """The nth call from now of a function (without version suffix) fails and does nothing."""
-        self.library.standin_fail(function.encode(), nth, error)
+        self.library.standin_fail(self._known(function), nth, error)
 
     def fail_copy(self, direction: int, nth: int = 1) -> None:
         """The nth copy from now of a direction fails when it runs, and with it the context."""
@@ -202,7 +207,7 @@ class Standin:
 
     def calls(self, function: str) -> int:
         """How often a function (without version suffix) was called."""
-        return int(self.library.standin_calls(function.encode()))
+        return int(self.library.standin_calls(self._known(function)))
 
     def copied(self, direction: int) -> tuple[int, int]:
         """Copies of a direction that are complete, and their bytes."""

@@ -223,6 +223,7 @@ def test_elapsed(cuda: Cuda) -> None:
     cuda.do("cuEventRecord", other, stream)
     cuda.do("cuEventRecord", untimed, stream)
     assert elapsed(other) == NOT_READY
+    cuda.do("cuEventSynchronize", timed)
     time.sleep(0.01)
     gate.open()
     cuda.do("cuStreamSynchronize", stream)
