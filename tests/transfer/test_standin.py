@@ -326,3 +326,28 @@ def test_when_the_source_is_read(cuda: Cuda, order: int) -> None:
     cuda.do("cuStreamSynchronize", stream)
     assert ctypes.string_at(device, 1) == (b"b" if order == STREAM else b"a")
     clean(cuda)
+
+
+def test_things_that_are_not_there(cuda: Cuda) -> None:
+    [device], (_, at), stream = cuda.device(), cuda.host(), cuda.stream()
+    codes = [
+        cuda.result("cuEventDestroy", 7),
+        cuda.result("cuEventRecord", 7, stream),
+        cuda.result("cuStreamDestroy", 7),
+        cuda.result("cuMemFree", device),
+        cuda.result("cuModuleUnload", 7),
+        cuda.result("cuMemHostGetDevicePointer", ctypes.byref(U64()), at - 8, 0),
+        cuda.result("cuMemsetD8Async", at, 0, 8, stream),  # not of the device
+    ]
+    assert 0 not in codes
+    words = ["no such event"] * 2 + ["no such stream", "not from cuMemAlloc", "no such module"]
+    words += ["is not registered", "is not device memory"]
+    for word, text in zip(words, cuda.standin.violations(), strict=True):
+        assert word in text
+
+
+def test_kept_context_is_released_once(cuda: Cuda) -> None:
+    cuda.end("cuDevicePrimaryCtxRelease", 0)
+    assert cuda.result("cuDevicePrimaryCtxRelease", 0) == INVALID_CONTEXT
+    violation(cuda, "released too often")
+    assert cuda.result("cuCtxSynchronize") == 709

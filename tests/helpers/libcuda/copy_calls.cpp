@@ -75,7 +75,8 @@ CUresult set_bytes(Call& call, uint64_t dst, unsigned char value, size_t bytes, 
   if (bytes == 0) return CUDA_SUCCESS;
   Range range;
   std::string why;
-  if (!resolve(dst, bytes, true, range, why) || range.side != Side::kDevice) {
+  if (side_of(dst) != Side::kDevice) why = "is not device memory";
+  if (!why.empty() || !resolve(dst, bytes, true, range, why)) {
     return call.wrong(CUDA_ERROR_INVALID_VALUE, range_text(dst, bytes) + " " + why);
   }
   Accesses(begin_work(stream), what).add(range, dst, true);
