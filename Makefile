@@ -8,7 +8,7 @@ PYTHON_IN_VENV := $(BIN)/python
 PYTEST := $(PYTHON_IN_VENV) -m pytest
 PYTEST_ARGS ?=
 FUZZ_SEEDS ?= 10000
-NATIVE_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu')
+NATIVE_SOURCES = $(shell find csrc tests/helpers/libcuda -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu')
 
 # vLLM: no usage reports, no look-ups on a model hub.
 export VLLM_NO_USAGE_STATS := 1

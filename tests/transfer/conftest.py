@@ -12,7 +12,8 @@ import pytest
 
 from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.streams import DriverStream
-from tests.helpers.standin import load
+from tests.helpers.cuda_calls import Cuda
+from tests.helpers.standin import include_folder, load
 from tests.transfer.driving import PAGE, View, geometry
 
 
@@ -23,6 +24,8 @@ def driver(request: pytest.FixtureRequest) -> Iterator[str]:
     if name == "host":
         yield name
         return
+    if include_folder() is None:
+        pytest.skip("no cuda.h: neither the package nvidia-cuda-runtime nor a toolkit")
     standin = load()
     standin.set(granularity=PAGE)
     yield name
@@ -91,6 +94,7 @@ def run_native() -> Callable[..., str]:
         environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
         if libraries is not None:
             environment["LD_LIBRARY_PATH"] = str(libraries)
+            environment["PIE_STANDIN"] = f"granularity={PAGE}"
         result = subprocess.run(
             ["setarch", "-R", *map(str, command)],
             capture_output=True,
@@ -103,3 +107,17 @@ def run_native() -> Callable[..., str]:
         return result.stdout
 
     return run
+
+
+@pytest.fixture
+def cuda() -> Iterator[Cuda]:
+    """The stand-in for libcuda with device 0 current; nothing of it may be live afterwards."""
+    loaded = load()
+    cuda = Cuda(loaded)
+    cuda.start()
+    yield cuda
+    loaded.clear()
+    cuda.close()
+    live = loaded.live()
+    loaded.reset()
+    assert not live
