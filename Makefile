@@ -14,10 +14,10 @@ NATIVE_SOURCES = $(shell find csrc tests/helpers/libcuda -name '*.cpp' -o -name 
 export VLLM_NO_USAGE_STATS := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup test lint format demo bench fuzz soak clean distclean
+.PHONY: help setup test lint format cuda-compile demo bench fuzz soak clean distclean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' \
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' \
 		| expand -t 20
 
 setup: ## virtual environment, pinned packages, native engine, small model
@@ -37,6 +37,9 @@ format: setup ## apply ruff's fixes and the formatters
 	$(BIN)/ruff format .
 	$(if $(NATIVE_SOURCES),$(BIN)/clang-format -i $(NATIVE_SOURCES))
 
+cuda-compile: setup ## compile what is for CUDA, where nvcc is, and report; needs no device
+	$(PYTHON_IN_VENV) csrc/build.py --cuda build/cuda
+
 demo: setup ## a real server under 32 streaming chats: pie against stock vLLM
 	$(PYTHON_IN_VENV) -m benchmarks.demo
 
@@ -52,7 +55,8 @@ soak: setup ## the long tests of a server under load
 
 clean: ## remove what builds and runs left, keep .venv
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .venv/.pie/native
-	find pie_vllm csrc \( -name '*.so' -o -name '*.o' \) -delete
+	rm -rf pie_vllm/_native
+	find csrc -name '*.o' -delete
 	find pie_vllm tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too

@@ -1,8 +1,9 @@
-"""Builds ``pie_vllm/_native/libpie.so``; everything else is in pyproject.toml."""
+"""Builds ``pie_vllm/_native``, engine and gather kernel; everything else is in pyproject.toml."""
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,14 @@ class BuildEngine(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         """For an editable install; the folder holds nothing else."""
-        (ROOT / "pie_vllm" / "_native").mkdir(exist_ok=True)
+        target = ROOT / "pie_vllm" / "_native"
+        target.mkdir(exist_ok=True)
         super().copy_extensions_to_source()
+        for name in native.GATHER_FILES:
+            built = Path(self.build_lib) / "pie_vllm" / "_native" / name
+            (target / name).unlink(missing_ok=True)
+            if built.exists():
+                shutil.copy(built, target)
 
     def build_extension(self, ext: Extension) -> None:
         """Compiles with csrc/build.py."""
@@ -48,7 +55,9 @@ setup(
         Extension(
             "pie_vllm._native.libpie",
             sources=relative(native.SOURCES),
-            depends=relative([*native.HEADERS, *native.TEST_SOURCES, ROOT / "csrc" / "build.py"]),
+            depends=relative(
+                [*native.HEADERS, *native.TEST_SOURCES, native.GATHER, ROOT / "csrc" / "build.py"]
+            ),
             language="c++",
         )
     ],
