@@ -183,3 +183,4 @@ class Cuda:
         self.result("cuCtxSynchronize")
         while self._undo:
             self.result(*self._undo.pop())
+        self.result("cuCtxSetCurrent", None)  # The thread goes on, its context does not.

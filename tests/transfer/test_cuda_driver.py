@@ -70,15 +70,16 @@ def test_time_of_untimed_copies_is_that_of_timed_ones(
     steps(engine, 7)
     total = counters(engine, "load")
     assert (total.bytes, total.copies) == (7 * 6 * 200_000, 7 * 6)
-    # Of steps 4 to 7: nothing is known of those before the first timed one.
-    assert 0.7 <= total.seconds / (4 * 6 * 200_000 / 50e6) < 1.6
+    # Of steps 4 to 7, of which one is timed: nothing is known of those before. No upper bound: the
+    # link only says how long a copy takes at least.
+    assert total.seconds >= 0.95 * 4 * 6 * 200_000 / 50e6
 
 
 def test_the_link_is_measured(standin: Standin) -> None:
     standin.link(2e8)
     found = measure_link(8, 65_536, granularity=PAGE, driver="cuda")
     for speed in (found.load, found.load_both, found.store_both):
-        assert 0.2 * 2e8 <= speed <= 1.02 * 2e8
+        assert 0.05 * 2e8 <= speed <= 1.02 * 2e8  # less on a busy machine
 
 
 def test_the_layers_of_a_step_are_batches(engine: TransferEngine, standin: Standin) -> None:
