@@ -137,8 +137,9 @@ def round_(
 class _Lane:
     """One worker process and the jobs sent to it, answered in order."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, environment: dict[str, str]) -> None:
         self._log = log
+        self._environment = environment
         self._process: subprocess.Popen[str] | None = None
         self._waiting: list[str] = []
         self._results: dict[str, dict[str, Any]] = {}
@@ -171,7 +172,7 @@ class _Lane:
             return subprocess.Popen(
                 [sys.executable, "-m", "tests.helpers.engine_worker"],
                 cwd=REPOSITORY,
-                env={**os.environ, **ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT, **self._environment},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -200,8 +201,10 @@ class Engines:
     run on one engine. Call ``close`` at the end.
     """
 
-    def __init__(self, logs: Path) -> None:
-        self._lanes = {kind: _Lane(logs / f"{kind}.log") for kind in ("pie", "stock")}
+    def __init__(self, logs: Path, environment: dict[str, str] | None = None) -> None:
+        """Write what the processes print to a folder; add variables to their environment."""
+        more = environment or {}
+        self._lanes = {kind: _Lane(logs / f"{kind}.log", more) for kind in ("pie", "stock")}
 
     def run(
         self, setup: Setup, rounds: list[dict[str, Any]], kind: str = "pie"
