@@ -119,7 +119,8 @@ def _add_flags(parser: Any) -> None:
         "pool_gib",
         _or("auto", parse_pool_gib),
         "GIB",
-        "CPU memory for pooled KV in all, in GiB, or 'auto' (the default): the smaller of "
+        "CPU memory for pooled KV in all, in GiB, over all ranks of --tensor-parallel-size "
+        "together, or 'auto' (the default): the smaller of "
         "four times the device's KV bytes and half of the free CPU memory.",
     )
     add(
@@ -193,7 +194,7 @@ def _check_pool(args: EngineArgs, taken: settings.PieSettings) -> None:
     size = taken.config.pool_gib
     if size is not None:
         device = args.kv_cache_memory_bytes if current_platform.is_cpu() else 0
-        check_pool_fits(int(size * 2**30), int(device or 0))
+        check_pool_fits(int(size * 2**30), args.tensor_parallel_size * int(device or 0))
 
 
 def install() -> None:

@@ -114,12 +114,6 @@ def check_config(config: Any, device: str) -> None:
             "Remove it",
         ),
         (
-            parallel.tensor_parallel_size > 1,
-            f"--tensor-parallel-size {parallel.tensor_parallel_size}",
-            parallel_why,
-            "Set it to 1",
-        ),
-        (
             parallel.pipeline_parallel_size > 1,
             f"--pipeline-parallel-size {parallel.pipeline_parallel_size}",
             parallel_why,

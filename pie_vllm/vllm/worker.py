@@ -9,12 +9,11 @@ from typing import Any
 from vllm.logger import init_logger
 
 from pie_vllm.errors import PieError, TransferError, UnsupportedError
-from pie_vllm.memory.pool_size import check_pool_fits, resolve_pool_bytes
 from pie_vllm.policy.detector import Prior
 from pie_vllm.policy.geometry import UNKNOWN_LINK_FRACTION, Geometry, cdiv, plan_geometry
 from pie_vllm.policy.window import blocks_fed
 from pie_vllm.transfer.calibration import measure_link
-from pie_vllm.vllm import compat, refusals, settings
+from pie_vllm.vllm import compat, ranks, refusals, settings
 from pie_vllm.vllm.cache_engine import PieCacheEngine
 from pie_vllm.vllm.outputs import HostTimer, Tag, Timer, tagged
 
@@ -70,20 +69,13 @@ class PieWorkerMixin(_Mixed):
     @said_once
     def determine_available_memory(self) -> int:
         """The bytes of all blocks, pooled ones included: vLLM counts blocks by them."""
-        device_bytes = super().determine_available_memory()
+        (device_bytes,) = ranks.least_bytes(super().determine_available_memory())
         config = settings.of(self.vllm_config).config
         specs = self.get_kv_cache_spec()
         spec = refusals.check_specs(specs)
-        taken = device_bytes if self.pie_device_is_host else 0
-        pool_bytes = resolve_pool_bytes(config.pool_gib, device_bytes, taken)
-        if config.pool_gib is None:
-            logger.info(
-                "Pie: --pie-pool-gib auto is %.2f GiB, the smaller of four times the device's "
-                "%.2f GiB for KV and half of the CPU memory that is left",
-                pool_bytes / 2**30,
-                device_bytes / 2**30,
-            )
-        check_pool_fits(pool_bytes, taken)
+        number = self.vllm_config.parallel_config.tensor_parallel_size
+        taken = number * device_bytes if self.pie_device_is_host else 0
+        pool_bytes = ranks.share_of_pool(config.pool_gib, number, device_bytes, taken)
         needed = self._pie_needed_blocks(spec.block_size)
         plan = partial(
             plan_geometry,
@@ -98,7 +90,9 @@ class PieWorkerMixin(_Mixed):
         plan(ring_fraction=config.ring_fraction, fed_blocks=1)  # Refuses early what cannot work.
         row_bytes = len(specs) * spec.page_size_bytes
         requests = self._pie_requests(device_bytes // row_bytes, needed)
-        prior = self._pie_prior = self._pie_measure(len(specs), spec.page_size_bytes, requests)
+        prior = self._pie_prior = ranks.slowest(
+            self._pie_measure(len(specs), spec.page_size_bytes, requests)
+        )
         share, fed = config.ring_fraction, None
         if share is None:
             if prior.bandwidth is None:
@@ -108,8 +102,8 @@ class PieWorkerMixin(_Mixed):
         geometry = self._pie_geometry = plan(ring_fraction=share, fed_blocks=fed)
         logger.info(
             "Pie: %d resident blocks, %d pooled blocks, ring %d slots %.1f MiB (costs %.1f "
-            "resident blocks), host pool up to %.2f GiB in %d rows, longest context served %d "
-            "tokens, driver %s",
+            "resident blocks), host pool up to %.2f GiB in %d rows on each of %d ranks, longest "
+            "context served %d tokens, driver %s",
             geometry.resident_blocks,
             geometry.pooled_blocks,
             geometry.ring_slots,
@@ -117,6 +111,7 @@ class PieWorkerMixin(_Mixed):
             geometry.idle_cost_blocks,
             geometry.host_bytes / 2**30,
             geometry.rows,
+            number,
             min(
                 self.vllm_config.model_config.max_model_len,
                 (geometry.num_blocks - 1) * spec.block_size,

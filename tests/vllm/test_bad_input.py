@@ -123,7 +123,6 @@ CHANGES: list[tuple[str, str, Any, str]] = [
         SimpleNamespace(enable_kv_cache_events=True),
         "--kv-events-config",
     ),
-    ("parallel_config", "tensor_parallel_size", 2, "--tensor-parallel-size 2"),
     ("parallel_config", "decode_context_parallel_size", 2, "context parallelism"),
     ("parallel_config", "prefill_context_parallel_size", 2, "context parallelism"),
     ("parallel_config", "use_ubatching", True, "--enable-dbo"),
@@ -158,7 +157,6 @@ def plain_config() -> SimpleNamespace:
             kv_sharing_fast_prefill=False,
         ),
         parallel_config=SimpleNamespace(
-            tensor_parallel_size=1,
             pipeline_parallel_size=1,
             data_parallel_size=1,
             decode_context_parallel_size=1,
