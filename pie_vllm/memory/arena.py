@@ -11,6 +11,24 @@ if TYPE_CHECKING:
     import torch
 
 
+class _CudaArray:
+    """What torch needs to know to view CUDA memory; keeps its owner alive.
+
+    Attributes:
+        owner: of the memory.
+    """
+
+    def __init__(self, address: int, size: int, owner: object) -> None:
+        self.owner = owner
+        self.__cuda_array_interface__ = {
+            "shape": (size,),
+            "typestr": "|i1",
+            "data": (address, False),
+            "strides": None,
+            "version": 3,
+        }
+
+
 class DeviceArena:
     """An address range of the engine, laid out as ``Geometry`` says.
 
@@ -46,16 +64,45 @@ class DeviceArena:
         array.owner = self._owner
         return array
 
-    def tensor(self) -> torch.Tensor:
-        """The range as a one-dimensional int8 tensor, without a copy.
+    def cuda_array(self) -> Any:
+        """An object with ``__cuda_array_interface__`` over the range: int8, one dimension.
 
         Raises:
             TransferError: the engine is closed.
-            UnsupportedError: the driver's memory cannot be wrapped yet.
+            UnsupportedError: the memory is not CUDA memory.
+        """
+        if self._owner is None:
+            raise TransferError("the arena's engine is closed")
+        if self.driver != "cuda":
+            raise UnsupportedError(f"no CUDA view of the memory of driver {self.driver!r}")
+        return _CudaArray(self.address, self.size, self._owner)
+
+    def tensor(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """The range as a one-dimensional int8 tensor, without a copy.
+
+        Args:
+            device: where the memory is; None is the driver's own kind of device.
+
+        Raises:
+            TransferError: the engine is closed, or torch would have made a copy.
+            UnsupportedError: the driver's memory is not on that device.
         """
         import torch
 
-        return torch.frombuffer(self.buffer(), dtype=torch.int8)
+        kind = "cpu" if self.driver == "host" else self.driver
+        where = torch.device(kind if device is None else device)
+        if where.type != kind:
+            raise UnsupportedError(
+                f"the memory of driver {self.driver!r} is no memory of device {str(where)!r}"
+            )
+        if kind == "cpu":
+            return torch.frombuffer(self.buffer(), dtype=torch.int8)
+        tensor = torch.as_tensor(self.cuda_array(), device=where)
+        if tensor.data_ptr() != self.address:
+            raise TransferError(
+                f"the arena at {self.address:#x} is not memory of {where}: torch copied it"
+            )
+        return tensor
 
     def release(self) -> None:
         """No further views; called by the engine when it closes."""

@@ -28,7 +28,11 @@ from pie_vllm.transfer.native import load_library
 from pie_vllm.vllm import compat, refusals, settings
 
 SCHEDULER = "pie_vllm.vllm.scheduler.make_scheduler"
-WORKERS = {"cpu": "pie_vllm.vllm.worker.PieCPUWorker"}
+WORKERS = {
+    "cpu": "pie_vllm.vllm.cpu_worker.PieCPUWorker",
+    "cuda": "pie_vllm.vllm.gpu_worker.PieGPUWorker",
+}
+"""Worker class by kind of device; each is imported on its own platform only."""
 
 
 def _parsed(parse: Callable[[object], Any]) -> Callable[[str], Any]:
@@ -115,7 +119,8 @@ def _add_flags(parser: Any) -> None:
         "pool_gib",
         _or("auto", parse_pool_gib),
         "GIB",
-        "CPU memory for pooled KV in all, in GiB, or 'auto' (the default): the smaller of "
+        "CPU memory for pooled KV in all, in GiB, over all ranks of --tensor-parallel-size "
+        "together, or 'auto' (the default): the smaller of "
         "four times the device's KV bytes and half of the free CPU memory.",
     )
     add(
@@ -157,12 +162,17 @@ def _configure(args: EngineArgs) -> None:
     compat.check_metrics()
     load_library()  # A missing or foreign build must show before the model loads.
     taken = settings.take(args.additional_config)
-    worker = worker_class(current_platform.device_type)
+    worker = worker_class(device_of(current_platform))
     refusals.check_engine_args(args, SCHEDULER, worker)
     _check_pool(args, taken)
     args.scheduler_cls = SCHEDULER
     args.worker_cls = worker
     args.additional_config = {**args.additional_config, SETTINGS_KEY: taken}
+
+
+def device_of(platform: Any) -> str:
+    """Kind of a platform's device; vLLM calls ROCm's "cuda", and no device the empty text."""
+    return "rocm" if platform.is_rocm() else platform.device_type or "none"
 
 
 def worker_class(device_type: str) -> str:
@@ -184,7 +194,7 @@ def _check_pool(args: EngineArgs, taken: settings.PieSettings) -> None:
     size = taken.config.pool_gib
     if size is not None:
         device = args.kv_cache_memory_bytes if current_platform.is_cpu() else 0
-        check_pool_fits(int(size * 2**30), int(device or 0))
+        check_pool_fits(int(size * 2**30), args.tensor_parallel_size * int(device or 0))
 
 
 def install() -> None:
@@ -225,7 +235,7 @@ def install() -> None:
             return create_engine_config(self, *args, **kwargs)
         _configure(self)
         config = create_engine_config(self, *args, **kwargs)
-        refusals.check_config(config)
+        refusals.check_config(config, device_of(current_platform))
         return config
 
     EngineArgs.add_cli_args = staticmethod(add)

@@ -16,7 +16,7 @@ from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import StepPlan
 from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.stats import StepStats
-from pie_vllm.vllm import compat, gate
+from pie_vllm.vllm import compat, compat_graphs, gate, refusals
 from pie_vllm.vllm.metrics import Totals
 
 logger = init_logger("vllm.pie")
@@ -32,6 +32,7 @@ class PieCacheEngine:
         geometry: the sizes.
         totals: sums over all steps.
         keeper: holds the pool's memory.
+        allocated: whether vLLM has taken its KV tensors from here.
     """
 
     def __init__(self, config: PieConfig, geometry: Geometry, driver: str) -> None:
@@ -43,6 +44,7 @@ class PieCacheEngine:
         """
         self.geometry = geometry
         self.totals = Totals()
+        self.allocated = False
         self._switch = gate.GateSwitch()
         self._engine = TransferEngine(
             geometry,
@@ -95,7 +97,7 @@ class PieCacheEngine:
     def allocate(
         self,
         kv_cache_config: Any,
-        device: Any,  # noqa: ARG002
+        device: Any,
         layout: Any,
         kernel_block_sizes: Any = None,
     ) -> dict[str, Any]:
@@ -114,13 +116,14 @@ class PieCacheEngine:
             )
         tensor = kv_cache_config.kv_cache_tensors[0]
         views = create_kv_cache_views(
-            self._engine.arena.tensor(),
+            self._engine.arena.tensor(device),
             kv_cache_config.kv_cache_groups[0].kv_cache_spec,
             kv_cache_config.num_blocks,
             layout,
             tensor,
             kernel_block_size=kernel_block_sizes[0] if kernel_block_sizes else None,
         )
+        self.allocated = True
         return dict(zip(tensor.layers, views, strict=True))
 
     def install_gates(self, layer_names: list[str], forward_context: dict[str, Any]) -> None:
@@ -133,8 +136,12 @@ class PieCacheEngine:
         self._engine.zero_ring()
 
     @contextmanager
-    def step(self, plan: StepPlan | None) -> Iterator[None]:
+    def step(self, plan: StepPlan | None, compute_stream: int = 0) -> Iterator[None]:
         """Carry out ``plan`` around the model's forward pass.
+
+        Args:
+            plan: of this very step; None runs it without gates.
+            compute_stream: stream that the model runs on.
 
         Raises:
             GateError: a layer ran without its gate; the step's tokens are not
@@ -148,9 +155,9 @@ class PieCacheEngine:
         self.keeper.prepare(plan.stores)
         if not plan.forward:
             yield
-            self._count(plan, engine.run_idle(plan))
+            self._count(plan, engine.run_idle(plan, compute_stream))
             return
-        engine.begin_step(plan)
+        engine.begin_step(plan, compute_stream)
         self._switch.engine = engine
         try:
             yield
@@ -177,25 +184,27 @@ class PieCacheEngine:
             pooled_peak=max(t.pooled_peak, plan.pooled),
         )
 
-    def relabel_before_inputs(self, runner: Any) -> None:
-        """Make the model runner apply a plan's relabels when it updates its states.
+    def streaming(self) -> bool:
+        """Whether a step with a plan runs now: its layers must pass the gates."""
+        return self._switch.engine is not None
 
-        Relies on ``_update_states(scheduler_output)`` at the start of
-        ``execute_model``, v1/worker/gpu_model_runner.py:3979, inside the
-        region that is ordered with the previous step's input copies.
+    def install_in_runner(self, runner: Any) -> None:
+        """Make the model runner apply a plan's relabels, and run its steps without FULL graphs.
+
+        Raises:
+            UnsupportedError: this vLLM's runner does it otherwise, or it has FULL graphs only.
         """
-        compat.expect(type(runner).execute_model, "self._update_states(scheduler_output)")
-        update_states = runner._update_states
 
-        def relabel_and_update(scheduler_output: Any) -> Any:
+        def relabel(scheduler_output: Any) -> None:
             plan = getattr(scheduler_output, "pie_plan", None)
             if plan is not None and plan.relabels:
                 gone = scheduler_output.finished_req_ids
                 live = [r for r in plan.relabels if r.request_id not in gone]
                 compat.relabel_rows(runner, live)
-            return update_states(scheduler_output)
 
-        runner._update_states = relabel_and_update
+        compat.before_inputs(runner, relabel)
+        refusals.check_graph_mode(compat_graphs.graph_mode(runner))
+        compat_graphs.veto_full_graphs(runner, self.streaming)
 
     def close(self) -> None:
         """Give all memory back. No tensor over the arena may be used after."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -100,16 +100,50 @@ def own_block_manager(factory: Callable[..., Any]) -> Any:
     return swapped(module, "KVCacheManager", factory, caller, line)
 
 
-def own_allocation(allocate: Callable[..., Any]) -> Any:
-    """Make the V1 model runner get its KV tensors from ``allocate``.
+def is_v2(runner: Any) -> bool:
+    """Whether a model runner is vLLM's V2 one; its request slots are ``req_states``.
+
+    Relies on v1/worker/gpu/model_runner.py:323; the V1 runner has ``input_batch`` in its place.
+    """
+    return hasattr(runner, "req_states")
+
+
+def own_allocation(runner: Any, allocate: Callable[..., Any]) -> AbstractContextManager[None]:
+    """Make a model runner get its KV tensors from ``allocate``.
 
     Relies on ``kv_caches = allocate_kv_cache(``, v1/worker/gpu_model_runner.py:7000.
     """
+    if is_v2(runner):
+        from pie_vllm.vllm import compat_v2
+
+        return compat_v2.own_allocation(allocate)
     from vllm.v1.worker import gpu_model_runner as module
 
     caller = module.GPUModelRunner.initialize_kv_cache_tensors
     line = "kv_caches = allocate_kv_cache("
     return swapped(module, "allocate_kv_cache", allocate, caller, line)
+
+
+def before_inputs(runner: Any, then: Callable[[Any], None]) -> None:
+    """Call ``then(scheduler_output)`` when a model runner updates its states for a step.
+
+    Relies on ``_update_states(scheduler_output)`` at the start of ``execute_model``,
+    v1/worker/gpu_model_runner.py:3979, inside the region that is ordered with the
+    previous step's input copies.
+    """
+    if is_v2(runner):
+        from pie_vllm.vllm import compat_v2
+
+        compat_v2.before_inputs(runner, then)
+        return
+    expect(type(runner).execute_model, "self._update_states(scheduler_output)")
+    update_states = runner._update_states
+
+    def update(scheduler_output: Any) -> Any:
+        then(scheduler_output)
+        return update_states(scheduler_output)
+
+    runner._update_states = update
 
 
 def after_kv_caches(then: Callable[[Any, Any], None]) -> None:
@@ -180,12 +214,18 @@ def check_engine_core() -> None:
 
 
 def relabel_rows(runner: Any, relabels: Any) -> None:
-    """Write new block ids into the V1 runner's request states and input batch.
+    """Write new block ids into a runner's block tables.
 
-    Relies on ``CachedRequestState.block_ids`` and ``BlockTable.block_table.np``,
+    The V1 runner has them in its request states and its input batch: relies on
+    ``CachedRequestState.block_ids`` and ``BlockTable.block_table.np``,
     v1/worker/gpu_model_runner.py:1426 and v1/worker/block_table.py:102. A
     request that left the persistent batch keeps its ids in its state only.
     """
+    if is_v2(runner):
+        from pie_vllm.vllm import compat_v2
+
+        compat_v2.relabel_rows(runner, relabels)
+        return
     batch = runner.input_batch
     for request_id, first, blocks in relabels:
         state = runner.requests.get(request_id)
@@ -204,8 +244,21 @@ def forward_seconds(runner: Any, tokens: int) -> float:
     """Seconds of a forward pass over so many tokens, without attention.
 
     Of requests that decode, as many as there are tokens, up to ``--max-num-seqs``. The least of
-    three passes, of which the first warms up, before there is a KV cache. Relies on
-    ``_dummy_run`` as ``profile_run`` calls it, v1/worker/gpu_model_runner.py:6193, and on
+    three passes, of which the first warms up, before there is a KV cache.
+    """
+    if is_v2(runner):
+        from pie_vllm.vllm import compat_v2
+
+        one_pass = compat_v2.forward_pass(runner)
+    else:
+        one_pass = _forward_pass(runner)
+    return min(one_pass(tokens) for _ in range(3))
+
+
+def _forward_pass(runner: Any) -> Callable[[int], float]:
+    """One pass of the V1 runner.
+
+    Relies on ``_dummy_run`` as ``profile_run`` calls it, v1/worker/gpu_model_runner.py:6193, and on
     ``compute_logits`` of what it returns, 5942 there.
     """
     expect(
@@ -214,12 +267,13 @@ def forward_seconds(runner: Any, tokens: int) -> float:
         "self._sync_device()",
     )
     expect(type(runner)._dummy_sampler_run, "self.model.compute_logits(hidden_states)")
-    seconds = []
-    for _ in range(3):
+
+    def seconds(tokens: int) -> float:
         start = perf_counter()
         _, last_hidden_states = runner._dummy_run(tokens, is_profile=True)
         with torch.inference_mode():
             runner.model.compute_logits(last_hidden_states)
         runner._sync_device()
-        seconds.append(perf_counter() - start)
-    return min(seconds)
+        return perf_counter() - start
+
+    return seconds

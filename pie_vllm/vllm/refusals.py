@@ -5,6 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from pie_vllm.errors import UnsupportedError
+from pie_vllm.vllm import compat_graphs
+
+_PLAIN = ("auto", "float32", "bfloat16", "float16")
+CACHE_DTYPES = {"cpu": _PLAIN, "cuda": (*_PLAIN, "fp8", "fp8_e4m3", "fp8_e5m2")}
+"""Of KV, by device. Scales of these are one a layer, outside of the pages."""
+
+BACKENDS = {"cpu": ("CPU_ATTN",), "cuda": ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")}
+"""Attention backends by device, vLLM's names."""
 
 
 def _refuse(what: str, why: str, way_out: str) -> UnsupportedError:
@@ -37,8 +45,12 @@ def check_engine_args(args: Any, scheduler: str, worker: str) -> None:
         )
 
 
-def check_config(config: Any) -> None:
+def check_config(config: Any, device: str) -> None:
     """Refuse what a finished VllmConfig asks for, before the model loads.
+
+    Args:
+        config: vLLM's.
+        device: a key of ``args.WORKERS``.
 
     Raises:
         UnsupportedError: names the first feature found.
@@ -84,9 +96,9 @@ def check_config(config: Any) -> None:
             "Remove --enable-sleep-mode",
         ),
         (
-            cache.cache_dtype not in ("auto", "float32", "bfloat16", "float16"),
-            f"--kv-cache-dtype {cache.cache_dtype}",
-            "quantized KV was not tested",
+            cache.cache_dtype not in CACHE_DTYPES[device],
+            f"--kv-cache-dtype {cache.cache_dtype} on this device",
+            f"it was tested with {', '.join(CACHE_DTYPES[device])}",
             "Set it to auto",
         ),
         (
@@ -100,12 +112,6 @@ def check_config(config: Any) -> None:
             "--kv-sharing-fast-prefill",
             "layers that share KV would read another layer's ring slot",
             "Remove it",
-        ),
-        (
-            parallel.tensor_parallel_size > 1,
-            f"--tensor-parallel-size {parallel.tensor_parallel_size}",
-            parallel_why,
-            "Set it to 1",
         ),
         (
             parallel.pipeline_parallel_size > 1,
@@ -132,21 +138,71 @@ def check_config(config: Any) -> None:
             "Remove --enable-dbo",
         ),
         (
-            bool(config.use_v2_model_runner),
-            "the V2 model runner on this device",
-            "its block tables are not relabelled yet",
-            "Set VLLM_USE_V2_MODEL_RUNNER=0",
-        ),
-        (
-            config.compilation_config.use_inductor_graph_partition,
-            "use_inductor_graph_partition",
-            "gates would be compiled away",
-            "Remove it from --compilation-config",
+            config.attention_config.hisparse_config is not None,
+            "HiSparse",
+            "it keeps KV in a pool of its own",
+            "Remove it from --attention-config",
         ),
     )
     for found, what, why, way_out in table:
         if found:
             raise _refuse(what, why, way_out)
+    check_graphs(config.compilation_config)
+
+
+def check_graphs(compilation: Any) -> None:
+    """Refuse CUDA graphs that would replay a layer's KV write or attention without its gate.
+
+    Args:
+        compilation: vLLM's CompilationConfig, finished.
+
+    Raises:
+        UnsupportedError: names the setting.
+    """
+    if compilation.use_inductor_graph_partition:
+        raise _refuse(
+            "use_inductor_graph_partition",
+            "gates would be compiled away",
+            "Remove it from --compilation-config",
+        )
+    if compilation.pass_config.fuse_attn_quant:
+        raise _refuse(
+            "fuse_attn_quant (pass_config)",
+            "it compiles attention into the pieces that graphs replay",
+            "Remove it from --compilation-config",
+        )
+    if not compilation.cudagraph_mode:
+        return
+    check_graph_mode(compilation.cudagraph_mode)
+    if compat_graphs.breakable_graphs():
+        raise _refuse(
+            "breakable CUDA graphs (VLLM_USE_BREAKABLE_CUDAGRAPH=1, which vLLM sets for some "
+            "models)",
+            "they replay a layer's KV write without its gate",
+            "Set VLLM_USE_BREAKABLE_CUDAGRAPH=0",
+        )
+    if not compilation.splitting_ops_contain_kv_cache_update():
+        raise _refuse(
+            f"splitting_ops {compilation.splitting_ops}",
+            "graphs would replay a layer's KV write without its gate",
+            "Remove splitting_ops from --compilation-config, so that vLLM adds its "
+            "unified_kv_cache_update",
+        )
+
+
+def check_graph_mode(mode: Any) -> None:
+    """Refuse modes of CUDA graphs that leave no graph for steps that copy KV.
+
+    Raises:
+        UnsupportedError: names the mode.
+    """
+    if mode.has_full_cudagraphs() and not mode.has_piecewise_cudagraphs():
+        raise _refuse(
+            f"cudagraph_mode {mode}",
+            "steps that copy KV cannot run in a FULL graph, and it has no piecewise ones",
+            "Set cudagraph_mode to FULL_AND_PIECEWISE, PIECEWISE or NONE (--compilation-config, "
+            "--enforce-eager) with an attention backend that allows it",
+        )
 
 
 def check_specs(specs: dict[str, Any]) -> Any:
@@ -178,8 +234,13 @@ def check_specs(specs: dict[str, Any]) -> Any:
     return first
 
 
-def check_layers(names: list[str], context: dict[str, Any]) -> None:
-    """Refuse attention implementations whose KV write cannot be gated.
+def check_layers(names: list[str], context: dict[str, Any], device: str) -> None:
+    """Refuse attention implementations that were not tested, or whose KV write cannot be gated.
+
+    Args:
+        names: of the layers with KV.
+        context: vLLM's layers by name.
+        device: a key of ``args.WORKERS``.
 
     Raises:
         UnsupportedError: names the layer.
@@ -187,6 +248,12 @@ def check_layers(names: list[str], context: dict[str, Any]) -> None:
     for name in names:
         layer = context[name]
         backend = layer.attn_backend.get_name()
+        if backend not in BACKENDS[device]:
+            raise _refuse(
+                f"attention backend {backend}",
+                f"pie was made for {', '.join(BACKENDS[device])} on this device",
+                f"Set --attention-backend {BACKENDS[device][0]}",
+            )
         if layer.attn_backend.forward_includes_kv_cache_update or not hasattr(
             layer.impl, "do_kv_cache_update"
         ):

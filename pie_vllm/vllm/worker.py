@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from copy import copy
-from functools import partial
-from time import perf_counter
+from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 from vllm.logger import init_logger
-from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.worker.cpu_worker import CPUWorker
 
-from pie_vllm.errors import TransferError
-from pie_vllm.memory.pool_size import check_pool_fits, resolve_pool_bytes
+from pie_vllm.errors import PieError, TransferError, UnsupportedError
 from pie_vllm.policy.detector import Prior
 from pie_vllm.policy.geometry import UNKNOWN_LINK_FRACTION, Geometry, cdiv, plan_geometry
 from pie_vllm.policy.window import blocks_fed
 from pie_vllm.transfer.calibration import measure_link
-from pie_vllm.vllm import compat, refusals, settings
+from pie_vllm.vllm import compat, ranks, refusals, settings
 from pie_vllm.vllm.cache_engine import PieCacheEngine
+from pie_vllm.vllm.outputs import HostTimer, Tag, Timer, tagged
 
 logger = init_logger("vllm.pie")
 
@@ -28,39 +25,57 @@ PROMPT_TOKENS = 256
 _Mixed: Any = object  # What the mixin extends; vLLM's own classes are read as Any.
 
 
+def said_once(start: Callable[..., Any]) -> Callable[..., Any]:
+    """Log an error of pie's in one line: vLLM's traceback of a worker that fails is long."""
+
+    @wraps(start)
+    def say(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return start(self, *args, **kwargs)
+        except PieError as error:
+            logger.error("Pie: cannot start: %s", error)
+            raise
+
+    return say
+
+
 class PieWorkerMixin(_Mixed):
     """Sizes, allocates and drives the two tiers on one rank.
 
     Attributes:
+        pie_device: kind of the device, a key of ``args.WORKERS``.
         pie_driver: name of the engine's driver.
         pie_granularity: bytes that the driver maps in one piece.
         pie_device_is_host: whether the device's KV memory is CPU memory too.
     """
 
+    pie_device: str
     pie_driver: str
     pie_granularity: int
     pie_device_is_host: bool
     pie: PieCacheEngine | None = None
     _pie_geometry: Geometry
     _pie_prior: Prior
-    _pie_seconds = 0.0
+    _pie_timer: Timer | None = None
 
+    def pie_stream(self) -> int:
+        """The stream that the model runs on; 0 is the calling thread."""
+        return 0
+
+    def pie_timer(self) -> Timer:
+        """Times a step from now on."""
+        return HostTimer()
+
+    @said_once
     def determine_available_memory(self) -> int:
         """The bytes of all blocks, pooled ones included: vLLM counts blocks by them."""
-        device_bytes = super().determine_available_memory()
+        (device_bytes,) = ranks.least_bytes(super().determine_available_memory())
         config = settings.of(self.vllm_config).config
         specs = self.get_kv_cache_spec()
         spec = refusals.check_specs(specs)
-        taken = device_bytes if self.pie_device_is_host else 0
-        pool_bytes = resolve_pool_bytes(config.pool_gib, device_bytes, taken)
-        if config.pool_gib is None:
-            logger.info(
-                "Pie: --pie-pool-gib auto is %.2f GiB, the smaller of four times the device's "
-                "%.2f GiB for KV and half of the CPU memory that is left",
-                pool_bytes / 2**30,
-                device_bytes / 2**30,
-            )
-        check_pool_fits(pool_bytes, taken)
+        number = self.vllm_config.parallel_config.tensor_parallel_size
+        taken = number * device_bytes if self.pie_device_is_host else 0
+        pool_bytes = ranks.share_of_pool(config.pool_gib, number, device_bytes, taken)
         needed = self._pie_needed_blocks(spec.block_size)
         plan = partial(
             plan_geometry,
@@ -75,7 +90,9 @@ class PieWorkerMixin(_Mixed):
         plan(ring_fraction=config.ring_fraction, fed_blocks=1)  # Refuses early what cannot work.
         row_bytes = len(specs) * spec.page_size_bytes
         requests = self._pie_requests(device_bytes // row_bytes, needed)
-        prior = self._pie_prior = self._pie_measure(len(specs), spec.page_size_bytes, requests)
+        prior = self._pie_prior = ranks.slowest(
+            self._pie_measure(len(specs), spec.page_size_bytes, requests)
+        )
         share, fed = config.ring_fraction, None
         if share is None:
             if prior.bandwidth is None:
@@ -85,8 +102,8 @@ class PieWorkerMixin(_Mixed):
         geometry = self._pie_geometry = plan(ring_fraction=share, fed_blocks=fed)
         logger.info(
             "Pie: %d resident blocks, %d pooled blocks, ring %d slots %.1f MiB (costs %.1f "
-            "resident blocks), host pool up to %.2f GiB in %d rows, longest context served %d "
-            "tokens, driver %s",
+            "resident blocks), host pool up to %.2f GiB in %d rows on each of %d ranks, longest "
+            "context served %d tokens, driver %s",
             geometry.resident_blocks,
             geometry.pooled_blocks,
             geometry.ring_slots,
@@ -94,6 +111,7 @@ class PieWorkerMixin(_Mixed):
             geometry.idle_cost_blocks,
             geometry.host_bytes / 2**30,
             geometry.rows,
+            number,
             min(
                 self.vllm_config.model_config.max_model_len,
                 (geometry.num_blocks - 1) * spec.block_size,
@@ -171,18 +189,24 @@ class PieWorkerMixin(_Mixed):
             return 1
         return cdiv(model.max_model_len, block_size)
 
+    @said_once
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Allocate arena and pool, give the runner its views, put up the gates."""
         config = settings.of(self.vllm_config).config
         self.pie = PieCacheEngine(config, self._pie_geometry, self.pie_driver)
         shaped = self.pie.shape(kv_cache_config)
-        with compat.own_allocation(self.pie.allocate):
+        with compat.own_allocation(self.model_runner, self.pie.allocate):
             super().initialize_from_config(shaped)
+        if not self.pie.allocated:
+            raise UnsupportedError(
+                "vLLM did not take its KV memory from --block-manager pie; use "
+                "--block-manager default."
+            )
         context = self.vllm_config.compilation_config.static_forward_context
         layers = shaped.kv_cache_tensors[0].layers
-        refusals.check_layers(layers, context)
+        refusals.check_layers(layers, context, self.pie_device)
         self.pie.install_gates(layers, context)
-        self.pie.relabel_before_inputs(self.model_runner)
+        self.pie.install_in_runner(self.model_runner)
 
     def compile_or_warm_up_model(self) -> Any:
         """Warm up as vLLM does, then zero the ring."""
@@ -192,15 +216,21 @@ class PieWorkerMixin(_Mixed):
         return result
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Run a step with its plan; ``pie_stats`` travels back with the result."""
+        """Run a step with its plan; ``pie_stats`` travels back with the result.
+
+        The plan is that of this ``scheduler_output``: two steps may be in flight. vLLM asks for
+        the tokens of a step before it runs the next one.
+        """
         assert self.pie is not None
-        start = perf_counter()
-        with self.pie.step(getattr(scheduler_output, "pie_plan", None)):
+        timer = self.pie_timer() if scheduler_output.total_num_scheduled_tokens else None
+        with self.pie.step(getattr(scheduler_output, "pie_plan", None), self.pie_stream()):
             output = super().execute_model(scheduler_output)
+        if timer is not None:
+            timer.stop()
+        self._pie_timer = timer
         order = getattr(scheduler_output, "pie_pool", None)
         if order is not None:
             self.pie.keeper.follow(order)
-        self._pie_seconds = perf_counter() - start
         return self._tag(output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -208,12 +238,9 @@ class PieWorkerMixin(_Mixed):
         return self._tag(super().sample_tokens(grammar_output))
 
     def _tag(self, output: Any) -> Any:
-        if isinstance(output, ModelRunnerOutput) and self.pie is not None:
-            output = copy(output)  # vLLM shares one empty output between steps.
-            output.pie_stats = self.pie.totals
-            output.pie_seconds = self._pie_seconds
-            output.pie_pool = self.pie.keeper.state
-        return output
+        if self.pie is None:
+            return output
+        return tagged(output, Tag(self.pie.totals, self.pie.keeper.state, self._pie_timer))
 
     def pie_geometry(self) -> Geometry:
         """The sizes, for the scheduler."""
@@ -254,11 +281,3 @@ class PieWorkerMixin(_Mixed):
         if self.pie is not None:
             self.pie.close()
             self.pie = None
-
-
-class PieCPUWorker(PieWorkerMixin, CPUWorker):
-    """vLLM's CPU worker over the host driver."""
-
-    pie_driver = "host"
-    pie_granularity = 4096
-    pie_device_is_host = True

@@ -48,6 +48,8 @@ class Setup:
         target: of the slowdown; "off" keeps the schedule that stock has.
         idle_seconds: how long the pool keeps memory that is not needed.
         lost_relabels: the worker drops all relabels.
+        kv_heads: of the model, on each rank.
+        ranks: of tensor parallelism; all sizes are those of one.
         other: further arguments of ``vllm.LLM``.
     """
 
@@ -65,12 +67,14 @@ class Setup:
     target: float | str = "off"
     idle_seconds: float = 60.0
     lost_relabels: bool = False
+    kv_heads: int = KV_HEADS
+    ranks: int = 1
     other: dict[str, Any] = field(default_factory=dict)
 
     @property
     def page(self) -> int:
         """Bytes of a block in one layer."""
-        return self.block_size * 2 * KV_HEADS * HEAD * ELEMENT[self.dtype]
+        return self.block_size * 2 * self.kv_heads * HEAD * ELEMENT[self.dtype]
 
     @property
     def device_bytes(self) -> int:
@@ -96,12 +100,14 @@ class Setup:
             "kv_cache_memory_bytes": everything if kind == "stock" else self.device_bytes,
             **self.other,
         }
+        if self.ranks > 1:
+            llm |= {"tensor_parallel_size": self.ranks, "distributed_executor_backend": "mp"}
         if kind != "pie":
             return {"llm": llm, "pie": None, "lost_relabels": False}
         ring = self.slots * self.pooled * self.page
         pie: dict[str, Any] = {
             # A little more than the rows take: GiB are rounded down to whole rows.
-            "pool_gib": (self.pooled + 0.5) * self.layers * self.page / 2**30,
+            "pool_gib": self.ranks * (self.pooled + 0.5) * self.layers * self.page / 2**30,
             "ring_slots": self.slots,
             "ring_fraction": self.ring or (ring + self.page) / self.device_bytes,
             "target_slowdown": self.target,
@@ -137,8 +143,9 @@ def round_(
 class _Lane:
     """One worker process and the jobs sent to it, answered in order."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, environment: dict[str, str]) -> None:
         self._log = log
+        self._environment = environment
         self._process: subprocess.Popen[str] | None = None
         self._waiting: list[str] = []
         self._results: dict[str, dict[str, Any]] = {}
@@ -171,7 +178,7 @@ class _Lane:
             return subprocess.Popen(
                 [sys.executable, "-m", "tests.helpers.engine_worker"],
                 cwd=REPOSITORY,
-                env={**os.environ, **ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT, **self._environment},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -200,8 +207,10 @@ class Engines:
     run on one engine. Call ``close`` at the end.
     """
 
-    def __init__(self, logs: Path) -> None:
-        self._lanes = {kind: _Lane(logs / f"{kind}.log") for kind in ("pie", "stock")}
+    def __init__(self, logs: Path, environment: dict[str, str] | None = None) -> None:
+        """Write what the processes print to a folder; add variables to their environment."""
+        more = environment or {}
+        self._lanes = {kind: _Lane(logs / f"{kind}.log", more) for kind in ("pie", "stock")}
 
     def run(
         self, setup: Setup, rounds: list[dict[str, Any]], kind: str = "pie"

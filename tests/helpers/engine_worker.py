@@ -19,6 +19,7 @@ from typing import Any
 
 from tests.helpers.engine_record import Recorder, copy_bytes
 from tests.helpers.process import resident_bytes
+from tests.helpers.v2_on_cpu import enable
 
 
 def _lose(runner: Any, relabels: Any) -> None:
@@ -121,6 +122,8 @@ class Engine:
             "counters": after,
             "metrics": self.metrics(),
             "left_out": self.turns_left_out(),
+            "v2_runner": self.core.vllm_config.use_v2_model_runner,
+            "most_in_flight": self.core.batch_queue_size,
             **record,
             **copy_bytes(plans, after),
         }
@@ -180,6 +183,7 @@ def main() -> None:
     """Answer jobs until standard input ends. An error is an answer and ends the engine."""
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    enable()
     engine: Engine | None = None
     for line in sys.stdin:
         job = json.loads(line)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
@@ -16,7 +17,7 @@ from pie_vllm.errors import ConfigError, NativeLibraryError, UnsupportedError
 from pie_vllm.memory.pool_size import check_pool_fits
 from pie_vllm.transfer.native import load_library
 from pie_vllm.vllm import compat, refusals
-from pie_vllm.vllm.args import worker_class
+from pie_vllm.vllm.args import device_of, worker_class
 
 pytestmark = pytest.mark.vllm
 
@@ -93,7 +94,7 @@ def test_a_pool_beyond_free_memory_states_the_amounts() -> None:
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
             ["speculative decoding"],
         ),
-        ({"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype fp8"]),
+        ({"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype fp8 on this device", "bfloat16"]),
         ({"kv_sharing_fast_prefill": True}, ["--kv-sharing-fast-prefill"]),
         ({"scheduler_cls": "mine.Scheduler"}, ["--scheduler-cls mine.Scheduler"]),
         ({"worker_cls": "mine.Worker"}, ["--worker-cls mine.Worker"]),
@@ -122,12 +123,24 @@ CHANGES: list[tuple[str, str, Any, str]] = [
         SimpleNamespace(enable_kv_cache_events=True),
         "--kv-events-config",
     ),
-    ("parallel_config", "tensor_parallel_size", 2, "--tensor-parallel-size 2"),
     ("parallel_config", "decode_context_parallel_size", 2, "context parallelism"),
     ("parallel_config", "prefill_context_parallel_size", 2, "context parallelism"),
     ("parallel_config", "use_ubatching", True, "--enable-dbo"),
-    ("", "use_v2_model_runner", True, "V2 model runner"),
+    ("attention_config", "hisparse_config", object(), "HiSparse"),
     ("compilation_config", "use_inductor_graph_partition", True, "use_inductor_graph_partition"),
+    (
+        "compilation_config",
+        "pass_config",
+        SimpleNamespace(fuse_attn_quant=True),
+        "fuse_attn_quant",
+    ),
+    ("compilation_config", "cudagraph_mode", CUDAGraphMode.FULL, "cudagraph_mode FULL:"),
+    (
+        "compilation_config",
+        "cudagraph_mode",
+        CUDAGraphMode.FULL_DECODE_ONLY,
+        "cudagraph_mode FULL_DECODE_ONLY:.*FULL_AND_PIECEWISE",
+    ),
 ]
 
 
@@ -144,18 +157,23 @@ def plain_config() -> SimpleNamespace:
             kv_sharing_fast_prefill=False,
         ),
         parallel_config=SimpleNamespace(
-            tensor_parallel_size=1,
             pipeline_parallel_size=1,
             data_parallel_size=1,
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
             use_ubatching=False,
         ),
-        compilation_config=SimpleNamespace(use_inductor_graph_partition=False),
+        attention_config=SimpleNamespace(hisparse_config=None),
+        compilation_config=SimpleNamespace(
+            use_inductor_graph_partition=False,
+            pass_config=SimpleNamespace(fuse_attn_quant=False),
+            cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE,
+            splitting_ops=None,
+            splitting_ops_contain_kv_cache_update=lambda: True,
+        ),
         speculative_config=None,
         kv_transfer_config=None,
         kv_events_config=None,
-        use_v2_model_runner=False,
     )
 
 
@@ -165,10 +183,65 @@ def test_features_that_this_platform_cannot_configure_are_refused(
 ) -> None:
     """The same for what the CPU platform or the small model would refuse for other reasons."""
     config = plain_config()
-    refusals.check_config(config)
+    refusals.check_config(config, "cuda")
     setattr(getattr(config, owner) if owner else config, name, value)
     with pytest.raises(UnsupportedError, match=word):
-        refusals.check_config(config)
+        refusals.check_config(config, "cuda")
+
+
+def test_each_device_has_its_kv_cache_dtypes() -> None:
+    """KV of 8 bits on CUDA; other quantized KV nowhere."""
+    config = plain_config()
+    for dtype in ("fp8", "fp8_e4m3", "fp8_e5m2", "bfloat16"):
+        config.cache_config.cache_dtype = dtype
+        refusals.check_config(config, "cuda")
+    for device, dtype in (("cpu", "fp8"), ("cuda", "int8_per_token_head"), ("cuda", "nvfp4")):
+        config.cache_config.cache_dtype = dtype
+        with pytest.raises(UnsupportedError, match=f"--kv-cache-dtype {dtype}.*Set it to auto"):
+            refusals.check_config(config, device)
+
+
+def test_graphs_that_replay_kv_writes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless there are no graphs at all."""
+    config = plain_config()
+    compilation = CompilationConfig(splitting_ops=["vllm::unified_attention_with_output"])
+    compilation.pass_config.fuse_attn_quant = False
+    compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    config.compilation_config = compilation
+    with pytest.raises(UnsupportedError, match=r"splitting_ops .*unified_kv_cache_update"):
+        refusals.check_config(config, "cuda")
+    compilation.cudagraph_mode = CUDAGraphMode.NONE
+    refusals.check_config(config, "cuda")
+
+    config = plain_config()
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    with pytest.raises(UnsupportedError, match=r"breakable.*VLLM_USE_BREAKABLE_CUDAGRAPH=0"):
+        refusals.check_config(config, "cuda")
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    refusals.check_config(config, "cuda")
+
+
+def layer_of(backend: str) -> SimpleNamespace:
+    """A layer with an attention backend that can be gated."""
+
+    class Backend:
+        forward_includes_kv_cache_update = False
+
+        @staticmethod
+        def get_name() -> str:
+            return backend
+
+    impl = SimpleNamespace(do_kv_cache_update=None)
+    return SimpleNamespace(attn_backend=Backend, impl=impl)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_other_attention_backends_are_refused_by_name(device: str) -> None:
+    """Only those that pie was made for; the error names one of them."""
+    for backend in refusals.BACKENDS[device]:
+        refusals.check_layers(["a"], {"a": layer_of(backend)}, device)
+    with pytest.raises(UnsupportedError, match=r"backend FLEX_ATTENTION.*--attention-backend"):
+        refusals.check_layers(["a"], {"a": layer_of("FLEX_ATTENTION")}, device)
 
 
 def test_the_refusals_look_at_fields_that_vllm_has(model: Path) -> None:
@@ -219,9 +292,14 @@ def test_a_changed_line_of_vllm_is_an_error_that_names_it() -> None:
 
 
 def test_other_devices_are_refused() -> None:
-    """A platform without a driver is named, with the way out."""
-    with pytest.raises(UnsupportedError, match=r"'cuda'.*--block-manager default"):
-        worker_class("cuda")
+    """A platform without a driver is named, with the way out; ROCm is not CUDA."""
+    for device in ("xpu", "rocm"):
+        with pytest.raises(UnsupportedError, match=rf"'{device}'.*--block-manager default"):
+            worker_class(device)
+    assert device_of(SimpleNamespace(is_rocm=lambda: True, device_type="cuda")) == "rocm"
+    assert device_of(SimpleNamespace(is_rocm=lambda: False, device_type="cuda")) == "cuda"
+    assert device_of(SimpleNamespace(is_rocm=lambda: False, device_type="")) == "none"
+    assert worker_class("cuda") == "pie_vllm.vllm.gpu_worker.PieGPUWorker"
 
 
 def test_a_missing_native_library_says_how_to_build_it(tmp_path: Path) -> None:

@@ -1,0 +1,16 @@
+"""The worker on vLLM's CPU platform."""
+
+from __future__ import annotations
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from pie_vllm.vllm.worker import PieWorkerMixin
+
+
+class PieCPUWorker(PieWorkerMixin, CPUWorker):
+    """vLLM's CPU worker over the host driver."""
+
+    pie_device = "cpu"
+    pie_driver = "host"
+    pie_granularity = 4096
+    pie_device_is_host = True
