@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tests.helpers import cuda_on_cpu, standin
 from tests.helpers.engine_record import Recorder, copy_bytes
 from tests.helpers.process import resident_bytes
 from tests.helpers.v2_on_cpu import enable
@@ -75,6 +76,8 @@ class Engine:
 
     def run(self, round_: dict[str, Any]) -> dict[str, Any]:
         """Answer the requests of a round; see ``Round`` in tests/helpers/engine.py."""
+        if round_.get("fail"):
+            standin.load().fail(*round_["fail"])
         if round_["reset_prefix_cache"]:
             assert self.llm.reset_prefix_cache()
         requests = round_["requests"]
@@ -124,6 +127,7 @@ class Engine:
             "left_out": self.turns_left_out(),
             "v2_runner": self.core.vllm_config.use_v2_model_runner,
             "most_in_flight": self.core.batch_queue_size,
+            "cuda": cuda_on_cpu.report() if cuda_on_cpu.enabled() else None,
             **record,
             **copy_bytes(plans, after),
         }
@@ -184,6 +188,7 @@ def main() -> None:
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     enable()
+    cuda_on_cpu.enable()
     engine: Engine | None = None
     for line in sys.stdin:
         job = json.loads(line)
