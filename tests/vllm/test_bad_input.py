@@ -16,7 +16,7 @@ import pie_vllm
 from pie_vllm.errors import ConfigError, NativeLibraryError, UnsupportedError
 from pie_vllm.memory.pool_size import check_pool_fits
 from pie_vllm.transfer.native import load_library
-from pie_vllm.vllm import compat, refusals
+from pie_vllm.vllm import refusals
 from pie_vllm.vllm.args import device_of, worker_class
 
 pytestmark = pytest.mark.vllm
@@ -268,27 +268,6 @@ def test_layers_that_are_not_alike_are_refused() -> None:
         refusals.check_specs({"a": full, "b": window})
     with pytest.raises(UnsupportedError, match="without attention"):
         refusals.check_specs({})
-
-
-@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "0.34.0+cu130", "1.0"])
-def test_other_versions_of_vllm_are_refused(version: str) -> None:
-    """The error says what was found, what is supported and what to install."""
-    with pytest.raises(UnsupportedError) as caught:
-        compat.check_version(version)
-    for word in (version, ">=0.32,<0.34", "pip install"):
-        assert word in str(caught.value)
-
-
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.1.post1", "0.33.0+cpu"])
-def test_supported_versions_of_vllm_pass(version: str) -> None:
-    """Local and post versions of a supported release count as that release."""
-    compat.check_version(version)
-
-
-def test_a_changed_line_of_vllm_is_an_error_that_names_it() -> None:
-    """A patch that no longer fits fails with the function and the line."""
-    with pytest.raises(UnsupportedError, match="create_engine_config has no 'no such line'"):
-        compat.expect(EngineArgs.create_engine_config, "no such line")
 
 
 def test_other_devices_are_refused() -> None:

@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from pie_vllm.errors import UnsupportedError
+from pie_vllm.policy.plan import Relabel
+from pie_vllm.vllm import compat
 from tests.helpers import v2_on_cpu
 from tests.helpers.engine import Engines, Setup, request, round_
 from tests.helpers.engine_load import chats, check_diverse, check_traffic, tokens
@@ -23,12 +28,16 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 ROUNDS = [round_([request(text, max_tokens=24) for text in chats(10, 4, 8)])]
 
 
-@pytest.fixture(scope="module", params=["one step in flight", "two steps in flight"])
-def v2_engines(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Engines]:
+@pytest.fixture(scope="module", params=[1, 2], ids=lambda n: f"{n} in flight")
+def in_flight(request: pytest.FixtureRequest) -> int:
+    """Steps in flight."""
+    return int(request.param)
+
+
+@pytest.fixture(scope="module")
+def v2_engines(in_flight: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     """Engines with the V2 runner, without and with asynchronous scheduling."""
-    more = {v2_on_cpu.ASYNC: "1"} if request.param == "two steps in flight" else {}
+    more = {v2_on_cpu.ASYNC: "1"} if in_flight == 2 else {}
     shared = Engines(tmp_path_factory.mktemp("v2"), {**v2_on_cpu.ENVIRONMENT, **more})
     yield shared
     shared.close()
@@ -41,11 +50,12 @@ def setup(few: Path) -> Setup:
     return Setup(few, len(LAYERS), 24, 60, dtype="float32", other=other)
 
 
-def test_tokens_are_stocks(v2_engines: Engines, setup: Setup) -> None:
+def test_tokens_are_stocks(v2_engines: Engines, setup: Setup, in_flight: int) -> None:
     """Blocks move between the tiers while requests run, and no token changes."""
     (pie,), (stock,) = v2_engines.both(setup, ROUNDS)
-    assert pie["v2_runner"]
-    assert stock["v2_runner"]
+    for record in (pie, stock):
+        assert record["v2_runner"]
+        assert record["most_in_flight"] == in_flight
     assert pie["schedule"] == stock["schedule"]
     assert tokens(pie) == tokens(stock)
     check_diverse(stock)
@@ -57,3 +67,23 @@ def test_without_relabels_tokens_differ(v2_engines: Engines, setup: Setup) -> No
     (pie,), (stock,) = v2_engines.both(replace(setup, lost_relabels=True), ROUNDS, setup)
     assert pie["schedule"] == stock["schedule"]
     assert tokens(pie) != tokens(stock)
+
+
+def test_blocks_that_the_runner_does_not_know_are_an_error() -> None:
+    """Of unknown requests, and beyond a row's end, where new blocks are staged."""
+    written: list[tuple[int, int, tuple[int, ...]]] = []
+    table = SimpleNamespace(stage_write=lambda *write: written.append(write))
+    runner = SimpleNamespace(
+        req_states=SimpleNamespace(req_id_to_index={"a": 3}),
+        block_tables=SimpleNamespace(
+            block_tables=[table],
+            num_blocks=SimpleNamespace(np=np.array([[0, 0, 0, 5]])),
+        ),
+    )
+    compat.relabel_rows(runner, [Relabel("a", 3, (9, 8))])
+    assert written == [(3, 3, (9, 8))]
+    with pytest.raises(UnsupportedError, match="knows 5 blocks"):
+        compat.relabel_rows(runner, [Relabel("a", 3, (9, 8, 7))])
+    with pytest.raises(UnsupportedError, match="request b is not known"):
+        compat.relabel_rows(runner, [Relabel("b", 0, (9,))])
+    assert len(written) == 1
