@@ -206,6 +206,7 @@ pie_stats Engine::close_step() {
   step_.open = false;
   const Counters in = driver_->counters(Direction::kHostToDevice);
   const Counters out = driver_->counters(Direction::kDeviceToHost);
+  step_.stats.bytes_finished = in.bytes - reported_in_.bytes;
   step_.stats.load_seconds = in.seconds - reported_in_.seconds;
   step_.stats.store_seconds = out.seconds - reported_out_.seconds;
   reported_in_ = in;

@@ -67,11 +67,13 @@ typedef struct {
   int64_t num_loads;
 } pie_plan;
 
-/* Bytes and copies are those the step submitted; seconds those that finished since the last one.
+/* Bytes and copies are those the step submitted; seconds those that finished since the last one,
+ * and bytes_finished are the bytes to the device that load_seconds is of.
  * stall_seconds are of step stall_step: this one where waits block the caller, else an earlier one
  * that was timed and is over now, or -1: none. */
 typedef struct {
-  int64_t step, bytes_loaded, bytes_stored, bytes_promoted, gates, copies, stall_step;
+  int64_t step, bytes_loaded, bytes_stored, bytes_promoted, bytes_finished, gates, copies,
+      stall_step;
   double load_seconds, store_seconds, stall_seconds;
 } pie_stats;
 

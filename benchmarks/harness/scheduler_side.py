@@ -132,7 +132,9 @@ class PieSide(Side):
         self.totals = before._replace(
             steps=before.steps + bool(reading.readers),
             bytes_loaded=before.bytes_loaded + reading.num_blocks * row_bytes,
+            bytes_finished=before.bytes_finished + reading.num_blocks * row_bytes,
             load_seconds=before.load_seconds + reading.num_blocks * 1e-9,
+            stall_step=before.stall_step if output.pie_plan is None else output.pie_plan.step,
         )
         result.pie_stats = self.totals
         result.pie_seconds = 1.0

@@ -93,6 +93,7 @@ class StatsStruct(ctypes.Structure):
                 "bytes_loaded",
                 "bytes_stored",
                 "bytes_promoted",
+                "bytes_finished",
                 "gates",
                 "copies",
                 "stall_step",

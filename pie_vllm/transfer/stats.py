@@ -23,6 +23,7 @@ class StepStats(NamedTuple):
         gates: layers that passed ``before_attention``.
         copies: runs copied, all layers.
         bytes_promoted: the part of ``bytes_loaded`` that went to resident pages.
+        bytes_finished: bytes host to device that ``load_seconds`` is of.
         stall_step: this step where a wait blocks the calling thread. On an
             asynchronous compute stream one step in four is timed by events, and
             reported with the first step that ends after them; -1 is none.
@@ -38,6 +39,7 @@ class StepStats(NamedTuple):
     copies: int
     bytes_promoted: int = 0
     stall_step: int = -1
+    bytes_finished: int = 0
 
 
 def step_stats(stats: StatsStruct) -> StepStats:

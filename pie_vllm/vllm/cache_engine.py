@@ -21,6 +21,9 @@ from pie_vllm.vllm.metrics import Totals
 
 logger = init_logger("vllm.pie")
 
+STANDS_FOR = 8
+"""Steps whose stall the newest known one is taken for, at most: the engine times one in four."""
+
 
 class PieCacheEngine:
     """Owns the KV memory of one worker and carries out step plans.
@@ -173,15 +176,21 @@ class PieCacheEngine:
 
     def _count(self, plan: StepPlan, stats: StepStats) -> None:
         t = self.totals
+        stall = stats.stall_seconds
+        if stats.stall_step >= 0:
+            stall *= max(1, min(stats.stall_step - t.stall_step, STANDS_FOR))
         self.totals = Totals(
             steps=t.steps + 1,
             bytes_loaded=t.bytes_loaded + stats.bytes_loaded,
             bytes_stored=t.bytes_stored + stats.bytes_stored,
             load_seconds=t.load_seconds + stats.load_seconds,
             store_seconds=t.store_seconds + stats.store_seconds,
-            stall_seconds=t.stall_seconds + stats.stall_seconds,
+            stall_seconds=t.stall_seconds + stall,
             gates=t.gates + stats.gates,
             pooled_peak=max(t.pooled_peak, plan.pooled),
+            bytes_finished=t.bytes_finished + stats.bytes_finished,
+            stall_step=t.stall_step if stats.stall_step < 0 else stats.stall_step,
+            step_stall=t.step_stall if stats.stall_step < 0 else stats.stall_seconds,
         )
 
     def streaming(self) -> bool:

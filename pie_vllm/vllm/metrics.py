@@ -24,9 +24,13 @@ class Totals(NamedTuple):
         bytes_loaded: from the CPU pool to the device, promotions included.
         bytes_stored: from the device to the CPU pool.
         load_seconds, store_seconds: time that the link was busy.
-        stall_seconds: time that the compute waited for a copy.
+        stall_seconds: time that the compute waited for a copy; on a GPU it is measured in
+            some steps, which stand for those before them.
         gates: layers that passed their gate.
         pooled_peak: most pooled blocks in use in a step.
+        bytes_finished: the part of ``bytes_loaded`` that ``load_seconds`` is of.
+        stall_step: number of the newest step whose stall is known; -1 is none.
+        step_stall: stall of that step, in seconds.
     """
 
     steps: int = 0
@@ -37,6 +41,9 @@ class Totals(NamedTuple):
     stall_seconds: float = 0.0
     gates: int = 0
     pooled_peak: int = 0
+    bytes_finished: int = 0
+    stall_step: int = -1
+    step_stall: float = 0.0
 
 
 class Control(NamedTuple):

@@ -20,6 +20,7 @@ from pie_vllm.policy.geometry import cdiv, chunk_blocks_of
 from pie_vllm.policy.plan import StepPlan
 from pie_vllm.policy.promotion import tail_room
 from pie_vllm.policy.rotation import Turns
+from pie_vllm.policy.stalls import AwaitedStalls, speed_of_finished
 from pie_vllm.vllm import compat, settings
 from pie_vllm.vllm.manager import Claims, PieBlockSpaceManager
 from pie_vllm.vllm.metrics import Control, Report, StepLog, Totals
@@ -68,6 +69,7 @@ class PieSchedulerMixin(_Mixed):
             config.pool_idle_seconds,
         )
         self.pie_turns = Turns()
+        self._stalls = AwaitedStalls()
         self._prompts_under_way = False
         self.pie_decision = self.pie_decider.decide()
         by_priority = vllm_config.scheduler_config.policy == "priority"
@@ -152,17 +154,22 @@ class PieSchedulerMixin(_Mixed):
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _observe(self, output: Any, totals: Totals, seconds: float) -> None:
-        before = self.pie_log.totals
-        seen = Observation(
-            output.total_num_scheduled_tokens,
-            len(output.num_scheduled_tokens),
-            seconds,
-            totals.stall_seconds - before.stall_seconds,
-            totals.bytes_loaded - before.bytes_loaded,
-            totals.load_seconds - before.load_seconds,
-            output.pie_blocks,
-        )
-        self.pie_decider.observe(seen, within_budget=output.pie_within_budget)
+        before, plan = self.pie_log.totals, output.pie_plan
+        loaded = totals.bytes_loaded - before.bytes_loaded
+        busy = totals.load_seconds - before.load_seconds
+        if busy > 0:
+            finished = totals.bytes_finished - before.bytes_finished
+            busy = speed_of_finished(loaded, finished, busy)
+        tokens, requests = output.total_num_scheduled_tokens, len(output.num_scheduled_tokens)
+        seen = Observation(tokens, requests, seconds, 0.0, loaded, busy, output.pie_blocks)
+        if plan is None or not plan.forward:
+            self.pie_decider.observe(seen, within_budget=output.pie_within_budget)
+        else:
+            self._stalls.add(plan.step, seen, output.pie_within_budget)
+        if totals.stall_step != before.stall_step:
+            known = self._stalls.take(totals.stall_step, totals.step_stall)
+            if known is not None:
+                self.pie_decider.observe(known[0], within_budget=known[1])
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         """Make vLLM's statistics of a step, with pie's among them."""

@@ -39,6 +39,13 @@ def setup(few: Path) -> Setup:
 Open = Callable[..., Engines]
 
 
+@pytest.fixture(scope="module")
+def small(few: Path) -> Setup:
+    """Few residents for ten chats."""
+    limits: dict[str, Any] = {"max_num_seqs": 16}
+    return Setup(few, len(LAYERS), 24, 60, dtype="float32", other=limits)
+
+
 @pytest.fixture
 def report(tmp_path: Path) -> Path:
     """Where the stand-in writes when a process ends."""
@@ -87,9 +94,9 @@ def test_tokens_are_stocks_and_no_access_is_unordered(
     assert found_wrong(report) == []
 
 
-def test_a_load_that_is_not_waited_for_is_found(cuda_engines: Open, setup: Setup) -> None:
+def test_a_load_that_is_not_waited_for_is_found(cuda_engines: Open, small: Setup) -> None:
     """The test above can fail, even where the copy happens to be in time."""
-    (pie,) = cuda_engines().run(replace(setup, debug=("late_submit",)), SMALL)
+    (pie,) = cuda_engines().run(replace(small, debug=("late_submit",)), SMALL)
     assert any("unordered" in line for line in pie["cuda"]["violations"])
 
 
@@ -101,13 +108,13 @@ def test_a_load_that_is_not_waited_for_is_found(cuda_engines: Open, setup: Setup
     ],
 )
 def test_a_call_that_fails_in_service_ends_the_engine_clearly(
-    cuda_engines: Open, setup: Setup, report: Path, call: str, nth: int, text: str
+    cuda_engines: Open, small: Setup, report: Path, call: str, nth: int, text: str
 ) -> None:
     """No token of that step is returned; nothing stays behind."""
     engines = cuda_engines()
     (round_,) = SMALL
     with pytest.raises(EngineError, match=text):
-        engines.run(setup, [{**round_, "fail": [call, nth, 2]}])
+        engines.run(small, [{**round_, "fail": [call, nth, 2]}])
     engines.close()
     assert found_wrong(report) == []
 
@@ -122,31 +129,31 @@ def test_a_call_that_fails_in_service_ends_the_engine_clearly(
     ],
 )
 def test_a_machine_that_cannot_is_refused_at_start(
-    cuda_engines: Open, setup: Setup, report: Path, fault: str, text: str
+    cuda_engines: Open, small: Setup, report: Path, fault: str, text: str
 ) -> None:
     """The way out is in the error."""
     settings = cuda_on_cpu.environment(report)["PIE_STANDIN"]
     engines = cuda_engines(PIE_STANDIN=f"{settings},{fault}")
     with pytest.raises(EngineError, match=text):
-        engines.run(setup, SMALL)
+        engines.run(small, SMALL)
     engines.close()
     assert found_wrong(report) == []
 
 
-def test_two_steps_in_flight_on_the_v2_runner(cuda_engines: Open, few: Path, report: Path) -> None:
-    """CUDA's default runner and scheduling, with memory mapped in CUDA's pieces of 2 MiB."""
-    engines = cuda_engines(2 << 20, **v2_on_cpu.ENVIRONMENT, **{v2_on_cpu.ASYNC: "1"})
-    room = 2 * (len(LAYERS) + 3) * (2 << 20)
-    plain = Setup(few, len(LAYERS), 24, 60, dtype="float32")
-    limits = {"max_num_seqs": 16, "max_num_batched_tokens": 128}
-    aligned = {"kv_cache_memory_bytes": plain.device_bytes + room}
-    setup = replace(plain, other=limits)
-    (pie,) = engines.run(replace(plain, other={**limits, **aligned}), SMALL)
-    (stock,) = engines.run(setup, SMALL, "stock")
+def test_two_steps_in_flight_on_the_v2_runner(
+    cuda_engines: Open, small: Setup, report: Path
+) -> None:
+    """CUDA's default runner and scheduling; mappings are larger than pages."""
+    granularity = 1 << 16
+    engines = cuda_engines(granularity, **v2_on_cpu.ENVIRONMENT, **{v2_on_cpu.ASYNC: "1"})
+    room = 2 * (small.layers + small.slots) * granularity
+    bytes_ = {"kv_cache_memory_bytes": small.device_bytes + room}
+    (pie,) = engines.run(replace(small, other={**small.other, **bytes_}), SMALL)
+    (stock,) = engines.run(small, SMALL, "stock")
     assert pie["v2_runner"]
     assert pie["most_in_flight"] == 2
     assert tokens(pie) == tokens(stock)
-    check_traffic(pie, setup.page * setup.layers)
+    check_traffic(pie, small.page * small.layers)
     assert pie["cuda"]["violations"] == []
     engines.close()
     assert found_wrong(report) == []
