@@ -8,7 +8,6 @@ events around a batch (the engine's counters), wall time by this thread's clock,
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.gpu.copy_gather import gather
 from benchmarks.gpu.copy_plans import (
     DIRECTIONS,
     KIB,
@@ -39,9 +39,6 @@ from benchmarks.gpu.harness.stepping import empty_step
 from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.streams import DriverEvent, DriverStream, row_page
 
-CTAS = (1, 2, 4, 8, 12)
-"""Widths that the gather kernel is to be measured with."""
-
 
 def run(context: Context) -> None:
     """All parts; the peak always, for the others are compared with it."""
@@ -54,7 +51,7 @@ def run(context: Context) -> None:
     if context.wants("single"):
         single_copies(context, sizes, peak)
     if context.wants("gather"):
-        gather(context)
+        gather(context, compute, sizes, peak["load"])
 
 
 def measure_peak(context: Context, compute: Compute, sizes: Sizes) -> dict[str, float]:
@@ -185,13 +182,3 @@ def _places(count: int, among: int) -> list[int]:
     """Different places, none beside the one before where there is room."""
     order = list(range(0, among, 2)) + list(range(1, among, 2))
     return order[:count]
-
-
-def gather(context: Context) -> None:
-    """The gather kernel at several widths, beside DMA; once there is one."""
-    if importlib.util.find_spec("pie_vllm.transfer.gather") is None:
-        for ctas in CTAS:
-            context.report.row("gather kernel", ctas=ctas, GBps=None, why="not built")
-        context.report.note("gather kernel: not built (pie_vllm.transfer has none)")
-        return
-    context.report.note("gather kernel: it is there, and this stage does not measure it yet")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -134,33 +133,9 @@ def granularity(driver: str) -> int:
         raise NotHereError(str(error)) from error
 
 
-class _Range:
-    """Device memory at an address, as torch takes it over."""
-
-    def __init__(self, address: int, size: int, owner: object) -> None:
-        self.owner = owner
-        self.__cuda_array_interface__ = {
-            "shape": (size,),
-            "typestr": "|i1",
-            "data": (address, False),
-            "version": 3,
-        }
-
-
-def arena_tensor(engine: TransferEngine, compute: Compute) -> torch.Tensor:
-    """The engine's whole arena as an int8 tensor, without a copy."""
-    arena: Any = engine.arena
-    if inspect.signature(arena.tensor).parameters:
-        whole: torch.Tensor = arena.tensor(compute.device)
-        return whole
-    if compute.device.type == "cpu":
-        return engine.arena.tensor()
-    return torch.as_tensor(_Range(arena.address, arena.size, engine), device=compute.device)
-
-
 def layer_views(engine: TransferEngine, compute: Compute) -> list[torch.Tensor]:
     """For each layer its blocks, `[block, word]`, as 64-bit integers."""
-    whole, geometry = arena_tensor(engine, compute), engine.geometry
+    whole, geometry = engine.arena.tensor(compute.device), engine.geometry
     views = []
     for layer in range(geometry.num_layers):
         start = geometry.page_offset(layer, 0)

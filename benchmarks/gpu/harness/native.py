@@ -30,11 +30,13 @@ def reason_to_build(driver: str, library: Path = LIBRARY) -> str:
     script = build_script()
     if not library.exists():
         return "it is missing"
-    sources = [*script.SOURCES, *script.HEADERS, ROOT / "csrc" / "build.py"]
+    sources = [*script.SOURCES, *script.HEADERS, script.GATHER, ROOT / "csrc" / "build.py"]
     if max(source.stat().st_mtime for source in sources) > library.stat().st_mtime:
         return "it is older than its sources"
     if driver == "cuda" and CUDA_MARK not in library.read_bytes():
         return "it was built without the CUDA driver"
+    if driver == "cuda" and not library.with_name(script.GATHER.name).exists():
+        return "the gather kernel is not beside it"
     return ""
 
 
