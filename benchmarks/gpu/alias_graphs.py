@@ -62,8 +62,9 @@ class GraphRounds:
             for number in range(first, first + count):
                 writer, _ = rounds.views(number)
                 # The round before has ended, so host memory may change.
-                self._pinned.copy_(rounds.host_base + number * STEP)
-                rounds.staging[0] = self._pinned
+                wanted = rounds.host_base + number * STEP
+                self._pinned.copy_(-wanted if out else wanted)
+                rounds.staging[0] = wanted
                 with torch.cuda.stream(self._stream):
                     self._offset.fill_(number * STEP)
                     if copies:
@@ -71,7 +72,6 @@ class GraphRounds:
                     graphs[number % len(PAIRS)].replay()
                 self._stream.synchronize()
                 if out:
-                    wanted = rounds.host_base + number * STEP
                     wrong += int((self._pinned != wanted).sum())
             return wrong + rounds.found()
 

@@ -130,6 +130,7 @@ class Rounds:
         self.base = words.to(compute.device)
         self.wrong = torch.zeros((), dtype=torch.int64, device=compute.device)
         self.stream = DriverStream(engine)
+        compute.synchronize()
 
     def close(self) -> None:
         """Let go of the engine's memory."""
@@ -162,7 +163,7 @@ class Rounds:
             for i in range(count):
                 writer, reader = self.views(first + i)
                 self.copy("store", reader, i)
-                writer.copy_(self.base + (first + i) * STEP)
+                torch.add(self.base, (first + i) * STEP, out=writer)
                 self.copy("store", reader, i)
         return self.found() + self.staged(first, count)
 

@@ -15,7 +15,7 @@ from benchmarks.gpu.copy_plans import KIB, Sizes
 from benchmarks.gpu.harness.compute import Compute, middle, timed_event
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.machine import load_cuda
-from pie_vllm.transfer.gather import ENTRY, NoGather, gather_image
+from pie_vllm.transfer.gather import ENTRY, GatherImage, gather_image
 
 CTAS = (1, 2, 4, 8, 12)
 THREADS = 512
@@ -29,12 +29,9 @@ def gather(context: Context, compute: Compute, sizes: Sizes, peak: float) -> Non
         context.report.note("gather kernel: needs a GPU")
         return
     properties: Any = torch.cuda.get_device_properties(compute.device)
-    found = gather_image(f"sm_{properties.major}{properties.minor}")
-    if isinstance(found, NoGather):
-        context.report.note(f"gather kernel: not built: {found.reason}")
+    kernel = load(context, f"sm_{properties.major}{properties.minor}")
+    if kernel is None:
         return
-    context.report.fact("gather kernel", found.origin)
-    kernel = Kernel(found.image)
     area = min(sizes.area, 64 << 20)
     source = compute.pinned(2 * area)
     source.view(torch.int64).random_()
@@ -62,6 +59,23 @@ def gather(context: Context, compute: Compute, sizes: Sizes, peak: float) -> Non
                 wrong += int((there != source.view(-1, 2, piece)[:count, 0]).sum())
                 wrong += int(target.view(-1, 2, piece)[:count, 1].count_nonzero())
     context.report.check("bytes that the gather kernel left wrong", wrong, "0", wrong == 0)
+
+
+def load(context: Context, arch: str) -> Kernel | None:
+    """The kernel as compiled with the engine, else as NVRTC compiles it; notes where neither is."""
+    for ahead in (True, False):
+        found = gather_image(arch, ahead=ahead)
+        if not isinstance(found, GatherImage):
+            context.report.note(f"gather kernel: not built: {found.reason}")
+            return None
+        try:
+            kernel = Kernel(found.image)
+        except RuntimeError as error:  # Compiled for other architectures, perhaps.
+            context.report.note(f"gather kernel, compiled {found.origin}: {error}")
+            continue
+        context.report.fact("gather kernel, compiled", found.origin)
+        return kernel
+    return None
 
 
 def pieces(target: torch.Tensor, source: torch.Tensor, piece: int, count: int) -> torch.Tensor:

@@ -52,7 +52,7 @@ class Load(NamedTuple):
 
 
 QUICK = Load(32, 1000, 40, 5, 3)
-DRY = Load(4, 120, 8, 2, 1)
+DRY = Load(4, 400, 8, 2, 1)
 
 
 class Bench:
@@ -121,7 +121,7 @@ class Bench:
 def run(context: Context) -> None:
     """Idle steps, then streaming ones, beside one stock engine."""
     bench = Bench(context)
-    all_blocks = bench.blocks(bench.longest) + 2 * bench.load.chats + 64
+    all_blocks = bench.blocks(bench.longest) + 3 * bench.load.chats + 64
     link = 0.0
     if context.wants("streaming"):
         page = bench.block_bytes // bench.shape.layers
@@ -159,7 +159,7 @@ def streaming(
     """Pie with less device memory beside the stock engine that runs."""
     # In the middle of a turn, chats hold so many blocks.
     held = bench.blocks(bench.load.prompt + bench.load.turn // 2)
-    lacking = min(max(4, int(LINK_SHARE * link * step / bench.block_bytes)), held // 2)
+    lacking = min(max(4, int(LINK_SHARE * link * step / bench.block_bytes)), held // 4)
     # The ring takes its part of the device's bytes: so many blocks are resident beside it.
     window = 2 * lacking + bench.load.chats
     ring = -(-RING_SLOTS * window // bench.shape.layers)
@@ -254,7 +254,9 @@ def report_streaming(
             graph_modes=str(modes_of(turns)),
         )
     loaded = sum(turn.get("bytes_loaded", 0) for turn in found["pie"])
-    context.report.check("bytes loaded while streaming", loaded, "> 0", loaded > 0)
+    context.report.check(
+        "bytes loaded while streaming", loaded, "> 0", loaded > 0, target=context.dry
+    )
     pairs = [
         (a, b)
         for a, b in zip(

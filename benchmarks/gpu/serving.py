@@ -152,7 +152,9 @@ def choose(context: Context, shape: Shape, load: Load, lengths: list[int]) -> di
     element, block = (4, 32) if context.dry else (2, 16)
     block_bytes = shape.layers * shape.page_bytes(block, element)
     blocks = sum(-(-(length + load.tokens) // block) + 1 for length in lengths)
-    everything, half = blocks * block_bytes, blocks // 2 * block_bytes
+    # Some to spare: pie moves blocks once fewer are free than there are requests.
+    everything = (blocks + 3 * load.chats + 64) * block_bytes
+    half = blocks // 2 * block_bytes
     longest = load.longest + load.tokens + block
     pool = everything / GIB
     weights = shape.layers * shape.layer_bytes + 4 * shape.vocab * shape.hidden

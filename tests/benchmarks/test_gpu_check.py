@@ -5,7 +5,7 @@ Dry runs over the host driver show that the stages run and report; their figures
 
 from __future__ import annotations
 
-import ast
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -264,44 +264,12 @@ def test_engines_share_the_device_while_they_fit() -> None:
     assert groups(sides, 20 * gib) == [["a"], ["b"], ["c"]]
 
 
-def modules() -> list[Path]:
-    """All files of the check, and those of this repository that they import."""
-    found: list[Path] = []
-    waiting = [ROOT / "benchmarks" / "gpu_check.py", *(ROOT / "benchmarks/gpu").rglob("*.py")]
-    while waiting:
-        path = waiting.pop()
-        if path in found:
-            continue
-        found.append(path)
-        for name in imported(path):
-            there = ROOT / (name.replace(".", "/") + ".py")
-            package = ROOT / name.replace(".", "/") / "__init__.py"
-            waiting += [each for each in (there, package) if each.exists()]
-    return found
-
-
-def imported(path: Path) -> list[str]:
-    """Names of the modules that a file imports, wherever in it."""
-    names = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return names
-
-
-def test_nothing_else_is_imported() -> None:
-    """Torch, vLLM, what vLLM itself needs, and two packages that may be missing."""
-    files = modules()
-    assert ROOT / "pie_vllm" / "transfer" / "native.py" in files
-    allowed = {"torch", "numpy", "vllm", "safetensors", "packaging", "benchmarks", "pie_vllm"}
-    optional = {"pynvml", "cuda"}
-    for path in files:
-        for name in imported(path):
-            top = name.partition(".")[0]
-            if top in optional:
-                assert path.name == "facts.py"
-            else:
-                assert top in allowed | sys.stdlib_module_names, f"{path}: {name}"
-    assert not any(path.name in ("display.py", "drawing.py") for path in files)
+def test_vllm_finds_the_plugin_without_an_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "entry_points", lambda **_: [])
+    folder = native.plugin_folders(tmp_path)[-1]
+    (found,) = importlib.metadata.distributions(path=[str(folder)])
+    (point,) = found.entry_points
+    assert (point.group, point.name) == ("vllm.general_plugins", "pie")
+    assert callable(point.load())

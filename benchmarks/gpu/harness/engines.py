@@ -88,11 +88,15 @@ class EngineProcess:
         """The end of its log."""
         return self._log.read_text(errors="replace")[-size:]
 
-    def close(self) -> None:
-        """End it; kill it where it does not."""
+    def hang_up(self) -> None:
+        """Let it end; does not wait for that."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
+
+    def close(self) -> None:
+        """End it; kill it where it does not."""
+        self.hang_up()
         try:
             self._process.wait(CLOSE_SECONDS)
         except subprocess.TimeoutExpired:

@@ -69,6 +69,8 @@ def engines(
             spec = {"llm": side.llm, "pie": side.pie, "warm_up": warm_up}
             engine = EngineProcess(spec, log, side.environment)
             started[name] = stack.enter_context(engine)
+        for engine in started.values():
+            stack.callback(engine.hang_up)  # All at once, before any of them is waited for.
         ready = {}
         for name, engine in started.items():
             try:

@@ -68,7 +68,16 @@ STAGES = {
             MOST_SECONDS,
             (
                 *("v1", "v2", "flash_attn", "triton_attn", "flashinfer"),
-                *("float32", "bfloat16", "eager", "compiled", "sync", "async", "control"),
+                *(
+                    "float32",
+                    "bfloat16",
+                    "eager",
+                    "piecewise",
+                    "compiled",
+                    "sync",
+                    "async",
+                    "control",
+                ),
             ),
         ),
         Stage(
