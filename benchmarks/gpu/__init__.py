@@ -1,0 +1,1 @@
+"""The stages of `benchmarks.gpu_check`, a module each; what they share is in `harness`."""

@@ -1,0 +1,126 @@
+"""The gather kernel at several widths, by itself: how fast it copies, and whether rightly.
+
+It is launched here through the CUDA driver's own functions, as any module; the sizes are those of
+`single copies`, so that the rows can be laid beside what the copy engines do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.copy_plans import KIB, Sizes
+from benchmarks.gpu.harness.compute import Compute, middle, timed_event
+from benchmarks.gpu.harness.context import Context
+from benchmarks.gpu.harness.machine import load_cuda
+from pie_vllm.transfer.gather import ENTRY, GatherImage, gather_image
+
+CTAS = (1, 2, 4, 8, 12)
+THREADS = 512
+MOST_PIECE = 256 * KIB
+TABLE = "gather kernel: pieces from pinned memory in one launch"
+
+
+def gather(context: Context, compute: Compute, sizes: Sizes, peak: float) -> None:
+    """All widths, pieces and counts; wrong bytes fail the stage."""
+    if context.dry:
+        context.report.note("gather kernel: needs a GPU")
+        return
+    properties: Any = torch.cuda.get_device_properties(compute.device)
+    kernel = load(context, f"sm_{properties.major}{properties.minor}")
+    if kernel is None:
+        return
+    area = min(sizes.area, 64 << 20)
+    source = compute.pinned(2 * area)
+    source.view(torch.int64).random_()
+    target = torch.zeros(2 * area, dtype=torch.int8, device=compute.device)
+    wrong = 0
+    with compute.on():
+        for piece in (piece for piece in sizes.pieces if piece <= MOST_PIECE):
+            for count in (count for count in sizes.counts if count * piece <= area):
+                if not context.has_time(5, "all sizes of the gather kernel"):
+                    return
+                table = pieces(target, source, piece, count).to(compute.device)
+                target.zero_()
+                for ctas in CTAS:
+                    times = [kernel.seconds(table, ctas) for _ in range(sizes.repeats + 1)][1:]
+                    rate = piece * count / middle(times)
+                    context.report.row(
+                        TABLE,
+                        piece_KiB=piece // KIB,
+                        count=count,
+                        ctas=ctas,
+                        GBps=rate / 1e9,
+                        share_of_peak=rate / peak,
+                    )
+                there = target.view(-1, 2, piece)[:count, 0].cpu()
+                wrong += int((there != source.view(-1, 2, piece)[:count, 0]).sum())
+                wrong += int(target.view(-1, 2, piece)[:count, 1].count_nonzero())
+    context.report.check("bytes that the gather kernel left wrong", wrong, "0", wrong == 0)
+
+
+def load(context: Context, arch: str) -> Kernel | None:
+    """The kernel as compiled with the engine, else as NVRTC compiles it; notes where neither is."""
+    for ahead in (True, False):
+        found = gather_image(arch, ahead=ahead)
+        if not isinstance(found, GatherImage):
+            context.report.note(f"gather kernel: not built: {found.reason}")
+            return None
+        try:
+            kernel = Kernel(found.image)
+        except RuntimeError as error:  # Compiled for other architectures, perhaps.
+            context.report.note(f"gather kernel, compiled {found.origin}: {error}")
+            continue
+        context.report.fact("gather kernel, compiled", found.origin)
+        return kernel
+    return None
+
+
+def pieces(target: torch.Tensor, source: torch.Tensor, piece: int, count: int) -> torch.Tensor:
+    """A table of every second piece of both."""
+    places = torch.arange(count, dtype=torch.int64) * 2 * piece
+    sizes = torch.full_like(places, piece)
+    return torch.stack([places + target.data_ptr(), places + source.data_ptr(), sizes], 1)
+
+
+class Kernel:
+    """The loaded kernel.
+
+    Raises:
+        RuntimeError: the driver refused it.
+    """
+
+    def __init__(self, image: bytes) -> None:
+        library = load_cuda()
+        assert library is not None
+        self._library, self._image = library, ctypes.create_string_buffer(image)
+        module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuModuleLoadData", ctypes.byref(module), self._image)
+        self._call("cuModuleGetFunction", ctypes.byref(self._function), module, ENTRY.encode())
+
+    def seconds(self, table: torch.Tensor, ctas: int) -> float:
+        """One launch over a table, on torch's current stream."""
+        count = torch.tensor([len(table)], dtype=torch.int64, device=table.device)
+        arguments = [ctypes.c_uint64(table.data_ptr()), ctypes.c_uint64(count.data_ptr())]
+        addresses = (ctypes.c_void_p * 2)(*(ctypes.addressof(each) for each in arguments))
+        stream: Any = torch.cuda.current_stream()
+        start, end = timed_event(), timed_event()
+        start.record(stream)
+        self._call(
+            "cuLaunchKernel",
+            self._function,
+            *(ctypes.c_uint(number) for number in (ctas, 1, 1, THREADS, 1, 1, 0)),
+            ctypes.c_void_p(stream.cuda_stream),
+            addresses,
+            None,
+        )
+        end.record(stream)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        code = getattr(self._library, name)(*arguments)
+        if code:
+            raise RuntimeError(f"{name} of the gather kernel: CUDA error {code}")

@@ -1,0 +1,288 @@
+"""Are vLLM's tokens and logprobs with pie those of stock vLLM, bit for bit?
+
+Each setting runs pie with few resident blocks, then stock with as many blocks all on the device, so
+that both have the same schedule, which is compared too. Every engine has a process of its own.
+Where answers differ, stock runs once more: a stock that differs from itself shows nothing of pie.
+With default graphs it runs that time with PIECEWISE ones, as pie does in steps that load: attention
+in a FULL graph may sum in another order. One more run leaves loads out on purpose: its answers must
+differ, or equal ones would mean nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from typing import Any, NamedTuple
+
+from benchmarks.gpu.harness.compute import granularity
+from benchmarks.gpu.harness.context import Context
+from benchmarks.gpu.harness.engines import EngineError, EngineProcess
+from benchmarks.gpu.harness.models import TINY, Shape, small_model, write_random
+from pie_vllm.policy.geometry import round_up
+
+REFUSED = "--block-manager pie does not support"
+ENGINE_SECONDS = 75
+"""That one engine is counted on for, start and answers."""
+
+AT_ONCE = 4
+FACETS = (
+    ("v1", "v2"),
+    ("flash_attn", "triton_attn", "flashinfer"),
+    ("float32", "bfloat16"),
+    ("eager", "piecewise", "compiled"),
+    ("sync", "async"),
+)
+
+
+class Setting(NamedTuple):
+    """What stock and pie both run with.
+
+    Attributes:
+        runner: of the model, "v1" or "v2".
+        backend: of attention.
+        dtype: of weights and KV.
+        mode: "eager", "piecewise" graphs, or "compiled" for vLLM's default ones.
+        steps: "async" with two steps in flight, or "sync".
+    """
+
+    runner: str
+    backend: str
+    dtype: str
+    mode: str
+    steps: str
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return " ".join(self)
+
+
+# FlashAttention and FlashInfer have no float32.
+SETTINGS = tuple(
+    Setting(*words.split())
+    for words in (
+        "v2 flash_attn bfloat16 compiled sync",
+        "v2 triton_attn float32 compiled sync",
+        "v2 flash_attn bfloat16 piecewise sync",
+        "v1 flash_attn bfloat16 compiled sync",
+        "v2 flash_attn bfloat16 compiled async",
+        "v1 triton_attn float32 eager sync",
+        "v2 flashinfer bfloat16 compiled sync",
+        "v2 flash_attn bfloat16 eager async",
+        "v1 flash_attn bfloat16 piecewise async",
+        "v1 flashinfer bfloat16 compiled sync",
+        "v2 triton_attn bfloat16 compiled async",
+        "v2 triton_attn float32 eager async",
+        "v1 triton_attn bfloat16 compiled async",
+    )
+)
+DRY = (Setting("v1", "cpu_attn", "float32", "eager", "sync"),)
+QUICK = 4
+
+
+class Job(NamedTuple):
+    """What all engines of this stage share.
+
+    Attributes:
+        context: of the stage.
+        model: its folder.
+        shape: its sizes.
+        lengths: of the prompts.
+        tokens: of each answer.
+        pooled: blocks that can be pooled.
+        resident: blocks that are resident at least.
+        unit: what the driver maps in one piece.
+    """
+
+    context: Context
+    model: str
+    shape: Shape
+    lengths: list[int]
+    tokens: int
+    pooled: int
+    resident: int
+    unit: int
+
+
+BLOCK, SLOTS = 32, 3
+
+
+def run(context: Context) -> None:
+    """All settings, several at once."""
+    wanted = choose(context)
+    unit = granularity(context.driver)
+    folder, shape, what = small_model(context.scratch)
+    if context.dry and context.quick:
+        folder, shape = write_random(context.scratch / "models" / "random-tiny", TINY), TINY
+        what = "random weights, tiny"
+    context.report.fact("model", what)
+    random_ = random.Random(4)
+    count = 12 if context.dry else 24
+    lengths = [random_.randrange(96, 224) for _ in range(count)]
+    pooled, resident = (80, 36) if context.dry else (170, 43)
+    job = Job(context, str(folder), shape, lengths, 64, pooled, resident, unit)
+    compared = 0
+    workers = 1 if context.dry else max(1, min(AT_ONCE, (os.cpu_count() or 1) // 3))
+    with ThreadPoolExecutor(workers) as pool:
+        # The control comes second: without it the others mean nothing.
+        work = [partial(compare, job, setting) for setting in wanted]
+        if context.wants("control") or not any(p for p in context.parts if p != "control"):
+            work.insert(1, partial(control, job, wanted[0]))
+        for done in as_completed([pool.submit(each) for each in work]):
+            compared += done.result()
+    context.report.check("settings compared", compared, ">= 1", compared >= 1)
+
+
+def choose(context: Context) -> list[Setting]:
+    """The settings that were asked for; of each facet all values where none was named."""
+    if context.dry:
+        return list(DRY)
+    found = list(SETTINGS)
+    for place, facet in enumerate(FACETS):
+        named = [part for part in context.parts if part in facet]
+        if named:
+            found = [setting for setting in found if setting[place] in named]
+    return found[:QUICK] if context.quick else found
+
+
+def compare(job: Job, setting: Setting) -> int:
+    """Run pie, then stock, and report; returns 1 where the comparison shows something."""
+    report, begin = job.context.report, time.monotonic()
+    if setting.backend == "flashinfer" and importlib.util.find_spec("flashinfer") is None:
+        report.note(f"{setting.name}: FlashInfer is not installed")
+        return 0
+    if not job.context.has_time(2 * ENGINE_SECONDS if not job.context.dry else 30, setting.name):
+        return 0
+    pie = attempt(job, setting, "pie")
+    # Where pie does not start, does stock?
+    stock = attempt(job, setting, "stock", pie.get("num_blocks", job.pooled + job.resident))
+    if "error" in stock:
+        report.note(f"{setting.name}: stock vLLM does not run so: {stock['error']}")
+        return 0
+    if "error" in pie:
+        if REFUSED in pie["error"]:
+            report.note(f"{setting.name}: refused: {pie['error']}")
+            return 0
+        report.check(f"{setting.name}: pie answers", pie["error"], "answers", False)
+        return 0
+    equal = pie["answers"] == stock["answers"]
+    same = pie["schedule"] == stock["schedule"]
+    itself: bool | None = None
+    if not equal and job.context.has_time(ENGINE_SECONDS, f"stock once more, {setting.name}"):
+        mode = "piecewise" if setting.mode == "compiled" else setting.mode
+        again = attempt(job, setting._replace(mode=mode), "stock", pie["num_blocks"])
+        itself = again.get("answers") == stock["answers"]
+    tokens = equal_tokens(pie, stock)
+    report.row(
+        "settings",
+        **setting._asdict(),
+        runs=f"{pie['about']['runner']} {' '.join(pie['about']['backends'])} "
+        f"{pie['about']['cudagraph_mode']}",
+        equal_tokens=f"{tokens} of {len(job.lengths)}",
+        equal_logprobs=equal,
+        same_schedule=same,
+        stock_equals_itself=itself,
+        different_answers=len({tuple(answer["tokens"]) for answer in stock["answers"]}),
+        pooled_peak=pie["pooled_peak"],
+        blocks=pie["num_blocks"],
+        loaded_MiB=pie["moved"]["bytes_loaded"] / 2**20,
+        stored_MiB=pie["moved"]["bytes_stored"] / 2**20,
+        gates=pie["gates"],
+        seconds=time.monotonic() - begin,
+    )
+    found = "equal" if equal else f"{tokens} of {len(job.lengths)} answers have equal tokens"
+    if itself is False:
+        found += "; stock differs from itself too"
+    shows = itself is not False
+    name = f"{setting.name}: tokens and logprobs"
+    report.check(name, found, "stock's", equal, target=not shows)
+    runner = pie["about"]["runner"]
+    report.check(f"{setting.name}: runner", runner, setting.runner, runner == setting.runner)
+    report.check(f"{setting.name}: schedule", "same" if same else "another", "stock's", same)
+    moved = min(pie["moved"].values())
+    report.check(f"{setting.name}: least of bytes loaded, stored", moved, "> 0", moved > 0)
+    return int(shows)
+
+
+def control(job: Job, setting: Setting) -> int:
+    """Without its loads pie must answer otherwise."""
+    if not job.context.has_time(ENGINE_SECONDS if not job.context.dry else 30, "the control"):
+        return 0
+    good, bad = (attempt(job, setting, "pie", debug=debug) for debug in ((), ("skip_loads",)))
+    if "error" in good or "error" in bad:
+        job.context.report.note(f"no control: {good.get('error') or bad.get('error')}")
+        return 0
+    count = len(job.lengths) - equal_tokens(good, bad)
+    name = "answers with other tokens where loads are left out"
+    job.context.report.check(name, count, "> 0", count > 0)
+    return 0
+
+
+def equal_tokens(one: dict[str, Any], other: dict[str, Any]) -> int:
+    """Answers whose tokens are the same."""
+    pairs = zip(one["answers"], other["answers"], strict=True)
+    return sum(a["tokens"] == b["tokens"] for a, b in pairs)
+
+
+def attempt(
+    job: Job, setting: Setting, kind: str, blocks: int = 0, debug: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The answers of one engine with `num_blocks` and `about`; `error` where it failed."""
+    name = "-".join([*setting, kind, *debug, str(time.monotonic_ns())])
+    log = job.context.scratch / "exactness" / f"{name}.log"
+    spec: dict[str, Any] = {"llm": arguments(job, setting), "pie": None}
+    element = {"float32": 4, "bfloat16": 2}[setting.dtype]
+    page = job.shape.page_bytes(BLOCK, element)
+    if kind == "stock":
+        spec["llm"]["kv_cache_memory_bytes"] = blocks * job.shape.layers * page
+    else:
+        ring = round_up(job.pooled * page, job.unit) * SLOTS
+        device = job.shape.layers * round_up(job.resident * page, job.unit) + ring
+        spec["llm"]["kv_cache_memory_bytes"] = device
+        spec["pie"] = {
+            "pool_gib": (job.pooled + 0.5) * job.shape.layers * page / 2**30,
+            "ring_slots": SLOTS,
+            "ring_fraction": (SLOTS * job.pooled + 1) * page / device,
+            "target_slowdown": "off",
+            **({"debug": list(debug)} if debug else {}),
+        }
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if not job.context.dry:
+        environment["VLLM_USE_V2_MODEL_RUNNER"] = {"v1": "0", "v2": "1"}[setting.runner]
+    try:
+        with EngineProcess(spec, log, environment) as engine:
+            about = engine.about
+            found: dict[str, Any] = engine.ask(
+                "answers", lengths=job.lengths, tokens=job.tokens, seed=11, logprobs=5
+            )
+    except EngineError as error:
+        return {"error": str(error)}
+    return {**found, "about": about, "num_blocks": about["num_blocks"]}
+
+
+def arguments(job: Job, setting: Setting) -> dict[str, Any]:
+    """What `vllm.LLM` is given, stock's and pie's alike."""
+    llm: dict[str, Any] = {
+        "model": job.model,
+        "dtype": setting.dtype,
+        "block_size": BLOCK,
+        "max_model_len": 1024,
+        "max_num_batched_tokens": 128,
+        "max_num_seqs": 32,
+        "enforce_eager": setting.mode == "eager",
+        "enable_prefix_caching": False,
+        "async_scheduling": setting.steps == "async",
+    }
+    if not job.context.dry:
+        llm |= {
+            "attention_backend": setting.backend.upper(),
+            "gpu_memory_utilization": 0.2,
+            "max_cudagraph_capture_size": 64,
+        }
+        if setting.mode == "piecewise":
+            llm["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
+    return llm

@@ -1,0 +1,1 @@
+"""What the stages of `benchmarks.gpu_check` share. Needs torch, vLLM and this repository alone."""
