@@ -35,7 +35,7 @@ class GatherKernel:
 
     def __init__(self, standin: Standin) -> None:
         self._library = library = ctypes.CDLL(str(_build()))
-        for name in ("changed", "pieces", "grid"):
+        for name in ("changed", "astray", "pieces", "grid"):
             getattr(library, f"gather_{name}").restype = ctypes.c_int64
         run, declare = (
             ctypes.cast(f, ctypes.c_void_p) for f in (library.gather_run, library.gather_declare)
@@ -47,6 +47,11 @@ class GatherKernel:
     def changed(self) -> int:
         """Tables that were written over between their launch and their run."""
         return int(self._library.gather_changed())
+
+    @property
+    def astray(self) -> int:
+        """Addresses of CPU memory that are not the device's, where it has its own."""
+        return int(self._library.gather_astray())
 
     @property
     def pieces(self) -> int:

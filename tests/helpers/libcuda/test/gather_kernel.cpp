@@ -1,7 +1,8 @@
 // The gather kernel for the stand-in: its host build, which says at launch what it will access.
 //
 // A table must still be at its run what it was at its launch: the only one who writes it is the
-// CPU, which no race check sees.
+// CPU, which no race check sees. And on a device with addresses of its own for CPU memory it must
+// be given those, which the stand-in leaves to kernels.
 #include <atomic>
 #include <chrono>
 #include <map>
@@ -19,7 +20,7 @@ using Pieces = std::vector<Piece>;
 
 std::mutex mutex;
 std::map<const void*, Pieces> launched;  // by the launch's parameters
-std::atomic<int64_t> changed{0}, pieces_done{0}, wait_us{0}, breaks{0}, grid_seen{0};
+std::atomic<int64_t> changed{0}, pieces_done{0}, wait_us{0}, breaks{0}, grid_seen{0}, astray{0};
 
 uint64_t value(void* param) { return *static_cast<const uint64_t*>(param); }
 
@@ -60,6 +61,13 @@ void gather_run(void** params, const unsigned* grid, const unsigned* block) {
     if (found == launched.end() || !same(found->second, pieces)) ++changed;
     launched.erase(params[0]);
   }
+  if (standin_get("can_use_host_pointer") == 0) {
+    const auto own = [](uint64_t address) {
+      return reinterpret_cast<uint64_t>(standin_pointer(address)) != address;
+    };
+    for (const Piece& piece : pieces) astray += own(piece.src) ? 0 : 1;
+    astray += own(value(params[0])) && own(value(params[1])) ? 0 : 1;
+  }
   for (Piece& piece : pieces) {
     piece.src = reinterpret_cast<uint64_t>(standin_pointer(piece.src));
     piece.dst = reinterpret_cast<uint64_t>(standin_pointer(piece.dst));
@@ -71,8 +79,10 @@ void gather_run(void** params, const unsigned* grid, const unsigned* block) {
   grid_seen = grid[0];
 }
 
-// Tables that were not the same at launch and run, pieces copied, blocks of the newest grid.
+// Tables that were not the same at launch and run, addresses that only the CPU has, pieces copied,
+// blocks of the newest grid.
 int64_t gather_changed() { return changed; }
+int64_t gather_astray() { return astray; }
 int64_t gather_pieces() { return pieces_done; }
 int64_t gather_grid() { return grid_seen; }
 // Each launch from now on waits first, or leaves a wrong byte.
@@ -81,7 +91,7 @@ void gather_break(int64_t on) { breaks = on; }
 void gather_reset() {
   std::lock_guard<std::mutex> lock(mutex);
   launched.clear();
-  changed = pieces_done = wait_us = breaks = grid_seen = 0;
+  changed = pieces_done = wait_us = breaks = grid_seen = astray = 0;
 }
 
 #pragma GCC visibility pop
