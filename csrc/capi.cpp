@@ -119,6 +119,21 @@ int pie_zero_ring(pie_engine* engine) {
   return guarded([&] { engine->engine.zero_ring(); });
 }
 
+int pie_device_arch(pie_engine* engine, char* arch, int64_t size) {
+  return guarded([&] {
+    const std::string found = driver(engine).arch();
+    if (size > 0) arch[found.copy(arch, static_cast<size_t>(size) - 1)] = 0;
+  });
+}
+int pie_use_gather(pie_engine* engine, const void* image, int64_t size, int64_t threshold_bytes,
+                   int blocks) {
+  return guarded([&] {
+    if (size < 0 || threshold_bytes < 0) throw pie::Error(PIE_ERR_CONFIG, "sizes below 0");
+    driver(engine).use_gather(image, static_cast<size_t>(size),
+                              static_cast<size_t>(threshold_bytes), blocks);
+  });
+}
+
 int pie_counters_of(pie_engine* engine, int direction, pie_counters* counters) {
   return guarded([&] {
     const auto c = driver(engine).counters(static_cast<pie::Direction>(direction != 0));

@@ -38,6 +38,12 @@ void throw_errno(const std::string& what) {
 
 void Driver::sample(bool) {}
 
+std::string Driver::arch() const { return {}; }
+
+void Driver::use_gather(const void*, size_t, size_t, int) {
+  throw Error(PIE_ERR_UNSUPPORTED, "this driver has no kernels; the gather kernel is CUDA's");
+}
+
 void Driver::inject(int, int, double, double, uint64_t) {
   throw Error(PIE_ERR_UNSUPPORTED, "this driver has no fault injection; use the host driver");
 }

@@ -82,6 +82,12 @@ class Driver {
   virtual Counters counters(Direction direction) const = 0;
   // Whether copies from now on are timed; a driver may time all, and estimates what it does not.
   virtual void sample(bool on);
+  // The device's architecture as compilers call it ("sm_90"); empty: it runs no kernels.
+  virtual std::string arch() const;
+  // From now on batches to the device whose pieces are below the threshold on average are copied by
+  // the kernel in the image (gather.cu), with a grid of `blocks`. 0: none are. An error changes
+  // nothing.
+  virtual void use_gather(const void* image, size_t size, size_t threshold_bytes, int blocks);
   // PIE_FAULT_*; only the host driver has faults.
   virtual void inject(int fault, int directions, double a, double b, uint64_t seed);
 };

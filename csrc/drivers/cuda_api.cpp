@@ -103,6 +103,12 @@ const char* cause_of(CUresult result, const char* call) {
         return "this GPU or its virtualisation has no virtual memory management";
       }
       return nullptr;
+    case CUDA_ERROR_INVALID_IMAGE:
+    case CUDA_ERROR_NO_BINARY_FOR_GPU:
+    case CUDA_ERROR_INVALID_PTX:
+    case CUDA_ERROR_UNSUPPORTED_PTX_VERSION:
+    case CUDA_ERROR_JIT_COMPILER_NOT_FOUND:
+      return "the code is for other GPUs or a newer driver than these";
     default:
       return is_fatal(result) ? "the GPU's context is lost; restart the server" : nullptr;
   }
@@ -116,6 +122,11 @@ bool is_unsupported(CUresult result) {
     case CUDA_ERROR_SYSTEM_DRIVER_MISMATCH:
     case CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE:
     case CUDA_ERROR_STUB_LIBRARY:
+    case CUDA_ERROR_INVALID_IMAGE:
+    case CUDA_ERROR_NO_BINARY_FOR_GPU:
+    case CUDA_ERROR_INVALID_PTX:
+    case CUDA_ERROR_UNSUPPORTED_PTX_VERSION:
+    case CUDA_ERROR_JIT_COMPILER_NOT_FOUND:
       return true;
     default:
       return false;

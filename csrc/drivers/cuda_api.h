@@ -37,10 +37,12 @@ namespace pie::cuda {
   X(cuGetErrorString, 6000)               \
   X(cuInit, 2000)                         \
   X(cuLaunchHostFunc, 10000)              \
+  X(cuLaunchKernel, 4000)                 \
   X(cuMemAddressFree, 10020)              \
   X(cuMemAddressReserve, 10020)           \
   X(cuMemCreate, 10020)                   \
   X(cuMemGetAllocationGranularity, 10020) \
+  X(cuMemHostGetDevicePointer, 3020)      \
   X(cuMemHostRegister, 6050)              \
   X(cuMemHostUnregister, 4000)            \
   X(cuMemMap, 10020)                      \
@@ -50,6 +52,9 @@ namespace pie::cuda {
   X(cuMemcpyDtoHAsync, 3020)              \
   X(cuMemcpyHtoDAsync, 3020)              \
   X(cuMemsetD8Async, 3020)                \
+  X(cuModuleGetFunction, 2000)            \
+  X(cuModuleLoadData, 2000)               \
+  X(cuModuleUnload, 2000)                 \
   X(cuStreamCreateWithPriority, 5050)     \
   X(cuStreamDestroy, 4000)                \
   X(cuStreamQuery, 2000)                  \

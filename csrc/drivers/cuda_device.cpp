@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cctype>
 #include <fstream>
+#include <iterator>
 #include <thread>
+#include <utility>
 
 #include "pages.h"
 
@@ -43,6 +45,7 @@ Device::Device(int index) : api_(api()), device_(choose(api_, index)) {
       api_.cuMemGetAllocationGranularity(&granularity_, &wanted, CU_MEM_ALLOC_GRANULARITY_MINIMUM),
       "cuMemGetAllocationGranularity");
   numa_node_ = find_numa_node();
+  same_addresses_ = attribute(CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM) != 0;
   check(api_.cuDevicePrimaryCtxRetain(&context_, device_), "cuDevicePrimaryCtxRetain");
   try {
     use();
@@ -141,7 +144,7 @@ void Device::unmap(Address address, size_t bytes) const noexcept {
   api_.cuMemUnmap(address, bytes);
 }
 
-void* Device::host_alloc(size_t bytes) const {
+void* Device::host_alloc(size_t bytes) {
   use();
   const unsigned cores = std::max(1u, std::thread::hardware_concurrency());
   void* at = pages::take(bytes, numa_node_, std::min(kPopulateThreads, (cores + 1) / 2));
@@ -152,14 +155,45 @@ void* Device::host_alloc(size_t bytes) const {
     pages::give_back(at, bytes);
     check(result, "cuMemHostRegister", size_text(bytes));
   }
+  if (same_addresses_) return at;
+  CUdeviceptr device = 0;
+  const CUresult found = api_.cuMemHostGetDevicePointer(&device, at, 0);
+  if (found != CUDA_SUCCESS) {
+    host_free(at, bytes);
+    check(found, "cuMemHostGetDevicePointer");
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  reached_[reinterpret_cast<Address>(at)] = device;
   return at;
 }
 
-void Device::host_free(void* pointer, size_t bytes) const noexcept {
+Address Device::reach(Address host) const {
+  if (same_addresses_) return host;
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto above = reached_.upper_bound(host);
+  if (above == reached_.begin()) throw Error(PIE_ERR_STATE, "an address of memory not registered");
+  const auto& [first, device] = *std::prev(above);
+  return device + (host - first);
+}
+
+std::string Device::arch() const {
+  int major = 0, minor = 0;
+  for (auto [value, which] : {std::pair(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
+                              std::pair(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)}) {
+    check(api_.cuDeviceGetAttribute(value, which, device_), "cuDeviceGetAttribute");
+  }
+  return "sm_" + std::to_string(major) + std::to_string(minor);
+}
+
+void Device::host_free(void* pointer, size_t bytes) noexcept {
   try {
     use();
   } catch (const Error&) {
   }  // The context is gone, and the registration with it.
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    reached_.erase(reinterpret_cast<Address>(pointer));
+  }
   api_.cuMemHostUnregister(pointer);
   pages::give_back(pointer, bytes);
 }

@@ -1,6 +1,8 @@
 // One GPU: its context, its memory and the CPU memory that it reaches.
 #pragma once
 
+#include <map>
+#include <mutex>
 #include <string>
 
 #include "../driver.h"
@@ -34,9 +36,14 @@ class Device {
   void zero(Address address, size_t bytes) const;
   void unmap(Address address, size_t bytes) const noexcept;
 
-  // Zeroed, on the GPU's NUMA node, pinned.
-  void* host_alloc(size_t bytes) const;
-  void host_free(void* pointer, size_t bytes) const noexcept;
+  // Zeroed, on the GPU's NUMA node, pinned. Any thread.
+  void* host_alloc(size_t bytes);
+  void host_free(void* pointer, size_t bytes) noexcept;
+  // Where kernels find an address of that memory.
+  Address reach(Address host) const;
+
+  // As compilers call it: "sm_90".
+  std::string arch() const;
 
  private:
   int attribute(CUdevice_attribute which) const;
@@ -48,6 +55,9 @@ class Device {
   CUcontext context_ = nullptr;
   size_t granularity_ = 0;
   int numa_node_ = -1;
+  bool same_addresses_ = true;  // kernels find CPU memory where the CPU does
+  mutable std::mutex mutex_;
+  std::map<Address, Address> reached_;  // else: by the first address of what was registered
 };
 
 }  // namespace pie::cuda

@@ -137,11 +137,27 @@ void CudaDriver::copy_batch(Stream stream, Direction direction, const CopyOp* op
   device_.use();
   int64_t bytes = 0;
   for (size_t i = 0; i < count; ++i) bytes += static_cast<int64_t>(ops[i].bytes);
+  const bool by_kernel = gather_ != nullptr && direction == Direction::kHostToDevice &&
+                         count >= Gather::kFewest &&
+                         static_cast<size_t>(bytes) < gather_below_ * count;
   meter_.before(stream);
   const char* call = nullptr;
-  const CUresult result = copy_all(of(stream), direction, ops, count, call);
+  const CUresult result = by_kernel ? gather_->copy(of(stream), ops, count, call)
+                                    : copy_all(of(stream), direction, ops, count, call);
   submitted(result, call, stream);
   meter_.after(stream, direction, bytes, static_cast<int64_t>(count));
+}
+
+void CudaDriver::use_gather(const void* image, size_t size, size_t threshold_bytes, int blocks) {
+  device_.use();
+  if (threshold_bytes == 0) return gather_.reset();
+  if (image == nullptr || size == 0 || blocks < 1 || blocks > Gather::kMostBlocks) {
+    throw Error(PIE_ERR_CONFIG, "the gather kernel needs an image and 1 to " +
+                                    std::to_string(Gather::kMostBlocks) + " blocks, not " +
+                                    std::to_string(size) + " bytes and " + std::to_string(blocks));
+  }
+  gather_ = std::make_unique<Gather>(device_, image, size, blocks);
+  gather_below_ = threshold_bytes;
 }
 
 void CudaDriver::memset_async(Stream stream, Address dst, int value, size_t bytes) {

@@ -2,12 +2,14 @@
 #pragma once
 
 #include <map>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <string>
 #include <vector>
 
 #include "cuda_device.h"
+#include "cuda_gather.h"
 #include "cuda_meter.h"
 
 namespace pie::cuda {
@@ -53,6 +55,8 @@ class CudaDriver : public Driver {
   void synchronize() noexcept override;
   Counters counters(Direction direction) const override;
   void sample(bool on) override { meter_.sample(on); }
+  std::string arch() const override { return device_.arch(); }
+  void use_gather(const void* image, size_t size, size_t threshold_bytes, int blocks) override;
 
  private:
   std::string marked(Stream stream);
@@ -64,8 +68,10 @@ class CudaDriver : public Driver {
   const Api& api_;
   Device device_;
   mutable Meter meter_;
-  bool batches_;      // false: this machine has no batched copy
-  std::mutex mutex_;  // of these three: the pool's thread makes events too
+  std::unique_ptr<Gather> gather_;  // null: the copy engines do all copies
+  size_t gather_below_ = 0;         // bytes of a batch's average piece
+  bool batches_;                    // false: this machine has no batched copy
+  std::mutex mutex_;                // of these three: the pool's thread makes events too
   std::map<Stream, std::string> errors_;
   std::set<Stream> streams_;  // made here and not destroyed yet
   std::set<Event> events_;

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 
 from pie_vllm.errors import TransferError
 from pie_vllm.memory.arena import DeviceArena
@@ -213,13 +212,9 @@ class TransferEngine:
             IntegrityError: as ``begin_step``.
             TransferError: a step is open, or a copy failed.
         """
-        stats = StatsStruct()
-        arrays = PlanArrays(plan)
-        self._check(
-            self._library.pie_run_idle(
-                self._open(), ctypes.byref(arrays.struct), compute_stream, ctypes.byref(stats)
-            )
-        )
+        arrays, stats = PlanArrays(plan), StatsStruct()
+        arguments = ctypes.byref(arrays.struct), compute_stream, ctypes.byref(stats)
+        self._check(self._library.pie_run_idle(self._open(), *arguments))
         return step_stats(stats)
 
     def self_test(self) -> None:
@@ -237,6 +232,23 @@ class TransferEngine:
     def zero_ring(self) -> None:
         """Zero all ring slots; only while the device is idle, such as after warm-up."""
         self._check(self._library.pie_zero_ring(self._open()))
+
+    def use_gather(self, image: bytes, threshold_bytes: int, blocks: int = 8) -> None:
+        """Have a kernel load small pieces from now on; an error changes nothing.
+
+        Args:
+            image: with the kernel of ``gather.cu``; see ``pie_vllm.transfer.gather``.
+            threshold_bytes: a layer's loads of smaller pieces, on average, are the kernel's
+                if they are 16 or more. 0 is no kernel, whatever the image.
+            blocks: of the kernel's grid, 1 to 12; each takes an SM while it runs.
+
+        Raises:
+            UnsupportedError: the driver runs no kernels, or the image is for other devices.
+            ConfigError: a size or a number that cannot work.
+            TransferError: a call failed, or the kernel copied wrong bytes when tried.
+        """
+        size, library = len(image), self._library
+        self._check(library.pie_use_gather(self._open(), image, size, threshold_bytes, blocks))
 
     def commit_chunk(self, chunk: int) -> None:
         """Take the memory of a chunk of the pool; one other thread may call it beside steps.
@@ -272,12 +284,7 @@ class TransferEngine:
         """The engine itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close."""
         self.close()
 

@@ -1,9 +1,16 @@
-"""The machine code of the gather kernel: compiled with the package, or now, or not to be had."""
+"""The gather kernel: its machine code, compiled ahead or now, and an engine's use of it."""
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+from pie_vllm.errors import PieError
+from pie_vllm.transfer.native import error_of
+
+if TYPE_CHECKING:
+    from pie_vllm.transfer.engine import TransferEngine
 
 ENTRY = "pie_gather"
 """The kernel's name in an image; its arguments are described in ``gather.cu``."""
@@ -22,6 +29,13 @@ class NoGather(NamedTuple):
     """There is no image; the copy engines do all copies. The caller logs why."""
 
     reason: str
+
+
+class Images(Protocol):
+    """``gather_image``, or what stands in for it in tests."""
+
+    def __call__(self, arch: str | None, *, ahead: bool = True) -> GatherImage | NoGather:
+        """The kernel for a device."""
 
 
 def gather_image(
@@ -52,6 +66,65 @@ def gather_image(
         )
     except (RuntimeError, OSError) as error:  # NVRTC is not found, too old, or fails
         return NoGather(f"NVRTC does not compile it for {arch}: {error}")
+
+
+def device_arch(engine: TransferEngine) -> str | None:
+    """The architecture of the engine's device, as ``"sm_90"``; None: it runs no kernels."""
+    library, handle = engine.native
+    text = ctypes.create_string_buffer(32)
+    code = library.pie_device_arch(handle, text, len(text))
+    if code:
+        raise error_of(library, code)
+    return text.value.decode() or None
+
+
+def load_gather(
+    engine: TransferEngine, threshold_bytes: int, *, images: Images = gather_image, blocks: int = 8
+) -> GatherImage | NoGather:
+    """Give the engine the kernel for its device; raises nothing.
+
+    Arguments as ``TransferEngine.use_gather``; ``images`` is for tests.
+    """
+    try:
+        arch = device_arch(engine)
+        if arch is None:
+            return NoGather("the device runs no kernels")
+        found = images(arch)
+        if isinstance(found, NoGather):
+            return found
+        try:
+            engine.use_gather(found.image, threshold_bytes, blocks)
+        except PieError:
+            again = images(arch, ahead=False) if found.origin == "ahead" else found
+            if again == found or isinstance(again, NoGather):
+                raise  # The first reason is the one to mend.
+            engine.use_gather(again.image, threshold_bytes, blocks)
+            return again
+        return found
+    except PieError as error:
+        return NoGather(str(error))
+
+
+def use_gather(
+    engine: TransferEngine, threshold_bytes: int, *, images: Images = gather_image, blocks: int = 8
+) -> str:
+    """Have the engine load pieces below the threshold by the kernel where it can.
+
+    Args:
+        engine: before or between its steps.
+        threshold_bytes: as ``LinkSpeed.gather_below``; 0 is no kernel.
+        images: for tests.
+        blocks: as ``TransferEngine.use_gather``.
+
+    Returns:
+        A sentence for the log: from when on the kernel is used, or why it is not.
+    """
+    if threshold_bytes <= 0:
+        return "gather kernel not used: it was not measured to be faster than the copy engines"
+    found = load_gather(engine, threshold_bytes, images=images, blocks=blocks)
+    if isinstance(found, NoGather):
+        return f"gather kernel not used: {found.reason}"
+    return f"gather kernel used for loads in pieces below {threshold_bytes / 1024:.4g} KiB"
 
 
 def _compile(source: bytes, arch: str) -> bytes:

@@ -22,7 +22,7 @@ from pie_vllm.errors import (
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import Copy, StepPlan
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 """What this package expects of ``pie_abi_version()``."""
 
 DEFAULT_LIBRARY = Path(__file__).resolve().parent.parent / "_native" / "libpie.so"
@@ -134,6 +134,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pie_drain": (_E,),
     "pie_self_test": (_E,),
     "pie_zero_ring": (_E,),
+    "pie_device_arch": (_E, c_char_p, c_int64),
+    "pie_use_gather": (_E, c_char_p, c_int64, c_int64, c_int),
     "pie_counters_of": (_E, c_int, POINTER(CountersStruct)),
     "pie_inject": (_E, c_int, c_int, c_double, c_double, c_uint64),
     "pie_stream_create": (_E, POINTER(c_uint64)),

@@ -13,6 +13,7 @@ import pytest
 from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.streams import DriverStream
 from tests.helpers.cuda_calls import Cuda
+from tests.helpers.gather_kernel import GatherKernel, gather_kernel
 from tests.helpers.standin import include_folder, load
 from tests.transfer.driving import PAGE, View, geometry
 
@@ -121,3 +122,16 @@ def cuda() -> Iterator[Cuda]:
     live = loaded.live()
     loaded.reset()
     assert not live
+
+
+@pytest.fixture
+def kernel() -> Iterator[GatherKernel]:
+    """The gather kernel on the stand-in; no table may be written over or hold a host's address."""
+    if include_folder() is None:
+        pytest.skip("no cuda.h: neither the package nvidia-cuda-runtime nor a toolkit")
+    found = gather_kernel()
+    found.reset()
+    yield found
+    wrong = found.changed, found.astray
+    found.reset()
+    assert wrong == (0, 0)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from pie_vllm.errors import TransferError, UnsupportedError
-from pie_vllm.transfer.calibration import SCRATCH_BYTES, LinkSpeed, measure_link, scratch_geometry
+from pie_vllm.transfer.calibration import (
+    SCRATCH_BYTES,
+    LinkSpeed,
+    PieceSpeed,
+    measure_link,
+    scratch_geometry,
+)
 from tests.helpers.process import resident_bytes
 
 GRANULARITY = 4096
@@ -66,3 +72,31 @@ def test_an_unknown_driver_is_refused() -> None:
     """As by the engine."""
     with pytest.raises((UnsupportedError, TransferError)):
         measure(None, driver="none")
+
+
+@pytest.mark.parametrize(
+    ("by_kernel", "below", "load"),
+    [
+        ((None, None, None), 0, 10e9),
+        ((22e9, 30e9, None), 16_385, 22e9),
+        ((22e9, 21e9, None), 8_192, 22e9),
+        ((11e9, 19e9, None), 8_192, 11e9),
+        ((10.9e9, 40e9, None), 0, 10e9),  # within noise, and where it mattered
+        ((9e9, 9e9, None), 0, 10e9),
+        ((22e9, None, None), 4_097, 22e9),
+    ],
+)
+def test_the_kernel_is_for_pieces_where_it_is_faster(
+    by_kernel: tuple[float | None, ...], below: int, load: float
+) -> None:
+    """By 10 % or more; what a plan can count on is the faster of the two."""
+    sizes, copied = (4_096, 16_384, 65_536), (10e9, 20e9, 40e9)
+    pieces = [PieceSpeed(*p) for p in zip(sizes, copied, copied, by_kernel, strict=True)]
+    found = LinkSpeed(tuple(pieces), 1e9, 1e9)
+    assert (found.gather_below, found.load) == (below, load)
+    assert ("gather" in str(found)) is (by_kernel[0] is not None)
+
+
+def test_the_host_drivers_log_is_silent_about_kernels() -> None:
+    """It runs none."""
+    assert "gather" not in str(measure(None))

@@ -20,7 +20,8 @@ Holds = dict[int, int]
 class Model:
     """Contents of resident blocks and rows (0: not known), and plans that fit them."""
 
-    def __init__(self, geometry: Geometry, seed: int) -> None:
+    def __init__(self, geometry: Geometry, seed: int, runs: int = 3) -> None:
+        self.runs = runs
         self.g = geometry
         self.draw = random.Random(seed)
         self.resident = [0] * geometry.resident_blocks
@@ -58,7 +59,7 @@ class Model:
         stores, promotions, loads = [], [], []
         stored: set[int] = set()
         promoted: set[int] = set()
-        for _ in range(3):
+        for _ in range(self.runs):
             run = self._run(0, r, lambda b: self.resident[b] > 0, lambda row: not self.rows[row])
             if run:
                 stores.append(run)
@@ -67,7 +68,7 @@ class Model:
                     stored.add(run.row + i)
                     if draw.random() < 0.7:
                         self.resident[run.block + i] = 0
-        for _ in range(2):
+        for _ in range(self.runs - 1):
             run = self._run(
                 0,
                 r,
@@ -84,7 +85,7 @@ class Model:
         same = self.planned + 1 == self.step and known and draw.random() < 0.4
         self.planned = self.step
         if not same:
-            for _ in range(3):
+            for _ in range(self.runs):
                 run = self._run(
                     r,
                     self.g.num_blocks,
@@ -141,9 +142,9 @@ def random_geometry(seed: int) -> Geometry:
 class Runner:
     """Runs random steps; the compute writes and checks pages, in place or on a stream."""
 
-    def __init__(self, engine: TransferEngine, seed: int, inline: bool) -> None:
+    def __init__(self, engine: TransferEngine, seed: int, inline: bool, runs: int = 3) -> None:
         self.engine, self.view = engine, View(engine)
-        self.model = Model(engine.geometry, seed)
+        self.model = Model(engine.geometry, seed, runs)
         self.stream = None if inline else DriverStream(engine)
         self.wrong: list[tuple[int, int, int, int]] = []
         self.moved = [0, 0]

@@ -1,0 +1,98 @@
+// The gather kernel for the stand-in: its host build, which says at launch what it will access.
+//
+// A table must still be at its run what it was at its launch: the only one who writes it is the
+// CPU, which no race check sees. And on a device with addresses of its own for CPU memory it must
+// be given those, which the stand-in leaves to kernels.
+#include <atomic>
+#include <chrono>
+#include <map>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "gather_host.h"
+#include "standin.h"
+
+namespace {
+
+using Piece = pie_gather_detail::Piece;
+using Pieces = std::vector<Piece>;
+
+std::mutex mutex;
+std::map<const void*, Pieces> launched;  // by the launch's parameters
+std::atomic<int64_t> changed{0}, pieces_done{0}, wait_us{0}, breaks{0}, grid_seen{0}, astray{0};
+
+uint64_t value(void* param) { return *static_cast<const uint64_t*>(param); }
+
+Pieces table(void** params) {
+  const auto* pieces = static_cast<const Piece*>(standin_pointer(value(params[0])));
+  const auto* count = static_cast<const uint64_t*>(standin_pointer(value(params[1])));
+  return {pieces, pieces + *count};
+}
+
+bool same(const Pieces& a, const Pieces& b) {
+  return a.size() == b.size() &&
+         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(Piece)) == 0);
+}
+
+}  // namespace
+
+extern "C" {
+#pragma GCC visibility push(default)
+
+void gather_declare(void** params, const unsigned*, const unsigned*) {
+  Pieces pieces = table(params);
+  standin_touch(value(params[1]), sizeof(uint64_t), 0);
+  standin_touch(value(params[0]), pieces.size() * sizeof(Piece), 0);
+  for (const Piece& piece : pieces) {
+    standin_touch(piece.src, piece.bytes, 0);
+    standin_touch(piece.dst, piece.bytes, 1);
+  }
+  std::lock_guard<std::mutex> lock(mutex);
+  launched[params[0]] = std::move(pieces);
+}
+
+void gather_run(void** params, const unsigned* grid, const unsigned* block) {
+  std::this_thread::sleep_for(std::chrono::microseconds(wait_us));
+  Pieces pieces = table(params);
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    const auto found = launched.find(params[0]);
+    if (found == launched.end() || !same(found->second, pieces)) ++changed;
+    launched.erase(params[0]);
+  }
+  if (standin_get("can_use_host_pointer") == 0) {
+    const auto own = [](uint64_t address) {
+      return reinterpret_cast<uint64_t>(standin_pointer(address)) != address;
+    };
+    for (const Piece& piece : pieces) astray += own(piece.src) ? 0 : 1;
+    astray += own(value(params[0])) && own(value(params[1])) ? 0 : 1;
+  }
+  for (Piece& piece : pieces) {
+    piece.src = reinterpret_cast<uint64_t>(standin_pointer(piece.src));
+    piece.dst = reinterpret_cast<uint64_t>(standin_pointer(piece.dst));
+  }
+  const unsigned long long count = pieces.size();
+  pie_gather_host(pieces.data(), &count, grid[0], block[0]);
+  if (breaks != 0) ++*reinterpret_cast<unsigned char*>(pieces.back().dst);
+  pieces_done += static_cast<int64_t>(count);
+  grid_seen = grid[0];
+}
+
+// Tables that were not the same at launch and run, addresses that only the CPU has, pieces copied,
+// blocks of the newest grid.
+int64_t gather_changed() { return changed; }
+int64_t gather_astray() { return astray; }
+int64_t gather_pieces() { return pieces_done; }
+int64_t gather_grid() { return grid_seen; }
+// Each launch from now on waits first, or leaves a wrong byte.
+void gather_wait(int64_t microseconds) { wait_us = microseconds; }
+void gather_break(int64_t on) { breaks = on; }
+void gather_reset() {
+  std::lock_guard<std::mutex> lock(mutex);
+  launched.clear();
+  changed = pieces_done = wait_us = breaks = grid_seen = astray = 0;
+}
+
+#pragma GCC visibility pop
+}
