@@ -15,6 +15,7 @@ from pie_vllm.memory.keeper import PoolKeeper
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import StepPlan
 from pie_vllm.transfer.engine import TransferEngine
+from pie_vllm.transfer.gather import use_gather
 from pie_vllm.transfer.stats import StepStats
 from pie_vllm.vllm import compat, compat_graphs, gate, refusals
 from pie_vllm.vllm.metrics import Totals
@@ -38,8 +39,16 @@ class PieCacheEngine:
         allocated: whether vLLM has taken its KV tensors from here.
     """
 
-    def __init__(self, config: PieConfig, geometry: Geometry, driver: str) -> None:
+    def __init__(
+        self, config: PieConfig, geometry: Geometry, driver: str, gather_below: int = 0
+    ) -> None:
         """Reserve arena and pool and test the hand-over on this machine.
+
+        Args:
+            config: the checked settings.
+            geometry: the sizes.
+            driver: of the transfer engine.
+            gather_below: bytes of a piece below which loads were faster by the gather kernel.
 
         Raises:
             TransferError: memory cannot be had, or the self-test fails.
@@ -59,6 +68,8 @@ class PieCacheEngine:
         self.keeper = PoolKeeper(
             self._engine, geometry.chunk_rows, idle_seconds=config.pool_idle_seconds
         )
+        if driver != "host":
+            logger.info("Pie: %s", use_gather(self._engine, gather_below))
         if config.debug:
             logger.warning(
                 "Pie: debug switches %s are on: answers may be wrong on purpose, and the self-test "

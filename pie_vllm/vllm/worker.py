@@ -57,6 +57,7 @@ class PieWorkerMixin(_Mixed):
     _pie_geometry: Geometry
     _pie_prior: Prior
     _pie_timer: Timer | None = None
+    _pie_gather_below = 0
 
     def pie_stream(self) -> int:
         """The stream that the model runs on; 0 is the calling thread."""
@@ -102,8 +103,8 @@ class PieWorkerMixin(_Mixed):
         geometry = self._pie_geometry = plan(ring_fraction=share, fed_blocks=fed)
         logger.info(
             "Pie: %d resident blocks, %d pooled blocks, ring %d slots %.1f MiB (costs %.1f "
-            "resident blocks), host pool up to %.2f GiB in %d rows on each of %d ranks, longest "
-            "context served %d tokens, driver %s",
+            "resident blocks), host pool up to %.2f GiB in %d rows%s, longest context served %d "
+            "tokens, driver %s",
             geometry.resident_blocks,
             geometry.pooled_blocks,
             geometry.ring_slots,
@@ -111,7 +112,7 @@ class PieWorkerMixin(_Mixed):
             geometry.idle_cost_blocks,
             geometry.host_bytes / 2**30,
             geometry.rows,
-            number,
+            f" on each of {number} ranks" if number > 1 else "",
             min(
                 self.vllm_config.model_config.max_model_len,
                 (geometry.num_blocks - 1) * spec.block_size,
@@ -148,6 +149,7 @@ class PieWorkerMixin(_Mixed):
             logger.warning("Pie: the link could not be measured at start: %s", error)
             return prior
         logger.info("Pie: link %s", link)
+        self._pie_gather_below = link.gather_below
         return prior._replace(bandwidth=link.load)
 
     def _pie_measure_steps(self, prior: Prior, requests: int) -> Prior:
@@ -193,7 +195,9 @@ class PieWorkerMixin(_Mixed):
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Allocate arena and pool, give the runner its views, put up the gates."""
         config = settings.of(self.vllm_config).config
-        self.pie = PieCacheEngine(config, self._pie_geometry, self.pie_driver)
+        self.pie = PieCacheEngine(
+            config, self._pie_geometry, self.pie_driver, self._pie_gather_below
+        )
         shaped = self.pie.shape(kv_cache_config)
         with compat.own_allocation(self.model_runner, self.pie.allocate):
             super().initialize_from_config(shaped)
