@@ -23,6 +23,7 @@ from tests.helpers.engine_load import (
     tokens,
 )
 from tests.helpers.engine_model import LAYERS
+from tests.helpers.two_ranks import CORES, rounds, two_rank_model, two_rank_setup
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -157,3 +158,17 @@ def test_two_steps_in_flight_on_the_v2_runner(
     assert pie["cuda"]["violations"] == []
     engines.close()
     assert found_wrong(report) == []
+
+
+def test_two_ranks(cuda_engines: Open, few: Path, tmp_path: Path, report: Path) -> None:
+    """Each rank, a process of its own, has its memory, its streams and its pool."""
+    setup = two_rank_setup(two_rank_model(few, tmp_path / "model"))
+    engines = cuda_engines(**CORES)
+    (pie,) = engines.run(setup, rounds())
+    (stock,) = engines.run(setup, rounds(), "stock")
+    assert pie["schedule"] == stock["schedule"]
+    assert tokens(pie) == tokens(stock)
+    check_traffic(pie, setup.page * setup.layers)
+    engines.close()
+    assert found_wrong(report) == []
+    assert report.read_text().count("process ") >= setup.ranks
