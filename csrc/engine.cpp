@@ -166,6 +166,7 @@ void Engine::drain() {
 
 void Engine::zero_ring() {
   if (step_.open) throw Error(PIE_ERR_STATE, "zero_ring inside a step");
+  driver_->synchronize();  // Warm-up may still run, on a stream that is not ordered with this one.
   for (int64_t s = 0; s < geometry_.slots; ++s) {
     driver_->memset_async(h2d_, arena_.page(s, geometry_.resident), 0,
                           static_cast<size_t>(geometry_.slot_bytes));

@@ -46,12 +46,13 @@ class SelfTest {
     fill(kOld, area_);
     fill(kFresh, area_);
     for (int64_t l = 0; l < g_.layers; ++l) move(Direction::kHostToDevice, l, 0, at(kOld, l));
-    const pie_run out{0, row, n_}, in{g_.resident, row, n_}, out2{0, other_row, n_};
+    const Runs out = pages(0, row), in = pages(g_.resident, row);
     const bool two = other_row >= 0;
-    step({first_step, &out, 1, nullptr, 0, &in, 1}, g_.resident, kSeen, true);
-    step({first_step + 1, two ? &out2 : nullptr, two, nullptr, 0, nullptr, -1}, g_.resident, kAgain,
+    const Runs out2 = two ? pages(0, other_row) : Runs();
+    step({first_step, out.data(), n_, nullptr, 0, in.data(), n_}, g_.resident, kSeen, true);
+    step({first_step + 1, out2.data(), two ? n_ : 0, nullptr, 0, nullptr, -1}, g_.resident, kAgain,
          false);
-    step({first_step + 2, nullptr, 0, &out, 1, nullptr, 0}, 0, kBack, false);
+    step({first_step + 2, nullptr, 0, out.data(), n_, nullptr, 0}, 0, kBack, false);
     driver_.stream_synchronize(compute_);
     for (const int area : {kSeen, kAgain, kBack}) {
       if (std::memcmp(at(kOld, 0), at(area, 0), area_) != 0) {
@@ -82,7 +83,8 @@ class SelfTest {
     driver_.stream_synchronize(compute_);
     for (const int64_t row : touched_) {
       for (int64_t l = 0; l < g_.layers; ++l) {
-        std::memset(reinterpret_cast<void*>(engine_.pool().page(row, l)), 0, layer_bytes());
+        std::memset(reinterpret_cast<void*>(engine_.pool().page(row, l)), 0,
+                    static_cast<size_t>(g_.page));
       }
     }
     if (borrowed_) engine_.release_chunk(g_.num_chunks - 1);
@@ -95,6 +97,13 @@ class SelfTest {
     const int64_t fits = kStagingBytes / (5 * g.layers * g.page);
     return std::max<int64_t>(1,
                              std::min({kBlocks, g.resident, g.pooled, g.rows_of_chunk(0), fits}));
+  }
+
+  // n runs of one page each, last one first: batches of several copies.
+  Runs pages(int64_t block, int64_t row) const {
+    Runs runs;
+    for (int64_t i = n_; i-- > 0;) runs.push_back({block + i, row + i, 1});
+    return runs;
   }
 
   [[noreturn]] static void fail(const std::string& text) {

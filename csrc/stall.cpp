@@ -1,5 +1,7 @@
 #include "stall.h"
 
+#include <algorithm>
+
 namespace pie {
 
 bool StallClock::begin(int64_t step, Stream compute) {
@@ -13,10 +15,16 @@ bool StallClock::begin(int64_t step, Stream compute) {
 
 void StallClock::wait(Stream compute, Event event) {
   if (!timing_) return driver_.stream_wait(compute, event);
-  if (used_ == pairs_.size()) {
-    pairs_.push_back(Pair{OwnedEvent(driver_, true), OwnedEvent(driver_, true)});
+  for (const Event meant : {Event{nothing_}, event}) {
+    if (meant == nothing_ && used_ > 0) continue;  // Once a step, ahead of the first wait.
+    if (used_ == pairs_.size()) {
+      pairs_.push_back(Pair{OwnedEvent(driver_, true), OwnedEvent(driver_, true)});
+    }
+    timed_wait(pairs_[used_++], compute, meant);
   }
-  const Pair& pair = pairs_[used_++];
+}
+
+void StallClock::timed_wait(const Pair& pair, Stream compute, Event event) {
   driver_.event_record(pair.before, compute);
   driver_.stream_wait(compute, event);
   driver_.event_record(pair.after, compute);
@@ -31,9 +39,11 @@ StallClock::Result StallClock::collect() {
   if (step_ < 0 || timing_) return {};
   if (used_ > 0 && !driver_.event_query(pairs_[used_ - 1].after)) return {};
   Result result{step_, 0};
-  for (size_t i = 0; i < used_; ++i) {
-    result.seconds += driver_.event_elapsed(pairs_[i].before, pairs_[i].after);
-  }
+  const auto seconds = [&](size_t i) {
+    return driver_.event_elapsed(pairs_[i].before, pairs_[i].after);
+  };
+  const double least = used_ > 0 ? seconds(0) : 0;
+  for (size_t i = 1; i < used_; ++i) result.seconds += std::max(0.0, seconds(i) - least);
   step_ = -1;
   return result;
 }

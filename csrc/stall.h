@@ -8,10 +8,11 @@
 namespace pie {
 
 // One step at a time is timed, by events around its waits; the result is there once they have all
-// passed, some steps later.
+// passed, some steps later. Two events with a wait between them that is over lie some microseconds
+// apart, too: a pair around a wait for nothing tells how far, and that is no stall.
 class StallClock {
  public:
-  explicit StallClock(Driver& driver) : driver_(driver) {}
+  explicit StallClock(Driver& driver) : driver_(driver), nothing_(driver) {}
 
   // Time the coming step, unless the last timed one is still under way. True if it is timed.
   bool begin(int64_t step, Stream compute);
@@ -31,8 +32,11 @@ class StallClock {
   struct Pair {
     OwnedEvent before, after;
   };
+  void timed_wait(const Pair& pair, Stream compute, Event event);
+
   Driver& driver_;
-  std::vector<Pair> pairs_;
+  std::vector<Pair> pairs_;  // the first one is the one that waits for nothing
+  OwnedEvent nothing_;       // never recorded
   size_t used_ = 0;
   int64_t step_ = -1;
   bool timing_ = false;

@@ -1,10 +1,15 @@
 #include "cuda_driver.h"
 
+#include <algorithm>
+
 namespace pie::cuda {
 namespace {
 
 CUstream of(Stream stream) { return reinterpret_cast<CUstream>(stream); }
 CUevent event_of(Event event) { return reinterpret_cast<CUevent>(event); }
+
+// Batches of tens of thousands made drivers of 2026 fail (vLLM issue 49276).
+constexpr size_t kMostInBatch = 1024;
 
 // STREAM for both directions: a row is stored over, and a page written again, by work that other
 // streams order after this copy; to read the source any earlier or later than in stream order would
@@ -101,25 +106,16 @@ void CudaDriver::submitted(CUresult result, const char* call, Stream stream) {
 CUresult CudaDriver::copy_all(CUstream stream, Direction direction, const CopyOp* ops, size_t count,
                               const char*& call) {
   // The default stream takes no batches.
+  const bool in = direction == Direction::kHostToDevice;
   if (batches_ && stream != nullptr) {
-    targets_.clear(), sources_.clear(), sizes_.clear();
-    for (size_t i = 0; i < count; ++i) {
-      targets_.push_back(ops[i].dst);
-      sources_.push_back(ops[i].src);
-      sizes_.push_back(ops[i].bytes);
-    }
-    CUmemcpyAttributes attributes = stream_ordered();
-    size_t first = 0, failed = 0;
     call = "cuMemcpyBatchAsync";
-    const CUresult result = api_.batch13
-                                ? api_.batch13(targets_.data(), sources_.data(), sizes_.data(),
-                                               count, &attributes, &first, 1, stream)
-                                : api_.batch12(targets_.data(), sources_.data(), sizes_.data(),
-                                               count, &attributes, &first, 1, &failed, stream);
+    CUresult result = CUDA_SUCCESS;
+    for (size_t done = 0; done < count && result == CUDA_SUCCESS; done += kMostInBatch) {
+      result = copy_some(stream, in, ops + done, std::min(kMostInBatch, count - done));
+    }
     if (result != CUDA_ERROR_NOT_SUPPORTED) return result;
     batches_ = false;
   }
-  const bool in = direction == Direction::kHostToDevice;
   call = in ? "cuMemcpyHtoDAsync" : "cuMemcpyDtoHAsync";
   for (size_t i = 0; i < count; ++i) {
     const CUresult result =
@@ -130,6 +126,22 @@ CUresult CudaDriver::copy_all(CUstream stream, Direction direction, const CopyOp
     if (result != CUDA_SUCCESS) return result;
   }
   return CUDA_SUCCESS;
+}
+
+CUresult CudaDriver::copy_some(CUstream stream, bool in, const CopyOp* ops, size_t count) {
+  targets_.clear(), sources_.clear(), sizes_.clear();
+  for (size_t i = 0; i < count; ++i) {
+    // Batches do not translate host addresses, as single copies do.
+    targets_.push_back(in ? ops[i].dst : device_.reach(ops[i].dst));
+    sources_.push_back(in ? device_.reach(ops[i].src) : ops[i].src);
+    sizes_.push_back(ops[i].bytes);
+  }
+  CUmemcpyAttributes attributes = stream_ordered();
+  size_t first = 0, failed = 0;
+  return api_.batch13 ? api_.batch13(targets_.data(), sources_.data(), sizes_.data(), count,
+                                     &attributes, &first, 1, stream)
+                      : api_.batch12(targets_.data(), sources_.data(), sizes_.data(), count,
+                                     &attributes, &first, 1, &failed, stream);
 }
 
 void CudaDriver::copy_batch(Stream stream, Direction direction, const CopyOp* ops, size_t count) {
@@ -174,8 +186,10 @@ void CudaDriver::launch_host(Stream stream, HostFn fn, void* arg) {
 Event CudaDriver::event_create(bool timed) {
   device_.use();
   CUevent event = nullptr;
-  check(api_.cuEventCreate(&event, timed ? CU_EVENT_DEFAULT : CU_EVENT_DISABLE_TIMING),
-        "cuEventCreate");
+  // The pool's thread waits for some on the host: without spinning.
+  const unsigned flags =
+      CU_EVENT_BLOCKING_SYNC | (timed ? CU_EVENT_DEFAULT : CU_EVENT_DISABLE_TIMING);
+  check(api_.cuEventCreate(&event, flags), "cuEventCreate");
   std::lock_guard<std::mutex> lock(mutex_);
   return *events_.insert(reinterpret_cast<Event>(event)).first;
 }

@@ -64,6 +64,7 @@ class CudaDriver : public Driver {
   void submitted(CUresult result, const char* call, Stream stream);
   CUresult copy_all(CUstream stream, Direction direction, const CopyOp* ops, size_t count,
                     const char*& call);
+  CUresult copy_some(CUstream stream, bool in, const CopyOp* ops, size_t count);
 
   const Api& api_;
   Device device_;

@@ -46,14 +46,16 @@ int populate_slices(char* address, size_t bytes, unsigned threads) {
   return failed;
 }
 
-// Bytes that the node can give: free ones, and those of cached files. -1: not known.
+// Bytes that the node can give: free ones, and those of cached files but for what lies in memory
+// only. -1: not known.
 int64_t node_bytes(int node) {
   std::ifstream text("/sys/devices/system/node/node" + std::to_string(node) + "/meminfo");
   int64_t found = -1;
   for (std::string word; text >> word;) {  // "Node 0 MemFree:  123 kB"
-    if (word != "MemFree:" && word != "FilePages:") continue;
+    if (word != "MemFree:" && word != "FilePages:" && word != "Shmem:") continue;
     int64_t kib = 0;
-    if (text >> kib) found = std::max<int64_t>(found, 0) + kib * 1024;
+    if (!(text >> kib)) break;
+    found = std::max<int64_t>(found, 0) + (word == "Shmem:" ? -kib : kib) * 1024;
   }
   return found;
 }
@@ -120,6 +122,7 @@ void* take(size_t bytes, int numa_node, unsigned threads) {
       throw_errno("allocate host memory of " + size_text(bytes));
     }
     madvise(at, bytes, MADV_HUGEPAGE);  // A kernel without huge pages refuses; no harm.
+    madvise(at, bytes, MADV_DONTFORK);  // A child would get a copy of all that is pinned.
     if (numa_node >= 0) bind(at, bytes, numa_node);
     populate(at, bytes, "host memory", threads);
   } catch (...) {

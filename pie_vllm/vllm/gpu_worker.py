@@ -37,6 +37,8 @@ class PieGPUWorker(PieWorkerMixin, Worker):
 
     def shutdown(self) -> None:
         """Shut down once the device is done: no kernel may read an arena that is gone."""
-        if self.pie is not None:
-            torch.cuda.synchronize(self.device)
-        super().shutdown()
+        try:
+            if self.pie is not None:
+                torch.cuda.synchronize(self.device)
+        finally:
+            super().shutdown()

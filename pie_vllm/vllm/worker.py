@@ -281,7 +281,9 @@ class PieWorkerMixin(_Mixed):
 
     def shutdown(self) -> None:
         """Shut down as vLLM does, then give arena and pool back."""
-        super().shutdown()
-        if self.pie is not None:
-            self.pie.close()
-            self.pie = None
+        try:
+            super().shutdown()
+        finally:
+            if self.pie is not None:
+                self.pie.close()
+                self.pie = None

@@ -12,7 +12,7 @@ from pie_vllm.policy.geometry import Geometry
 from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.native import driver_granularity
 from pie_vllm.transfer.streams import row_page
-from tests.transfer.driving import View, content, geometry, plan, run_step
+from tests.transfer.driving import content, geometry, host_only, plan, run_step, View
 
 SIZES = [
     {},
@@ -96,6 +96,7 @@ def test_self_test_passes_and_leaves_zeros(
         assert not any(view.row(row, i).any() for i in range(engine.geometry.num_layers))
 
 
+@host_only
 def test_tensor_is_a_view(engine: TransferEngine) -> None:
     tensor = engine.arena.tensor()
     assert tensor.numel() == engine.arena.size
