@@ -12,7 +12,7 @@ from pie_vllm.policy.geometry import Geometry
 from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.native import driver_granularity
 from pie_vllm.transfer.streams import row_page
-from tests.transfer.driving import content, geometry, host_only, plan, run_step, View
+from tests.transfer.driving import View, content, geometry, host_only, plan, run_step
 
 SIZES = [
     {},
