@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from pie_vllm.errors import PieError
+from pie_vllm.transfer import nvrtc
 from pie_vllm.transfer.native import error_of
 
 if TYPE_CHECKING:
@@ -14,6 +17,9 @@ if TYPE_CHECKING:
 
 ENTRY = "pie_gather"
 """The kernel's name in an image; its arguments are described in ``gather.cu``."""
+
+SECONDS = 60.0
+"""That NVRTC may take; it needs one."""
 
 NATIVE = Path(__file__).resolve().parent.parent / "_native"
 
@@ -58,14 +64,12 @@ def gather_image(
     if not source.exists():
         return NoGather(f"{source} is missing: reinstall pie_vllm")
     try:
-        return GatherImage(_compile(source.read_bytes(), arch), "nvrtc")
-    except ImportError as error:
+        return GatherImage(_compile(source, arch), "nvrtc")
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         return NoGather(
-            f"it was not compiled with the package, and cuda-python is missing ({error}): "
-            "install pie-vllm[cuda], or reinstall pie_vllm where nvcc is"
+            f"it was not compiled with the package, and NVRTC does not compile it for {arch}: "
+            f"{error}. Install pie-vllm[cuda], or reinstall pie_vllm where nvcc is"
         )
-    except (RuntimeError, OSError) as error:  # NVRTC is not found, too old, or fails
-        return NoGather(f"NVRTC does not compile it for {arch}: {error}")
 
 
 def device_arch(engine: TransferEngine) -> str | None:
@@ -127,28 +131,11 @@ def use_gather(
     return f"gather kernel used for loads in pieces below {threshold_bytes / 1024:.4g} KiB"
 
 
-def _compile(source: bytes, arch: str) -> bytes:
-    from cuda.bindings import nvrtc
-
-    def check(result: tuple[Any, ...], about: Any = None) -> Any:
-        if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            raise RuntimeError(f"{result[0].name} {about() if about else ''}".rstrip())
-        return result[1] if len(result) > 1 else None
-
-    def text(size: Any, fill: Any) -> bytes:
-        length: int = check(size(program))
-        buffer = b" " * length
-        check(fill(program, buffer))
-        return buffer
-
-    def log() -> str:
-        text_of_log = text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
-        return text_of_log.rstrip(b"\0 \n").decode(errors="replace")
-
-    program = check(nvrtc.nvrtcCreateProgram(source, b"gather.cu", 0, [], []))
-    try:
-        options = [b"--std=c++17", f"--gpu-architecture={arch}".encode()]
-        check(nvrtc.nvrtcCompileProgram(program, len(options), options), log)
-        return text(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
-    finally:
-        nvrtc.nvrtcDestroyProgram(program)
+def _compile(source: Path, arch: str) -> bytes:
+    # In a process of its own: a compiler that breaks there breaks nobody else.
+    command = [sys.executable, str(Path(nvrtc.__file__)), str(source), arch]
+    done = subprocess.run(command, capture_output=True, check=False, timeout=SECONDS)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip() or f"status {done.returncode}"
+        raise RuntimeError(lines)
+    return done.stdout

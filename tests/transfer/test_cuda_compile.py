@@ -157,15 +157,23 @@ def test_nvrtc_that_refuses_is_a_reason(folder: Path) -> None:
     assert "expected an expression" in found.reason
 
 
-def test_what_was_compiled_ahead_comes_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)  # as if cuda-python were missing
+@pytest.fixture
+def no_cuda_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if cuda-python were missing."""
+    (tmp_path / "without" / "cuda").mkdir(parents=True)
+    (tmp_path / "without" / "cuda" / "__init__.py").write_text("raise ImportError('no cuda')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "without"))
+
+
+@pytest.mark.usefixtures("no_cuda_python")
+def test_what_was_compiled_ahead_comes_first(folder: Path) -> None:
     (folder / "gather.fatbin").write_bytes(b"code")
     assert gather_image("sm_90", folder=folder) == GatherImage(b"code", "ahead")
     assert isinstance(gather_image("sm_90", ahead=False, folder=folder), NoGather)
 
 
-def test_each_lack_has_its_reason(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+@pytest.mark.usefixtures("no_cuda_python")
+def test_each_lack_has_its_reason(folder: Path) -> None:
     found = gather_image("sm_90", folder=folder)
     assert isinstance(found, NoGather)
     assert "cuda-python is missing" in found.reason
