@@ -112,6 +112,7 @@ class Engine {
   Step step_;
   Runs loads_;  // of the newest step
   int64_t last_step_ = 0;
+  int64_t gated_steps_ = 0;
   Stream last_compute_ = 0;          // of the newest step, open or not
   bool need_barrier_ = true;         // what the compute did since last_step_ is not known
   std::vector<int64_t> slot_user_;   // the layer that used a ring slot last, -1: none

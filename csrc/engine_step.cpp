@@ -67,7 +67,9 @@ void Engine::open_step(const pie_plan& plan, bool forward, Stream compute) {
   step_ = std::move(step);
   last_step_ = plan.step;
   last_compute_ = compute;
-  const bool sampled = !forward || plan.step % kSampleEvery == 0;
+  // Counted by steps that copy: their numbers may keep a rhythm of their own.
+  if (forward) ++gated_steps_;
+  const bool sampled = !forward || gated_steps_ % kSampleEvery == 0;
   driver_->sample(sampled);
   if (forward && sampled) stall_.begin(plan.step, compute);
 }

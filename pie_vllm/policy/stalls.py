@@ -10,7 +10,7 @@ class AwaitedStalls:
 
     Where the calling thread waits itself, a step's stall comes with it. Else one
     step in some is timed by events, and reported when they have passed; the steps
-    before it are never known, and are forgotten with it.
+    before it are taken to have stalled as much for each byte that they loaded.
     """
 
     def __init__(self) -> None:
@@ -25,15 +25,20 @@ class AwaitedStalls:
         """A step that ended without its stall."""
         self._waiting[step] = seen, within_budget
 
-    def take(self, step: int, stall_seconds: float) -> tuple[Observation, bool] | None:
-        """The step's observation, its stall put in; None if it is not known here."""
-        found = self._waiting.pop(step, None)
-        for other in [number for number in self._waiting if number < step]:
-            del self._waiting[other]
-        if found is None:
-            return None
-        seen, within_budget = found
-        return seen._replace(stall_seconds=stall_seconds), within_budget
+    def take(self, step: int, stall_seconds: float) -> list[tuple[Observation, bool]]:
+        """The observations up to that step in order, stalls put in; none if it is not known."""
+        waiting = self._waiting
+        if step not in waiting:
+            return []
+        timed, _ = waiting[step]
+        share = stall_seconds / timed.bytes_loaded if timed.bytes_loaded else 0.0
+        known = []
+        for number in [number for number in waiting if number <= step]:
+            seen, within_budget = waiting.pop(number)
+            stall = stall_seconds if number == step else share * seen.bytes_loaded
+            stall = min(stall, seen.seconds)
+            known.append((seen._replace(stall_seconds=stall), within_budget))
+        return known
 
 
 def speed_of_finished(loaded: int, finished: int, seconds: float) -> float:

@@ -216,6 +216,12 @@ class PieCacheEngine:
         """
 
         def relabel(scheduler_output: Any) -> None:
+            for name in ("kv_cache_block_copies", "new_block_ids_to_zero"):
+                if getattr(scheduler_output, name):
+                    raise UnsupportedError(
+                        f"--block-manager pie cannot carry out {name}: pages of pooled blocks are "
+                        "not on the device. Use --block-manager default."
+                    )
             plan = getattr(scheduler_output, "pie_plan", None)
             if plan is not None and plan.relabels:
                 gone = scheduler_output.finished_req_ids

@@ -6,8 +6,9 @@ import torch
 from vllm.v1.worker.gpu_worker import Worker
 
 from pie_vllm.transfer.native import driver_granularity
+from pie_vllm.vllm.failures import said_once
 from pie_vllm.vllm.outputs import DeviceTimer, Timer
-from pie_vllm.vllm.worker import PieWorkerMixin, said_once
+from pie_vllm.vllm.worker import PieWorkerMixin
 
 
 class PieGPUWorker(PieWorkerMixin, Worker):

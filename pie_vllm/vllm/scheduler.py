@@ -167,9 +167,8 @@ class PieSchedulerMixin(_Mixed):
         else:
             self._stalls.add(plan.step, seen, output.pie_within_budget)
         if totals.stall_step != before.stall_step:
-            known = self._stalls.take(totals.stall_step, totals.step_stall)
-            if known is not None:
-                self.pie_decider.observe(known[0], within_budget=known[1])
+            for known, within in self._stalls.take(totals.stall_step, totals.step_stall):
+                self.pie_decider.observe(known, within_budget=within)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         """Make vLLM's statistics of a step, with pie's among them."""

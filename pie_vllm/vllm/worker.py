@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 from vllm.logger import init_logger
@@ -15,6 +14,7 @@ from pie_vllm.policy.window import blocks_fed
 from pie_vllm.transfer.calibration import measure_link
 from pie_vllm.vllm import compat, ranks, refusals, settings
 from pie_vllm.vllm.cache_engine import PieCacheEngine
+from pie_vllm.vllm.failures import end_rank, said_once
 from pie_vllm.vllm.outputs import HostTimer, Tag, Timer, tagged
 
 logger = init_logger("vllm.pie")
@@ -23,20 +23,6 @@ PROMPT_TOKENS = 256
 """Of a prompt chunk whose time is taken at start."""
 
 _Mixed: Any = object  # What the mixin extends; vLLM's own classes are read as Any.
-
-
-def said_once(start: Callable[..., Any]) -> Callable[..., Any]:
-    """Log an error of pie's in one line: vLLM's traceback of a worker that fails is long."""
-
-    @wraps(start)
-    def say(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return start(self, *args, **kwargs)
-        except PieError as error:
-            logger.error("Pie: cannot start: %s", error)
-            raise
-
-    return say
 
 
 class PieWorkerMixin(_Mixed):
@@ -227,8 +213,13 @@ class PieWorkerMixin(_Mixed):
         """
         assert self.pie is not None
         timer = self.pie_timer() if scheduler_output.total_num_scheduled_tokens else None
-        with self.pie.step(getattr(scheduler_output, "pie_plan", None), self.pie_stream()):
-            output = super().execute_model(scheduler_output)
+        try:
+            with self.pie.step(getattr(scheduler_output, "pie_plan", None), self.pie_stream()):
+                output = super().execute_model(scheduler_output)
+        except PieError as error:
+            if self.vllm_config.parallel_config.world_size > 1:
+                end_rank(self.rank, error)
+            raise
         if timer is not None:
             timer.stop()
         self._pie_timer = timer

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ def environment(report: Path, granularity: int = 4096) -> dict[str, str]:
         standin.ENVIRONMENT: f"granularity={granularity},report={report}",
         "LD_LIBRARY_PATH": str(standin.library_folder()),
     }
+
+
+def found_wrong(report: Path) -> list[str]:
+    """What the processes reported: violations, and what was live when they ended."""
+    lines = report.read_text().splitlines() if report.exists() else []
+    return [line for line in lines if not re.fullmatch(r"process \d+|live:|violations:|", line)]
 
 
 def enabled() -> bool:

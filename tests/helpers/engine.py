@@ -144,7 +144,7 @@ class _Lane:
     """One worker process and the jobs sent to it, answered in order."""
 
     def __init__(self, log: Path, environment: dict[str, str]) -> None:
-        self._log = log
+        self.log = log
         self._environment = environment
         self._process: subprocess.Popen[str] | None = None
         self._waiting: list[str] = []
@@ -169,12 +169,12 @@ class _Lane:
             answer = self._process.stdout.readline()
             if not answer:
                 self.close()
-                raise RuntimeError(f"an engine's process died; its output is in {self._log}")
+                raise RuntimeError(f"an engine's process died; its output is in {self.log}")
             self._results[self._waiting.pop(0)] = json.loads(answer)
         return self._results[line]
 
     def _start(self) -> subprocess.Popen[str]:
-        with self._log.open("ab") as log:
+        with self.log.open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "tests.helpers.engine_worker"],
                 cwd=REPOSITORY,
@@ -235,6 +235,10 @@ class Engines:
         self._submit(*job)
         self._submit(setup, rounds, "pie")
         return self.run(setup, rounds), self.run(*job)
+
+    def log(self, kind: str) -> str:
+        """What the process for pie, or for stock, has printed."""
+        return self._lanes[kind].log.read_text(errors="replace")
 
     def _submit(self, setup: Setup, rounds: list[dict[str, Any]], kind: str) -> tuple[_Lane, str]:
         lane = self._lanes["pie" if kind == "pie" else "stock"]

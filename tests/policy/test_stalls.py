@@ -6,19 +6,32 @@ from pie_vllm.policy.detector import Observation
 from pie_vllm.policy.stalls import AwaitedStalls, speed_of_finished
 
 
-def seen(requests: int) -> Observation:
-    return Observation(requests, requests, 1.0)
+def seen(loaded: int) -> Observation:
+    return Observation(8, 8, 1.0, bytes_loaded=loaded)
 
 
-def test_a_stall_goes_to_its_step() -> None:
+def test_a_stall_goes_to_its_step_and_by_the_byte_to_those_before() -> None:
     awaited = AwaitedStalls()
-    for step in range(1, 7):
-        awaited.add(step, seen(step), step % 2 == 0)
-    assert awaited.take(4, 0.25) == (seen(4)._replace(stall_seconds=0.25), True)
-    assert len(awaited) == 2, "earlier ones were not timed"
-    assert awaited.take(4, 0.25) is None
-    assert awaited.take(2, 0.25) is None
-    assert awaited.take(5, 0.5) == (seen(5)._replace(stall_seconds=0.5), False)
+    for step, loaded in ((1, 100), (2, 0), (3, 900), (4, 200), (5, 300)):
+        awaited.add(step, seen(loaded), step % 2 == 0)
+    found = awaited.take(4, 0.25)
+    assert [(known.bytes_loaded, known.stall_seconds) for known, _ in found] == [
+        (100, 0.125),
+        (0, 0.0),
+        (900, 1.0),  # No longer than the step.
+        (200, 0.25),
+    ]
+    assert [within for _, within in found] == [False, True, False, True]
+    assert len(awaited) == 1
+    assert awaited.take(4, 0.25) == awaited.take(2, 0.25) == []
+    assert awaited.take(5, 0.5) == [(seen(300)._replace(stall_seconds=0.5), False)]
+
+
+def test_a_timed_step_that_loaded_nothing_says_nothing_of_others() -> None:
+    awaited = AwaitedStalls()
+    awaited.add(1, seen(100), True)
+    awaited.add(2, seen(0), True)
+    assert [known.stall_seconds for known, _ in awaited.take(2, 0.5)] == [0.0, 0.5]
 
 
 def test_the_link_is_as_fast_as_what_finished() -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from pie_vllm.policy.detector import Prior
 from pie_vllm.vllm import ranks
-from tests.helpers.engine import Engines, Setup
+from tests.helpers import cuda_on_cpu
+from tests.helpers.engine import EngineError, Engines, Setup
 from tests.helpers.engine_load import check_diverse, check_traffic, tokens
 from tests.helpers.two_ranks import CORES, rounds, two_rank_model, two_rank_setup
 
@@ -25,10 +26,12 @@ def setup(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Setup:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
-    """Engines whose ranks have a core each."""
-    shared = Engines(tmp_path_factory.mktemp("two"), CORES)
+    """Engines whose ranks have a core each, over the CUDA driver on its stand-in."""
+    folder = tmp_path_factory.mktemp("two")
+    shared = Engines(folder, {**cuda_on_cpu.environment(folder / "report"), **CORES})
     yield shared
     shared.close()
+    assert cuda_on_cpu.found_wrong(folder / "report") == []
 
 
 def test_tokens_are_stocks(two_ranks: Engines, setup: Setup) -> None:
@@ -42,6 +45,15 @@ def test_tokens_are_stocks(two_ranks: Engines, setup: Setup) -> None:
     assert pie["counters"]["rows"] == setup.pooled, "each rank takes its share of --pie-pool-gib"
     assert tokens(pie) == tokens(stock)
     assert tokens(broken) != tokens(stock)
+
+
+def test_a_rank_that_fails_ends_the_engine(setup: Setup, tmp_path: Path) -> None:
+    """No token of a step that failed is returned; vLLM by itself would go on."""
+    engines = Engines(tmp_path, CORES)
+    with pytest.raises(EngineError):
+        engines.run(replace(setup, debug=("skip_gate",)), rounds())
+    engines.close()
+    assert "a step failed on rank 1" in engines.log("pie")
 
 
 def test_the_slowest_rank_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import pytest
 from pie_vllm.errors import UnsupportedError
 from pie_vllm.policy.plan import Relabel
 from pie_vllm.vllm import compat
-from tests.helpers import v2_on_cpu
+from tests.helpers import cuda_on_cpu, v2_on_cpu
 from tests.helpers.engine import Engines, Setup, request, round_
 from tests.helpers.engine_load import chats, check_diverse, check_traffic, tokens
 from tests.helpers.engine_model import LAYERS
@@ -36,11 +36,18 @@ def in_flight(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="module")
 def v2_engines(in_flight: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
-    """Engines with the V2 runner, without and with asynchronous scheduling."""
-    more = {v2_on_cpu.ASYNC: "1"} if in_flight == 2 else {}
-    shared = Engines(tmp_path_factory.mktemp("v2"), {**v2_on_cpu.ENVIRONMENT, **more})
+    """Engines with the V2 runner, without and with asynchronous scheduling.
+
+    The latter over the CUDA driver, on its stand-in: as on a GPU by default.
+    """
+    folder = tmp_path_factory.mktemp("v2")
+    more = {}
+    if in_flight == 2:
+        more = {v2_on_cpu.ASYNC: "1", **cuda_on_cpu.environment(folder / "report")}
+    shared = Engines(folder, {**v2_on_cpu.ENVIRONMENT, **more})
     yield shared
     shared.close()
+    assert cuda_on_cpu.found_wrong(folder / "report") == []
 
 
 @pytest.fixture(scope="module")
