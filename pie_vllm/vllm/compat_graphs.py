@@ -1,7 +1,7 @@
 """What depends on vLLM's CUDA graphs: steps that copy KV must run the gates' Python.
 
-A FULL graph replays without Python, so no gate would run. Read in vLLM 0.32.0
-and 0.33.0; checked as everything in ``compat``.
+A FULL graph replays without Python, so no gate would run. Read in vLLM 0.32.0;
+checked as everything in ``compat``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What depends on vLLM's V2 model runner, the default on CUDA (v1/worker/gpu/model_runner.py).
 
-Read in vLLM 0.32.0 and 0.33.0; checked as everything in ``compat``, which
+Read in vLLM 0.32.0; checked as everything in ``compat``, which
 chooses between this and the V1 runner. Imported only where a V2 runner is.
 """
 
