@@ -23,7 +23,7 @@ help: ## show this list
 setup: ## virtual environment, pinned packages, native engine, small model
 	@.ci/setup-env
 
-test: lint ## linters and type checks, then the tests (20 minutes on 2 cores)
+test: lint ## linters and type checks, then the tests (40 minutes on 2 cores)
 	$(PYTEST) -m "not soak" $(PYTEST_ARGS)
 
 lint: setup ## ruff, mypy, clang-format; changes nothing
