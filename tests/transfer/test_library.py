@@ -111,6 +111,7 @@ def test_close_waits_for_work_in_flight() -> None:
 
 
 @pytest.mark.sanitizer
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("sanitize", ["address", "thread"])
 def test_random_plans_under_a_sanitizer(
     tmp_path: Path, sanitize: str, run_native: Callable[..., str]
