@@ -47,6 +47,7 @@ def test_tokens_are_stocks(two_ranks: Engines, setup: Setup) -> None:
     assert tokens(broken) != tokens(stock)
 
 
+@pytest.mark.soak
 def test_a_rank_that_fails_ends_the_engine(setup: Setup, tmp_path: Path) -> None:
     """No token of a step that failed is returned; vLLM by itself would go on."""
     engines = Engines(tmp_path, CORES)

@@ -28,7 +28,11 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 ROUNDS = [round_([request(text, max_tokens=24) for text in chats(10, 4, 8)])]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=lambda n: f"{n} in flight")
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(1, marks=pytest.mark.soak), 2],
+    ids=lambda n: f"{n} in flight",
+)
 def in_flight(request: pytest.FixtureRequest) -> int:
     """Steps in flight."""
     return int(request.param)
