@@ -10,6 +10,7 @@ from typing import Any
 from pie_vllm.errors import ConfigError
 from pie_vllm.policy.decider import DEFAULT_TARGET_SLOWDOWN
 from pie_vllm.policy.elastic import DEFAULT_IDLE_SECONDS
+from pie_vllm.policy.parked import DEFAULT_POLICY, POLICIES
 
 BLOCK_MANAGER_KEY = "block_manager"
 SETTINGS_KEY = "pie"
@@ -21,6 +22,7 @@ FLAGS = {
     "ring_fraction": "--pie-ring-fraction",
     "target_slowdown": "--pie-target-slowdown",
     "link_gbps": "--pie-link-gbps",
+    "parking": "--pie-parking",
 }
 """Command line flag of each setting that has one."""
 
@@ -70,6 +72,15 @@ def parse_ring_slots(value: object) -> int | None:
     return slots
 
 
+def parse_parking(value: object) -> str | None:
+    """A policy of eviction of parked KV, or None for ``off``. Raises ConfigError."""
+    if value == "off":
+        return None
+    if value not in POLICIES:
+        raise _fail("parking", value, f"one of {', '.join(sorted(POLICIES))}, or 'off'")
+    return str(value)
+
+
 def _parse_share(key: str, value: object, wanted: str) -> float:
     share = _number(value)
     if not 0 < share < 1:
@@ -107,6 +118,8 @@ class PieConfig:
             None pools as much as fits, whatever it costs.
         link_gbps: speed from the CPU to the device, GB/s, in place of what is measured at
             start; no more is counted on later. None measures (``auto``).
+        parking: which KV goes first where more would be parked than the pool has rows for: a name
+            of ``pie_vllm.policy.parked.POLICIES``; None parks nothing.
         emulated_link_gbps: speed that the host driver's link is held to, GB/s per direction;
             None is as fast as memory copies are. For tests and emulation.
         limit_contention: whether what copies take from the compute beside them counts as
@@ -121,6 +134,7 @@ class PieConfig:
     ring_fraction: float | None = None
     target_slowdown: float | None = DEFAULT_TARGET_SLOWDOWN
     link_gbps: float | None = None
+    parking: str | None = DEFAULT_POLICY
     emulated_link_gbps: float | None = None
     limit_contention: bool | None = None
     pool_idle_seconds: float = DEFAULT_IDLE_SECONDS
@@ -155,6 +169,7 @@ class PieConfig:
                 settings.get("target_slowdown", DEFAULT_TARGET_SLOWDOWN)
             ),
             link_gbps=parse_link_gbps(settings.get("link_gbps")),
+            parking=parse_parking(settings.get("parking", DEFAULT_POLICY)),
             emulated_link_gbps=_parse_emulated(settings.get("emulated_link_gbps")),
             limit_contention=_parse_limit(settings.get("limit_contention")),
             pool_idle_seconds=_parse_idle(settings.get("pool_idle_seconds", DEFAULT_IDLE_SECONDS)),
@@ -170,8 +185,9 @@ class PieConfig:
         """The settings as plain values that ``from_mapping`` takes back."""
         settings = asdict(self)
         settings["debug"] = list(self.debug)
-        if self.target_slowdown is None:
-            settings["target_slowdown"] = "off"
+        for name in ("target_slowdown", "parking"):
+            if settings[name] is None:
+                settings[name] = "off"
         return settings
 
 
@@ -208,6 +224,7 @@ def engine_args(
     ring_fraction: float | str | None = None,
     target_slowdown: float | str | None = None,
     link_gbps: float | str | None = None,
+    parking: str | None = None,
     **other: Any,
 ) -> dict[str, Any]:
     """Keyword arguments that make ``vllm.LLM`` use the pie block manager.
@@ -222,6 +239,7 @@ def engine_args(
         target_slowdown: slowdown allowed as a share of a step's time, or ``"off"``; default 0.01.
         link_gbps: speed from the CPU to the device, GB/s, no more than which is counted on, or
             ``"auto"`` (the default): measured at start.
+        parking: policy of eviction of parked KV, ``"lru"`` or ``"arc"``, or ``"off"``.
         other: further keys of ``additional_config["pie"]``.
 
     Raises:
@@ -235,6 +253,7 @@ def engine_args(
             "ring_fraction": ring_fraction,
             "target_slowdown": target_slowdown,
             "link_gbps": link_gbps,
+            "parking": parking,
             **other,
         }.items()
         if value is not None

@@ -44,12 +44,16 @@ class Decision(NamedTuple):
             the target allows over time.
         most: pooled blocks in use from which on nothing is demoted while several requests run;
             None is without end.
+        parks: blocks that the step may store for parking; None is without end.
+        restores: whether parked KV is copied back, which is quicker than to compute it again.
     """
 
     budget: int
     limit: int
     spare: int
     most: int | None = None
+    parks: int | None = None
+    restores: bool = True
 
 
 class Decider:
@@ -66,6 +70,10 @@ class Decider:
     many. Where a turn of all pooled blocks takes more than ``LONGEST_TURN`` steps, nothing more is
     pooled.
 
+    For parking a step may store as many blocks as the link takes while it computes; the other
+    direction is not counted against it. A parked block is restored if that takes the link less
+    time than its tokens take to compute.
+
     Attributes:
         detector: what the steps said.
     """
@@ -76,6 +84,7 @@ class Decider:
         window: int,
         target: float | None = DEFAULT_TARGET_SLOWDOWN,
         prior: Prior = NOTHING,
+        block_tokens: int = 1,
     ) -> None:
         """Until bandwidth and step time are known, a few blocks may be pooled.
 
@@ -84,7 +93,9 @@ class Decider:
             window: pooled ids.
             target: slowdown allowed as a share of the time without; None limits nothing.
             prior: what is known of the link and of steps.
+            block_tokens: tokens of a block.
         """
+        self._block_tokens = block_tokens
         self._contention = prior.limits_contention
         self.detector = Detector(prior)
         self._row_bytes = row_bytes
@@ -100,8 +111,10 @@ class Decider:
         self._more = 0.0  # Blocks for each second that a step takes longer.
         self._burst = 0  # Blocks of a step that streams, where not every one does.
         self._share = 0.0  # Of the time, that loads in every step take from the compute.
+        self._parks = 0.0  # Blocks that may be stored in a step which only decodes.
         first = window if target is None else min(FIRST_BLOCKS, window)
-        self._first = Decision(first, first, 0)
+        parks = None if target is None else FIRST_BLOCKS
+        self._first = Decision(first, first, 0, parks=parks)
         self._everything = Decision(window, window, 0)
         if target is not None:
             self._predict(target)
@@ -109,12 +122,14 @@ class Decider:
     def observe(self, seen: Observation, *, within_budget: bool = True) -> None:
         """Learn from a step; ``within_budget`` as ``Detector.observe``."""
         detector, target = self.detector, self._target
-        within_budget &= self._hidden is not None  # Before, there was no budget.
+        within_budget &= self._hidden is not None and not seen.restored
         detector.observe(seen, within_budget=within_budget)
         bandwidth = detector.bandwidth
         if target is None or bandwidth is None:
             return
-        stall, most = seen.stall_seconds, self._window * self._row_bytes / bandwidth
+        # What is restored need not be computed: that is not pooling's cost.
+        stall = 0.0 if seen.restored else seen.stall_seconds
+        most = self._window * self._row_bytes / bandwidth
         lost = stall
         if self._contention and seen.bytes_loaded:
             lost += detector.cost.seconds(seen.bytes_loaded)
@@ -139,6 +154,8 @@ class Decider:
             return
         self._more = self._gain * self._rate
         self._hidden = hidden = self._more * step
+        self._parks = MARGIN * self._rate * step
+        self._everything = Decision(self._window, self._window, 0, None, *self._parking(0))
         if self._contention:
             self._spread(target, hidden, step)
 
@@ -178,9 +195,11 @@ class Decider:
             return self._first
         spare = self._saved * rate if self._saved > 0 else 0
         if self._burst:
-            return self._in_bursts(hidden, spare)
+            return self._in_bursts(hidden, spare, prompt_tokens)
         if hidden >= window:
-            return self._everything
+            if not prompt_tokens:
+                return self._everything
+            return Decision(window, window, 0, None, *self._parking(prompt_tokens))
         exact = hidden + self._carried
         if prompt_tokens:
             exact += self._more * self.detector.slope * prompt_tokens
@@ -191,9 +210,17 @@ class Decider:
             int(hidden),
             window if spare > window else int(spare),
             int(hidden * LONGEST_TURN),
+            *self._parking(prompt_tokens),
         )
 
-    def _in_bursts(self, hidden: float, spare: float) -> Decision:
+    def _parking(self, prompt_tokens: int) -> tuple[int, bool]:
+        """Of a decision, what is about parking."""
+        rate, slope = self._rate or 0.0, self.detector.slope
+        more = MARGIN * rate * slope * prompt_tokens
+        restores = not slope or rate * slope * self._block_tokens >= 1.0
+        return max(1, int(self._parks + more)), restores
+
+    def _in_bursts(self, hidden: float, spare: float, prompt_tokens: int) -> Decision:
         self._carried += hidden
         streams = self._carried >= self._burst
         if streams:
@@ -201,4 +228,5 @@ class Decider:
         # One that streams in so many steps brings ``hidden`` blocks a step.
         most = int(hidden * LONGEST_TURN) if self._burst <= hidden * LONGEST_TURN else 0
         limit, spare = min(int(hidden), most), min(int(spare), self._window)
-        return Decision(self._burst if streams else 0, limit, spare, most)
+        budget = self._burst if streams else 0
+        return Decision(budget, limit, spare, most, *self._parking(prompt_tokens))

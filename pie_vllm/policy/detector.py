@@ -21,6 +21,7 @@ class Observation(NamedTuple):
         bytes_loaded: that the link brought to the device since the last observation.
         load_seconds: that the link was busy with them.
         blocks: of KV that the requests of the step hold, about.
+        restored: whether some of the bytes were parked KV for requests that just came.
     """
 
     tokens: int
@@ -30,6 +31,7 @@ class Observation(NamedTuple):
     bytes_loaded: int = 0
     load_seconds: float = 0.0
     blocks: int = 0
+    restored: bool = False
 
 
 PRIOR_SECONDS = 0.01
@@ -107,13 +109,14 @@ class Detector:
             seen: the step.
             within_budget: whether its loads were meant to hide; others tell nothing of the stall.
         """
-        tokens, requests, seconds, stall, loaded, busy, blocks = seen
+        tokens, requests, seconds, stall, loaded, busy, blocks, restored = seen
         compute = seconds - stall
         if compute > 0:
             model = self._model
             decodes = 0 < tokens == requests
             if model is not None:
-                learnt = decodes and model.learn(requests, blocks, loaded, compute)
+                known = decodes and not restored
+                learnt = known and model.learn(requests, blocks, loaded, compute)
                 if learnt or requests != self._requests:
                     self.step_seconds = model.seconds(requests, blocks)
                     self._requests = requests

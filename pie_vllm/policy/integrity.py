@@ -49,6 +49,8 @@ def check_residency(r: Residency) -> None:
         _require(blank != r.rows.holds(block_id), f"pooled block {block_id}: row and content")
         _require(not (blank and users[block_id]), f"blank block {block_id} is in use")
     r.reading.check_integrity(pooled)
-    for block_id, (resident, row) in r._stores.items():
-        _require(r.rows.row_of(block_id) == row, "a store goes to a foreign row")
-        _require(resident < boundary, "a store reads a pooled block")
+    r.parking.check_integrity()
+    for resident in (*r.parking.stores.values(), *r.parking.restores):
+        _require(resident < boundary, "a copy of a resident page names a pooled block")
+    for resident in r.parking.restores:
+        _require(not r._full[resident], "a block that is not filled yet counts as complete")

@@ -13,6 +13,8 @@ from pie_vllm.policy.lru import Lru
 
 K = TypeVar("K", bound=Hashable)
 
+DEFAULT_POLICY = "lru"
+
 POLICIES: dict[str, Callable[[int], Eviction]] = {"lru": Lru, "arc": Arc}
 """By the name that users give it: what decides which parked block goes first."""
 
@@ -60,6 +62,10 @@ class ParkedIndex(Generic[K]):
         """The row that holds the KV of a key; changes nothing."""
         row = self._table.find(key)
         return row if row >= 0 else None
+
+    def rows(self) -> set[int]:
+        """All rows that hold parked KV; costs a pass over the pool."""
+        return {row for row, key in enumerate(self._keys) if key is not None}
 
     def key_in(self, row: int) -> K | None:
         """The key whose KV a row holds, None when it is not parked; changes nothing."""

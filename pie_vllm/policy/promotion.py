@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
-
-from pie_vllm.policy.plan import Copy
-from pie_vllm.policy.runs import merge
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pie_vllm.policy.residency import Residency
@@ -19,8 +16,8 @@ def tail_room(running: int, block_size: int) -> int:
 
 def promote_free(
     residency: Residency, fresh: Collection[str], room: int, budget: int | None
-) -> tuple[Copy, ...]:
-    """Promote blocks of running requests, the first admitted first; returns the copies.
+) -> list[tuple[int, int]]:
+    """Promote blocks of running requests, the first admitted first; returns resident and row.
 
     Args:
         residency: whose blocks.
@@ -46,7 +43,26 @@ def promote_free(
                 break
             users = victims.users(index, block) if block.ref_cnt > 1 else (request_id,)
             if not any(user in fresh for user in users):
-                copies.append(residency.promote(index, block, users))
+                copies.append(_promote(residency, index, block, users))
                 room -= 1
                 spare -= not runs  # A load that the step would do without.
-    return merge(copies, residency.geometry.chunk_rows)
+    return copies
+
+
+def _promote(
+    residency: Residency, index: int, block: Any, users: Collection[str]
+) -> tuple[int, int]:
+    """Give a pooled block of these requests a free resident; the page and the row."""
+    queue = residency.queue
+    target = queue.popleft()
+    residency.entries.drop(target)
+    row = residency.rows.row_of(block.block_id)
+    residency.parking.promoted(block)
+    residency.relabel(index, block, target, users)
+    for request_id in users:
+        residency.reading.discard(request_id, block.block_id)
+        residency.victims.offer_from(request_id, index)
+    residency.set_full(target)
+    queue.give_blank(block)
+    residency.promotions += 1
+    return target.block_id, row

@@ -6,8 +6,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from pie_vllm.errors import IntegrityError
+from pie_vllm.policy.entries import PrefixEntries
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.ledger import RowLedger
+from pie_vllm.policy.parking import Parking
 from pie_vllm.policy.plan import Copy, StepPlan
 from pie_vllm.policy.promotion import promote_free
 from pie_vllm.policy.reading import ReadSet
@@ -23,15 +25,17 @@ MOST_HELD = 0.2
 class Residency:
     """Decides the tier of every block in use and builds the plan of each step.
 
-    It changes block tables (lists of blocks, one per request) in place and
-    calls ``move_content`` to carry a prefix-cache entry along; it owns no
-    bytes. A step is: ``begin_step``; vLLM's ``schedule``, during which
-    allocations call back and demote; ``end_step``, which returns the plan.
+    It changes block tables (lists of blocks, one per request) in place, and
+    prefix-cache entries with them; it owns no bytes. A step is: ``begin_step``;
+    vLLM's ``schedule``, during which allocations call back and demote;
+    ``end_step``, which returns the plan.
 
     Attributes:
         geometry: the sizes.
         queue: the free blocks of both tiers, in place of vLLM's free queue.
+        entries: of blocks in the prefix cache.
         rows: the ledger of the CPU pool's rows.
+        parking: keeps KV that no request uses in rows beyond those of pooled blocks.
         boundary: ids below it are resident.
         window: pooled ids in all.
         chunks_usable: of the pool, whose rows are handed out; see ``use_chunks``.
@@ -45,8 +49,8 @@ class Residency:
         blocks: Sequence[Any],
         make_list: Callable[[list[Any]], FreeList],
         tables: Mapping[str, list[Any]],
-        move_content: Callable[[Any, Any], None],
-        drop_content: Callable[[Any], None],
+        entries: PrefixEntries,
+        parking: str | None = None,
     ) -> None:
         """Start with all blocks free and no request.
 
@@ -55,24 +59,23 @@ class Residency:
             blocks: vLLM's blocks by id.
             make_list: vLLM's free queue class.
             tables: blocks of each request, in order; changed in place.
-            move_content: makes the prefix-cache entry of the first block point
-                to the second, which has none.
-            drop_content: removes the prefix-cache entry of a block.
+            entries: of blocks in the prefix cache.
+            parking: policy of eviction of parked KV; None parks nothing.
         """
         self.geometry = geometry
         self.boundary = geometry.resident_blocks
         self.window = geometry.pooled_blocks
         self._blocks = blocks
         self.tables = tables
-        self._move_content = move_content
-        self._drop_content = drop_content
+        self.entries = entries
         self.rows = RowLedger(geometry.rows, self.boundary, geometry.chunk_rows)
+        self.parking = Parking(self.rows, geometry.rows, parking)
         self.queue = TieredFreeBlockQueue(blocks, self.boundary, make_list, self)
         self.victims = Victims(tables, self.boundary)
         self._requests = self.victims.holders
         self._full = self.victims.full
         self.reading = ReadSet(self.rows, geometry.chunk_rows)
-        self._stores: dict[int, tuple[int, int]] = {}
+        self._demoted = False
         self._relabels = RelabelLog()
         self._step = 0
         self.chunks_usable = geometry.num_chunks
@@ -97,7 +100,7 @@ class Residency:
         holder = self._requests[request_id]
         if num_full > holder.full:
             for block in self.tables[request_id][holder.full : num_full]:
-                self._set_full(block)
+                self.set_full(block)
             holder.full = num_full
             self.victims.offer(holder)
             self.queue.refresh()
@@ -105,9 +108,10 @@ class Residency:
     def computed_again(self, request_id: str, num_full: int) -> None:
         """As ``computed``, for a request admitted in this step: also its hits."""
         for block in self.tables[request_id][:num_full]:
-            self._set_full(block)
+            self.set_full(block)
         request = self._requests[request_id]
         request.full = num_full
+        request.cursor = 0  # Restored hits are complete only now.
         self.victims.offer(request)
         self.queue.refresh()
 
@@ -116,7 +120,8 @@ class Residency:
         if self.victims.forget(request_id):
             self.reading.forget(request_id)
 
-    def _set_full(self, block: Any) -> None:
+    def set_full(self, block: Any) -> None:
+        """The KV of a block in use is complete."""
         block_id = block.block_id
         if block_id < self.boundary and not self._full[block_id]:
             self._full[block_id] = 1
@@ -131,18 +136,22 @@ class Residency:
 
     def on_reused(self, block: Any) -> None:
         """An idle cached resident is in use again; idle cached KV is complete."""
-        self._set_full(block)
+        if block.block_id not in self.parking.restores:
+            self.set_full(block)
 
     def on_resident_freed(self, block: Any) -> None:
         """Nobody uses a resident any more; what is to be demoted there is not."""
         self._clear_full(block.block_id)
 
+    def on_evicted(self, block: Any) -> None:
+        """A free resident gets another use: what it caches may be parked."""
+        self.parking.evicted(block)
+
     def on_pooled_dropped(self, block: Any) -> None:
-        """The KV of a pooled block is of no use: its row is free."""
-        self._drop_content(block)
-        self._stores.pop(block.block_id, None)
+        """A pooled id gets another use: its row is parked, or free."""
         if self.rows.holds(block.block_id):
-            self.rows.release(block.block_id)
+            self.parking.left_row(block)
+        self.entries.drop(block)
 
     def make_residents_free(self, count: int) -> None:
         """Demote up to ``count`` blocks, as far as pooled ids are free."""
@@ -170,39 +179,25 @@ class Residency:
                 f"block {block.block_id} has {block.ref_cnt} users, {len(users)} were found"
             )
         target = self.queue.take_pooled()
-        row = self.rows.take(target.block_id)
-        self._stores[target.block_id] = (block.block_id, row)
+        row, stored = self.parking.row_for(block, target.block_id)
+        if not stored:
+            self.parking.stores[row] = block.block_id
+        self._demoted = True
         self._clear_full(block.block_id)
-        self._relabel(index, block, target, users)
+        self.relabel(index, block, target, users)
         for request_id in users:
             self.reading.add(request_id, target.block_id)
         self.queue.prepend_n([block])
         self.demotions += 1
 
-    def promote(self, index: int, block: Any, users: Collection[str]) -> tuple[int, int]:
-        """Give a pooled block of these requests a free resident; the page and the row."""
-        target = self.queue.popleft()
-        self._drop_content(target)
-        row = self.rows.row_of(block.block_id)
-        self._relabel(index, block, target, users)
-        for request_id in users:
-            self.reading.discard(request_id, block.block_id)
-            self.victims.offer_from(request_id, index)
-        self._set_full(target)
-        # Promotions are the last of a step: whoever takes the row next stores to it in a later
-        # step, which the engine orders after this step's loads.
-        self.rows.release(block.block_id)
-        self.queue.give_blank(block)
-        self.promotions += 1
-        return target.block_id, row
-
-    def _relabel(self, index: int, block: Any, target: Any, users: Collection[str]) -> None:
+    def relabel(self, index: int, block: Any, target: Any, users: Collection[str]) -> None:
+        """Put ``target`` in the place of a block in the tables of its users."""
         for request_id in users:
             self.tables[request_id][index] = target
             self._relabels.record(request_id, index, target.block_id)
         target.ref_cnt = block.ref_cnt
         block.ref_cnt = 0
-        self._move_content(block, target)
+        self.entries.move(block, target)
 
     # A step.
 
@@ -223,11 +218,25 @@ class Residency:
             self.queue.frozen = frozen
             self.queue.refresh()
 
+    def forget_idle(self) -> None:
+        """Drop all KV in the pool that no request uses: its memory may be gone."""
+        self.queue.forget_cached_pooled()
+        self.forget_parked()
+
+    def forget_parked(self) -> None:
+        """Nobody may hit what is parked any more."""
+        self.parking.clear()
+        self.withhold()
+
     def use_chunks(self, chunks: int) -> None:
         """Hand out rows of the first ``chunks`` chunks only, at least ``rows.chunks_held``."""
         self.chunks_usable = chunks
         self.rows.usable = min(chunks * self.geometry.chunk_rows, self.geometry.rows)
-        withheld = max(0, self.window - self.rows.usable)
+        self.withhold()
+
+    def withhold(self) -> None:
+        """Keep back pooled ids for which there is no row."""
+        withheld = max(0, self.window - self.rows.usable + self.parking.held)
         if withheld != self.queue.withheld:
             self.queue.withheld = withheld
             self.queue.refresh()
@@ -254,23 +263,25 @@ class Residency:
         """
         self._step += 1  # Steps without a plan count: the engine must notice the gap.
         reading = self.reading
-        promotions: tuple[Copy, ...] = ()
+        copies: list[tuple[int, int]] = []
         if reading.by_request:
             reading.follow(scheduled, len(scheduled) == len(self._requests))
             room = 0 if headroom is None else self.queue.free_residents - headroom
-            if room > 0 and forward and not self._stores:
-                promotions = promote_free(self, fresh, room, budget)
-        stores = self._take_stores() if self._stores else ()
+            if room > 0 and forward and not self._demoted:
+                copies = promote_free(self, fresh, room, budget)
+        self._demoted = False
+        stores: tuple[Copy, ...] = ()
+        promotions: tuple[Copy, ...] = ()
+        if self.parking.pending:
+            stored, restored = self.parking.take()
+            self.withhold()
+            stores = merge(stored, self.geometry.chunk_rows)
+            promotions = merge(copies + restored, self.geometry.chunk_rows)
         relabels = self._relabels.drain(self._requests, fresh) if self._relabels.ids else ()
         if not (stores or promotions or relabels or reading.readers):
             return None
         loads, pooled = reading.take(), self.pooled_in_use
         return StepPlan(self._step, stores, promotions, loads, relabels, forward, pooled)
-
-    def _take_stores(self) -> tuple[Copy, ...]:
-        stores = merge(self._stores.values(), self.geometry.chunk_rows)
-        self._stores.clear()
-        return stores
 
     @property
     def pooled_in_use(self) -> int:

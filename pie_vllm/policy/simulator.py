@@ -15,6 +15,7 @@ from typing import Any
 
 from pie_vllm.policy.decider import Decision
 from pie_vllm.policy.detector import Observation
+from pie_vllm.policy.entries import PrefixEntries
 from pie_vllm.policy.geometry import Geometry, cdiv, chunk_blocks_of
 from pie_vllm.policy.plan import num_copied
 from pie_vllm.policy.promotion import tail_room
@@ -84,8 +85,7 @@ class Simulation:
             [Block(i) for i in range(geometry.num_blocks)],
             Free,
             self._tables,
-            lambda source, target: None,  # noqa: ARG005
-            lambda block: None,  # noqa: ARG005
+            PrefixEntries(lambda source, target: None, lambda block: None),  # noqa: ARG005
         )
         self.residency.queue.popleft().is_null = True
         self._changes = deque(changes)

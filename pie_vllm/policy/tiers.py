@@ -59,8 +59,11 @@ class FreeObserver(Protocol):
     def on_resident_freed(self, block: Any) -> None:
         """Nobody uses a resident block any more."""
 
+    def on_evicted(self, block: Any) -> None:
+        """A free resident block is handed to another use."""
+
     def on_pooled_dropped(self, block: Any) -> None:
-        """The KV of a pooled block is of no further use to anybody."""
+        """A pooled id is handed to another use, or its KV is of no use to anybody."""
 
 
 class TieredFreeBlockQueue:
@@ -172,15 +175,19 @@ class TieredFreeBlockQueue:
             if n > resident.num_free_blocks:
                 raise ValueError("No free blocks available")
         self.num_free_blocks -= n
-        return resident.popleft_n(n)
+        blocks = resident.popleft_n(n)
+        for block in blocks:
+            if block.block_hash is not None:
+                self._observer.on_evicted(block)
+        return blocks
 
-    def take_pooled(self) -> Any:
-        """Take a pooled block for a demotion.
+    def take_pooled(self, *, with_row: bool = False) -> Any:
+        """Take a pooled block for a demotion, or for a row that is there already.
 
         A blank one, else the idle cached one that was used least recently,
-        whose cached KV is then dropped.
+        whose cached KV then loses its id.
         """
-        if len(self._blank) > self.withheld:
+        if self._blank and (with_row or len(self._blank) > self.withheld):
             block = self._blocks[heappop(self._blank)]
             self._blank_set.discard(block.block_id)
         else:
@@ -195,6 +202,14 @@ class TieredFreeBlockQueue:
             block = self._cached.popleft()
             self._observer.on_pooled_dropped(block)
             self.give_blank(block)
+
+    def freshen(self, blocks: Sequence[Any]) -> None:
+        """Make those of the blocks that are free the last to be reused; changes nothing else."""
+        for block in blocks:
+            if block.ref_cnt == 0:
+                tier = self._resident if block.block_id < self._boundary else self._cached
+                tier.remove(block)
+                tier.append_n([block])
 
     def give_blank(self, block: Any) -> None:
         """Give back a pooled block that holds no KV."""

@@ -17,6 +17,7 @@ from pie_vllm.config import (
     FLAGS,
     SETTINGS_KEY,
     parse_link_gbps,
+    parse_parking,
     parse_pool_gib,
     parse_ring_fraction,
     parse_ring_slots,
@@ -130,6 +131,15 @@ def _add_flags(parser: Any) -> None:
         "How much longer steps may take because of pooled KV, as a share of their time (default "
         "0.01). It limits how much is pooled, and how often requests with pooled KV run. 'off' "
         "pools as much as fits, whatever it costs.",
+    )
+    add(
+        "parking",
+        _or("off", parse_parking),
+        "{arc,lru,off}",
+        "What happens to cached KV whose block gets another use, with prefix caching: it is kept "
+        "in CPU memory as far as the pool goes and copied back when a request asks for it, also "
+        "after a preemption. 'lru' (the default) gives up first what was used least recently, "
+        "'arc' also minds what was used often; 'off' keeps nothing.",
     )
     add(
         "ring_slots",

@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
 from vllm.v1.request import Request, RequestStatus
 
 from pie_vllm.errors import UnsupportedError
 from pie_vllm.policy.completions import Completions
+from pie_vllm.policy.entries import PrefixEntries
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.residency import Residency
+from pie_vllm.policy.restoring import cancel, restore
 from pie_vllm.vllm import compat
-
-
-class PieBlockPool(BlockPool):
-    """vLLM's block pool whose free queue has two tiers."""
-
-    residency: Residency
-
-    def attach(self, residency: Residency) -> None:
-        """Take the tiered queue in place of vLLM's; the null block stays id 0."""
-        self.residency = residency
-        self.free_block_queue = residency.queue
-        null_block = residency.queue.popleft()
-        assert null_block is self.null_block
-
-    def get_usage(self) -> float:
-        """Share of all blocks, resident and pooled, that requests use."""
-        blocks = self.num_gpu_blocks - 1
-        return 1.0 - self.free_block_queue.free_in_all / blocks if blocks else 0.0
-
-    def reset_prefix_cache(self) -> bool:
-        """Forget all cached prefixes, provided that no request holds blocks."""
-        queue = self.free_block_queue
-        # vLLM counts as used what is not free; here all of both tiers counts.
-        queue.num_free_blocks = queue.free_in_all
-        try:
-            return bool(super().reset_prefix_cache())
-        finally:
-            queue.refresh()
+from pie_vllm.vllm.admissions import Admissions
+from pie_vllm.vllm.block_pool import PieBlockPool
+from pie_vllm.vllm.parked_hits import ParkedHits, ParkedLookup, Room
 
 
 class Claims(NamedTuple):
@@ -65,12 +41,29 @@ class PieBlockSpaceManager(KVCacheManager):
         chunk_blocks: blocks that one step may fill with prompt tokens.
         claims: asks the scheduler what running requests still need; asked once
             a step, when a waiting request is looked at.
+        admissions: what they found in the prefix cache.
     """
 
     watermark_blocks: int
 
-    def __init__(self, *args: Any, geometry: Geometry, chunk_blocks: int, **kwargs: Any) -> None:
-        """As vLLM's manager, over ``geometry.num_blocks`` blocks."""
+    def __init__(
+        self,
+        *args: Any,
+        geometry: Geometry,
+        chunk_blocks: int,
+        parking: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As vLLM's manager, over ``geometry.num_blocks`` blocks.
+
+        Args:
+            args: vLLM's.
+            geometry: the sizes.
+            chunk_blocks: blocks that one step may fill with prompt tokens.
+            parking: policy of eviction of parked KV; None parks nothing, as where there is no
+                prefix caching.
+            kwargs: vLLM's.
+        """
         with compat.own_block_pool(PieBlockPool):
             super().__init__(*args, **kwargs)
         managers = self.coordinator.single_type_managers
@@ -86,18 +79,22 @@ class PieBlockSpaceManager(KVCacheManager):
             pool.blocks,
             FreeKVCacheBlockQueue,
             managers[0].req_to_blocks,
-            pool.move_block_hashes,
-            pool._maybe_evict_cached_block,
+            PrefixEntries(pool.move_block_hashes, pool._maybe_evict_cached_block, self._put_entry),
+            parking if self.enable_caching else None,
         )
         pool.attach(self.residency)
         self.block_size = managers[0].block_size
+        self._lookup = ParkedLookup(self.residency, pool, self.block_size)
+        self._parked: ParkedHits | None = None
+        self._restores = True
+        self.admissions = Admissions(geometry.resident_blocks)
         self.completions = Completions(self.block_size, self.residency)
         self.chunk_blocks = chunk_blocks
         self.claims: Callable[[], Claims] = Claims
         self._claims: Claims | None = None
         self._kept_back = 0
 
-    def begin_step(self, limit: int, most: int) -> None:
+    def begin_step(self, limit: int, most: int, restores: bool = True) -> None:
         """Before ``Scheduler.schedule``: set this step's admission limit.
 
         As vLLM's watermark it applies to waiting and preempted requests only,
@@ -110,8 +107,10 @@ class PieBlockSpaceManager(KVCacheManager):
                 admitted. What is pooled beyond it has the first call on free
                 residents.
             most: blocks that the running requests may take in this step.
+            restores: whether waiting requests get parked KV back; it is computed again otherwise.
         """
         self._claims = None
+        self._restores = restores
         self._kept_back = self.geometry.pooled_blocks - limit
         if self.residency.queue.num_free_blocks < most:
             self.completions.catch_up()
@@ -124,7 +123,28 @@ class PieBlockSpaceManager(KVCacheManager):
         passes the longest hit allowed.)
         """
         self.allocate_slots = self._admit
-        return super().get_computed_blocks(request, *args)  # type: ignore[no-any-return]
+        blocks, tokens, boundary = super().get_computed_blocks(request, *args)
+        self._parked = None
+        if self._restores and self.prefix_cache_lookup_enabled(request):
+            self._parked = self._lookup.find(request, blocks.blocks[0], self._room())
+            if self._parked is not None:
+                tokens = self._parked.tokens
+        return blocks, tokens, boundary
+
+    def _room(self) -> Room:
+        """What a waiting request may use of the blocks that are free."""
+        queue, claims = self.residency.queue, self._claimed()
+        kept = claims.tails + (self.chunk_blocks + 1 if claims.prompts else 0)
+        pooled = queue.available_pooled - self._kept_back
+        return Room(queue.free_residents - kept, pooled, self.chunk_blocks)
+
+    def _claimed(self) -> Claims:
+        if self._claims is None:
+            self._claims = self.claims()
+        return self._claims
+
+    def _put_entry(self, block: Any, key: Any, index: int) -> None:
+        self.block_pool._insert_block_hash(key, block, (index + 1) * self.block_size)
 
     def _admit(
         self,
@@ -150,27 +170,41 @@ class PieBlockSpaceManager(KVCacheManager):
                 request, num_new_tokens, num_lookahead_tokens=num_lookahead_tokens
             )
         residency, queue = self.residency, self.residency.queue
-        hits = new_computed_blocks.blocks[0]
+        hits, parked = new_computed_blocks.blocks[0], self._parked
+        if parked is None:
+            parked = ParkedHits([], 0, 0, num_new_computed_tokens, num_new_computed_tokens, False)
+        elif parked.cut and has_scheduled_reqs:
+            return None  # There will be room once others are done.
+        cached = request.num_computed_tokens + len(hits) * self.block_size
         computed = request.num_computed_tokens + num_new_computed_tokens
         tokens = request.num_tokens if full_sequence_must_fit else computed + num_new_tokens
         if (full_sequence_must_fit or self._kept_back) and not self._fits(
-            request, tokens, new_computed_blocks, computed, has_scheduled_reqs
+            request, tokens, new_computed_blocks, cached, has_scheduled_reqs
         ):
             return None
         self.completions.catch_up()
         partial = computed + num_new_tokens < request.num_tokens
-        if self._claims is None:
-            self._claims = self.claims()
-        reserve = self._claims.tails
-        if has_scheduled_reqs and (partial or self._claims.prompts):
+        claims = self._claimed()
+        reserve = claims.tails
+        if has_scheduled_reqs and (partial or claims.prompts):
             reserve += self.chunk_blocks + 1
+        if parked.parked:
+            hits = [*hits, *restore(residency, parked.found, len(hits), parked.residents)]
+            new_computed_blocks = self.create_kv_cache_blocks((hits,))
+        tail = None
+        if parked.tail_tokens:
+            tail = residency.parking.take_tail(request.request_id)
+            residency.withhold()
         residency.admit(request.request_id, len(hits))
-        queue.admission(sum(block.ref_cnt == 0 for block in hits), reserve)
+        # Restored residents are free blocks that the request takes: vLLM counts them rightly.
+        idle = sum(block.ref_cnt == 0 for block in hits) - parked.residents
+        queue.admission(idle, reserve)
+        kwargs["num_external_computed_tokens"] = parked.tail_tokens
         try:
             blocks = super().allocate_slots(
                 request,
                 num_new_tokens,
-                num_new_computed_tokens=num_new_computed_tokens,
+                num_new_computed_tokens=parked.full_tokens,
                 new_computed_blocks=new_computed_blocks,
                 num_lookahead_tokens=num_lookahead_tokens,
                 has_scheduled_reqs=has_scheduled_reqs,
@@ -180,10 +214,19 @@ class PieBlockSpaceManager(KVCacheManager):
             queue.admission()
         if blocks is None:
             residency.forget(request.request_id)
+            cancel(residency, hits)
+            if tail is not None:
+                residency.parking.put_back(request.request_id, tail)
             return None
         residency.admitted(request.request_id)
+        self.admissions.count(request.request_id, hits, parked)
+        if tail is not None:
+            block = residency.tables[request.request_id][len(hits)]
+            residency.parking.restore_tail(tail, block.block_id)
+        elif residency.parking.tails:
+            residency.parking.drop_tail(request.request_id)
         if partial:
-            self._claims = self._claims._replace(prompts=True)
+            self._claims = claims._replace(prompts=True)
         return blocks
 
     def _fits(
@@ -217,6 +260,36 @@ class PieBlockSpaceManager(KVCacheManager):
         return bool(needed <= self.residency.queue.available_in_all)
 
     def free(self, request: Request) -> None:
-        """Give a request's blocks back to their tiers."""
-        self.residency.forget(request.request_id)
+        """Give a request's blocks back to their tiers; keep the tail of a preempted one."""
+        request_id = request.request_id
+        table = self.residency.tables.get(request_id, ())
+        if self.residency.parking.enabled:
+            self._forget_unfilled(request, table)
+        if request.is_finished():
+            self.admissions.forget(request_id)
+            self.residency.parking.drop_tail(request_id)
+        elif table:
+            computed = min(request.num_computed_tokens, request.num_tokens)
+            self.admissions.preempted(request_id, computed)
+            self._keep_tail(request_id, table, computed)
+        self.residency.forget(request_id)
         super().free(request)
+
+    def _forget_unfilled(self, request: Request, table: Sequence[Any]) -> None:
+        """Take blocks that hold no KV yet out of the prefix cache.
+
+        vLLM caches a block in the step that fills it, before it runs
+        (v1/core/kv_cache_manager.py:612): if the request is preempted in that very step, it is
+        never filled.
+        """
+        for block in table[request.num_computed_tokens // self.block_size :]:
+            if block.ref_cnt == 1 and block.block_hash is not None:
+                self.residency.entries.drop(block)
+
+    def _keep_tail(self, request_id: str, table: Sequence[Any], computed: int) -> None:
+        """Park the first block of a preempted request that the prefix cache does not know."""
+        size = self.block_size
+        index = next((i for i, b in enumerate(table) if b.block_hash is None), len(table))
+        tokens = min(computed, (index + 1) * size)
+        if tokens > index * size and table[index].block_id < self.residency.boundary:
+            self.residency.parking.keep_tail(request_id, table[index], index, tokens)

@@ -46,6 +46,14 @@ class Totals(NamedTuple):
     step_stall: float = 0.0
 
 
+class Hits(NamedTuple):
+    """Blocks that requests found in the prefix cache, by where their KV was."""
+
+    resident: int = 0
+    pooled: int = 0
+    parked: int = 0
+
+
 class Control(NamedTuple):
     """What was decided for the last step, and what it led to.
 
@@ -57,6 +65,8 @@ class Control(NamedTuple):
         pool_chunks: of the pool that the worker holds.
         streaming_seconds: of all steps that loaded KV.
         slowed_seconds: by which loads slowed the compute beside them, as estimated.
+        recomputed_tokens: that preempted requests computed again.
+        hits: of the prefix cache, since the start.
     """
 
     limit: int
@@ -66,6 +76,8 @@ class Control(NamedTuple):
     pool_chunks: int
     streaming_seconds: float
     slowed_seconds: float
+    recomputed_tokens: int
+    hits: Hits
 
 
 MICROSECONDS = 1e6
@@ -100,6 +112,7 @@ class Report:
             "pie_admission_limit_blocks": control.limit,
             "pie_step_budget_blocks": control.budget,
             "pie_link_bytes_per_second": control.bandwidth,
+            "pie_parked_blocks": len(residency.parking),
             "pie_pool_bytes": self._geometry.bytes_of_chunks(control.pool_chunks),
         }
         counters = {
@@ -114,6 +127,13 @@ class Report:
             "pie_demoted_blocks": residency.demotions,
             "pie_promoted_blocks": residency.promotions,
             "pie_left_out_requests": control.left_out,
+            "pie_recomputed_tokens": control.recomputed_tokens,
+            "pie_parked_stores": residency.parking.parked_blocks,
+            "pie_parked_losses": residency.parking.lost_blocks,
+            "pie_restored_blocks": residency.parking.restored_blocks,
+            "pie_resident_hits": control.hits.resident,
+            "pie_pooled_hits": control.hits.pooled,
+            "pie_parked_hits": control.hits.parked,
         }
         changed = {**self._sizes}
         self._sizes = {}
@@ -157,7 +177,7 @@ class StepLog:
         logger.info(
             "Pie: steps=%d pooled=%d pooled_peak=%d pooled_blocks=%d bytes_loaded=%d "
             "bytes_stored=%d load_seconds=%.3f store_seconds=%.3f stall_seconds=%.3f "
-            "slowed_seconds=%.3f",
+            "slowed_seconds=%.3f parked=%d parked_stores=%d restored=%d",
             totals.steps,
             residency.pooled_in_use,
             totals.pooled_peak,
@@ -168,6 +188,9 @@ class StepLog:
             totals.store_seconds,
             totals.stall_seconds,
             self._detector.slowed_seconds,
+            len(residency.parking),
+            residency.parking.parked_blocks,
+            residency.parking.restored_blocks,
         )
 
 

@@ -19,6 +19,8 @@ GAUGES = {
     "pie_capacity_gained_blocks": "Blocks of both tiers beyond those that the device's memory "
     "would hold without pie.",
     "pie_ring_bytes": "Device memory of the ring, in bytes.",
+    "pie_parked_blocks": "Full blocks in CPU memory that no request uses, to be copied back when "
+    "one asks for them.",
     "pie_pool_bytes": "CPU memory that the pool holds now, in bytes.",
     "pie_pool_ceiling_bytes": "CPU memory that the pool may hold, in bytes.",
 }
@@ -38,6 +40,13 @@ COUNTERS = {
     "pie_promoted_blocks": "Blocks moved back to the device for good.",
     "pie_left_out_requests": "Running requests left out of a step because the link could not "
     "feed them.",
+    "pie_recomputed_tokens": "Tokens that preempted requests computed again.",
+    "pie_parked_stores": "Blocks stored to CPU memory because their place got another use.",
+    "pie_parked_losses": "Cached blocks whose KV was not kept when their place got another use.",
+    "pie_restored_blocks": "Blocks copied back to the device for requests that asked for them.",
+    "pie_resident_hits": "Blocks found in the prefix cache in device memory.",
+    "pie_pooled_hits": "Blocks found in the prefix cache that were pooled.",
+    "pie_parked_hits": "Blocks found in the prefix cache that were parked in CPU memory.",
 }
 """As GAUGES. Increments travel; those of seconds as whole microseconds."""
 

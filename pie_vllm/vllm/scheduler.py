@@ -44,7 +44,12 @@ class PieSchedulerMixin(_Mixed):
         block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         budget = vllm_config.scheduler_config.max_num_batched_tokens
         chunk_blocks = chunk_blocks_of(budget, block_size, geometry)
-        factory = partial(PieBlockSpaceManager, geometry=geometry, chunk_blocks=chunk_blocks)
+        factory = partial(
+            PieBlockSpaceManager,
+            geometry=geometry,
+            chunk_blocks=chunk_blocks,
+            parking=config.parking,
+        )
         with compat.own_block_manager(factory):
             super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
         most = chunk_blocks * block_size
@@ -59,7 +64,11 @@ class PieSchedulerMixin(_Mixed):
             self.max_num_scheduled_tokens = most
         self.kv_cache_manager.claims = self._claims
         self.pie_decider = Decider(
-            geometry.row_bytes, geometry.pooled_blocks, config.target_slowdown, given.prior
+            geometry.row_bytes,
+            geometry.pooled_blocks,
+            config.target_slowdown,
+            given.prior,
+            block_size,
         )
         self.pie_pool = ElasticPool(
             geometry,
@@ -82,23 +91,26 @@ class PieSchedulerMixin(_Mixed):
         manager, turns = self.kv_cache_manager, self.pie_turns
         prompts = self._prompt_tokens() if self._prompts_under_way else 0
         decision = self.pie_decision = self.pie_decider.decide(prompts)
-        manager.begin_step(decision.limit, len(self.running) + prompts // manager.block_size)
+        most = len(self.running) + prompts // manager.block_size
+        manager.begin_step(decision.limit, most, decision.restores)
         residency, pool = manager.residency, self.pie_pool
-        demotions = residency.demotions
+        residency.parking.allowance = decision.parks
+        restored = residency.parking.restored_blocks
         if pool.begin_step():
-            residency.queue.forget_cached_pooled()
+            residency.forget_idle()
         if pool.usable != residency.chunks_usable:
             residency.use_chunks(pool.usable)
         for request_id in turns.begin_step(self.running, residency, decision, self._priority):
             # vLLM counts the step when it schedules it, and runs who is due in it or before.
             self.requests[request_id].next_decode_eligible_step = self.current_step + 2
         output: SchedulerOutput = super().schedule(*args, **kwargs)
-        output.pie_plan = self._plan(output, decision)
+        plan = output.pie_plan = self._plan(output, decision)
         output.pie_pool = pool.end_step(
             residency.rows.chunks_held,
             in_use=bool(residency.reading.by_request),
-            changed=residency.demotions != demotions or not output.num_scheduled_tokens,
+            changed=bool(plan and plan.stores) or not output.num_scheduled_tokens,
         )
+        output.pie_restored = residency.parking.restored_blocks != restored
         output.pie_within_budget = not turns.exceeds
         output.pie_blocks = residency.residents_in_use + residency.reading.num_blocks
         turns.end_step(output.num_scheduled_tokens, residency)
@@ -161,7 +173,8 @@ class PieSchedulerMixin(_Mixed):
             finished = totals.bytes_finished - before.bytes_finished
             busy = speed_of_finished(loaded, finished, busy)
         tokens, requests = output.total_num_scheduled_tokens, len(output.num_scheduled_tokens)
-        seen = Observation(tokens, requests, seconds, 0.0, loaded, busy, output.pie_blocks)
+        blocks, restored = output.pie_blocks, output.pie_restored
+        seen = Observation(tokens, requests, seconds, 0.0, loaded, busy, blocks, restored)
         if plan is None or not plan.forward:
             self.pie_decider.observe(seen, within_budget=output.pie_within_budget)
         else:
@@ -182,6 +195,8 @@ class PieSchedulerMixin(_Mixed):
                 self.pie_pool.state.chunks,
                 self.pie_decider.detector.streaming_seconds,
                 self.pie_decider.detector.slowed_seconds,
+                self.kv_cache_manager.admissions.recomputed_tokens,
+                self.kv_cache_manager.admissions.hits,
             )
             residency = self.kv_cache_manager.residency
             changes = self.pie_report.changes(self.pie_log.totals, residency, control)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pie_vllm.policy.entries import PrefixEntries
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.residency import Residency
 from pie_vllm.policy.traces import Block, Free
@@ -24,11 +25,12 @@ class FakePool:
         tables: blocks of each request.
     """
 
-    def __init__(self, geometry: Geometry) -> None:
+    def __init__(self, geometry: Geometry, parking: str | None = None) -> None:
         self.blocks = [FakeBlock(i) for i in range(geometry.num_blocks)]
         self.cached: dict[Any, FakeBlock] = {}
         self.tables: dict[str, list[Any]] = {}
-        self.residency = Residency(geometry, self.blocks, Free, self.tables, self._move, self.drop)
+        entries = PrefixEntries(self._move, self.drop, self._put)
+        self.residency = Residency(geometry, self.blocks, Free, self.tables, entries, parking)
         null = self.residency.queue.popleft()
         null.is_null = True
         null.ref_cnt = 0
@@ -38,6 +40,12 @@ class FakePool:
         if source.block_hash is not None:
             target.block_hash, source.block_hash = source.block_hash, None
             self.cached[target.block_hash] = target
+
+    def _put(self, block: FakeBlock, key: Any, index: int) -> None:  # noqa: ARG002
+        assert block.block_hash is None
+        assert key not in self.cached
+        block.block_hash = key
+        self.cached[key] = block
 
     def drop(self, block: FakeBlock) -> None:
         """Remove a block's prefix-cache entry."""

@@ -132,7 +132,7 @@ def random_case(seed: int, *, asynchronous: bool | None = None, **sizes: int) ->
     geometry = scheduling.geometry(
         rng.choice([rng.randint(4, 20), rng.randint(4, 40)]),
         pooled,
-        pooled + rng.choice([0, 0, rng.randint(1, 9)]),
+        pooled + rng.choice([0, 0, rng.randint(1, 9), rng.randint(10, 90)]),
         **sizes,
     )
     capacity = (geometry.num_blocks - 1) * BLOCK_SIZE
@@ -147,6 +147,7 @@ def random_case(seed: int, *, asynchronous: bool | None = None, **sizes: int) ->
         "long_prefill_token_threshold": rng.choice([0, 0, 0, 8, 40]),
         "policy": rng.choice(["fcfs", "fcfs", "priority"]),
         "scheduler_reserve_full_isl": rng.random() < 0.8,
+        "parking": rng.choice(["lru", "lru", "arc", "off"]),
     }
     longest = max(1, min(rng.choice([10, 50, capacity // 2, capacity - 10]), capacity - 20))
     answer = max(1, min(60, capacity - longest - 1))

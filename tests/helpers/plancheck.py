@@ -44,6 +44,7 @@ class PlanCheck:
         rows = [*stores.values(), *promotions.values()]
         assert len(set(rows)) == len(rows), "a row is named twice"
         owned = {self._residency.rows.row_of(b) for b in self._holding()}
+        owned |= self._residency.parking.rows()
         assert owned >= set(stores.values()), "a row that nobody owns is stored to"
 
     def _wanted(self, scheduled: Iterable[str]) -> dict[int, int]:

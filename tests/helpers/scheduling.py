@@ -6,6 +6,7 @@ import itertools
 import random
 from collections import deque
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 import pie_vllm
+from pie_vllm.config import parse_parking
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.vllm import settings
 from pie_vllm.vllm.scheduler import make_scheduler
@@ -65,8 +67,10 @@ def _base_config() -> VllmConfig:
     return args.create_engine_config()
 
 
-def vllm_config(sizes: Geometry, block_size: int, **scheduler: Any) -> VllmConfig:
-    """A finished VllmConfig; keywords are fields of the scheduler or cache config."""
+def vllm_config(
+    sizes: Geometry, block_size: int, parking: str = "lru", **scheduler: Any
+) -> VllmConfig:
+    """A finished VllmConfig; other keywords are fields of the scheduler or cache config."""
     config = deepcopy(_base_config())
     config.cache_config.block_size = block_size
     for name, value in scheduler.items():
@@ -75,7 +79,9 @@ def vllm_config(sizes: Geometry, block_size: int, **scheduler: Any) -> VllmConfi
             owner = config.model_config if name == "max_model_len" else config.cache_config
         assert hasattr(owner, name), name
         setattr(owner, name, value)
-    settings.of(config).geometry = sizes
+    given = settings.of(config)
+    given.config = replace(given.config, parking=parse_parking(parking))
+    given.geometry = sizes
     return config
 
 

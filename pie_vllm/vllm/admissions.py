@@ -1,0 +1,45 @@
+"""What admitted requests found in the prefix cache, and what they compute again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pie_vllm.vllm.metrics import Hits
+from pie_vllm.vllm.parked_hits import ParkedHits
+
+
+class Admissions:
+    """Counts since the start.
+
+    Attributes:
+        hits: blocks found in the prefix cache.
+        recomputed_tokens: that preempted requests had computed before, and compute again.
+    """
+
+    def __init__(self, boundary: int) -> None:
+        """Nobody was admitted; ids from ``boundary`` on are pooled."""
+        self._boundary = boundary
+        self._computed: dict[str, int] = {}
+        self.hits = Hits()
+        self.recomputed_tokens = 0
+
+    def count(self, request_id: str, hits: Sequence[Any], parked: ParkedHits) -> None:
+        """A request was admitted with these blocks, some of which were parked."""
+        pooled = sum(block.block_id >= self._boundary for block in hits)
+        pooled -= parked.parked - parked.residents
+        resident = len(hits) - pooled - parked.parked
+        before = self.hits
+        self.hits = Hits(
+            before.resident + resident, before.pooled + pooled, before.parked + parked.parked
+        )
+        computed = self._computed.pop(request_id, 0)
+        self.recomputed_tokens += max(0, computed - parked.tokens)
+
+    def preempted(self, request_id: str, computed: int) -> None:
+        """A request loses so many computed tokens."""
+        self._computed[request_id] = computed
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended."""
+        self._computed.pop(request_id, None)
