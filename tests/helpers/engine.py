@@ -45,6 +45,8 @@ class Setup:
         ring: width of the ring; None is as wide as all pooled blocks.
         emulated_link_gbps: emulated link speed.
         limit_contention: whether what copies take from the compute counts as slowdown.
+        rows: of the CPU pool; None is one for each pooled block.
+        parking: policy of eviction of parked KV, or "off"; None is the default.
         target: of the slowdown; "off" keeps the schedule that stock has.
         idle_seconds: how long the pool keeps memory that is not needed.
         lost_relabels: the worker drops all relabels.
@@ -64,6 +66,8 @@ class Setup:
     ring: float | str | None = None
     emulated_link_gbps: float | None = None
     limit_contention: bool | None = None
+    rows: int | None = None
+    parking: str | None = None
     target: float | str = "off"
     idle_seconds: float = 60.0
     lost_relabels: bool = False
@@ -105,9 +109,10 @@ class Setup:
         if kind != "pie":
             return {"llm": llm, "pie": None, "lost_relabels": False}
         ring = self.slots * self.pooled * self.page
+        rows = self.pooled if self.rows is None else self.rows
         pie: dict[str, Any] = {
             # A little more than the rows take: GiB are rounded down to whole rows.
-            "pool_gib": self.ranks * (self.pooled + 0.5) * self.layers * self.page / 2**30,
+            "pool_gib": self.ranks * (rows + 0.5) * self.layers * self.page / 2**30,
             "ring_slots": self.slots,
             "ring_fraction": self.ring or (ring + self.page) / self.device_bytes,
             "target_slowdown": self.target,
@@ -115,7 +120,7 @@ class Setup:
         }
         if self.debug:
             pie["debug"] = list(self.debug)
-        for key in ("emulated_link_gbps", "limit_contention"):
+        for key in ("emulated_link_gbps", "limit_contention", "parking"):
             if getattr(self, key) is not None:
                 pie[key] = getattr(self, key)
         return {"llm": llm, "pie": pie, "lost_relabels": self.lost_relabels}

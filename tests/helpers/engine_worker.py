@@ -67,6 +67,13 @@ class Engine:
         turns = getattr(self.core.scheduler, "pie_turns", None)
         return turns.left_out if turns else 0
 
+    def admissions(self) -> dict[str, Any]:
+        """What pie's requests found in the prefix cache and computed again, so far."""
+        found = getattr(self.core.scheduler.kv_cache_manager, "admissions", None)
+        if found is None:
+            return {}
+        return {"recomputed_tokens": found.recomputed_tokens, "hits": found.hits._asdict()}
+
     def metrics(self) -> dict[str, float]:
         """vLLM's metrics that are one number, where they are on."""
         if self.settings["llm"].get("disable_log_stats", True):
@@ -128,6 +135,7 @@ class Engine:
             "v2_runner": self.core.vllm_config.use_v2_model_runner,
             "most_in_flight": self.core.batch_queue_size,
             "cuda": cuda_on_cpu.report() if cuda_on_cpu.enabled() else None,
+            **self.admissions(),
             **record,
             **copy_bytes(plans, after),
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import deque
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -252,6 +253,14 @@ class Driver:
         while self.scheduler.has_requests() or self.queue:
             self.step()
             assert self.idle <= most_idle, "no progress: the scheduler runs nothing"
+
+    def run_until(self, done: Callable[[], bool], most_steps: int = 500) -> None:
+        """Step until something holds; fail when it never does."""
+        for _ in range(most_steps):
+            if done():
+                return
+            self.step()
+        raise AssertionError(f"not so after {most_steps} steps")
 
     def verify(self) -> None:
         """Assert that every request that was not aborted got its answer."""

@@ -1,0 +1,240 @@
+"""Parked KV over vLLM's real schedulers: hits instead of computing again, and right pages."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pie_vllm.policy.parking import Parking
+from pie_vllm.policy.plan import Copy
+from tests.helpers import scheduling
+from tests.helpers.deciders import Fixed
+from tests.helpers.fuzz import BLOCK_SIZE, make_driver
+from tests.helpers.scheduling import Driver, make_request
+from tests.helpers.tagrunner import DictMemory, Memory
+
+pytestmark = pytest.mark.vllm
+
+RESIDENT, POOLED, ROWS = 20, 4, 200
+WINDOW = Fixed(POOLED, POOLED)
+
+
+def driver(memory: Memory | None = None, rows: int = ROWS, **options: Any) -> Driver:
+    """A few residents, hardly any pooled ids, and rows for much more."""
+    sizes = scheduling.geometry(RESIDENT, POOLED, rows)
+    options = {"max_model_len": 320, "max_num_batched_tokens": 64, **options}
+    return make_driver(sizes, memory, WINDOW, **options)
+
+
+def prompt(seed: int, count: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(997) for _ in range(count)]
+
+
+def crowd(made: Driver, count: int = 12) -> None:
+    """More requests than there are blocks for, all at once."""
+    for i in range(count):
+        made.add(make_request(f"r{i}", prompt(i, 30 + 7 * (i % 4)), 60, BLOCK_SIZE))
+
+
+def computed_again(made: Driver) -> int:
+    return int(made.scheduler.kv_cache_manager.admissions.recomputed_tokens)
+
+
+def parking(made: Driver) -> Parking:
+    found: Parking = made.scheduler.kv_cache_manager.residency.parking
+    return found
+
+
+def cached_tokens(made: Driver, request_id: str) -> int:
+    """Tokens that a request found computed when it was admitted in the last step."""
+    new = {r.req_id: r.num_computed_tokens for r in made.output.scheduled_new_reqs}
+    return int(new[request_id])
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("policy", ["lru", "arc"])
+def test_preempted_requests_compute_nothing_again(policy: str, asynchronous: bool) -> None:
+    """Their full blocks and their last one, which is not full, come back from the pool."""
+    made = driver(parking=policy, async_scheduling=asynchronous)
+    crowd(made)
+    made.run()
+    made.verify()
+    assert len(made.preemptions) >= 5
+    assert computed_again(made) == 0
+    assert made.scheduler.kv_cache_manager.admissions.hits.parked > 0
+    assert parking(made).restored_blocks > made.scheduler.kv_cache_manager.admissions.hits.parked
+
+
+@pytest.mark.parametrize(("policy", "rows"), [("off", ROWS), ("lru", POOLED)])
+def test_without_rows_they_compute_again(policy: str, rows: int) -> None:
+    """The test above can fail: parking off, or a pool that has no rows to spare."""
+    made = driver(parking=policy, rows=rows)
+    crowd(made)
+    made.run()
+    made.verify()
+    assert made.preemptions
+    assert computed_again(made) > 0
+
+
+def chat_then_others(made: Driver) -> list[int]:
+    """A chat of ten blocks, idle, whose residents others have used since; returns its tokens."""
+    made.add(make_request("chat", prompt(100, 150), 12, BLOCK_SIZE))
+    made.run()
+    crowd(made)
+    made.run()
+    return [*made.prompts["chat"], *made.answers["chat"]]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_evicted_prefix_is_hit(asynchronous: bool) -> None:
+    """The next turn of a chat finds all full blocks of the turn before."""
+    made = driver(async_scheduling=asynchronous)
+    history = chat_then_others(made)
+    made.add(make_request("next", [*history, 1, 2, 3], 5, BLOCK_SIZE))
+    made.step()
+    assert cached_tokens(made, "next") == (len(history) - 1) // BLOCK_SIZE * BLOCK_SIZE
+    made.run()
+    made.verify()
+
+
+def test_a_prefix_larger_than_the_free_residents_takes_pooled_ids() -> None:
+    """Where running requests hold most residents, the rest of a hit is pooled at once."""
+    made = driver()
+    history = chat_then_others(made)
+    residency = made.scheduler.kv_cache_manager.residency
+    made.add(make_request("running", prompt(7, 130), 40, BLOCK_SIZE))
+    made.run_until(lambda: len(made.answers["running"]) >= 5)
+    promotions = residency.promotions
+    made.add(make_request("next", [*history, 1, 2, 3], 30, BLOCK_SIZE))
+    made.step()
+    assert cached_tokens(made, "next") == 160
+    ids = [block.block_id for block in residency.tables["next"]]
+    assert 0 < sum(i >= RESIDENT for i in ids) <= POOLED
+    assert residency.promotions == promotions
+    made.run()
+    made.verify()
+
+
+def test_a_request_that_must_wait_for_its_parked_blocks_waits() -> None:
+    """It is not admitted with half of them while others run, and computes nothing again then."""
+    made = driver()
+    history = chat_then_others(made)
+    made.add(make_request("running", prompt(7, 250), 40, BLOCK_SIZE))
+    made.run_until(lambda: len(made.answers["running"]) >= 5)
+    made.add(make_request("next", [*history, 1, 2, 3], 30, BLOCK_SIZE))
+    while "running" in made.scheduler.requests:
+        made.step()
+        assert "next" not in made.output.num_scheduled_tokens
+    made.step()
+    assert cached_tokens(made, "next") == 160
+    made.run()
+    made.verify()
+
+
+def test_a_reset_forgets_what_is_parked() -> None:
+    """After new weights no hash may match; requests that run are computed anew."""
+    made = driver()
+    history = chat_then_others(made)
+    assert len(parking(made))
+    made.add(make_request("running", prompt(7, 100), 40, BLOCK_SIZE))
+    made.run_until(lambda: len(made.answers["running"]) >= 5)
+    made.reset()
+    assert not len(parking(made))
+    assert not parking(made).tails
+    made.add(make_request("next", [*history, 1, 2, 3], 5, BLOCK_SIZE))
+    made.step()
+    resumed = made.output.scheduled_cached_reqs
+    assert resumed.num_computed_tokens == [0]
+    made.run_until(lambda: "next" in made.output.num_scheduled_tokens)
+    assert cached_tokens(made, "next") == 0
+    made.run()
+    made.verify()
+    assert made.scheduler.kv_cache_manager.residency.rows.num_parked == len(parking(made))
+
+
+def test_blocks_that_were_never_filled_are_not_in_the_prefix_cache() -> None:
+    """A request preempted in the step that was to fill its blocks leaves no hash behind."""
+    made = driver(policy="priority")
+    manager = made.scheduler.kv_cache_manager
+    made.add(make_request("low", prompt(1, 60), 10, BLOCK_SIZE, priority=5))
+    made.step()
+    request = made.scheduler.requests["low"]
+    unfilled = [b for b in manager.residency.tables["low"] if b.block_hash is not None][-1]
+    request.num_computed_tokens = 32  # As if the third block were filled in this very step.
+    hashes = [b.block_hash for b in manager.residency.tables["low"]]
+    manager.free(request)
+    cached = manager.block_pool.cached_block_hash_to_block
+    assert unfilled.block_hash is None
+    assert [cached.get_one_block(h) is not None for h in hashes[:3]] == [True, True, False]
+
+
+def test_rows_of_aborted_requests_are_free() -> None:
+    """A preempted request that is aborted takes its tail with it."""
+    made = driver()
+    crowd(made)
+    made.run_until(lambda: bool(parking(made).tails))
+    (request_id,) = list(parking(made).tails)[:1]
+    made.abort(request_id)
+    assert request_id not in parking(made).tails
+    made.run()
+    assert not parking(made).tails
+    residency = made.scheduler.kv_cache_manager.residency
+    assert residency.rows.num_parked == len(parking(made))
+
+
+class _SkipsStores(DictMemory):
+    def run(self, plan: Any, work: Any) -> None:
+        super().run(plan and plan._replace(stores=()), work)
+
+
+class _SkipsRestores(DictMemory):
+    def run(self, plan: Any, work: Any) -> None:
+        super().run(plan and plan._replace(promotions=()), work)
+
+
+class _RestoresWrongRows(DictMemory):
+    def run(self, plan: Any, work: Any) -> None:
+        super().run(plan and plan._replace(promotions=self._wrong(plan)), work)
+
+    def _wrong(self, plan: Any) -> tuple[Copy, ...]:
+        stored = {row + i for _, row, count in plan.stores for i in range(count)}
+        held = [r for r in range(self.chunks * self.chunk_rows) if r not in stored]
+        return tuple(
+            Copy(block + i, held[(held.index(row + i) + 1) % len(held)], 1)
+            for block, row, count in plan.promotions
+            for i in range(count)
+        )
+
+
+class _TearsStores(DictMemory):
+    def run(self, plan: Any, work: Any) -> None:
+        before = self.rows.copy()
+        super().run(plan, work)
+        for _, row, count in plan.stores if plan else ():
+            self.rows[row : row + count, BLOCK_SIZE // 2 :] = before[
+                row : row + count, BLOCK_SIZE // 2 :
+            ]
+
+
+@pytest.mark.parametrize("memory", [_SkipsStores, _SkipsRestores, _RestoresWrongRows, _TearsStores])
+def test_wrong_copies_are_noticed(memory: Callable[..., DictMemory]) -> None:
+    """Negative control: a row that is stale, foreign or torn, a page that is not filled."""
+    made = driver(memory(scheduling.geometry(RESIDENT, POOLED, ROWS), BLOCK_SIZE))
+    crowd(made)
+    with pytest.raises(AssertionError, match="foreign KV"):
+        made.run()
+
+
+def test_a_hash_that_outlives_a_reset_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control of the reset: what is parked would be hit."""
+    made = driver()
+    history = chat_then_others(made)
+    monkeypatch.setattr(Parking, "clear", lambda _: None)
+    made.reset()
+    made.add(make_request("next", [*history, 1, 2, 3], 5, BLOCK_SIZE))
+    made.step()
+    assert cached_tokens(made, "next") > 0
