@@ -266,17 +266,20 @@ class Parking:
         self._gone.clear()
 
     def clear(self) -> None:
-        """Forget all that is parked."""
+        """Forget all that is parked.
+
+        Raises:
+            IntegrityError: some of it is to be copied back in the coming step.
+        """
         if self._index is None:
             return
-        self.stores.clear()
-        self.restores.clear()
+        if self.restores:
+            raise IntegrityError("what is parked cannot be forgotten while a step is planned")
         self._settle()
-        for tail in self.tails.values():
-            self._rows.free_parked(tail.row)
-        self.tails.clear()
-        for row in self._index.clear():
+        for row in (*(tail.row for tail in self.tails.values()), *self._index.clear()):
+            self.stores.pop(row, None)
             self._rows.free_parked(row)
+        self.tails.clear()
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless rows and index agree; costs a pass over the index."""

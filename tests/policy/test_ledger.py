@@ -33,6 +33,34 @@ def test_random_takes_and_releases_keep_the_books(rows: int) -> None:
     ledger.check_integrity()
 
 
+def test_parked_rows_stay_taken_and_go_from_id_to_id() -> None:
+    """A row is parked when its id goes, adopted by another id, or free again; it counts as held."""
+    ledger = RowLedger(4, first_block=10, chunk_rows=2)
+    assert [ledger.take(10), ledger.take(11)] == [0, 1]
+    assert ledger.park(11) == 1
+    assert not ledger.holds(11)
+    assert ledger.num_parked == 1
+    assert [ledger.take_parked(), ledger.take_parked()] == [2, 3]
+    assert not ledger.has_free
+    assert ledger.take_parked() is None
+    with pytest.raises(IntegrityError, match="no free row"):
+        ledger.take(12)
+    ledger.adopt(13, 1)
+    assert ledger.row_of(13) == 1
+    with pytest.raises(IntegrityError, match="not parked"):
+        ledger.adopt(14, 1)
+    with pytest.raises(IntegrityError, match="not parked"):
+        ledger.free_parked(0)
+    assert ledger.chunks_held == 2
+    ledger.free_parked(2)
+    ledger.free_parked(3)
+    assert ledger.chunks_held == 1
+    assert ledger.num_free == 2
+    ledger.usable = 2
+    assert not ledger.has_free
+    ledger.check_integrity()
+
+
 def test_neighbouring_ids_get_neighbouring_rows() -> None:
     """Ids handed out in order get one run of rows, so that they are one copy."""
     ledger = RowLedger(16, first_block=8)
