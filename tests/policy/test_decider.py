@@ -53,9 +53,10 @@ def settle(
 def test_a_few_blocks_may_be_pooled_before_the_link_is_known() -> None:
     """The first loads are how its speed is learnt, and must not be long on a slow one."""
     decider = Decider(ROW, WINDOW)
-    assert decider.decide() == Decision(FIRST_BLOCKS, FIRST_BLOCKS, 0)
+    first = Decision(FIRST_BLOCKS, FIRST_BLOCKS, 0, parks=FIRST_BLOCKS)
+    assert decider.decide() == first
     decider.observe(Observation(32, 32, 0.1))
-    assert decider.decide() == Decision(FIRST_BLOCKS, FIRST_BLOCKS, 0)
+    assert decider.decide() == first
 
 
 def test_what_was_measured_at_start_is_the_first_budget() -> None:
@@ -243,3 +244,31 @@ def test_a_step_without_a_model_teaches_nothing_of_time() -> None:
     detector.observe(Observation(0, 0, 0.5, 0.0, ROW, 0.001))
     assert detector.step_seconds is None
     assert detector.bandwidth == pytest.approx(ROW / 0.001)
+
+
+def test_as_much_is_stored_for_parking_as_the_link_takes_in_a_step() -> None:
+    """More where prompts are computed; the window, and the budget of loads, do not limit it."""
+    prior = Prior(bandwidth=2000 * ROW, step_seconds=0.1, prompt_seconds=1e-3)
+    decider = Decider(ROW, 50, prior=prior)
+    assert decider.decide().parks == pytest.approx(0.9 * 200, abs=1)
+    assert decider.decide(100).parks == pytest.approx(0.9 * 400, abs=1)
+    assert decider.decide(100).budget == 50
+    assert Decider(ROW, 50, None, prior).decide().parks is None
+
+
+@pytest.mark.parametrize(("tokens", "restores"), [(16, False), (128, True)])
+def test_parked_blocks_are_restored_where_that_is_quicker(tokens: int, restores: bool) -> None:
+    """One takes 0.1 s on this link, a token 1 ms."""
+    prior = Prior(bandwidth=10 * ROW, step_seconds=0.1, prompt_seconds=1e-3)
+    assert Decider(ROW, WINDOW, prior=prior, block_tokens=tokens).decide().restores is restores
+
+
+def test_what_is_restored_is_no_slowdown_of_pooling() -> None:
+    """It stalls a step instead of computing in it: neither budget nor savings suffer."""
+    prior = Prior(bandwidth=1000 * ROW, step_seconds=0.1, limits_contention=False)
+    decider, other = Decider(ROW, WINDOW, prior=prior), Decider(ROW, WINDOW, prior=prior)
+    for _ in range(30):
+        seen = Observation(33, 32, 0.5, 0.4, 400 * ROW, 0.4, restored=True)
+        decider.observe(seen)
+        other.observe(seen._replace(restored=False))
+    assert decider.decide().budget >= 90 > other.decide().budget

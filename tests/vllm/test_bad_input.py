@@ -49,6 +49,8 @@ def configure(model: Path, pie: Any = None, **arguments: Any) -> Any:
         ({"target_slowdown": "none"}, ["--pie-target-slowdown", "none"]),
         ({"link_gbps": -1}, ["--pie-link-gbps", "-1", "GB/s above 0", "auto"]),
         ({"link_gbps": "fast"}, ["--pie-link-gbps", "fast"]),
+        ({"parking": "mru"}, ["--pie-parking", "'mru'", "arc, lru", "off"]),
+        ({"parking": True}, ["--pie-parking", "True"]),
         ({"emulated_link_gbps": 0}, ["emulated_link_gbps", "above 0"]),
         ({"pool": 1}, ["unknown pie setting pool", "pool_gib", "ring_slots", "ring_fraction"]),
         ([1], ["must be a mapping", "pool_gib"]),

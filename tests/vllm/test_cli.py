@@ -55,6 +55,7 @@ def test_all_flags_arrive() -> None:
     """Every flag has its key, and `auto` is a value."""
     more = ["--pie-pool-gib", "auto", "--pie-ring-slots", "2", "--pie-ring-fraction", "0.2"]
     more += ["--pie-target-slowdown", "0.05", "--pie-link-gbps", "20"]
+    more += ["--pie-parking", "arc"]
     found = settings_of(["--block-manager", "pie", *more])["pie"]
     assert found == {
         "pool_gib": "auto",
@@ -62,12 +63,15 @@ def test_all_flags_arrive() -> None:
         "ring_fraction": 0.2,
         "target_slowdown": 0.05,
         "link_gbps": 20.0,
+        "parking": "arc",
     }
-    assert PieConfig.from_mapping(found) == PieConfig(None, 2, 0.2, 0.05, 20.0)
+    assert PieConfig.from_mapping(found) == PieConfig(None, 2, 0.2, 0.05, 20.0, "arc")
     words = ["--pie-ring-fraction", "auto", "--pie-link-gbps", "auto"]
     assert PieConfig.from_mapping(settings_of([*PIE, *words])["pie"]) == PieConfig(0.5)
-    off = settings_of([*PIE, "--pie-target-slowdown", "off"])["pie"]
+    off = settings_of([*PIE, "--pie-target-slowdown", "off", "--pie-parking", "off"])["pie"]
     assert PieConfig.from_mapping(off).target_slowdown is None
+    assert PieConfig.from_mapping(off).parking is None
+    assert PieConfig.from_mapping(PieConfig.from_mapping(off).to_mapping()).parking is None
 
 
 @pytest.mark.parametrize("flags_first", [True, False])
