@@ -72,6 +72,11 @@ class Parking:
         """Whether anything may be parked."""
         return self._index is not None
 
+    @property
+    def any(self) -> bool:
+        """Whether anything is parked, full blocks or tails."""
+        return bool(self.tails) or len(self) > 0
+
     def __len__(self) -> int:
         """Full blocks that are parked."""
         return 0 if self._index is None else len(self._index)

@@ -125,7 +125,8 @@ class PieBlockSpaceManager(KVCacheManager):
         self.allocate_slots = self._admit
         blocks, tokens, boundary = super().get_computed_blocks(request, *args)
         self._parked = None
-        if self._restores and self.prefix_cache_lookup_enabled(request):
+        parking = self.residency.parking
+        if parking.any and self._restores and self.prefix_cache_lookup_enabled(request):
             self._parked = self._lookup.find(request, blocks.blocks[0], self._room())
             if self._parked is not None:
                 tokens = self._parked.tokens

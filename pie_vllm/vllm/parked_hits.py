@@ -71,8 +71,6 @@ class ParkedLookup:
             room: for the admission as a whole.
         """
         parking = self._residency.parking
-        if not len(parking) and not parking.tails:
-            return None
         size, count = self._block_size, len(hits)
         found = self._search(request, count, (request.num_tokens - 1) // size)
         parked = sum(isinstance(block, ParkedKey) for block in found)

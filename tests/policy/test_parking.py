@@ -246,3 +246,54 @@ def test_parked_kv_is_not_forgotten_inside_a_step() -> None:
     restore(pool.residency, [ParkedKey("x")], 0, 1)
     with pytest.raises(IntegrityError, match="cannot be forgotten"):
         pool.residency.forget_parked()
+
+
+def test_a_page_that_is_not_filled_yet_may_be_taken_again() -> None:
+    """It is neither stored nor filled then, and its KV stays parked."""
+    pool = make()
+    leave(pool, "a", "x")
+    take(pool, "b", 7)
+    pool.free("b")
+    restore(pool.residency, [ParkedKey("x")], 0, 1)
+    assert take(pool, "c", 7) is None
+    assert pool.residency.parking.has("x")
+
+
+def test_what_a_step_stores_it_cannot_copy_back() -> None:
+    """The row is not written before the copy would read it."""
+    pool = make()
+    leave(pool, "a", "x")
+    pool.tables["b"] = []
+    pool.residency.admit("b")
+    assert pool.allocate("b", 7)
+    assert len(pool.residency.parking) == 1
+    assert not pool.residency.parking.has("x")
+    pool.residency.end_step({"b": 1}, {"b"}, True, None)
+    assert pool.residency.parking.has("x")
+
+
+def test_blocks_that_came_back_are_found_for_demotion() -> None:
+    """From the step after on, without a search through all tables."""
+    pool = make()
+    leave(pool, "a", "x")
+    take(pool, "b", 7)
+    pool.free("b")
+    come_back(pool, "c", [ParkedKey("x")], residents=1)
+    victim = pool.residency.victims.private()
+    assert victim is not None
+    assert (victim.request_id, victim.index) == ("c", 0)
+
+
+def test_rows_that_a_step_reads_are_no_rows_for_demotion() -> None:
+    """Until the step is planned; then they may be given up."""
+    pool = make(pooled=2, rows=2)
+    leave(pool, "a", "x", "y")
+    take(pool, "b", 7)
+    pool.free("b")
+    queue = pool.residency.queue
+    assert queue.available_pooled == 2
+    hits = restore(pool.residency, [ParkedKey("x"), ParkedKey("y")], 0, 2)
+    assert queue.available_pooled == 0
+    cancel(pool.residency, hits)
+    pool.residency.end_step({}, (), False, None)
+    assert queue.available_pooled == 2

@@ -27,6 +27,7 @@ class Observer:
         self.dropped: list[int] = []
         self.reused: list[int] = []
         self.freed: list[int] = []
+        self.evicted: list[int] = []
 
     def make_residents_free(self, count: int) -> None:
         for _ in range(min(count, self.queue.available_pooled, len(self.used))):
@@ -43,6 +44,9 @@ class Observer:
 
     def on_resident_freed(self, block: FakeBlock) -> None:
         self.freed.append(block.block_id)
+
+    def on_evicted(self, block: FakeBlock) -> None:
+        self.evicted.append(block.block_id)
 
     def on_pooled_dropped(self, block: FakeBlock) -> None:
         self.dropped.append(block.block_id)
@@ -198,3 +202,27 @@ def test_withheld_ids_stay_blank_and_idle_ones_are_taken_in_their_place() -> Non
     assert queue.is_blank(taken[1].block_id)
     assert (queue.free_pooled, queue.available_pooled) == (3, 1)
     queue.check_integrity()
+
+
+def test_freshened_blocks_are_reused_last() -> None:
+    """What a waiting request hits is not taken for what it needs besides."""
+    queue, observer, _ = make()
+    order = [block.block_id for block in queue.get_all_free_blocks()][:RESIDENT]
+    free = queue.num_free_blocks
+    queue.freshen(queue.get_all_free_blocks()[:2])
+    found = [block.block_id for block in queue.get_all_free_blocks()][:RESIDENT]
+    assert found == [*order[2:], *order[:2]]
+    assert queue.num_free_blocks == free
+    assert not observer.reused
+    assert not observer.freed
+    queue.check_integrity()
+
+
+def test_an_idle_cached_resident_is_told_of_before_it_is_reused() -> None:
+    """What it caches may be kept elsewhere; blank ones are nobody's concern."""
+    queue, observer, _ = make()
+    cached = queue.get_all_free_blocks()[0]
+    cached.block_hash = "content"
+    taken = queue.popleft_n(2)
+    assert taken[0] is cached
+    assert observer.evicted == [cached.block_id]
