@@ -16,6 +16,7 @@ from tests.helpers.cuda_calls import Cuda
 from tests.helpers.gather_kernel import GatherKernel, gather_kernel
 from tests.helpers.standin import include_folder, load
 from tests.transfer.driving import PAGE, View, geometry
+from tests.transfer.graphing import GraphModel
 
 
 @pytest.fixture(params=["host", "cuda"])
@@ -84,6 +85,21 @@ def stream(engine: TransferEngine) -> DriverStream:
 def view(engine: TransferEngine) -> View:
     """What its pages and rows hold."""
     return View(engine)
+
+
+@pytest.fixture
+def capture(make_engine: object) -> Iterator[Callable[..., GraphModel]]:
+    """Makes captured models, as ``GraphModel`` does, and ends them before their engine."""
+    del make_engine
+    made: list[GraphModel] = []
+
+    def make(engine: TransferEngine, stream: DriverStream, **options: Any) -> GraphModel:
+        made.append(GraphModel(engine, stream, **options))
+        return made[-1]
+
+    yield make
+    for model in made:
+        model.close()
 
 
 @pytest.fixture

@@ -101,10 +101,10 @@ class GraphModel:
         return self.engine.end_step()
 
     def close(self) -> None:
-        """Once no replay is under way."""
-        self.stream.synchronize()
+        """Once no replay is under way; again is fine."""
         if self.executable:
-            self.cuda.do("cuGraphExecDestroy", self.executable)
+            self.cuda.result("cuStreamSynchronize", self.stream.id)
+            self.cuda.result("cuGraphExecDestroy", self.executable)
         self.executable = 0
 
     def _host(self, body: Callable[[], object]) -> None:

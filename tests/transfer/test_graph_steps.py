@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -16,7 +16,7 @@ from tests.transfer.driving import View, geometry, inject, latched, plan, run_st
 from tests.transfer.graphing import GraphModel
 
 MakeEngine = Callable[..., TransferEngine]
-MakeModel = Callable[..., GraphModel]
+Capture = Callable[..., GraphModel]
 pytestmark = pytest.mark.usefixtures("kernel")
 LAYERS = range(6)
 PIECES = 4
@@ -39,23 +39,9 @@ def engine(make_engine: MakeEngine) -> TransferEngine:
 
 
 @pytest.fixture
-def make_model(engine: TransferEngine, stream: DriverStream) -> Iterator[MakeModel]:
-    """Captured models, ended after the test."""
-    made: list[GraphModel] = []
-
-    def make(**options: object) -> GraphModel:
-        made.append(GraphModel(engine, stream, **options))  # type: ignore[arg-type]
-        return made[-1]
-
-    yield make
-    for model in made:
-        model.close()
-
-
-@pytest.fixture
-def model(make_model: MakeModel) -> GraphModel:
+def model(capture: Capture, engine: TransferEngine, stream: DriverStream) -> GraphModel:
     """One that writes nothing."""
-    return make_model()
+    return capture(engine, stream)
 
 
 class Seen:
@@ -229,14 +215,14 @@ def test_debug_switches(make_engine: MakeEngine, word: str, fits: bool) -> None:
     assert engine.begin_step(plan(1), graph=True) is fits
 
 
-def test_skipped_loads_are_skipped_in_graphs_too(make_engine: MakeEngine) -> None:
+def test_skipped_loads_are_skipped_in_graphs_too(make_engine: MakeEngine, capture: Capture) -> None:
     engine = make_engine(debug=("skip_loads",))
     engine.use_graphs(IMAGE, PIECES)
     stream, view = DriverStream(engine), View(engine)
-    model = GraphModel(engine, stream)
+    model = capture(engine, stream)
     view.write_row(0, 5)
     stats = model.run(plan(1, loads=((8, 0, 1),)))
-    model.close()
+    stream.synchronize()
     assert not any(view.holds(layer, 8, 5) for layer in LAYERS)
     assert stats.bytes_loaded == 0
 
@@ -327,10 +313,10 @@ def test_the_head_is_loaded_before_the_replay(
 
 
 def test_the_replay_waits_for_the_stores(
-    make_model: MakeModel, stream: DriverStream, view: View
+    capture: Capture, engine: TransferEngine, stream: DriverStream, view: View
 ) -> None:
     """Its writes, and its loads of the rows."""
-    model = make_model(written=(1,))
+    model = capture(engine, stream, written=(1,))
     view.write_all(1, 3)
     inject(model.engine, "late", direction="store", milliseconds=10)
     seen = Seen(view, b8=3)
@@ -343,10 +329,10 @@ def test_the_replay_waits_for_the_stores(
 
 
 def test_later_stores_wait_for_the_replay(
-    make_model: MakeModel, stream: DriverStream, view: View
+    capture: Capture, engine: TransferEngine, stream: DriverStream, view: View
 ) -> None:
     """They take what it wrote, and go to rows that it read."""
-    model = make_model(written=(1,))
+    model = capture(engine, stream, written=(1,))
     view.write_row(0, 3)
     seen = Seen(view, b8=3)
 
@@ -401,11 +387,10 @@ def test_the_head_does_not_wait_for_what_follows_the_replay(
 
 
 def test_a_new_compute_stream_comes_after_the_replay(
-    make_model: MakeModel, engine: TransferEngine, stream: DriverStream, view: View
+    capture: Capture, engine: TransferEngine, stream: DriverStream, view: View
 ) -> None:
     """Its tables too: they are emptied first."""
-    model, other_stream = make_model(), DriverStream(engine)
-    other = GraphModel(engine, other_stream)
+    model, other = capture(engine, stream), capture(engine, DriverStream(engine))
     view.write_row(0, 3)
     view.write_row(1, 4)
     first, second = Seen(view, b8=3), Seen(view, b8=4)
@@ -416,26 +401,26 @@ def test_a_new_compute_stream_comes_after_the_replay(
 
     model.run(plan(1, loads=((8, 0, 1),)), attend=slow)
     other.run(plan(2, loads=((8, 1, 1),)), attend=second)
-    other.close()
+    other.stream.synchronize()
     stream.synchronize()
     first.check()
     second.check()
 
 
 def test_a_chunk_is_given_back_only_after_the_replay(
-    make_engine: MakeEngine, kernel: GatherKernel
+    make_engine: MakeEngine, capture: Capture, kernel: GatherKernel
 ) -> None:
     """Which reads its rows; the stand-in sees memory that goes too early."""
     engine = make_engine()
     engine.use_graphs(IMAGE, PIECES)
     stream, view = DriverStream(engine), View(engine)
-    model = GraphModel(engine, stream)
+    model = capture(engine, stream)
     view.write_row(7, 3)
     seen = Seen(view, b8=3)
     kernel.wait(3)
     model.run(plan(1, loads=((8, 7, 1),)), attend=seen)
     engine.release_chunk(1)
-    model.close()
+    stream.synchronize()
     seen.check()
 
 
@@ -456,7 +441,7 @@ def test_tables_are_not_written_while_a_replay_may_read_them(
         seen.check()
 
 
-def test_two_steps_in_flight_do_not_block(
+def test_steps_in_flight_do_not_block(
     model: GraphModel, stream: DriverStream, view: View
 ) -> None:
     view.write_row(0, 3)
@@ -492,12 +477,12 @@ def test_promotions_of_an_aborted_step_are_made(
     seen.check()
 
 
-def test_a_chunk_that_came_back_elsewhere(make_engine: MakeEngine) -> None:
+def test_a_chunk_that_came_back_elsewhere(make_engine: MakeEngine, capture: Capture) -> None:
     """The same runs mean other addresses then: the tables are written again."""
     engine = make_engine()
     engine.use_graphs(IMAGE, PIECES)
     stream, view = DriverStream(engine), View(engine)
-    model = GraphModel(engine, stream)
+    model = capture(engine, stream)
     for step in range(1, 4):
         view.write_row(7, step)
         seen = Seen(view, b8=step)
@@ -509,7 +494,6 @@ def test_a_chunk_that_came_back_elsewhere(make_engine: MakeEngine) -> None:
         engine.commit_chunk(1)
         for other in held:
             other.close()
-    model.close()
 
 
 # Proof that the graph copied.
@@ -546,12 +530,13 @@ def end_by_abort(model: GraphModel) -> None:
 def test_a_replay_that_did_not_copy_all_layers_fails_the_engine(
     model: GraphModel, kernel: GatherKernel, end: Callable[[GraphModel], None], lost: str
 ) -> None:
-    assert model.engine.begin_step(plan(1), model.stream.id, graph=True)
-    model.engine.enter_graph()
-    if lost == "count":
-        kernel.uncount()
-        model.launch()
-    model.engine.end_step()
+    with latched(model.stream):
+        assert model.engine.begin_step(plan(1), model.stream.id, graph=True)
+        model.engine.enter_graph()
+        if lost == "count":
+            kernel.uncount()
+            model.launch()
+        model.engine.end_step()
     model.stream.synchronize()
     kernel.reset()
     with pytest.raises(GateError, match="the graph of step 1 copied 0 layers and not 6"):
@@ -562,12 +547,22 @@ def test_a_replay_that_did_not_copy_all_layers_fails_the_engine(
     model.engine.drain()
 
 
+def test_the_step_itself_fails_where_its_count_is_there(model: GraphModel) -> None:
+    """The stand-in's default stream is over when the call returns."""
+    engine = model.engine
+    assert engine.begin_step(plan(1), 0, graph=True)
+    engine.enter_graph()
+    with pytest.raises(GateError, match="the graph of step 1 copied 0 layers"):
+        engine.end_step()
+
+
 def test_a_graph_launched_twice_is_found(model: GraphModel) -> None:
-    assert model.engine.begin_step(plan(1), model.stream.id, graph=True)
-    model.engine.enter_graph()
-    model.launch()
-    model.launch()
-    model.engine.end_step()
+    with latched(model.stream):
+        assert model.engine.begin_step(plan(1), model.stream.id, graph=True)
+        model.engine.enter_graph()
+        model.launch()
+        model.launch()
+        model.engine.end_step()
     with pytest.raises(GateError, match="copied 12 layers"):
         model.engine.drain()
 
@@ -575,9 +570,11 @@ def test_a_graph_launched_twice_is_found(model: GraphModel) -> None:
 def test_close_tells_of_it_and_gives_everything_back(make_engine: MakeEngine) -> None:
     engine = make_engine()
     engine.use_graphs(IMAGE, PIECES)
-    assert engine.begin_step(plan(1), graph=True)
-    engine.enter_graph()
-    engine.end_step()
+    stream = DriverStream(engine)
+    with latched(stream):
+        assert engine.begin_step(plan(1), stream.id, graph=True)
+        engine.enter_graph()
+        engine.end_step()
     with pytest.raises(GateError, match="step 1"):
         engine.close()
     assert load().live() == []
