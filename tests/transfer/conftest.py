@@ -17,6 +17,7 @@ from tests.helpers.gather_kernel import GatherKernel, gather_kernel
 from tests.helpers.standin import include_folder, load
 from tests.transfer.driving import PAGE, View, geometry
 from tests.transfer.graphing import GraphModel
+from tests.transfer.standin_fixtures import Graphs
 
 
 @pytest.fixture(params=["host", "cuda"])
@@ -103,6 +104,14 @@ def capture(make_engine: object) -> Iterator[Callable[..., GraphModel]]:
 
 
 @pytest.fixture
+def model(
+    capture: Callable[..., GraphModel], engine: TransferEngine, stream: DriverStream
+) -> GraphModel:
+    """One that writes nothing; the engine is prepared for graphs."""
+    return capture(engine, stream)
+
+
+@pytest.fixture
 def run_native() -> Callable[..., str]:
     """Runs a sanitizer build without address randomisation, which old libtsan needs."""
 
@@ -138,6 +147,14 @@ def cuda() -> Iterator[Cuda]:
     live = loaded.live()
     loaded.reset()
     assert not live
+
+
+@pytest.fixture
+def graphs(cuda: Cuda) -> Iterator[Graphs]:
+    """Captures on the stand-in, and what they made, ended after the test."""
+    graphs = Graphs(cuda)
+    yield graphs
+    graphs.close()
 
 
 @pytest.fixture

@@ -13,12 +13,13 @@ from pie_vllm.transfer.stats import StepStats
 from pie_vllm.transfer.streams import DriverStream
 from tests.helpers.cuda_calls import Cuda
 from tests.helpers.standin import load
-from tests.transfer.standin_fixtures import HOST_FN
-
-GLOBAL = 0
-"""The mode of capture that torch uses."""
+from tests.transfer.driving import View
+from tests.transfer.standin_fixtures import GLOBAL, HOST_FN
 
 Body = Callable[[int], Any] | None
+LAYERS = range(6)
+PIECES = 4
+"""That tables of these tests hold."""
 
 
 class GraphModel:
@@ -125,3 +126,24 @@ class GraphModel:
         address = self.engine.arena.address + geometry.page_offset(layer, block)
         size = blocks * geometry.page_bytes
         assert load().access(self.stream.id, address, size, write=write) == 0
+
+
+class Seen:
+    """Layers whose attention ran, and those that did not find what blocks must hold."""
+
+    def __init__(self, view: View, **holds: int) -> None:
+        self.view = view
+        self.holds = {int(block[1:]): tag for block, tag in holds.items()}
+        self.layers: list[int] = []
+        self.wrong: list[tuple[int, int]] = []
+
+    def __call__(self, layer: int) -> None:
+        self.layers.append(layer)
+        self.wrong += [
+            (layer, block)
+            for block, tag in self.holds.items()
+            if not self.view.holds(layer, block, tag)
+        ]
+
+    def check(self) -> None:
+        assert (self.wrong, self.layers) == ([], list(LAYERS))

@@ -77,9 +77,7 @@ class Partial:
                 getattr(self.engine, name)(layer)
             self.engine.end_capture()
         finally:
-            self.code = self.cuda.result(
-                "cuStreamEndCapture", self.stream.id, ctypes.byref(graph)
-            )
+            self.code = self.cuda.result("cuStreamEndCapture", self.stream.id, ctypes.byref(graph))
             if self.code == 0:
                 self.cuda.do("cuGraphDestroy", graph.value)
         return self.code
