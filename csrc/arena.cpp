@@ -5,25 +5,6 @@
 namespace pie {
 namespace {
 
-// A physical allocation; once mapped, the mappings keep the memory.
-class Physical {
- public:
-  Physical(Driver& driver, size_t bytes) : driver_(&driver), handle_(driver.create(bytes)) {}
-  Physical(Physical&& other) noexcept : driver_(other.driver_), handle_(other.handle_) {
-    other.driver_ = nullptr;
-  }
-  Physical(const Physical&) = delete;
-  Physical& operator=(const Physical&) = delete;
-  ~Physical() {
-    if (driver_ != nullptr) driver_->release(handle_);
-  }
-  Handle handle() const { return handle_; }
-
- private:
-  Driver* driver_;
-  Handle handle_;
-};
-
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
@@ -56,6 +37,15 @@ Geometry::Geometry(const pie_geometry& given)
   num_chunks = (rows + chunk_rows - 1) / chunk_rows;
   device_bytes = layers * layer_resident_bytes + slots * slot_bytes;
   host_bytes = rows * layers * page;
+}
+
+DeviceBlock::DeviceBlock(Driver& driver, size_t bytes)
+    : bytes_(static_cast<size_t>(round_up(static_cast<int64_t>(bytes),
+                                          static_cast<int64_t>(driver.granularity())))),
+      range_(driver, bytes_, 0),
+      mapping_(driver, range_.address(), bytes_, Physical(driver, bytes_).handle()) {
+  driver.set_access(address(), bytes_);
+  driver.zero(address(), bytes_);
 }
 
 Arena::Arena(Driver& driver, const Geometry& geometry)

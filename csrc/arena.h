@@ -40,6 +40,25 @@ class Reservation {
   const Address address_;
 };
 
+// A physical allocation; once mapped, the mappings keep the memory.
+class Physical {
+ public:
+  Physical(Driver& driver, size_t bytes) : driver_(&driver), handle_(driver.create(bytes)) {}
+  Physical(Physical&& other) noexcept : driver_(other.driver_), handle_(other.handle_) {
+    other.driver_ = nullptr;
+  }
+  Physical(const Physical&) = delete;
+  Physical& operator=(const Physical&) = delete;
+  ~Physical() {
+    if (driver_ != nullptr) driver_->release(handle_);
+  }
+  Handle handle() const { return handle_; }
+
+ private:
+  Driver* driver_;
+  Handle handle_;
+};
+
 // One mapping; ends with its unmap.
 class Mapping {
  public:
@@ -61,6 +80,18 @@ class Mapping {
   Driver* driver_;
   Address address_;
   size_t bytes_;
+};
+
+// Zeroed device memory of its own.
+class DeviceBlock {
+ public:
+  DeviceBlock(Driver& driver, size_t bytes);
+  Address address() const { return range_.address(); }
+
+ private:
+  const size_t bytes_;
+  const Reservation range_;
+  const Mapping mapping_;
 };
 
 // Maps everything once; a failure half-way gives all of it back. No work may use the memory when

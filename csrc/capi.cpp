@@ -1,5 +1,6 @@
 // The C interface: exceptions become codes, and nothing else happens here.
 #include <exception>
+#include <memory>
 #include <new>
 #include <string>
 
@@ -49,7 +50,10 @@ int pie_open(const pie_geometry* geometry, const char* kind, double link_bytes_p
 }
 
 int pie_close(pie_engine* engine) {
-  return guarded([&] { delete engine; });
+  return guarded([&] {
+    const std::unique_ptr<pie_engine> ends(engine);
+    engine->engine.finish();
+  });
 }
 
 int pie_arena(pie_engine* engine, uint64_t* address, int64_t* virtual_bytes) {
@@ -89,6 +93,14 @@ int pie_release_chunk(pie_engine* engine, int64_t chunk) {
 
 int pie_begin_step(pie_engine* engine, const pie_plan* plan, uint64_t compute_stream) {
   return guarded([&] { engine->engine.begin_step(*plan, compute_stream); });
+}
+int pie_begin_graph_step(pie_engine* engine, const pie_plan* plan, uint64_t compute_stream,
+                         int* fits) {
+  return guarded(
+      [&] { *fits = engine->engine.begin_step(*plan, compute_stream, true) ? 1 : 0; });
+}
+int pie_enter_graph(pie_engine* engine) {
+  return guarded([&] { engine->engine.enter_graph(); });
 }
 int pie_before_write(pie_engine* engine, int64_t layer) {
   return guarded([&] { engine->engine.before_write(layer); });
@@ -132,6 +144,19 @@ int pie_use_gather(pie_engine* engine, const void* image, int64_t size, int64_t 
     driver(engine).use_gather(image, static_cast<size_t>(size),
                               static_cast<size_t>(threshold_bytes), blocks);
   });
+}
+int pie_use_graphs(pie_engine* engine, const void* image, int64_t size, int64_t pieces,
+                   int blocks) {
+  return guarded([&] {
+    if (size < 0) throw pie::Error(PIE_ERR_CONFIG, "a size below 0");
+    engine->engine.use_graphs(image, static_cast<size_t>(size), pieces, blocks);
+  });
+}
+int pie_begin_capture(pie_engine* engine, uint64_t compute_stream) {
+  return guarded([&] { engine->engine.begin_capture(compute_stream); });
+}
+int pie_end_capture(pie_engine* engine) {
+  return guarded([&] { engine->engine.end_capture(); });
 }
 
 int pie_counters_of(pie_engine* engine, int direction, pie_counters* counters) {

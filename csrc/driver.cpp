@@ -44,6 +44,14 @@ void Driver::use_gather(const void*, size_t, size_t, int) {
   throw Error(PIE_ERR_UNSUPPORTED, "this driver has no kernels; the gather kernel is CUDA's");
 }
 
+void Driver::load_gather(const void*, size_t, int) {
+  throw Error(PIE_ERR_UNSUPPORTED, "this driver runs no kernels, so no CUDA graph can copy");
+}
+void Driver::launch_gather(Stream, Address, Address, Address) { load_gather(nullptr, 0, 0); }
+void Driver::copy_rows(Stream, Direction, const CopyRows&) { load_gather(nullptr, 0, 0); }
+Address Driver::reach(Address host) const { return host; }
+bool Driver::stream_is_capturing(Stream) { return false; }
+
 void Driver::inject(int, int, double, double, uint64_t) {
   throw Error(PIE_ERR_UNSUPPORTED, "this driver has no fault injection; use the host driver");
 }

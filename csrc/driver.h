@@ -28,6 +28,16 @@ struct CopyOp {
   size_t bytes;
 };
 
+// Rows of equal length; those of each side lie its pitch apart.
+struct CopyRows {
+  Address dst;
+  size_t dst_pitch;
+  Address src;
+  size_t src_pitch;
+  size_t bytes;  // of a row
+  size_t rows;
+};
+
 // Of copies that are complete: bytes copied, seconds that copies of this direction took, copies.
 struct Counters {
   int64_t bytes = 0;
@@ -88,6 +98,19 @@ class Driver {
   // the kernel in the image (gather.cu), with a grid of `blocks`. 0: none are. An error changes
   // nothing.
   virtual void use_gather(const void* image, size_t size, size_t threshold_bytes, int blocks);
+
+  // For captured steps; only a device with kernels has them.
+  // Loads the kernel in the image for launch_gather, and tries it. An error changes nothing.
+  virtual void load_gather(const void* image, size_t size, int blocks);
+  // Copies the pieces (CopyOp, the source as reach() says) that the table holds when this runs, and
+  // adds 1 to *copied. May be captured.
+  virtual void launch_gather(Stream stream, Address table, Address count, Address copied);
+  // Where kernels find an address of host memory.
+  virtual Address reach(Address host) const;
+  // A small copy of the engine's own data, which no counter knows.
+  virtual void copy_rows(Stream stream, Direction direction, const CopyRows& rows);
+  virtual bool stream_is_capturing(Stream stream);
+
   // PIE_FAULT_*; only the host driver has faults.
   virtual void inject(int fault, int directions, double a, double b, uint64_t seed);
 };

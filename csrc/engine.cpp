@@ -20,7 +20,7 @@ int64_t at_start(const Geometry& geometry, int64_t chunks) {
 
 }  // namespace
 
-LayerEvents::LayerEvents(Driver& driver, int64_t layers) : barrier(driver) {
+LayerEvents::LayerEvents(Driver& driver, int64_t layers) : barrier(driver), replayed(driver) {
   for (int64_t l = 0; l < layers; ++l) {
     ready.emplace_back(driver);
     stored.emplace_back(driver);
@@ -58,22 +58,33 @@ void Engine::or_abort(Body&& body) {
   }
 }
 
-void Engine::begin_step(const pie_plan& plan, Stream compute) {
+bool Engine::begin_step(const pie_plan& plan, Stream compute, bool graph) {
   open_step(plan, true, compute);
+  step_.fits = graph && fits_graph();
   or_abort([&] {
     submit_barrier();
     if (!step_.stores.empty()) {
       for (int64_t l = 0; l < geometry_.layers; ++l) submit_store(l);
     }
-    if (step_.streams_in && !debug(PIE_DEBUG_LATE_SUBMIT)) {
-      for (int64_t l = 0; l < geometry_.slots; ++l) submit_load(l);
+    if (!step_.fits) {
+      submit_first_loads();
+    } else if (step_.streams_in) {
+      for (int64_t l = 0; l < kHead; ++l) submit_load(l);
     }
   });
+  return step_.fits;
+}
+
+void Engine::submit_first_loads() {
+  if (!step_.streams_in || debug(PIE_DEBUG_LATE_SUBMIT)) return;
+  while (step_.next_load < geometry_.slots) submit_load(step_.next_load);
 }
 
 // Rule 4: a layer's KV write comes after the store that reads the same pages.
 void Engine::before_write(int64_t layer) {
   check_layer(layer);
+  if (capturing()) return graphs_->capture.before_write(layer);
+  submit_first_loads();
   if (!store_pending_[static_cast<size_t>(layer)]) return;
   wait_on_compute(events_->stored[static_cast<size_t>(layer)]);
   store_pending_[static_cast<size_t>(layer)] = false;
@@ -84,7 +95,9 @@ void Engine::before_write(int64_t layer) {
 void Engine::before_attention(int64_t layer) {
   check_layer(layer);
   if (debug(PIE_DEBUG_SKIP_GATE) && layer == geometry_.layers / 2) return;
-  step_.gated.push_back(layer);
+  if (capturing()) return graphs_->capture.before_attention(layer);
+  submit_first_loads();
+  step_.gates.gated.push_back(layer);
   if (!step_.streams_in) return;
   wait_on_compute(events_->ready[static_cast<size_t>(layer)]);
   if (debug(PIE_DEBUG_LATE_SUBMIT)) submit_load(layer);
@@ -93,7 +106,9 @@ void Engine::before_attention(int64_t layer) {
 // Rule 6: the slot is free for layer + B only when this attention is over.
 void Engine::after_attention(int64_t layer) {
   check_layer(layer);
-  step_.left.push_back(layer);
+  if (capturing()) return graphs_->capture.after_attention(layer);
+  submit_first_loads();
+  step_.gates.left.push_back(layer);
   driver_->event_record(events_->done[static_cast<size_t>(layer)], step_.compute);
   const int64_t next = layer + geometry_.slots;
   if (step_.streams_in && next < geometry_.layers && !debug(PIE_DEBUG_LATE_SUBMIT)) {
@@ -104,20 +119,27 @@ void Engine::after_attention(int64_t layer) {
 pie_stats Engine::end_step() {
   if (!step_.open) throw Error(PIE_ERR_STATE, "end_step without begin_step");
   try {
-    check_gates();
+    if (!step_.in_graph) {
+      step_.gates.check("step " + std::to_string(step_.number), geometry_.layers);
+    }
   } catch (const Error&) {
     abort_step();
     throw;
   }
   // Layers whose write was not announced: the next step must not overtake their stores.
   try {
-    for (int64_t l = 0; l < geometry_.layers; ++l) before_write(l);
+    if (step_.in_graph) {
+      leave_graph();
+    } else {
+      for (int64_t l = 0; l < geometry_.layers; ++l) before_write(l);
+    }
   } catch (const Error&) {
     step_.open = false;
     throw;
   }
   const pie_stats stats = close_step();
   check_streams();
+  check_replays(false);
   return stats;
 }
 
@@ -147,6 +169,8 @@ pie_stats Engine::run_idle(const pie_plan& plan, Stream compute) {
 
 void Engine::abort_step() {
   stall_.drop();
+  // Rule 18: a replay may be under way, or there may be none: its promotions are made again, after it.
+  if (step_.open && step_.in_graph) wait_for_compute();
   if (step_.open && driver_->stream_error(h2d_).empty()) finish_promotions();
   step_.open = false;
   for (const Stream stream : {Stream{d2h_}, Stream{h2d_}, last_compute_}) {
@@ -157,11 +181,23 @@ void Engine::abort_step() {
     }  // PIE_ERR_STATE: the compute stream is gone
   }
   reset_events();
+  if (graphs_ == nullptr) return;
+  graphs_->tables.drop(h2d_);
+  check_replays(true);
+}
+
+// Nothing is said of what failed there.
+void Engine::wait_for_compute() {
+  try {
+    driver_->stream_synchronize(last_compute_);
+  } catch (const Error&) {
+  }
 }
 
 void Engine::drain() {
   driver_->stream_synchronize(d2h_);
   driver_->stream_synchronize(h2d_);
+  check_replays(true);
 }
 
 void Engine::zero_ring() {

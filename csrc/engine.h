@@ -9,6 +9,9 @@
 #include <vector>
 
 #include "arena.h"
+#include "gates.h"
+#include "graph_capture.h"
+#include "graph_tables.h"
 #include "owned.h"
 #include "plan.h"
 #include "pool.h"
@@ -23,6 +26,16 @@ struct LayerEvents {
   std::vector<OwnedEvent> stored;  // D2H stream: the layer's stores are out
   std::vector<OwnedEvent> done;    // compute: the layer's attention is over
   OwnedEvent barrier;              // compute: all that was submitted before the step
+  OwnedEvent replayed;             // compute: the newest replay of a step is over
+};
+
+// What steps in CUDA graphs need, from use_graphs() on.
+struct Graphs {
+  Graphs(Driver& driver, const Geometry& geometry, int64_t pieces)
+      : tables(driver, geometry.layers, pieces),
+        capture(driver, tables, geometry.layers, geometry.slots) {}
+  GraphTables tables;
+  GraphCapture capture;
 };
 
 class Engine {
@@ -41,8 +54,11 @@ class Engine {
   Driver& driver() { return *driver_; }
 
   // Submits all stores, and promotions and loads of the first B layers. A bad plan throws
-  // PIE_ERR_PLAN and changes nothing; a submission that fails throws and aborts the step.
-  void begin_step(const pie_plan& plan, Stream compute);
+  // PIE_ERR_PLAN and changes nothing; a submission that fails throws and aborts the step. `graph`:
+  // true where the step fits a graph; then only the head is loaded, the rest by the first gate.
+  bool begin_step(const pie_plan& plan, Stream compute, bool graph = false);
+  // The launch of a graph follows: the step has no gates.
+  void enter_graph();
   void before_write(int64_t layer);      // later writes of the layer come after its stores
   void before_attention(int64_t layer);  // later reads of the layer come after its loads
   void after_attention(int64_t layer);   // submits the loads of layer + B
@@ -55,6 +71,14 @@ class Engine {
   void abort_step();
   // Waits for the copies submitted so far. Throws PIE_ERR_TRANSFER when one failed.
   void drain();
+  // Waits for all work; throws PIE_ERR_GATE when the graph of a step did not copy all its layers.
+  void finish();
+
+  // Captured steps: tables and kernel, once. An error changes nothing.
+  void use_graphs(const void* image, size_t size, int64_t pieces, int blocks);
+  // Between the two, gate calls put copies into the capture of `compute`.
+  void begin_capture(Stream compute);
+  void end_capture();
 
   // Throws PIE_ERR_TRANSFER. Needs an idle device; leaves ring, rows and pages it used zeroed.
   void self_test();
@@ -68,6 +92,8 @@ class Engine {
 
  private:
   friend class SelfTest;
+  // Layers that a step in a graph loads ahead of it, in the gap between two steps.
+  static constexpr int64_t kHead = 1;
   struct Step {
     bool open = false;
     int64_t number = 0;
@@ -77,8 +103,10 @@ class Engine {
     bool barrier = false;     // what the compute did before is not known
     Stream before = 0;        // compute stream of the step before
     int64_t next_load = 0;    // the first layer whose loads are not submitted
+    bool fits = false;        // a graph
+    bool in_graph = false;
     Runs stores, promotions;
-    std::vector<int64_t> gated, left;  // layers in the order of their gate calls
+    Gates gates;
     pie_stats stats{};
   };
 
@@ -88,14 +116,20 @@ class Engine {
   void submit_barrier();
   void submit_store(int64_t layer);
   void submit_load(int64_t layer);
+  void submit_first_loads();
   void finish_promotions();
+  bool fits_graph() const;
+  bool capturing() const { return graphs_ != nullptr && graphs_->capture.on(); }
+  LayerPieces graph_pieces() const;
+  void leave_graph();
+  void check_replays(bool wait);
+  void wait_for_compute();
   void wait_on_compute(Event event);
   int64_t copy_runs(Stream stream, Direction direction, const Runs& runs, int64_t layer);
   void check_streams();
   void check_layer(int64_t layer) const;
   void check_held(const char* name, const Runs& runs) const;
   void check_chunk(int64_t chunk) const;
-  void check_gates() const;
   pie_stats close_step();
   void reset_events();
   bool debug(uint32_t flag) const { return (debug_ & flag) != 0; }
@@ -108,6 +142,7 @@ class Engine {
   Pool pool_;
   const OwnedStream h2d_, d2h_;
   std::unique_ptr<LayerEvents> events_;
+  std::unique_ptr<Graphs> graphs_;  // null: use_graphs() was not called
 
   Step step_;
   Runs loads_;  // of the newest step

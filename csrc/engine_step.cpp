@@ -1,7 +1,6 @@
 // The inside of a step: opening, submitting one layer's copies, checking, closing.
 #include <algorithm>
 #include <chrono>
-#include <numeric>
 #include <string>
 #include <utility>
 
@@ -16,14 +15,6 @@ using Now = std::chrono::steady_clock;
 // microsecond or two each, and a step needs two a layer.
 constexpr int64_t kSampleEvery = 4;
 
-std::string names(const std::vector<int64_t>& layers) {
-  std::string text;
-  for (size_t i = 0; i < layers.size() && i < 16; ++i) {
-    text += (i == 0 ? "" : ", ") + std::to_string(layers[i]);
-  }
-  return layers.size() > 16 ? text + ", ..." : text;
-}
-
 }  // namespace
 
 void Engine::open_step(const pie_plan& plan, bool forward, Stream compute) {
@@ -31,7 +22,9 @@ void Engine::open_step(const pie_plan& plan, bool forward, Stream compute) {
     throw Error(PIE_ERR_STATE, "step " + std::to_string(plan.step) + " begins inside step " +
                                    std::to_string(step_.number) + "; end or abort that first");
   }
+  if (capturing()) throw Error(PIE_ERR_STATE, "a step begins inside a capture; end that first");
   check_streams();
+  check_replays(false);
   driver_->stream_error(compute);  // throws where there is no such stream
   const int64_t resident = geometry_.resident;
   Step step;
@@ -57,8 +50,7 @@ void Engine::open_step(const pie_plan& plan, bool forward, Stream compute) {
     check_held("load", loads_);
   }
   step.forward = forward;
-  step.gated.reserve(static_cast<size_t>(geometry_.layers));
-  step.left.reserve(static_cast<size_t>(geometry_.layers));
+  step.gates.reserve(geometry_.layers);
   step.streams_in = !step.promotions.empty() || (forward && !loads_.empty());
   step.stats.step = plan.step;
   step.open = true;
@@ -89,6 +81,8 @@ void Engine::submit_barrier() {
   }
   driver_->stream_wait(step_.compute, events_->stored[last]);
   driver_->stream_wait(step_.compute, events_->ready[last]);
+  driver_->stream_wait(step_.compute, events_->replayed);
+  if (graphs_ != nullptr) driver_->stream_wait(step_.compute, graphs_->tables.emptied());
 }
 
 // Rule 1: after the last compute that wrote or read the pages (done), and after every earlier load
@@ -168,7 +162,13 @@ void Engine::check_streams() {
 }
 
 void Engine::check_layer(int64_t layer) const {
-  if (!step_.open) throw Error(PIE_ERR_STATE, "a gate was called without begin_step");
+  if (!step_.open && !capturing()) {
+    throw Error(PIE_ERR_STATE, "a gate was called without begin_step");
+  }
+  if (step_.open && step_.in_graph) {
+    throw Error(PIE_ERR_STATE, "a gate was called in step " + std::to_string(step_.number) +
+                                   ", which runs in a graph");
+  }
   if (layer < 0 || layer >= geometry_.layers) {
     throw Error(PIE_ERR_GATE, "no layer " + std::to_string(layer) + "; there are " +
                                   std::to_string(geometry_.layers));
@@ -183,27 +183,6 @@ void Engine::check_held(const char* name, const Runs& runs) const {
   }
 }
 
-void Engine::check_gates() const {
-  std::vector<int64_t> all(static_cast<size_t>(geometry_.layers));
-  std::iota(all.begin(), all.end(), 0);
-  if (step_.gated == all && step_.left == all) return;
-  std::vector<int64_t> missed, twice;
-  for (int64_t l = 0; l < geometry_.layers; ++l) {
-    const auto in = std::count(step_.gated.begin(), step_.gated.end(), l);
-    const auto out = std::count(step_.left.begin(), step_.left.end(), l);
-    if (in < 1 || out < 1) missed.push_back(l);
-    if (in > 1 || out > 1) twice.push_back(l);
-  }
-  std::string text;
-  if (!missed.empty()) text += "; without their gate: layers " + names(missed);
-  if (!twice.empty()) text += "; more than once: layers " + names(twice);
-  if (text.empty()) text += "; out of order: layers " + names(step_.gated);
-  throw Error(PIE_ERR_GATE, "step " + std::to_string(step_.number) + " passed " +
-                                std::to_string(step_.gated.size()) + " gates of " +
-                                std::to_string(geometry_.layers) + text +
-                                ". What such a layer read may be another layer's KV");
-}
-
 pie_stats Engine::close_step() {
   step_.open = false;
   const Counters in = driver_->counters(Direction::kHostToDevice);
@@ -213,7 +192,8 @@ pie_stats Engine::close_step() {
   step_.stats.store_seconds = out.seconds - reported_out_.seconds;
   reported_in_ = in;
   reported_out_ = out;
-  step_.stats.gates = static_cast<int64_t>(step_.gated.size());
+  step_.stats.gates =
+      step_.in_graph ? geometry_.layers : static_cast<int64_t>(step_.gates.gated.size());
   stall_.end();
   if (driver_->stream_is_inline(step_.compute)) {
     step_.stats.stall_step = step_.number;

@@ -1,11 +1,11 @@
 // Copies many pieces from mapped host memory to device memory in one launch.
 //
-//   pie_gather<<<grid, block>>>(table, count)
+//   pie_gather<<<grid, block>>>(table, count, copied)
 //
 // `table` holds `*count` pieces {dst, src, bytes}; both lie in device memory at addresses that do
 // not change, so that a captured launch may be replayed: what they hold may change between
 // launches, and count 0 makes a launch do nothing. Pieces may have any size and alignment and must
-// not overlap.
+// not overlap. `copied`, unless null, counts launches: proof that a captured one was replayed.
 //
 // The link is filled by bytes in flight and not by SMs (SGLang #40278 reads 48 GB/s a block with
 // the registers of one, when the link answers after 1.3 us). A warp has 4 KiB in flight, a block of
@@ -246,8 +246,10 @@ PIE_FN void gather_block(const Piece* table, u64 count, Scan& scan, u32 cta, u32
 
 #ifdef __CUDACC__
 extern "C" __global__ void __launch_bounds__(pie_gather_detail::kMaxThreads)
-    pie_gather(const pie_gather_detail::Piece* table, const unsigned long long* count) {
+    pie_gather(const pie_gather_detail::Piece* table, const unsigned long long* count,
+               unsigned long long* copied) {
   __shared__ pie_gather_detail::Scan scan;
   pie_gather_detail::gather_block(table, *count, scan, blockIdx.x, gridDim.x, blockDim.x);
+  if (copied != nullptr && blockIdx.x == 0 && threadIdx.x == 0) atomicAdd(copied, 1ull);
 }
 #endif

@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define PIE_ABI_VERSION 4
+#define PIE_ABI_VERSION 5
 #define PIE_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -106,6 +106,13 @@ PIE_API int pie_release_chunk(pie_engine* engine, int64_t chunk);
 PIE_API int pie_row_page(pie_engine* engine, int64_t row, int64_t layer, uint64_t* address);
 
 PIE_API int pie_begin_step(pie_engine* engine, const pie_plan* plan, uint64_t compute_stream);
+/* As pie_begin_step; *fits says whether the step may run in a captured graph. Then only the loads of
+ * the head are submitted; the first gate submits the others, if no graph is entered. */
+PIE_API int pie_begin_graph_step(pie_engine* engine, const pie_plan* plan, uint64_t compute_stream,
+                                 int* fits);
+/* The step runs in a graph whose launch follows: fills the tables, and has the compute wait for all
+ * that the graph does not copy. The step has no gates from here on. */
+PIE_API int pie_enter_graph(pie_engine* engine);
 PIE_API int pie_before_write(pie_engine* engine, int64_t layer);
 PIE_API int pie_before_attention(pie_engine* engine, int64_t layer);
 PIE_API int pie_after_attention(pie_engine* engine, int64_t layer);
@@ -128,7 +135,17 @@ PIE_API int pie_device_arch(pie_engine* engine, char* arch, int64_t size);
 PIE_API int pie_use_gather(pie_engine* engine, const void* image, int64_t size,
                            int64_t threshold_bytes, int blocks);
 
-/* Totals of copies that are complete. */
+/* Prepares captured steps: tables of `pieces` entries a layer, and the kernel of the image, as for
+ * pie_use_gather but whatever that does. Once an engine. PIE_ERR_UNSUPPORTED: no kernels, or the
+ * image is for other devices. An error changes nothing. */
+PIE_API int pie_use_graphs(pie_engine* engine, const void* image, int64_t size, int64_t pieces,
+                           int blocks);
+/* Between the two the gate calls put copies into the capture of compute_stream, which must be under
+ * way. End: PIE_ERR_GATE unless each layer passed once and in order; the capture mode ends always. */
+PIE_API int pie_begin_capture(pie_engine* engine, uint64_t compute_stream);
+PIE_API int pie_end_capture(pie_engine* engine);
+
+/* Totals of copies that are complete; those that a graph made are not among them. */
 PIE_API int pie_counters_of(pie_engine* engine, int direction, pie_counters* counters);
 /* directions: bit 0 host to device, bit 1 device to host. */
 PIE_API int pie_inject(pie_engine* engine, int fault, int directions, double a, double b,

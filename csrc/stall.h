@@ -19,6 +19,10 @@ class StallClock {
   // The wait itself, with events around it while a step is timed.
   void wait(Stream compute, Event event);
   void end() { timing_ = false; }
+  // The step that begin() was of has no gates.
+  void leave() {
+    if (timing_) drop();
+  }
   // No result of what is under way: its streams failed or were aborted.
   void drop();
 

@@ -103,6 +103,11 @@ const char* cause_of(CUresult result, const char* call) {
         return "this GPU or its virtualisation has no virtual memory management";
       }
       return nullptr;
+    case CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED:
+    case CUDA_ERROR_STREAM_CAPTURE_INVALIDATED:
+    case CUDA_ERROR_STREAM_CAPTURE_ISOLATION:
+    case CUDA_ERROR_STREAM_CAPTURE_IMPLICIT:
+      return "a CUDA graph is being captured, and this does not belong into it";
     case CUDA_ERROR_INVALID_IMAGE:
     case CUDA_ERROR_NO_BINARY_FOR_GPU:
     case CUDA_ERROR_INVALID_PTX:

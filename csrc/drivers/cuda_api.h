@@ -49,6 +49,7 @@ namespace pie::cuda {
   X(cuMemRelease, 10020)                  \
   X(cuMemSetAccess, 10020)                \
   X(cuMemUnmap, 10020)                    \
+  X(cuMemcpy2DAsync, 3020)                \
   X(cuMemcpyDtoHAsync, 3020)              \
   X(cuMemcpyHtoDAsync, 3020)              \
   X(cuMemsetD8Async, 3020)                \
@@ -57,6 +58,7 @@ namespace pie::cuda {
   X(cuModuleUnload, 2000)                 \
   X(cuStreamCreateWithPriority, 5050)     \
   X(cuStreamDestroy, 4000)                \
+  X(cuStreamIsCapturing, 10000)           \
   X(cuStreamQuery, 2000)                  \
   X(cuStreamSynchronize, 2000)            \
   X(cuStreamWaitEvent, 3020)

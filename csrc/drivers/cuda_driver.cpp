@@ -163,13 +163,48 @@ void CudaDriver::copy_batch(Stream stream, Direction direction, const CopyOp* op
 void CudaDriver::use_gather(const void* image, size_t size, size_t threshold_bytes, int blocks) {
   device_.use();
   if (threshold_bytes == 0) return gather_.reset();
-  if (image == nullptr || size == 0 || blocks < 1 || blocks > Gather::kMostBlocks) {
-    throw Error(PIE_ERR_CONFIG, "the gather kernel needs an image and 1 to " +
-                                    std::to_string(Gather::kMostBlocks) + " blocks, not " +
-                                    std::to_string(size) + " bytes and " + std::to_string(blocks));
-  }
   gather_ = std::make_unique<Gather>(device_, image, size, blocks);
   gather_below_ = threshold_bytes;
+}
+
+void CudaDriver::load_gather(const void* image, size_t size, int blocks) {
+  device_.use();
+  kernel_ = std::make_unique<Kernel>(device_, image, size, blocks);
+}
+
+void CudaDriver::launch_gather(Stream stream, Address table, Address count, Address copied) {
+  device_.use();
+  const char* call = nullptr;
+  const CUresult result = kernel_->launch(of(stream), table, count, copied, call);
+  submitted(result, call, stream);
+}
+
+void CudaDriver::copy_rows(Stream stream, Direction direction, const CopyRows& rows) {
+  device_.use();
+  CUDA_MEMCPY2D copy{};
+  copy.WidthInBytes = rows.bytes;
+  copy.Height = rows.rows;
+  copy.srcPitch = rows.src_pitch;
+  copy.dstPitch = rows.dst_pitch;
+  if (direction == Direction::kHostToDevice) {
+    copy.srcMemoryType = CU_MEMORYTYPE_HOST;
+    copy.srcHost = reinterpret_cast<const void*>(rows.src);
+    copy.dstMemoryType = CU_MEMORYTYPE_DEVICE;
+    copy.dstDevice = rows.dst;
+  } else {
+    copy.srcMemoryType = CU_MEMORYTYPE_DEVICE;
+    copy.srcDevice = rows.src;
+    copy.dstMemoryType = CU_MEMORYTYPE_HOST;
+    copy.dstHost = reinterpret_cast<void*>(rows.dst);
+  }
+  submitted(api_.cuMemcpy2DAsync(&copy, of(stream)), "cuMemcpy2DAsync", stream);
+}
+
+bool CudaDriver::stream_is_capturing(Stream stream) {
+  device_.use();
+  CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+  check(api_.cuStreamIsCapturing(of(stream), &status), "cuStreamIsCapturing");
+  return status == CU_STREAM_CAPTURE_STATUS_ACTIVE;
 }
 
 void CudaDriver::memset_async(Stream stream, Address dst, int value, size_t bytes) {

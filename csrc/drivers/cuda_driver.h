@@ -58,6 +58,12 @@ class CudaDriver : public Driver {
   std::string arch() const override { return device_.arch(); }
   void use_gather(const void* image, size_t size, size_t threshold_bytes, int blocks) override;
 
+  void load_gather(const void* image, size_t size, int blocks) override;
+  void launch_gather(Stream stream, Address table, Address count, Address copied) override;
+  Address reach(Address host) const override { return device_.reach(host); }
+  void copy_rows(Stream stream, Direction direction, const CopyRows& rows) override;
+  bool stream_is_capturing(Stream stream) override;
+
  private:
   std::string marked(Stream stream);
   // Throws like check(), and marks the stream.
@@ -71,6 +77,7 @@ class CudaDriver : public Driver {
   mutable Meter meter_;
   std::unique_ptr<Gather> gather_;  // null: the copy engines do all copies
   size_t gather_below_ = 0;         // bytes of a batch's average piece
+  std::unique_ptr<Kernel> kernel_;  // of captured copies; null: none are
   bool batches_;                    // false: this machine has no batched copy
   std::mutex mutex_;                // of these three: the pool's thread makes events too
   std::map<Stream, std::string> errors_;

@@ -1,10 +1,10 @@
-// The gather kernel in use: its module, and the tables of launches that are under way.
+// The gather kernel in use for batches: the tables of launches that are under way.
 #pragma once
 
 #include <string>
 #include <vector>
 
-#include "cuda_device.h"
+#include "cuda_kernel.h"
 
 namespace pie::cuda {
 
@@ -15,7 +15,6 @@ class Gather {
   // kernel below 28 KiB a piece, with 12 SMs; that edge differs between machines, so it is
   // measured.
   static constexpr size_t kFewest = 16;
-  static constexpr int kMostBlocks = 12;
 
   // Loads the image and tries the kernel. Throws PIE_ERR_UNSUPPORTED when it is for other devices.
   Gather(Device& device, const void* image, size_t size, int blocks);
@@ -53,18 +52,6 @@ class Gather {
     Table* memory_;
     Address address_;
   };
-  class Module {
-   public:
-    Module(const void* image, size_t size);
-    ~Module();
-    Module(const Module&) = delete;
-    Module& operator=(const Module&) = delete;
-    CUfunction kernel() const { return kernel_; }
-
-   private:
-    CUmodule module_ = nullptr;
-    CUfunction kernel_ = nullptr;
-  };
   class Events {
    public:
     Events();
@@ -77,16 +64,11 @@ class Gather {
     std::vector<CUevent> all_;
   };
 
-  // With the record that tells when the table is free again.
-  CUresult launch(CUstream stream, size_t table, const char*& call) const;
-  void try_it();
-
   const Api& api_;
   Device& device_;
-  const unsigned blocks_;
   // In this order: memory and code outlive what uses them, and the end of that is waited for first.
   Tables tables_;
-  Module module_;
+  Kernel kernel_;
   Events over_;  // one a table, recorded after its newest launch
   size_t next_ = 0;
 };

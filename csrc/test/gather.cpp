@@ -169,7 +169,7 @@ class Scenario {
       std::fill_n(reads.begin() + from, piece.bytes, 1);
     }
     const unsigned block = 32 << pick(5);
-    pie_gather_host(table, count, grid_ != 0 ? grid_ : 1 + pick(kMaxGrid), block);
+    pie_gather_host(table, count, nullptr, grid_ != 0 ? grid_ : 1 + pick(kMaxGrid), block);
     compare("written too often or not", destination->touched.data(), writes);
     compare("read too often or not", source->touched.data(), reads);
     compare("wrong byte", destination->bytes, expected);

@@ -10,10 +10,10 @@ import ctypes
 from collections.abc import Iterable
 from pathlib import Path
 
-from pie_vllm.errors import TransferError
 from pie_vllm.memory.arena import DeviceArena
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import StepPlan
+from pie_vllm.transfer.graph_steps import GraphSteps
 from pie_vllm.transfer.native import (
     PlanArrays,
     StatsStruct,
@@ -25,12 +25,14 @@ from pie_vllm.transfer.native import (
 from pie_vllm.transfer.stats import StepStats, step_stats
 
 
-class TransferEngine:
+class TransferEngine(GraphSteps):
     """Arena, host pool, copy streams and the order between them.
 
     A step is ``begin_step``, then for every layer in order ``before_write``,
     ``before_attention``, ``after_attention``, then ``end_step``. Steps without
     a plan may run in between without any call.
+
+    A step may also run in a CUDA graph that holds the copies: ``GraphSteps`` says how.
 
     Args:
         geometry: all sizes; ``granularity`` a multiple of the driver's.
@@ -64,9 +66,9 @@ class TransferEngine:
         library_path: str | Path | None = None,
     ) -> None:
         """Reserve, map and populate all memory, and start the copy streams."""
-        self._handle: int | None = None
         flags = debug_flags(debug)
-        self._library = library = load_library(library_path)
+        super().__init__(load_library(library_path))
+        library = self._library
         self.geometry = geometry
         handle = ctypes.c_void_p()
         self._check(
@@ -83,7 +85,6 @@ class TransferEngine:
         self._before_write = library.pie_before_write
         self._before_attention = library.pie_before_attention
         self._after_attention = library.pie_after_attention
-        self._has_stores = False
         address, size = ctypes.c_uint64(), ctypes.c_int64()
         self._check(library.pie_arena(self._handle, ctypes.byref(address), ctypes.byref(size)))
         self.arena = DeviceArena(address.value, size.value, driver, self)
@@ -103,21 +104,7 @@ class TransferEngine:
         self._check(self._library.pie_bytes(self._open(), ctypes.byref(host), ctypes.byref(device)))
         return host.value, device.value
 
-    @property
-    def closed(self) -> bool:
-        """Whether ``close`` was called."""
-        return self._handle is None
-
-    @property
-    def native(self) -> tuple[ctypes.CDLL, int]:
-        """Library and handle, for ``pie_vllm.transfer.streams``.
-
-        Raises:
-            TransferError: the engine is closed.
-        """
-        return self._library, self._open()
-
-    def begin_step(self, plan: StepPlan, compute_stream: int = 0) -> None:
+    def begin_step(self, plan: StepPlan, compute_stream: int = 0, *, graph: bool = False) -> bool:
         """Submit the plan's stores, and its promotions and loads of the first B layers.
 
         Args:
@@ -125,18 +112,30 @@ class TransferEngine:
                 means the loads of step ``plan.step - 1``.
             compute_stream: stream that the model runs on; 0 is the calling
                 thread on the host driver and the default stream on CUDA.
+            graph: the step may run in a captured graph. If it fits one, only the first
+                layer's copies to the device are submitted here; the first gate submits
+                the others of the first B layers, if ``enter_graph`` is not called.
+
+        Returns:
+            Whether it fits a graph: not without ``graph`` and ``use_graphs``, with more runs to
+            the device than tables hold, with both stores and promotions, or with a debug
+            switch that graphs cannot follow.
 
         Raises:
             IntegrityError: a run outside its range or across a chunk, or a row
                 both stored to and promoted from; nothing was submitted.
+            GateError: a graph of an earlier step did not copy all its layers; no step is open.
             TransferError: a step is open, an earlier copy failed, or a submission
                 failed; the step is aborted then.
         """
-        arrays = PlanArrays(plan)
-        self._check(
-            self._library.pie_begin_step(self._open(), ctypes.byref(arrays.struct), compute_stream)
-        )
-        self._has_stores = bool(plan.stores)
+        arrays, fits = PlanArrays(plan), ctypes.c_int()
+        arguments = self._open(), ctypes.byref(arrays.struct), compute_stream
+        if graph:
+            self._check(self._library.pie_begin_graph_step(*arguments, ctypes.byref(fits)))
+        else:
+            self._check(self._library.pie_begin_step(*arguments))
+        self._writes_wait = graph or bool(plan.stores)
+        return bool(fits.value)
 
     def before_write(self, layer: int) -> None:
         """Order the layer's KV write after the stores of the same pages.
@@ -144,7 +143,7 @@ class TransferEngine:
         Raises:
             TransferError: a store failed, or no step is open.
         """
-        if not self._has_stores:
+        if not self._writes_wait:
             return
         code = self._before_write(self._handle, layer)
         if code:
@@ -173,8 +172,13 @@ class TransferEngine:
     def end_step(self) -> StepStats:
         """Close the step. Does not wait for copies; the step is closed also on an error.
 
+        A step in a graph has passed all gates, its bytes are those of the plan, and its stall
+        is not measured: ``stall_step`` is -1, or that of an earlier step.
+
         Raises:
-            GateError: not every layer passed its gate once and in order.
+            GateError: not every layer passed its gate once and in order, or the graph of an
+                earlier step did not copy all its layers, which is known when its count of
+                them has arrived, some steps later.
             TransferError: a copy of this step or an earlier one failed; call
                 ``abort_step`` to go on.
         """
@@ -187,10 +191,12 @@ class TransferEngine:
 
         Promotions of layers not reached are still copied, so rows and resident
         pages agree with the tables; then copies drain and errors are cleared.
-        After a failed copy some pages of that step hold old bytes.
+        After a failed copy some pages of that step hold old bytes. A step that
+        entered a graph may have been launched or not.
 
         Raises:
             TransferError: the device cannot recover; only ``close`` is left.
+            GateError: a graph of an earlier step did not copy all its layers.
         """
         self._check(self._library.pie_abort_step(self._open()))
 
@@ -199,6 +205,7 @@ class TransferEngine:
 
         Raises:
             TransferError: one of them failed.
+            GateError: a graph of an earlier step did not copy all its layers.
         """
         self._check(self._library.pie_drain(self._open()))
 
@@ -273,7 +280,10 @@ class TransferEngine:
     def close(self) -> None:
         """Drain all streams and give all memory back; again is fine.
 
-        Views of the arena must not be touched afterwards.
+        Views of the arena must not be touched afterwards, nor graphs launched.
+
+        Raises:
+            GateError: a graph of an earlier step did not copy all its layers; all is given back.
         """
         handle, self._handle = self._handle, None
         if handle is not None:
@@ -287,12 +297,3 @@ class TransferEngine:
     def __exit__(self, *error: object) -> None:
         """Close."""
         self.close()
-
-    def _open(self) -> int:
-        if self._handle is None:
-            raise TransferError("the transfer engine is closed")
-        return self._handle
-
-    def _check(self, code: int) -> None:
-        if code:
-            raise error_of(self._library, code)

@@ -22,7 +22,7 @@ from pie_vllm.errors import (
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import Copy, StepPlan
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 """What this package expects of ``pie_abi_version()``."""
 
 DEFAULT_LIBRARY = Path(__file__).resolve().parent.parent / "_native" / "libpie.so"
@@ -125,6 +125,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pie_release_chunk": (_E, c_int64),
     "pie_row_page": (_E, c_int64, c_int64, POINTER(c_uint64)),
     "pie_begin_step": (_E, POINTER(PlanStruct), c_uint64),
+    "pie_begin_graph_step": (_E, POINTER(PlanStruct), c_uint64, POINTER(c_int)),
+    "pie_enter_graph": (_E,),
     "pie_before_write": (_E, c_int64),
     "pie_before_attention": (_E, c_int64),
     "pie_after_attention": (_E, c_int64),
@@ -136,6 +138,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pie_zero_ring": (_E,),
     "pie_device_arch": (_E, c_char_p, c_int64),
     "pie_use_gather": (_E, c_char_p, c_int64, c_int64, c_int),
+    "pie_use_graphs": (_E, c_char_p, c_int64, c_int64, c_int),
+    "pie_begin_capture": (_E, c_uint64),
+    "pie_end_capture": (_E,),
     "pie_counters_of": (_E, c_int, POINTER(CountersStruct)),
     "pie_inject": (_E, c_int, c_int, c_double, c_double, c_uint64),
     "pie_stream_create": (_E, POINTER(c_uint64)),

@@ -60,6 +60,8 @@ VARIANTS = dict.fromkeys(
         "cuMemcpyDtoHAsync",
         "cuMemcpyHtoDAsync",
         "cuMemsetD8",
+        "cuMemcpy2DAsync",
+        "cuStreamBeginCapture",
         "cuStreamDestroy",
     ),
     "_v2",

@@ -40,8 +40,8 @@ class GatherKernel:
         run, declare = (
             ctypes.cast(f, ctypes.c_void_p) for f in (library.gather_run, library.gather_declare)
         )
-        sizes = (ctypes.c_size_t * 2)(8, 8)
-        standin.library.standin_register_kernel(ENTRY.encode(), run, declare, sizes, 2)
+        sizes = (ctypes.c_size_t * 3)(8, 8, 8)
+        standin.library.standin_register_kernel(ENTRY.encode(), run, declare, sizes, 3)
 
     @property
     def changed(self) -> int:
@@ -70,6 +70,10 @@ class GatherKernel:
     def corrupt(self) -> None:
         """They leave a wrong byte."""
         self._library.gather_break(ctypes.c_int64(1))
+
+    def uncount(self) -> None:
+        """They are not counted."""
+        self._library.gather_uncounted(ctypes.c_int64(1))
 
     def reset(self) -> None:
         """Counters and faults as at first."""

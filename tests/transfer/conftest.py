@@ -16,6 +16,8 @@ from tests.helpers.cuda_calls import Cuda
 from tests.helpers.gather_kernel import GatherKernel, gather_kernel
 from tests.helpers.standin import include_folder, load
 from tests.transfer.driving import PAGE, View, geometry
+from tests.transfer.graphing import GraphModel
+from tests.transfer.standin_fixtures import Graphs
 
 
 @pytest.fixture(params=["host", "cuda"])
@@ -87,6 +89,29 @@ def view(engine: TransferEngine) -> View:
 
 
 @pytest.fixture
+def capture(make_engine: object) -> Iterator[Callable[..., GraphModel]]:
+    """Makes captured models, as ``GraphModel`` does, and ends them before their engine."""
+    del make_engine
+    made: list[GraphModel] = []
+
+    def make(engine: TransferEngine, stream: DriverStream, **options: Any) -> GraphModel:
+        made.append(GraphModel(engine, stream, **options))
+        return made[-1]
+
+    yield make
+    for model in made:
+        model.close()
+
+
+@pytest.fixture
+def model(
+    capture: Callable[..., GraphModel], engine: TransferEngine, stream: DriverStream
+) -> GraphModel:
+    """One that writes nothing; the engine is prepared for graphs."""
+    return capture(engine, stream)
+
+
+@pytest.fixture
 def run_native() -> Callable[..., str]:
     """Runs a sanitizer build without address randomisation, which old libtsan needs."""
 
@@ -122,6 +147,14 @@ def cuda() -> Iterator[Cuda]:
     live = loaded.live()
     loaded.reset()
     assert not live
+
+
+@pytest.fixture
+def graphs(cuda: Cuda) -> Iterator[Graphs]:
+    """Captures on the stand-in, and what they made, ended after the test."""
+    graphs = Graphs(cuda)
+    yield graphs
+    graphs.close()
 
 
 @pytest.fixture

@@ -149,20 +149,25 @@ class Runner:
         self.wrong: list[tuple[int, int, int, int]] = []
         self.moved = [0, 0]
 
-    def _launch(self, layer: int, pages: Holds, write: bool) -> None:
+    def compute(self, pages: Holds, write: bool) -> Callable[[int], None]:
+        """What this step's model does in a layer: writes pages, or checks them."""
         step = self.model.step
 
-        def body() -> None:
+        def body(layer: int) -> None:
             for block, tag in pages.items():
                 if write:
                     self.view.write(layer, block, tag)
                 elif not self.view.holds(layer, block, tag):
                     self.wrong.append((step, layer, block, tag))
 
+        return body
+
+    def _launch(self, layer: int, pages: Holds, write: bool) -> None:
+        body = self.compute(pages, write)
         if self.stream is None:
-            body()
+            body(layer)
         else:
-            self.stream.launch(body)
+            self.stream.launch(lambda: body(layer))
 
     def _count(self, plan: StepPlan, stats: StepStats) -> None:
         loaded, stored, promoted = implied_bytes(
@@ -176,12 +181,9 @@ class Runner:
 
     def step(self) -> None:
         kind = self.model.draw.randrange(10)
-        layers = range(self.engine.geometry.num_layers)
         if kind == 0:
             self.model.step += 1
-            writes = self.model.writes(set())
-            for layer in layers:
-                self._launch(layer, writes, True)
+            self.unplanned(self.model.writes(set()))
             return
         compute = self.stream.id if self.stream else 0
         plan, promoted = self.model.plan(idle=kind == 1)
@@ -189,9 +191,32 @@ class Runner:
             self._count(plan, self.engine.run_idle(plan, compute))
             return
         writes = self.model.writes(promoted)
-        reads = self.model.reads()
+        if self.planned(plan, writes, self.model.reads(), compute, abort=kind == 2):
+            stats = self.engine.end_step()
+            assert stats.gates == self.engine.geometry.num_layers
+            self._count(plan, stats)
+        else:
+            self.engine.abort_step()
+            for block in writes:
+                self.model.resident[block] = 0
+
+    def unplanned(self, writes: Holds) -> None:
+        """A step without a plan."""
+        for layer in range(self.engine.geometry.num_layers):
+            self._launch(layer, writes, True)
+
+    def planned(
+        self, plan: StepPlan, writes: Holds, reads: Holds, compute: int, abort: bool
+    ) -> bool:
+        """A gated step, up to its end or to where it is given up; whether it came to its end."""
         self.engine.begin_step(plan, compute)
-        stop = self.model.draw.choice(layers) if kind == 2 else -1
+        self.pass_gates(writes, reads, abort)
+        return not abort
+
+    def pass_gates(self, writes: Holds, reads: Holds, abort: bool) -> None:
+        """The layers, or some of them."""
+        layers = range(self.engine.geometry.num_layers)
+        stop = self.model.draw.choice(layers) if abort else -1
         for layer in layers:
             if layer == stop:
                 break
@@ -200,14 +225,6 @@ class Runner:
             self.engine.before_attention(layer)
             self._launch(layer, reads, False)
             self.engine.after_attention(layer)
-        if kind == 2:
-            self.engine.abort_step()
-            for block in writes:
-                self.model.resident[block] = 0
-        else:
-            stats = self.engine.end_step()
-            assert stats.gates == len(layers)
-            self._count(plan, stats)
 
     def finish(self) -> None:
         if self.stream:

@@ -92,3 +92,38 @@ def test_when_the_source_is_read(cuda: Cuda, order: int) -> None:
     cuda.do("cuStreamSynchronize", stream)
     assert ctypes.string_at(device, 1) == (b"b" if order == STREAM else b"a")
     clean(cuda)
+
+
+class Copy2D(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in (
+            *("src_x", "src_y", "src_type", "src_host", "src_device", "src_array", "src_pitch"),
+            *("dst_x", "dst_y", "dst_type", "dst_host", "dst_device", "dst_array", "dst_pitch"),
+            *("width", "height"),
+        )
+    )
+
+
+def test_rows_of_a_2d_copy(cuda: Cuda) -> None:
+    [device], (memory, at), stream = cuda.device(), cuda.host(), cuda.stream()
+    memory[:9] = b"abcdefghi"
+    cuda.do("cuMemsetD8Async", device, ord("."), 16, stream)
+    host, on_device = 1, 2
+    copy = Copy2D(
+        src_type=host, src_host=at, src_pitch=3, dst_type=on_device, dst_device=device,
+        dst_pitch=5, width=3, height=3,
+    )  # fmt: skip
+    cuda.do("cuMemcpy2DAsync", ctypes.byref(copy), stream)
+    back = Copy2D(
+        src_type=on_device, src_device=device + 5, src_pitch=5, dst_type=host,
+        dst_host=at + 100, dst_pitch=2, width=2, height=2,
+    )  # fmt: skip
+    cuda.do("cuMemcpy2DAsync", ctypes.byref(back), stream)
+    cuda.do("cuStreamSynchronize", stream)
+    assert ctypes.string_at(device, 16) == b"abc..def..ghi..."
+    assert memory[100:104] == b"degh"
+    clean(cuda)
+    copy.dst_pitch = 2
+    assert cuda.result("cuMemcpy2DAsync", ctypes.byref(copy), stream) == INVALID_VALUE
+    violation(cuda, "sizes that are not here")

@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "state.h"
+#include "capture.h"
 
 using namespace standin;
 
@@ -107,6 +107,8 @@ std::string standin::live_text() {
   for (const auto& [id, stream] : s.streams) text += "stream " + hex(id) + "\n";
   for (const auto& [id, event] : s.events) text += "event " + hex(id) + "\n";
   for (const auto& [id, module] : s.modules) text += "module " + hex(id) + "\n";
+  for (const auto& [id, graph] : s.graphs) text += "graph " + hex(id) + "\n";
+  for (const auto& [id, graph] : s.executables) text += "executable graph " + hex(id) + "\n";
   for (const auto& [device, references] : s.retained) {
     if (references == 0) continue;
     text += "context of device " + std::to_string(device) + ", retained " +
@@ -186,8 +188,12 @@ int standin_access(uint64_t handle, uint64_t address, size_t bytes, int write) {
     }
     range.spans = {{nullptr, address & ~kAliasBit, bytes}};  // compute may use any host memory
   }
-  const Actor& actor = handle == STANDIN_HOST ? this_thread().host : begin_work(stream);
-  Accesses(actor, "compute").add(range, address, write != 0);
+  const Op op = [range, address, write](const Actor& actor) {
+    Accesses(actor, "compute").add(range, address, write != 0);
+    return Run();
+  };
+  if (handle != STANDIN_HOST) return enqueue(call, stream, op);
+  op(this_thread().host);
   return CUDA_SUCCESS;
 }
 

@@ -100,11 +100,12 @@ void unpin(const std::vector<AreaPtr>& areas) {
   state().changed.notify_all();
 }
 
-Batch::Batch(Stream* stream, const char* what) : stream_(stream), what_(what) {}
+Batch::Batch(Stream* stream, const char* what, bool foreseen)
+    : stream_(stream), what_(what), foreseen_(foreseen) {}
 
 bool Batch::add(uint64_t dst, uint64_t src, size_t bytes, int expected, Accesses::When when,
                 std::string& why) {
-  Checked c{{}, {}, dst, src, when, 0, bytes};
+  Checked c{{}, {}, dst, src, when, 0, bytes, foreseen_};
   std::string reason;
   if (!resolve(dst, bytes, true, c.dst, reason)) {
     why = "destination " + range_text(dst, bytes) + " " + reason;
@@ -124,21 +125,22 @@ bool Batch::add(uint64_t dst, uint64_t src, size_t bytes, int expected, Accesses
   return true;
 }
 
-void Batch::submit(Call& call) {
-  if (checked_.empty()) return;
+// As work of an actor, at the launch of a graph or at once.
+Run Batch::prepare(const Actor& actor, const std::vector<Checked>& checked, const char* what) {
   State& s = state();
   auto work = std::make_shared<Work>();
-  work->what = what_;
+  work->what = what;
   {
-    Accesses accesses(begin_work(stream_), what_);
-    for (const Checked& c : checked_) {
+    Accesses accesses(actor, what);
+    for (const Checked& c : checked) {
       accesses.add(c.src, c.src_address, false, c.when);
       accesses.add(c.dst, c.dst_address, true);
     }
   }
-  for (const Checked& c : checked_) {
+  for (const Checked& c : checked) {
     Copy copy{c.direction, c.dst.pointer, c.src.pointer, c.bytes};
     if (c.when != Accesses::kInOrder) copy.snapshot.assign(copy.src, copy.src + c.bytes);
+    if (c.foreseen && c.direction == 0) foresee(c.dst, copy.src);
     int64_t& fail_in = s.lanes[c.direction].fail_in;
     copy.fails = fail_in > 0 && --fail_in == 0;
     work->copies.push_back(std::move(copy));
@@ -148,7 +150,14 @@ void Batch::submit(Call& call) {
   std::sort(work->areas.begin(), work->areas.end());
   work->areas.erase(std::unique(work->areas.begin(), work->areas.end()), work->areas.end());
   std::shuffle(work->copies.begin(), work->copies.end(), s.shuffle);
-  standin::submit(call.lock, stream_, Command{[work](Lock& lock) { run(lock, *work); }});
+  return [work](Lock& lock) { run(lock, *work); };
+}
+
+CUresult Batch::submit(Call& call) {
+  if (checked_.empty()) return CUDA_SUCCESS;
+  return enqueue(call, stream_, [checked = checked_, what = what_](const Actor& actor) {
+    return prepare(actor, checked, what);
+  });
 }
 
 }  // namespace standin

@@ -16,12 +16,13 @@ struct Copy {
 
 class Batch {
  public:
-  Batch(Stream* stream, const char* what);
+  // foreseen: standin_peek knows what it will have written.
+  Batch(Stream* stream, const char* what, bool foreseen = false);
   // Nothing is recorded or run before submit(). False, with the reason, for memory that cannot be
   // copied. expected: a direction, or -1 for what the addresses say.
   bool add(uint64_t dst, uint64_t src, size_t bytes, int expected, Accesses::When when,
            std::string& why);
-  void submit(Call& call);
+  CUresult submit(Call& call);
 
  private:
   struct Checked {
@@ -30,9 +31,13 @@ class Batch {
     Accesses::When when;
     int direction;
     size_t bytes;
+    bool foreseen;
   };
+  static Run prepare(const Actor& actor, const std::vector<Checked>& checked, const char* what);
+
   Stream* stream_;
   const char* what_;
+  const bool foreseen_;
   std::vector<Checked> checked_;
 };
 

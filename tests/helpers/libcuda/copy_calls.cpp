@@ -17,8 +17,7 @@ CUresult one(Call& call, uint64_t dst, uint64_t src, size_t bytes, CUstream hand
   if (!batch.add(dst, src, bytes, expected, Accesses::kInOrder, why)) {
     return call.wrong(CUDA_ERROR_INVALID_VALUE, why);
   }
-  batch.submit(call);
-  return call.done();
+  return batch.submit(call);
 }
 
 bool valid_attributes(const CUmemcpyAttributes* attrs, const size_t* starts, size_t attr_count,
@@ -46,6 +45,7 @@ CUresult batch_copy(const CUdeviceptr* dsts, const CUdeviceptr* srcs, const size
   Stream* stream;
   if (!find_stream(handle, stream)) return CUDA_ERROR_INVALID_HANDLE;
   if (handle == nullptr || handle == CU_STREAM_LEGACY) return CUDA_ERROR_INVALID_VALUE;
+  if (stream && stream->capture) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;  // it goes on
   if (!dsts || !srcs || !sizes || !valid_attributes(attrs, starts, attr_count, count)) {
     return call.wrong(CUDA_ERROR_INVALID_VALUE, "invalid arrays or attributes");
   }
@@ -63,8 +63,7 @@ CUresult batch_copy(const CUdeviceptr* dsts, const CUdeviceptr* srcs, const size
       return call.wrong(CUDA_ERROR_INVALID_VALUE, "copy " + std::to_string(i) + ": " + why);
     }
   }
-  batch.submit(call);
-  return call.done();
+  return batch.submit(call);
 }
 
 CUresult set_bytes(Call& call, uint64_t dst, unsigned char value, size_t bytes, CUstream handle,
@@ -79,18 +78,33 @@ CUresult set_bytes(Call& call, uint64_t dst, unsigned char value, size_t bytes, 
   if (!why.empty() || !resolve(dst, bytes, true, range, why)) {
     return call.wrong(CUDA_ERROR_INVALID_VALUE, range_text(dst, bytes) + " " + why);
   }
-  Accesses(begin_work(stream), what).add(range, dst, true);
-  std::vector<AreaPtr> areas;
-  add_areas(areas, range);
-  const auto run = [areas, what, at = range.pointer, value, bytes](Lock& lock) {
-    if (!pin(areas, what)) return;
-    lock.unlock();
-    std::memset(at, value, bytes);
-    lock.lock();
-    unpin(areas);
-  };
-  submit(call.lock, stream, Command{run});
-  return call.done();
+  return enqueue(call, stream, [range, dst, value, bytes, what](const Actor& actor) {
+    Accesses(actor, what).add(range, dst, true);
+    foresee(range, value);
+    std::vector<AreaPtr> areas;
+    add_areas(areas, range);
+    return Run([areas, what, at = range.pointer, value, bytes](Lock& lock) {
+      if (!pin(areas, what)) return;
+      lock.unlock();
+      std::memset(at, value, bytes);
+      lock.lock();
+      unpin(areas);
+    });
+  });
+}
+
+// One side of a 2D copy: its first byte, and how far its rows are apart.
+bool side(CUmemorytype type, const void* host, CUdeviceptr device, size_t pitch, size_t width,
+          uint64_t& address, size_t& apart) {
+  if (type == CU_MEMORYTYPE_HOST) {
+    address = reinterpret_cast<uint64_t>(host);
+  } else if (type == CU_MEMORYTYPE_DEVICE) {
+    address = device;
+  } else {
+    return false;
+  }
+  apart = pitch == 0 ? width : pitch;
+  return apart >= width;
 }
 
 }  // namespace
@@ -108,6 +122,32 @@ CUresult cuMemcpyHtoDAsync(CUdeviceptr dst, const void* src, size_t bytes, CUstr
 CUresult cuMemcpyDtoHAsync(void* dst, CUdeviceptr src, size_t bytes, CUstream stream) {
   Call call("cuMemcpyDtoHAsync", kUse);
   return one(call, reinterpret_cast<uint64_t>(dst), src, bytes, stream, 1, "cuMemcpyDtoHAsync");
+}
+
+CUresult cuMemcpy2DAsync(const CUDA_MEMCPY2D* copy, CUstream handle) {
+  Call call("cuMemcpy2DAsync", kUse);
+  if (call.failed()) return call.code();
+  Stream* stream;
+  if (!find_stream(handle, stream)) return CUDA_ERROR_INVALID_HANDLE;
+  uint64_t src = 0, dst = 0;
+  size_t src_apart = 0, dst_apart = 0;
+  if (!copy || copy->srcXInBytes || copy->srcY || copy->dstXInBytes || copy->dstY ||
+      copy->WidthInBytes == 0 || copy->Height == 0 ||
+      !side(copy->srcMemoryType, copy->srcHost, copy->srcDevice, copy->srcPitch,
+            copy->WidthInBytes, src, src_apart) ||
+      !side(copy->dstMemoryType, copy->dstHost, copy->dstDevice, copy->dstPitch,
+            copy->WidthInBytes, dst, dst_apart)) {
+    return call.wrong(CUDA_ERROR_INVALID_VALUE, "memory types or sizes that are not here");
+  }
+  Batch batch(stream, "cuMemcpy2DAsync", true);
+  for (size_t row = 0; row < copy->Height; ++row) {
+    std::string why;
+    if (!batch.add(dst + row * dst_apart, src + row * src_apart, copy->WidthInBytes, -1,
+                   Accesses::kInOrder, why)) {
+      return call.wrong(CUDA_ERROR_INVALID_VALUE, why);
+    }
+  }
+  return batch.submit(call);
 }
 
 CUresult cuMemsetD8(CUdeviceptr dst, unsigned char value, size_t bytes) {

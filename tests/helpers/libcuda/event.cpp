@@ -1,5 +1,5 @@
 // Events: a record is an object of its own, so a wait means the newest one at the time of the call.
-#include "state.h"
+#include "capture.h"
 
 using namespace standin;
 
@@ -16,6 +16,33 @@ Event* find_event(Call& call, CUevent handle) {
   return &found->second;
 }
 
+// An event of the same capture is an edge; one of a capture under way draws the stream in.
+CUresult wait_in_capture(Stream* stream, const Event& event) {
+  if (const CUresult code = check_capture(stream)) return code;
+  const auto& from = event.captured;
+  if (stream && stream->capture) {
+    Capture& capture = *stream->capture;
+    if (!from || from->over) {
+      invalidate(capture);
+      return CUDA_ERROR_STREAM_CAPTURE_ISOLATION;
+    }
+    if (from != stream->capture) {
+      invalidate(capture);
+      invalidate(*from);
+      return CUDA_ERROR_STREAM_CAPTURE_MERGE;
+    }
+  } else if (from->over) {
+    return CUDA_ERROR_CAPTURED_EVENT;
+  } else if (!from->valid) {
+    return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
+  } else if (!stream) {
+    invalidate(*from);
+    return CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+  }
+  draw_in(stream, from, event.at);
+  return CUDA_SUCCESS;
+}
+
 void wait_for_record(Lock& lock, const RecordPtr& record) {
   State& s = state();
   s.changed.wait(lock,
@@ -27,6 +54,7 @@ CUresult elapsed(Call& call, float* out, CUevent start, CUevent end) {
   const Event* first = find_event(call, start);
   const Event* second = find_event(call, end);
   if (!first || !second) return CUDA_ERROR_INVALID_HANDLE;
+  if (first->captured || second->captured) return CUDA_ERROR_CAPTURED_EVENT;
   if ((first->flags | second->flags) & CU_EVENT_DISABLE_TIMING) return CUDA_ERROR_INVALID_HANDLE;
   if (!first->newest || !second->newest) return CUDA_ERROR_INVALID_HANDLE;
   if (first->newest->state != Record::kDone || second->newest->state != Record::kDone) {
@@ -67,6 +95,14 @@ CUresult cuEventRecord(CUevent handle, CUstream stream_handle) {
   Stream* stream;
   if (!find_stream(stream_handle, stream) || !event) return CUDA_ERROR_INVALID_HANDLE;
   if (stream && stream->device != event->device) return CUDA_ERROR_INVALID_HANDLE;
+  if (const CUresult code = check_capture(stream)) return code;
+  event->captured.reset();
+  if (stream && stream->capture) {
+    event->captured = stream->capture;
+    event->at = stream->capture->branches[stream].tail;
+    event->newest.reset();
+    return CUDA_SUCCESS;
+  }
   auto record = std::make_shared<Record>();
   begin_work(stream).precedes(record->clock);
   event->newest = record;
@@ -85,6 +121,7 @@ CUresult cuStreamWaitEvent(CUstream stream_handle, CUevent handle, unsigned flag
   Stream* stream;
   if (!find_stream(stream_handle, stream) || !event) return CUDA_ERROR_INVALID_HANDLE;
   if (flags > CU_EVENT_WAIT_EXTERNAL) return CUDA_ERROR_INVALID_VALUE;
+  if (event->captured || (stream && stream->capture)) return wait_in_capture(stream, *event);
   const RecordPtr record = event->newest;
   Actor& actor = begin_work(stream);
   if (!record) return CUDA_SUCCESS;
@@ -94,10 +131,11 @@ CUresult cuStreamWaitEvent(CUstream stream_handle, CUevent handle, unsigned flag
 }
 
 CUresult cuEventQuery(CUevent handle) {
-  Call call("cuEventQuery", kUse);
+  Call call("cuEventQuery", kUse | kUnsafe);
   if (call.failed()) return call.code();
   const Event* event = find_event(call, handle);
   if (!event) return CUDA_ERROR_INVALID_HANDLE;
+  if (event->captured) return CUDA_ERROR_CAPTURED_EVENT;
   if (!event->newest) return CUDA_SUCCESS;
   if (event->newest->state == Record::kPending) return CUDA_ERROR_NOT_READY;
   join(this_thread().host.clock, event->newest->clock);
@@ -105,10 +143,11 @@ CUresult cuEventQuery(CUevent handle) {
 }
 
 CUresult cuEventSynchronize(CUevent handle) {
-  Call call("cuEventSynchronize", kUse);
+  Call call("cuEventSynchronize", kUse | kUnsafe);
   if (call.failed()) return call.code();
   const Event* event = find_event(call, handle);
   if (!event) return CUDA_ERROR_INVALID_HANDLE;
+  if (event->captured) return CUDA_ERROR_CAPTURED_EVENT;
   const RecordPtr record = event->newest;
   if (!record) return CUDA_SUCCESS;
   wait_for_record(call.lock, record);

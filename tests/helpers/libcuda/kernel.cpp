@@ -39,6 +39,37 @@ struct Launch {
   }
 };
 
+// Of a graph: each launch is one of its own, and declares what it will access then.
+Run prepare(const Launch& captured, const Actor& actor) {
+  auto launch = std::make_shared<Launch>(captured);
+  std::vector<Touch> touched;
+  if (launch->kernel.declare) {
+    touches = &touched;
+    launch->call(launch->kernel.declare);
+    touches = nullptr;
+  }
+  Accesses accesses(actor, "cuLaunchKernel");
+  for (const Touch& touch : touched) {
+    Range range;
+    std::string why;
+    if (!resolve(touch.address, touch.bytes, touch.write, range, why)) {
+      // CUDA finds out when the kernel runs.
+      violate("cuLaunchKernel: " + range_text(touch.address, touch.bytes) + " " + why);
+      fail_context(CUDA_ERROR_ILLEGAL_ADDRESS);
+      return nullptr;
+    }
+    accesses.add(range, touch.address, touch.write);
+    add_areas(launch->areas, range);
+  }
+  return [launch](Lock& lock) {
+    if (!pin(launch->areas, "cuLaunchKernel")) return;
+    lock.unlock();
+    launch->call(launch->kernel.run);
+    lock.lock();
+    unpin(launch->areas);
+  };
+}
+
 }  // namespace
 
 extern "C" void standin_register_kernel(const char* name, standin_kernel run,
@@ -56,7 +87,7 @@ extern "C" void* standin_pointer(uint64_t address) {
 }
 
 CUresult cuModuleLoadData(CUmodule* module, const void* image) {
-  Call call("cuModuleLoadData", kUse);
+  Call call("cuModuleLoadData", kUse | kUnsafe);
   if (call.failed()) return call.code();
   if (!module || !image) return CUDA_ERROR_INVALID_VALUE;
   const uint64_t id = state().next_id++;
@@ -66,7 +97,7 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
 }
 
 CUresult cuModuleUnload(CUmodule module) {
-  Call call("cuModuleUnload", kEnd);
+  Call call("cuModuleUnload", kEnd | kUnsafe);
   if (call.failed()) return call.code();
   if (state().modules.erase(reinterpret_cast<uint64_t>(module)) == 0) {
     return call.wrong(CUDA_ERROR_INVALID_HANDLE, "no such module");
@@ -97,38 +128,10 @@ CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned 
   if (uint64_t{bx} * by * bz > 1024 || (!params && !kernel->sizes.empty())) {
     return CUDA_ERROR_INVALID_VALUE;
   }
-  auto launch = std::make_shared<Launch>(Launch{*kernel, {}, {gx, gy, gz}, {bx, by, bz}, {}});
+  Launch captured{*kernel, {}, {gx, gy, gz}, {bx, by, bz}, {}};
   for (size_t i = 0; i < kernel->sizes.size(); ++i) {  // the caller's may be gone by then
     const char* value = static_cast<const char*>(params[i]);
-    launch->values.emplace_back(value, value + kernel->sizes[i]);
+    captured.values.emplace_back(value, value + kernel->sizes[i]);
   }
-  std::vector<Touch> touched;
-  if (kernel->declare) {
-    touches = &touched;
-    launch->call(kernel->declare);
-    touches = nullptr;
-  }
-  {
-    Accesses accesses(begin_work(stream), "cuLaunchKernel");
-    for (const Touch& touch : touched) {
-      Range range;
-      std::string why;
-      if (!resolve(touch.address, touch.bytes, touch.write, range, why)) {
-        // CUDA finds out when the kernel runs.
-        call.wrong(CUDA_SUCCESS, range_text(touch.address, touch.bytes) + " " + why);
-        fail_context(CUDA_ERROR_ILLEGAL_ADDRESS);
-        return call.done();
-      }
-      accesses.add(range, touch.address, touch.write);
-      add_areas(launch->areas, range);
-    }
-  }
-  submit(call.lock, stream, Command{[launch](Lock& lock) {
-           if (!pin(launch->areas, "cuLaunchKernel")) return;
-           lock.unlock();
-           launch->call(launch->kernel.run);
-           lock.lock();
-           unpin(launch->areas);
-         }});
-  return call.done();
+  return enqueue(call, stream, [captured](const Actor& actor) { return prepare(captured, actor); });
 }

@@ -18,7 +18,7 @@ size_t rounded(size_t bytes) {
 }  // namespace
 
 CUresult cuMemHostRegister(void* p, size_t bytes, unsigned flags) {
-  Call call("cuMemHostRegister", kUse);
+  Call call("cuMemHostRegister", kUse | kUnsafe);
   if (call.failed()) return call.code();
   constexpr unsigned kKnown = CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP |
                               CU_MEMHOSTREGISTER_IOMEMORY | CU_MEMHOSTREGISTER_READ_ONLY;
@@ -50,7 +50,7 @@ CUresult cuMemHostRegister(void* p, size_t bytes, unsigned flags) {
 }
 
 CUresult cuMemHostUnregister(void* p) {
-  Call call("cuMemHostUnregister", kEnd);
+  Call call("cuMemHostUnregister", kEnd | kUnsafe);
   if (call.failed()) return call.code();
   Memory& memory = state().memory;
   const auto found = memory.registrations.find(reinterpret_cast<uint64_t>(p));
@@ -84,7 +84,7 @@ CUresult cuMemHostGetDevicePointer(CUdeviceptr* out, void* p, unsigned flags) {
 }
 
 CUresult cuMemAlloc(CUdeviceptr* out, size_t bytes) {
-  Call call("cuMemAlloc", kUse);
+  Call call("cuMemAlloc", kUse | kUnsafe);
   if (call.failed()) return call.code();
   if (out == nullptr || bytes == 0) return CUDA_ERROR_INVALID_VALUE;
   std::shared_ptr<Handle> handle;
@@ -108,7 +108,7 @@ CUresult cuMemAlloc(CUdeviceptr* out, size_t bytes) {
 }
 
 CUresult cuMemFree(CUdeviceptr address) {
-  Call call("cuMemFree", kEnd);
+  Call call("cuMemFree", kEnd | kUnsafe);
   if (call.failed()) return call.code();
   auto& all = state().memory.reservations;
   const auto found = all.find(address);

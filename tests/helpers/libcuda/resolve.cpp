@@ -98,6 +98,7 @@ void drop_if_unused(Handle& handle) {
   if (!handle.released || handle.mappings > 0) return;
   state().memory.device_bytes -= handle.bytes;
   state().races.forget(handle.id, 0, handle.bytes);
+  state().shadow.erase(handle.id);
   if (handle.fd >= 0) close(handle.fd);
 }
 

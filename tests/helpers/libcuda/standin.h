@@ -37,6 +37,9 @@ typedef void (*standin_kernel)(void** params, const unsigned grid[3], const unsi
 void standin_register_kernel(const char* name, standin_kernel run, standin_kernel declare,
                              const size_t* sizes, size_t count);
 void standin_touch(uint64_t address, size_t bytes, int write);
+// Inside declare only: what the memory will hold when the launch runs. Of device memory, as far as
+// 2D copies and memsets wrote it; then 1, else 0.
+int standin_peek(uint64_t address, size_t bytes, void* out);
 // What a kernel dereferences for a device address: differs for cuMemHostGetDevicePointer's.
 void* standin_pointer(uint64_t address);
 

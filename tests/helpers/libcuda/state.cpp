@@ -1,4 +1,4 @@
-#include "state.h"
+#include "capture.h"
 
 #include <time.h>
 
@@ -113,6 +113,9 @@ Call::Call(const char* name, int needs) : name_(name), needs_(needs), lock(state
     if (failed()) return;
   }
   if (needs & kSticky) code_ = s.sticky;
+  if (!failed() && (needs & kUnsafe) && forbidden_by_capture()) {
+    code_ = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  }
 }
 
 CUresult Call::done(CUresult code) const {

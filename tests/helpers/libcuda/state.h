@@ -30,14 +30,24 @@ struct Record {
 };
 using RecordPtr = std::shared_ptr<Record>;
 
+struct Capture;
+struct Graph;
+struct Executable;
+
 struct Event {
   unsigned flags;
   int device;
-  RecordPtr newest;  // null: never recorded
+  RecordPtr newest;                     // null: never recorded
+  std::shared_ptr<Capture> captured{};  // where it was recorded last, if in a capture
+  std::vector<size_t> at{};             // and after which nodes
 };
 
+// One operation: checks its accesses as those of the actor, and returns what is to run, if anything.
+using Run = std::function<void(Lock&)>;
+using Op = std::function<Run(const Actor&)>;
+
 struct Command {
-  std::function<void(Lock&)> run;
+  Run run;
   bool always = false;  // also after the context has failed
 };
 
@@ -46,6 +56,7 @@ struct Stream {
   unsigned flags;
   int priority;
   Actor actor;
+  std::shared_ptr<Capture> capture{};
   std::condition_variable filled{};
   std::deque<Command> queue{};
   uint64_t submitted = 0;
@@ -96,6 +107,11 @@ struct State {
   std::vector<std::unique_ptr<Stream>> ending;  // destroyed, their queues not yet run dry
   std::map<uint64_t, Event> events;
   std::map<uint64_t, bool> modules;
+  std::vector<std::shared_ptr<Capture>> captures;  // under way
+  std::map<uint64_t, std::shared_ptr<Graph>> graphs;
+  std::map<uint64_t, std::shared_ptr<Executable>> executables;
+  // What 2D copies and memsets wrote, by key and page of 4 KiB; other bytes are taken for 0.
+  std::map<uint64_t, std::map<uint64_t, std::vector<char>>> shadow;
 
   uint64_t generation = 1;  // of actors: standin_reset makes all of them anew
   std::vector<std::string> actor_names;
@@ -134,10 +150,11 @@ void reap(Lock& lock, bool wait);
 std::string live_text();
 
 // One call of the interface: takes the lock, counts, and finds what makes it fail at once.
-enum Needs { kNothing = 0, kInit = 1, kContext = 3, kSticky = 4, kRelease = 8 };
+enum Needs { kNothing = 0, kInit = 1, kContext = 3, kSticky = 4, kRelease = 8, kUnsafe = 16 };
 class Call {
  public:
   // kSticky: the context's error stops it. kRelease: that error is returned, but the call works.
+  // kUnsafe: a capture under way makes it fail.
   Call(const char* name, int needs);
   bool failed() const { return code_ != CUDA_SUCCESS; }
   CUresult code() const { return code_; }
@@ -156,6 +173,9 @@ class Call {
  public:
   Lock lock;
 };
+
+// To the stream, or into the graph that it captures. Returns the call's result.
+CUresult enqueue(Call& call, Stream* stream, Op op);
 
 constexpr int kUse = kContext | kSticky;
 constexpr int kEnd = kContext | kRelease;
@@ -188,6 +208,10 @@ class Accesses {
   const uint64_t submission_;
   std::vector<Conflict> conflicts_;
 };
+
+// For standin_peek: these bytes were submitted to be written there.
+void foresee(const Range& range, const char* bytes);
+void foresee(const Range& range, unsigned char value);
 
 // Memory that goes away while work that uses it is not known to be over.
 void check_unused(Area& area, const char* call);

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "state.h"
+#include "capture.h"
 
 namespace standin {
 namespace {
@@ -29,6 +29,13 @@ void run(Stream& stream) {
 }
 
 uint64_t id_of(CUstream handle) { return reinterpret_cast<uint64_t>(handle); }
+
+// A stream that captures has nothing to wait for, and the question breaks the capture.
+CUresult no_capture(Stream* stream) {
+  if (!stream || !stream->capture) return CUDA_SUCCESS;
+  invalidate(*stream->capture);
+  return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+}
 
 // Waits for what is submitted by now; its effects are then known to the calling thread.
 CUresult wait_for(Call& call, Stream* stream) {
@@ -117,6 +124,10 @@ CUresult cuStreamDestroy(CUstream handle) {
     return call.wrong(CUDA_ERROR_INVALID_HANDLE, "no such stream: " + hex(id_of(handle)));
   }
   Stream& stream = *found->second;
+  if (stream.capture) {
+    invalidate(*stream.capture);
+    return call.wrong(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "the stream is capturing");
+  }
   const bool idle = stream.completed == stream.submitted;
   stream.stop = true;
   stream.filled.notify_one();
@@ -136,24 +147,26 @@ CUresult cuStreamDestroy(CUstream handle) {
 }
 
 CUresult cuStreamSynchronize(CUstream handle) {
-  Call call("cuStreamSynchronize", kUse);
+  Call call("cuStreamSynchronize", kUse | kUnsafe);
   if (call.failed()) return call.code();
   Stream* stream;
   if (!find_stream(handle, stream)) return CUDA_ERROR_INVALID_HANDLE;
+  if (const CUresult code = no_capture(stream)) return code;
   return wait_for(call, stream);
 }
 
 CUresult cuStreamQuery(CUstream handle) {
-  Call call("cuStreamQuery", kUse);
+  Call call("cuStreamQuery", kUse | kUnsafe);
   if (call.failed()) return call.code();
   Stream* stream;
   if (!find_stream(handle, stream)) return CUDA_ERROR_INVALID_HANDLE;
+  if (const CUresult code = no_capture(stream)) return code;
   if (stream && stream->completed < stream->submitted) return CUDA_ERROR_NOT_READY;
   return wait_for(call, stream);
 }
 
 CUresult cuCtxSynchronize(void) {
-  Call call("cuCtxSynchronize", kUse);
+  Call call("cuCtxSynchronize", kUse | kUnsafe);
   if (call.failed()) return call.code();
   State& s = state();
   std::vector<std::pair<uint64_t, uint64_t>> targets;
@@ -185,14 +198,13 @@ CUresult cuLaunchHostFunc(CUstream handle, CUhostFn fn, void* data) {
   if (fn == nullptr) return CUDA_ERROR_INVALID_VALUE;
   Stream* stream;
   if (!find_stream(handle, stream)) return CUDA_ERROR_INVALID_HANDLE;
-  begin_work(stream);
-  submit(call.lock, stream, Command{[fn, data](Lock& lock) {
-           lock.unlock();
-           {
-             InCallback guard;
-             fn(data);
-           }
-           lock.lock();
-         }});
-  return call.done();
+  const Run run = [fn, data](Lock& lock) {
+    lock.unlock();
+    {
+      InCallback guard;
+      fn(data);
+    }
+    lock.lock();
+  };
+  return enqueue(call, stream, [run](const Actor&) { return run; });
 }

@@ -17,10 +17,14 @@ namespace {
 
 using Piece = pie_gather_detail::Piece;
 using Pieces = std::vector<Piece>;
+struct Launched {
+  Pieces pieces;
+  bool on_device;  // the table
+};
 
 std::mutex mutex;
-std::map<const void*, Pieces> launched;  // by the launch's parameters
-std::atomic<int64_t> changed{0}, pieces_done{0}, wait_us{0}, breaks{0}, grid_seen{0}, astray{0};
+std::map<const void*, Launched> launched;  // by the launch's parameters
+std::atomic<int64_t> changed{0}, pieces_done{0}, wait_us{0}, breaks{0}, uncounted{0}, grid_seen{0}, astray{0};
 
 uint64_t value(void* param) { return *static_cast<const uint64_t*>(param); }
 
@@ -41,24 +45,33 @@ extern "C" {
 #pragma GCC visibility push(default)
 
 void gather_declare(void** params, const unsigned*, const unsigned*) {
-  Pieces pieces = table(params);
+  uint64_t count = 0;
+  const bool on_device = standin_peek(value(params[1]), sizeof count, &count) != 0;
+  Pieces pieces(count);
+  standin_peek(value(params[0]), count * sizeof(Piece), pieces.data());
   standin_touch(value(params[1]), sizeof(uint64_t), 0);
   standin_touch(value(params[0]), pieces.size() * sizeof(Piece), 0);
   for (const Piece& piece : pieces) {
     standin_touch(piece.src, piece.bytes, 0);
     standin_touch(piece.dst, piece.bytes, 1);
   }
+  if (value(params[2]) != 0) standin_touch(value(params[2]), sizeof(uint64_t), 1);
   std::lock_guard<std::mutex> lock(mutex);
-  launched[params[0]] = std::move(pieces);
+  launched[params[0]] = {std::move(pieces), on_device};
 }
 
 void gather_run(void** params, const unsigned* grid, const unsigned* block) {
   std::this_thread::sleep_for(std::chrono::microseconds(wait_us));
   Pieces pieces = table(params);
+  bool on_device = false;
   {
     std::lock_guard<std::mutex> lock(mutex);
     const auto found = launched.find(params[0]);
-    if (found == launched.end() || !same(found->second, pieces)) ++changed;
+    if (found == launched.end() || !same(found->second.pieces, pieces)) {
+      ++changed;
+    } else {
+      on_device = found->second.on_device;
+    }
     launched.erase(params[0]);
   }
   if (standin_get("can_use_host_pointer") == 0) {
@@ -66,15 +79,16 @@ void gather_run(void** params, const unsigned* grid, const unsigned* block) {
       return reinterpret_cast<uint64_t>(standin_pointer(address)) != address;
     };
     for (const Piece& piece : pieces) astray += own(piece.src) ? 0 : 1;
-    astray += own(value(params[0])) && own(value(params[1])) ? 0 : 1;
+    if (!on_device) astray += own(value(params[0])) && own(value(params[1])) ? 0 : 1;
   }
   for (Piece& piece : pieces) {
     piece.src = reinterpret_cast<uint64_t>(standin_pointer(piece.src));
     piece.dst = reinterpret_cast<uint64_t>(standin_pointer(piece.dst));
   }
   const unsigned long long count = pieces.size();
-  pie_gather_host(pieces.data(), &count, grid[0], block[0]);
-  if (breaks != 0) ++*reinterpret_cast<unsigned char*>(pieces.back().dst);
+  auto* const copied = static_cast<unsigned long long*>(standin_pointer(value(params[2])));
+  pie_gather_host(pieces.data(), &count, uncounted != 0 ? nullptr : copied, grid[0], block[0]);
+  if (breaks != 0 && count > 0) ++*reinterpret_cast<unsigned char*>(pieces.back().dst);
   pieces_done += static_cast<int64_t>(count);
   grid_seen = grid[0];
 }
@@ -85,13 +99,14 @@ int64_t gather_changed() { return changed; }
 int64_t gather_astray() { return astray; }
 int64_t gather_pieces() { return pieces_done; }
 int64_t gather_grid() { return grid_seen; }
-// Each launch from now on waits first, or leaves a wrong byte.
+// Each launch from now on waits first, leaves a wrong byte, or is not counted.
 void gather_wait(int64_t microseconds) { wait_us = microseconds; }
 void gather_break(int64_t on) { breaks = on; }
+void gather_uncounted(int64_t on) { uncounted = on; }
 void gather_reset() {
   std::lock_guard<std::mutex> lock(mutex);
   launched.clear();
-  changed = pieces_done = wait_us = breaks = grid_seen = astray = 0;
+  changed = pieces_done = wait_us = breaks = uncounted = grid_seen = astray = 0;
 }
 
 #pragma GCC visibility pop

@@ -1,0 +1,170 @@
+"""Steps in CUDA graphs, over the stand-in: proof that they copied, and calls out of place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from pie_vllm.errors import ConfigError, GateError, TransferError, UnsupportedError
+from pie_vllm.transfer.engine import TransferEngine
+from pie_vllm.transfer.streams import DriverStream, counters
+from tests.helpers.gather_kernel import IMAGE, GatherKernel
+from tests.helpers.standin import load
+from tests.transfer.driving import geometry, latched, plan
+from tests.transfer.graphing import PIECES, GraphModel
+
+MakeEngine = Callable[..., TransferEngine]
+Capture = Callable[..., GraphModel]
+pytestmark = pytest.mark.usefixtures("kernel")
+
+
+@pytest.fixture(params=["cuda"])
+def driver(driver: str) -> str:
+    """Only this one."""
+    return driver
+
+
+@pytest.fixture
+def engine(make_engine: MakeEngine) -> TransferEngine:
+    """Six layers on a ring of two; graphs of four pieces a layer."""
+    engine = make_engine()
+    engine.use_graphs(IMAGE, PIECES)
+    return engine
+
+
+def test_counts_of_finished_copies_leave_the_graphs_out(
+    model: GraphModel, stream: DriverStream
+) -> None:
+    model.run(plan(1, loads=((8, 0, 1),)))
+    stream.synchronize()
+    model.engine.drain()
+    assert counters(model.engine, "load").bytes == 1000  # the head's
+
+
+def end_by_step(model: GraphModel) -> None:
+    model.engine.begin_step(plan(2), model.stream.id)
+
+
+def end_by_graph_steps(model: GraphModel) -> None:
+    for step in range(2, 7):
+        model.run(plan(step))
+
+
+def end_by_drain(model: GraphModel) -> None:
+    model.engine.drain()
+
+
+def end_by_abort(model: GraphModel) -> None:
+    model.engine.abort_step()
+
+
+@pytest.mark.parametrize("end", [end_by_step, end_by_graph_steps, end_by_drain, end_by_abort])
+@pytest.mark.parametrize("lost", ["launch", "count"])
+def test_a_replay_that_did_not_copy_all_layers_fails_the_engine(
+    model: GraphModel, kernel: GatherKernel, end: Callable[[GraphModel], None], lost: str
+) -> None:
+    with latched(model.stream):
+        assert model.engine.begin_step(plan(1), model.stream.id, graph=True)
+        model.engine.enter_graph()
+        if lost == "count":
+            kernel.uncount()
+            model.launch()
+        model.engine.end_step()
+    model.stream.synchronize()
+    kernel.reset()
+    with pytest.raises(GateError, match="the graph of step 1 copied 0 layers and not 6"):
+        end(model)
+    # It is said once.
+    model.engine.abort_step()
+    model.run(plan(9))
+    model.engine.drain()
+
+
+def test_the_step_itself_fails_where_its_count_is_there(model: GraphModel) -> None:
+    """The stand-in's default stream is over when the call returns."""
+    engine = model.engine
+    assert engine.begin_step(plan(1), 0, graph=True)
+    engine.enter_graph()
+    with pytest.raises(GateError, match="the graph of step 1 copied 0 layers"):
+        engine.end_step()
+
+
+def test_a_graph_launched_twice_is_found(model: GraphModel) -> None:
+    with latched(model.stream):
+        assert model.engine.begin_step(plan(1), model.stream.id, graph=True)
+        model.engine.enter_graph()
+        model.launch()
+        model.launch()
+        model.engine.end_step()
+    with pytest.raises(GateError, match="copied 12 layers"):
+        model.engine.drain()
+
+
+def test_close_tells_of_it_and_gives_everything_back(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.use_graphs(IMAGE, PIECES)
+    stream = DriverStream(engine)
+    with latched(stream):
+        assert engine.begin_step(plan(1), stream.id, graph=True)
+        engine.enter_graph()
+        engine.end_step()
+    with pytest.raises(GateError, match="step 1"):
+        engine.close()
+    assert load().live() == []
+
+
+# Calls at the wrong time.
+
+
+def test_calls_at_the_wrong_time(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    stream = DriverStream(engine)
+    for call in (lambda: engine.begin_capture(stream.id), engine.end_capture, engine.enter_graph):
+        with pytest.raises(TransferError, match="without"):
+            call()
+    engine.use_graphs(IMAGE, PIECES)
+    with pytest.raises(TransferError, match="again"):
+        engine.use_graphs(IMAGE, PIECES)
+    with pytest.raises(TransferError, match="not capturing"):
+        engine.begin_capture(stream.id)
+    with pytest.raises(TransferError, match="without begin_capture"):
+        engine.end_capture()
+    assert engine.begin_step(plan(1), stream.id, graph=True)
+    for call in (lambda: engine.begin_capture(stream.id), lambda: engine.use_graphs(IMAGE, 1)):
+        with pytest.raises(TransferError, match="inside a step"):
+            call()
+    engine.before_write(0)
+    engine.before_attention(0)
+    with pytest.raises(TransferError, match="has begun to run otherwise"):
+        engine.enter_graph()
+    engine.abort_step()
+    assert engine.begin_step(plan(2), stream.id, graph=True)
+    engine.enter_graph()
+    for gate in (engine.before_write, engine.before_attention, engine.after_attention):
+        with pytest.raises(TransferError, match="step 2, which runs in a graph"):
+            gate(0)
+    with pytest.raises(TransferError, match="otherwise"):
+        engine.enter_graph()
+    engine.abort_step()
+
+
+@pytest.mark.parametrize("pieces", [0, -1, 65537])
+def test_tables_that_cannot_be(make_engine: MakeEngine, pieces: int) -> None:
+    engine = make_engine()
+    live = load().live()
+    with pytest.raises(ConfigError, match="1 to 65536 pieces"):
+        engine.use_graphs(IMAGE, pieces)
+    for image, blocks in ((b"", 8), (IMAGE, 0), (IMAGE, 13)):
+        with pytest.raises(ConfigError, match="1 to 12 blocks"):
+            engine.use_graphs(image, 8, blocks)
+    assert load().live() == live
+    engine.use_graphs(IMAGE, 8, 12)
+
+
+def test_the_host_driver_has_no_graphs() -> None:
+    with TransferEngine(geometry()) as engine:
+        with pytest.raises(UnsupportedError, match="no kernels"):
+            engine.use_graphs(IMAGE, PIECES)
+        assert not engine.begin_step(plan(1), graph=True)
+        engine.abort_step()
