@@ -40,8 +40,8 @@ Geometry::Geometry(const pie_geometry& given)
 }
 
 DeviceBlock::DeviceBlock(Driver& driver, size_t bytes)
-    : bytes_(static_cast<size_t>(round_up(static_cast<int64_t>(bytes),
-                                          static_cast<int64_t>(driver.granularity())))),
+    : bytes_(static_cast<size_t>(
+          round_up(static_cast<int64_t>(bytes), static_cast<int64_t>(driver.granularity())))),
       range_(driver, bytes_, 0),
       mapping_(driver, range_.address(), bytes_, Physical(driver, bytes_).handle()) {
   driver.set_access(address(), bytes_);

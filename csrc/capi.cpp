@@ -96,8 +96,7 @@ int pie_begin_step(pie_engine* engine, const pie_plan* plan, uint64_t compute_st
 }
 int pie_begin_graph_step(pie_engine* engine, const pie_plan* plan, uint64_t compute_stream,
                          int* fits) {
-  return guarded(
-      [&] { *fits = engine->engine.begin_step(*plan, compute_stream, true) ? 1 : 0; });
+  return guarded([&] { *fits = engine->engine.begin_step(*plan, compute_stream, true) ? 1 : 0; });
 }
 int pie_enter_graph(pie_engine* engine) {
   return guarded([&] { engine->engine.enter_graph(); });

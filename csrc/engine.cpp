@@ -80,11 +80,17 @@ void Engine::submit_first_loads() {
   while (step_.next_load < geometry_.slots) submit_load(step_.next_load);
 }
 
-// Rule 4: a layer's KV write comes after the store that reads the same pages.
+// Rule 4: a layer's KV write comes after the store that reads the same pages, and after the copy
+// that fills the page first: the last block of a request that comes back is written on.
 void Engine::before_write(int64_t layer) {
   check_layer(layer);
   if (capturing()) return graphs_->capture.before_write(layer);
   submit_first_loads();
+  wait_for_stores(layer);
+  if (!step_.promotions.empty()) wait_on_compute(events_->ready[static_cast<size_t>(layer)]);
+}
+
+void Engine::wait_for_stores(int64_t layer) {
   if (!store_pending_[static_cast<size_t>(layer)]) return;
   wait_on_compute(events_->stored[static_cast<size_t>(layer)]);
   store_pending_[static_cast<size_t>(layer)] = false;
@@ -131,7 +137,7 @@ pie_stats Engine::end_step() {
     if (step_.in_graph) {
       leave_graph();
     } else {
-      for (int64_t l = 0; l < geometry_.layers; ++l) before_write(l);
+      for (int64_t l = 0; l < geometry_.layers; ++l) wait_for_stores(l);
     }
   } catch (const Error&) {
     step_.open = false;
@@ -169,7 +175,8 @@ pie_stats Engine::run_idle(const pie_plan& plan, Stream compute) {
 
 void Engine::abort_step() {
   stall_.drop();
-  // Rule 18: a replay may be under way, or there may be none: its promotions are made again, after it.
+  // Rule 18: a replay may be under way, or there may be none: its promotions are made again, after
+  // it.
   if (step_.open && step_.in_graph) wait_for_compute();
   if (step_.open && driver_->stream_error(h2d_).empty()) finish_promotions();
   step_.open = false;

@@ -59,7 +59,7 @@ class Engine {
   bool begin_step(const pie_plan& plan, Stream compute, bool graph = false);
   // The launch of a graph follows: the step has no gates.
   void enter_graph();
-  void before_write(int64_t layer);      // later writes of the layer come after its stores
+  void before_write(int64_t layer);      // later writes of the layer come after stores, promotions
   void before_attention(int64_t layer);  // later reads of the layer come after its loads
   void after_attention(int64_t layer);   // submits the loads of layer + B
   // Closes the step, also when it throws: PIE_ERR_GATE, or PIE_ERR_TRANSFER of a failed copy.
@@ -124,6 +124,7 @@ class Engine {
   void leave_graph();
   void check_replays(bool wait);
   void wait_for_compute();
+  void wait_for_stores(int64_t layer);
   void wait_on_compute(Event event);
   int64_t copy_runs(Stream stream, Direction direction, const Runs& runs, int64_t layer);
   void check_streams();

@@ -83,8 +83,8 @@ void Engine::enter_graph() {
 }
 
 // Rule 17: what the copy streams do from now on comes after the replay, which reads rows, and reads
-// and writes pages, of all layers. Said now and not by a later step's barrier: that would come after
-// what the compute does between two steps.
+// and writes pages, of all layers. Said now and not by a later step's barrier: that would come
+// after what the compute does between two steps.
 void Engine::leave_graph() {
   driver_->event_record(events_->replayed, step_.compute);
   for (const Stream stream : {Stream{h2d_}, Stream{d2h_}}) {

@@ -4,8 +4,7 @@
 
 namespace pie {
 
-GraphCapture::GraphCapture(Driver& driver, const GraphTables& tables, int64_t layers,
-                           int64_t slots)
+GraphCapture::GraphCapture(Driver& driver, const GraphTables& tables, int64_t layers, int64_t slots)
     : driver_(driver),
       tables_(tables),
       layers_(layers),
@@ -45,9 +44,13 @@ void GraphCapture::load(int64_t layer) {
   loaded_ = layer + 1;
 }
 
-void GraphCapture::before_write(int64_t) { fork(); }
+// Rule 4: a replay may promote into a page that its layer writes. A layer out of order may have no
+// load to wait for; end() refuses such a capture.
+void GraphCapture::before_write(int64_t layer) {
+  fork();
+  if (layer < loaded_) driver_.stream_wait(compute_, ready_[static_cast<size_t>(layer)]);
+}
 
-// A layer out of order may have no load to wait for; end() refuses such a capture.
 void GraphCapture::before_attention(int64_t layer) {
   fork();
   gates_.gated.push_back(layer);

@@ -50,7 +50,7 @@ void GraphTables::fill(Stream compute, int64_t step, const LayerPieces& pieces, 
     auto* piece = reinterpret_cast<CopyOp*>(header + header_words() + 1);
     const size_t row = pieces.size() * sizeof(CopyOp);
     const CopyRows rows{
-        tables_, at(room_) * sizeof(CopyOp), reinterpret_cast<Address>(piece), row, row,
+        tables_,    at(room_) * sizeof(CopyOp), reinterpret_cast<Address>(piece), row, row,
         at(layers_)};
     for (uint64_t l = 0; l < at(layers_); ++l) {
       for (const LayerPiece& p : pieces) {

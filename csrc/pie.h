@@ -106,8 +106,8 @@ PIE_API int pie_release_chunk(pie_engine* engine, int64_t chunk);
 PIE_API int pie_row_page(pie_engine* engine, int64_t row, int64_t layer, uint64_t* address);
 
 PIE_API int pie_begin_step(pie_engine* engine, const pie_plan* plan, uint64_t compute_stream);
-/* As pie_begin_step; *fits says whether the step may run in a captured graph. Then only the loads of
- * the head are submitted; the first gate submits the others, if no graph is entered. */
+/* As pie_begin_step; *fits says whether the step may run in a captured graph. Then only the loads
+ * of the head are submitted; the first gate submits the others, if no graph is entered. */
 PIE_API int pie_begin_graph_step(pie_engine* engine, const pie_plan* plan, uint64_t compute_stream,
                                  int* fits);
 /* The step runs in a graph whose launch follows: fills the tables, and has the compute wait for all
@@ -141,7 +141,8 @@ PIE_API int pie_use_gather(pie_engine* engine, const void* image, int64_t size,
 PIE_API int pie_use_graphs(pie_engine* engine, const void* image, int64_t size, int64_t pieces,
                            int blocks);
 /* Between the two the gate calls put copies into the capture of compute_stream, which must be under
- * way. End: PIE_ERR_GATE unless each layer passed once and in order; the capture mode ends always. */
+ * way. End: PIE_ERR_GATE unless each layer passed once and in order; the capture mode ends always.
+ */
 PIE_API int pie_begin_capture(pie_engine* engine, uint64_t compute_stream);
 PIE_API int pie_end_capture(pie_engine* engine);
 

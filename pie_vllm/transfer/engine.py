@@ -134,11 +134,11 @@ class TransferEngine(GraphSteps):
             self._check(self._library.pie_begin_graph_step(*arguments, ctypes.byref(fits)))
         else:
             self._check(self._library.pie_begin_step(*arguments))
-        self._writes_wait = graph or bool(plan.stores)
+        self._writes_wait = graph or bool(plan.stores or plan.promotions)
         return bool(fits.value)
 
     def before_write(self, layer: int) -> None:
-        """Order the layer's KV write after the stores of the same pages.
+        """Order the layer's KV write after stores of the same pages and copies into them.
 
         Raises:
             TransferError: a store failed, or no step is open.

@@ -223,6 +223,17 @@ def test_steps_in_flight_do_not_block(model: GraphModel, stream: DriverStream, v
         seen.check()
 
 
+def test_a_write_comes_after_the_promotion_of_its_page(
+    model: GraphModel, stream: DriverStream, view: View, kernel: GatherKernel
+) -> None:
+    """The layer's kernel is joined before its KV write, in the head before the launch."""
+    view.write_row(0, 5)
+    kernel.wait(2)
+    model.run(plan(1, promotions=((3, 0, 1),)), write=lambda layer: view.write(layer, 3, 6))
+    stream.synchronize()
+    assert [layer for layer in LAYERS if not view.holds(layer, 3, 6)] == []
+
+
 # Aborts.
 
 
