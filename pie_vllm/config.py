@@ -21,6 +21,7 @@ FLAGS = {
     "ring_fraction": "--pie-ring-fraction",
     "target_slowdown": "--pie-target-slowdown",
     "link_gbps": "--pie-link-gbps",
+    "full_graphs": "--pie-full-graphs",
 }
 """Command line flag of each setting that has one."""
 
@@ -94,6 +95,13 @@ def parse_target_slowdown(value: object) -> float | None:
     )
 
 
+def parse_full_graphs(value: object) -> bool:
+    """Whether steps that load may run in FULL graphs. Raises ConfigError."""
+    if isinstance(value, bool):
+        return value
+    raise _fail("full_graphs", value, "true or false")
+
+
 @dataclass(frozen=True)
 class PieConfig:
     """Settings of the pie block manager.
@@ -107,6 +115,8 @@ class PieConfig:
             None pools as much as fits, whatever it costs.
         link_gbps: speed from the CPU to the device, GB/s, in place of what is measured at
             start; no more is counted on later. None measures (``auto``).
+        full_graphs: whether steps that load KV may run in FULL CUDA graphs, with the copies
+            inside. Not yet proven on a GPU.
         emulated_link_gbps: speed that the host driver's link is held to, GB/s per direction;
             None is as fast as memory copies are. For tests and emulation.
         limit_contention: whether what copies take from the compute beside them counts as
@@ -121,6 +131,7 @@ class PieConfig:
     ring_fraction: float | None = None
     target_slowdown: float | None = DEFAULT_TARGET_SLOWDOWN
     link_gbps: float | None = None
+    full_graphs: bool = False
     emulated_link_gbps: float | None = None
     limit_contention: bool | None = None
     pool_idle_seconds: float = DEFAULT_IDLE_SECONDS
@@ -155,6 +166,7 @@ class PieConfig:
                 settings.get("target_slowdown", DEFAULT_TARGET_SLOWDOWN)
             ),
             link_gbps=parse_link_gbps(settings.get("link_gbps")),
+            full_graphs=parse_full_graphs(settings.get("full_graphs", False)),
             emulated_link_gbps=_parse_emulated(settings.get("emulated_link_gbps")),
             limit_contention=_parse_limit(settings.get("limit_contention")),
             pool_idle_seconds=_parse_idle(settings.get("pool_idle_seconds", DEFAULT_IDLE_SECONDS)),
@@ -208,6 +220,7 @@ def engine_args(
     ring_fraction: float | str | None = None,
     target_slowdown: float | str | None = None,
     link_gbps: float | str | None = None,
+    full_graphs: bool | None = None,
     **other: Any,
 ) -> dict[str, Any]:
     """Keyword arguments that make ``vllm.LLM`` use the pie block manager.
@@ -222,6 +235,8 @@ def engine_args(
         target_slowdown: slowdown allowed as a share of a step's time, or ``"off"``; default 0.01.
         link_gbps: speed from the CPU to the device, GB/s, no more than which is counted on, or
             ``"auto"`` (the default): measured at start.
+        full_graphs: whether steps that load KV may run in FULL CUDA graphs; default False.
+            Experimental: not yet proven on a GPU.
         other: further keys of ``additional_config["pie"]``.
 
     Raises:
@@ -235,6 +250,7 @@ def engine_args(
             "ring_fraction": ring_fraction,
             "target_slowdown": target_slowdown,
             "link_gbps": link_gbps,
+            "full_graphs": full_graphs,
             **other,
         }.items()
         if value is not None
