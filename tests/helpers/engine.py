@@ -47,6 +47,7 @@ class Setup:
         limit_contention: whether what copies take from the compute counts as slowdown.
         target: of the slowdown; "off" keeps the schedule that stock has.
         idle_seconds: how long the pool keeps memory that is not needed.
+        full_graphs: steps that load may run in FULL graphs.
         lost_relabels: the worker drops all relabels.
         kv_heads: of the model, on each rank.
         ranks: of tensor parallelism; all sizes are those of one.
@@ -66,6 +67,7 @@ class Setup:
     limit_contention: bool | None = None
     target: float | str = "off"
     idle_seconds: float = 60.0
+    full_graphs: bool = False
     lost_relabels: bool = False
     kv_heads: int = KV_HEADS
     ranks: int = 1
@@ -115,6 +117,8 @@ class Setup:
         }
         if self.debug:
             pie["debug"] = list(self.debug)
+        if self.full_graphs:
+            pie["full_graphs"] = True
         for key in ("emulated_link_gbps", "limit_contention"):
             if getattr(self, key) is not None:
                 pie[key] = getattr(self, key)
