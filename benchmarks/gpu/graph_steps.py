@@ -112,7 +112,8 @@ class Steps:
     """Numbered steps of a captured model.
 
     Attributes:
-        wrong_pages: resident or stored pages that held other bytes, so far.
+        wrong_pages: resident or stored pages that held other bytes, so far, and pages that a
+            step without a plan copied to.
         in_graph: steps with a plan that ran in the graph.
     """
 
@@ -177,14 +178,17 @@ class Steps:
 
 
 def rounds(steps: Steps, count: int) -> None:
-    """So many steps, each with another plan than the one before, some without."""
+    """So many steps, each with another plan than the one before; those without copy nothing."""
     most = steps.sizes.most
     kinds = itertools.cycle(("", "store", "", "promote", "", "none"))
     steps.step(0, 0)  # What the first of the others stores was written by a step.
     for index, kind in zip(range(count), kinds, strict=False):
         loads = 1 + (7 * index) % (most - PROMOTED)
         if kind == "none":
+            steps.model.spoil()
             steps.without_plan()
+            steps.compute.synchronize()
+            steps.wrong_pages += steps.model.wrong_spoilt()
         else:
             steps.step(loads, (index * 13) % most, kind)
 
@@ -199,7 +203,8 @@ def check_rounds(context: Context, steps: Steps) -> None:
     report.check("engine: steps that ran in the graph", steps.in_graph, "> 0", steps.in_graph > 0)
     report.check("engine: ring pages that held other bytes", wrong, "0", wrong == 0)
     wrong = steps.wrong_pages
-    report.check("engine: stored or promoted pages with other bytes", wrong, "0", wrong == 0)
+    name = "engine: stored or promoted pages with other bytes, or copied to without a plan"
+    report.check(name, wrong, "0", wrong == 0)
 
 
 def check_control(context: Context, steps: Steps) -> None:

@@ -36,6 +36,10 @@ class Model(CapturedModel):
         with self.device.around(self.touch(layer, True)):
             super().write(layer, step)
 
+    def spoil(self) -> None:
+        self.device.synchronize()
+        super().spoil()
+
     def attention(self, layer: int, rows: torch.Tensor) -> None:
         with self.device.around(self.touch(layer, False)):
             super().attention(layer, rows)

@@ -8,9 +8,12 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.gpu.harness.compute import Compute, layer_views
-from benchmarks.gpu.harness.decode import LayerShape, Model, word
+from benchmarks.gpu.harness.decode import WRITTEN, LayerShape, Model, word
 from pie_vllm.policy.plan import Copy, StepPlan
 from pie_vllm.transfer.engine import TransferEngine
+
+SPOILT = -1
+"""In no row and no page otherwise."""
 
 
 class Graph(Protocol):
@@ -125,6 +128,22 @@ class CapturedModel(Model):
                 sums = view[copy.block : copy.block + copy.count].sum(1)
                 wrong += int((sums != self.sums[layer, copy.row : copy.row + copy.count]).sum())
         return wrong
+
+    def spoil(self) -> None:
+        """Fill all pages that copies go to with a word of their own, in the compute's order."""
+        for pages in self._copied_to():
+            pages.fill_(SPOILT)
+
+    def wrong_spoilt(self) -> int:
+        """Those pages that something was copied to since; the compute is idle."""
+        return sum(int((pages != SPOILT).any(1).sum()) for pages in self._copied_to())
+
+    def _copied_to(self) -> list[torch.Tensor]:
+        resident = self._engine.geometry.resident_blocks
+        views = layer_views(self._engine, self._compute)
+        return [
+            pages for view in views for pages in (view[1 + WRITTEN : resident], view[resident:])
+        ]
 
     def close(self) -> None:
         """Let go of the graph, then of the engine's memory."""
