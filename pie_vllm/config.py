@@ -23,6 +23,7 @@ FLAGS = {
     "target_slowdown": "--pie-target-slowdown",
     "link_gbps": "--pie-link-gbps",
     "parking": "--pie-parking",
+    "full_graphs": "--pie-full-graphs",
 }
 """Command line flag of each setting that has one."""
 
@@ -105,6 +106,13 @@ def parse_target_slowdown(value: object) -> float | None:
     )
 
 
+def parse_full_graphs(value: object) -> bool:
+    """Whether steps that load may run in FULL graphs. Raises ConfigError."""
+    if isinstance(value, bool):
+        return value
+    raise _fail("full_graphs", value, "true or false")
+
+
 @dataclass(frozen=True)
 class PieConfig:
     """Settings of the pie block manager.
@@ -120,6 +128,8 @@ class PieConfig:
             start; no more is counted on later. None measures (``auto``).
         parking: which KV goes first where more would be parked than the pool has rows for: a name
             of ``pie_vllm.policy.parked.POLICIES``; None parks nothing.
+        full_graphs: whether steps that load KV may run in FULL CUDA graphs, with the copies
+            inside. Not yet proven on a GPU.
         emulated_link_gbps: speed that the host driver's link is held to, GB/s per direction;
             None is as fast as memory copies are. For tests and emulation.
         limit_contention: whether what copies take from the compute beside them counts as
@@ -135,6 +145,7 @@ class PieConfig:
     target_slowdown: float | None = DEFAULT_TARGET_SLOWDOWN
     link_gbps: float | None = None
     parking: str | None = DEFAULT_POLICY
+    full_graphs: bool = False
     emulated_link_gbps: float | None = None
     limit_contention: bool | None = None
     pool_idle_seconds: float = DEFAULT_IDLE_SECONDS
@@ -170,6 +181,7 @@ class PieConfig:
             ),
             link_gbps=parse_link_gbps(settings.get("link_gbps")),
             parking=parse_parking(settings.get("parking", DEFAULT_POLICY)),
+            full_graphs=parse_full_graphs(settings.get("full_graphs", False)),
             emulated_link_gbps=_parse_emulated(settings.get("emulated_link_gbps")),
             limit_contention=_parse_limit(settings.get("limit_contention")),
             pool_idle_seconds=_parse_idle(settings.get("pool_idle_seconds", DEFAULT_IDLE_SECONDS)),
@@ -225,6 +237,7 @@ def engine_args(
     target_slowdown: float | str | None = None,
     link_gbps: float | str | None = None,
     parking: str | None = None,
+    full_graphs: bool | None = None,
     **other: Any,
 ) -> dict[str, Any]:
     """Keyword arguments that make ``vllm.LLM`` use the pie block manager.
@@ -240,6 +253,8 @@ def engine_args(
         link_gbps: speed from the CPU to the device, GB/s, no more than which is counted on, or
             ``"auto"`` (the default): measured at start.
         parking: policy of eviction of parked KV, ``"lru"`` or ``"arc"``, or ``"off"``.
+        full_graphs: whether steps that load KV may run in FULL CUDA graphs; default False.
+            Experimental: not yet proven on a GPU.
         other: further keys of ``additional_config["pie"]``.
 
     Raises:
@@ -254,6 +269,7 @@ def engine_args(
             "target_slowdown": target_slowdown,
             "link_gbps": link_gbps,
             "parking": parking,
+            "full_graphs": full_graphs,
             **other,
         }.items()
         if value is not None

@@ -3,9 +3,10 @@
 Each setting runs pie with few resident blocks, then stock with as many blocks all on the device, so
 that both have the same schedule, which is compared too. Every engine has a process of its own.
 Where answers differ, stock runs once more: a stock that differs from itself shows nothing of pie.
-With default graphs it runs that time with PIECEWISE ones, as pie does in steps that load: attention
-in a FULL graph may sum in another order. One more run leaves loads out on purpose: its answers must
-differ, or equal ones would mean nothing.
+With default graphs it runs that time with PIECEWISE ones, as pie does in steps that load and do not
+run in FULL graphs (mode "full" is with --pie-full-graphs): attention in a FULL graph may sum in
+another order. One more run leaves loads out on purpose: its answers must
+differ, or equal ones would mean nothing; once for steps by gates, and once in graphs.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ FACETS = (
     ("v1", "v2"),
     ("flash_attn", "triton_attn", "flashinfer"),
     ("float32", "bfloat16"),
-    ("eager", "piecewise", "compiled"),
+    ("eager", "piecewise", "compiled", "full"),
     ("sync", "async"),
 )
 
@@ -45,7 +46,8 @@ class Setting(NamedTuple):
         runner: of the model, "v1" or "v2".
         backend: of attention.
         dtype: of weights and KV.
-        mode: "eager", "piecewise" graphs, or "compiled" for vLLM's default ones.
+        mode: "eager", "piecewise" graphs, "compiled" for vLLM's default ones, or "full" for these
+            with pie's copies in FULL graphs.
         steps: "async" with two steps in flight, or "sync".
     """
 
@@ -66,8 +68,11 @@ SETTINGS = tuple(
     Setting(*words.split())
     for words in (
         "v2 flash_attn bfloat16 compiled sync",
+        "v2 flash_attn bfloat16 full async",
         "v2 triton_attn float32 compiled sync",
         "v2 flash_attn bfloat16 piecewise sync",
+        "v1 flash_attn bfloat16 full sync",
+        "v2 triton_attn float32 full sync",
         "v1 flash_attn bfloat16 compiled sync",
         "v2 flash_attn bfloat16 compiled async",
         "v1 triton_attn float32 eager sync",
@@ -78,8 +83,11 @@ SETTINGS = tuple(
         "v2 triton_attn bfloat16 compiled async",
         "v2 triton_attn float32 eager async",
         "v1 triton_attn bfloat16 compiled async",
+        "v2 flashinfer bfloat16 full async",
+        "v1 triton_attn float32 full async",
     )
 )
+DEFAULT_GRAPHS = ("compiled", "full")
 DRY = (Setting("v1", "cpu_attn", "float32", "eager", "sync"),)
 QUICK = 4
 
@@ -131,7 +139,9 @@ def run(context: Context) -> None:
         # The control comes second: without it the others mean nothing.
         work = [partial(compare, job, setting) for setting in wanted]
         if context.wants("control") or not any(p for p in context.parts if p != "control"):
-            work.insert(1, partial(control, job, wanted[0]))
+            full = [setting for setting in wanted if setting.mode == "full"]
+            for setting in dict.fromkeys([*full[:1], wanted[0]]):
+                work.insert(1, partial(control, job, setting))
         for done in as_completed([pool.submit(each) for each in work]):
             compared += done.result()
     context.report.check("settings compared", compared, ">= 1", compared >= 1)
@@ -173,7 +183,7 @@ def compare(job: Job, setting: Setting) -> int:
     same = pie["schedule"] == stock["schedule"]
     itself: bool | None = None
     if not equal and job.context.has_time(ENGINE_SECONDS, f"stock once more, {setting.name}"):
-        mode = "piecewise" if setting.mode == "compiled" else setting.mode
+        mode = "piecewise" if setting.mode in DEFAULT_GRAPHS else setting.mode
         again = attempt(job, setting._replace(mode=mode), "stock", pie["num_blocks"])
         itself = again.get("answers") == stock["answers"]
     tokens = equal_tokens(pie, stock)
@@ -192,6 +202,7 @@ def compare(job: Job, setting: Setting) -> int:
         loaded_MiB=pie["moved"]["bytes_loaded"] / 2**20,
         stored_MiB=pie["moved"]["bytes_stored"] / 2**20,
         gates=pie["gates"],
+        graph_steps=pie["graph_steps"],
         seconds=time.monotonic() - begin,
     )
     found = "equal" if equal else f"{tokens} of {len(job.lengths)} answers have equal tokens"
@@ -205,6 +216,9 @@ def compare(job: Job, setting: Setting) -> int:
     report.check(f"{setting.name}: schedule", "same" if same else "another", "stock's", same)
     moved = min(pie["moved"].values())
     report.check(f"{setting.name}: least of bytes loaded, stored", moved, "> 0", moved > 0)
+    if setting.mode == "full":
+        count = pie["graph_steps"]
+        report.check(f"{setting.name}: steps that loaded in FULL graphs", count, "> 0", count > 0)
     return int(shows)
 
 
@@ -217,7 +231,7 @@ def control(job: Job, setting: Setting) -> int:
         job.context.report.note(f"no control: {good.get('error') or bad.get('error')}")
         return 0
     count = len(job.lengths) - equal_tokens(good, bad)
-    name = "answers with other tokens where loads are left out"
+    name = f"{setting.name}: answers with other tokens where loads are left out"
     job.context.report.check(name, count, "> 0", count > 0)
     return 0
 
@@ -249,6 +263,7 @@ def attempt(
             "ring_fraction": (SLOTS * job.pooled + 1) * page / device,
             "target_slowdown": "off",
             **({"debug": list(debug)} if debug else {}),
+            **({"full_graphs": True} if setting.mode == "full" else {}),
         }
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     if not job.context.dry:

@@ -4,28 +4,31 @@ Stock and pie serve the same chats and take turns of a few decode steps, each in
 own, so that the drift of a machine cancels. Idle: both have device memory for all chats. Streaming:
 pie has less, by what its link brings in half a step, and its controller decides how much it loads;
 its steps are compared with those of stock with all KV on the device, for steps in which all chats
-ran. As contexts grow by more than that, chats begin anew in each streaming turn. Stock runs its
-default graphs.
+ran. As contexts grow by more than that, chats begin anew in each streaming turn. Full: the same
+with --pie-full-graphs, so that these steps run in FULL graphs as stock's do. Stock runs its default
+graphs.
+Engine: the transfer engine's copies in a graph without vLLM (`graph_steps.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from benchmarks.gpu import graph_steps
+from benchmarks.gpu.graph_reports import report_idle, report_streaming, steps_of
 from benchmarks.gpu.harness.compute import granularity, middle
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.engines import EngineProcess
 from benchmarks.gpu.harness.models import EIGHT_B, TINY, Shape, write_config
 from benchmarks.gpu.harness.sides import Side, common, engines, in_one_process
-from benchmarks.harness.stats import paired_ratio
 from pie_vllm.transfer.calibration import measure_link
 
-IDLE, STREAMING = 1.005, 1.01
-"""Steps of pie beside stock's, at most."""
-
-DROPPED = 2
-"""First steps of a turn, which hold what came before it."""
+STREAMING_SIDES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("streaming", "pie", {}),
+    ("full", "pie_full", {"full_graphs": True}),
+)
+"""Part of the stage, name of the side, and its settings beside those of all."""
 
 LINK_SHARE = 0.5
 """Of what the link brings in a step, KV that does not fit the device."""
@@ -119,11 +122,23 @@ class Bench:
 
 
 def run(context: Context) -> None:
+    """Copies in a graph of the engine's own; then vLLM's."""
+    if context.wants("engine"):
+        graph_steps.run(context)
+    if any(context.wants(part) for part in ("idle", "streaming", "full")):
+        vllm_steps(context)
+
+
+def vllm_steps(context: Context) -> None:
     """Idle steps, then streaming ones, beside one stock engine."""
     bench = Bench(context)
     all_blocks = bench.blocks(bench.longest) + 3 * bench.load.chats + 64
     link = 0.0
-    if context.wants("streaming"):
+    streams = [each for each in STREAMING_SIDES if context.wants(each[0])]
+    if context.dry and "full" in [part for part, _, _ in streams]:
+        context.report.note("without a GPU: no steps that stream in FULL graphs")
+        streams = [each for each in streams if each[0] != "full"]
+    if streams:
         page = bench.block_bytes // bench.shape.layers
         unit = granularity(context.driver)
         measured = measure_link(bench.shape.layers, page, granularity=unit, driver=context.driver)
@@ -143,10 +158,13 @@ def run(context: Context) -> None:
         if "pie_idle" in found:
             report_idle(context, found)
             running.pop("pie_idle").close()
-        if context.wants("streaming"):
+        if streams:
             step = middle([seconds for seconds, _ in steps_of(found["stock_all"])])
             context.report.fact("stock's step, ms", 1e3 * step)
-            streaming(context, bench, running, link, step)
+            for number, (_, name, more) in enumerate(streams):
+                if number and not context.has_time(150, name):
+                    break
+                streaming(context, bench, running, link, step, name, more)
 
 
 def streaming(
@@ -155,8 +173,10 @@ def streaming(
     running: dict[str, EngineProcess],
     link: float,
     step: float,
+    name: str,
+    settings: dict[str, Any],
 ) -> None:
-    """Pie with less device memory beside the stock engine that runs."""
+    """Pie with less device memory, and these settings, beside the stock engine that runs."""
     # In the middle of a turn, chats hold so many blocks.
     held = bench.blocks(bench.load.prompt + bench.load.turn // 2)
     lacking = min(max(4, int(LINK_SHARE * link * step / bench.block_bytes)), held // 4)
@@ -170,104 +190,12 @@ def streaming(
         "pool_gib": (window + 0.5) * bench.block_bytes / 2**30,
         "ring_slots": RING_SLOTS,
         "ring_fraction": (RING_SLOTS * window + 1) / (bench.shape.layers * blocks),
+        **settings,
     }
-    with engines(context, {"pie": bench.side(blocks, pie)}, [32, 32]) as more:
-        if "pie" not in more:
+    with engines(context, {name: bench.side(blocks, pie)}, [32, 32]) as more:
+        if name not in more:
             return
-        both = {"stock_all": running["stock_all"], "pie": more["pie"]}
+        both = {"stock_all": running["stock_all"], name: more[name]}
         bench.turns(both, bench.load.settle, anew=True)
         found = bench.turns(both, bench.load.turns, anew=True)
-    report_streaming(context, bench, found, link)
-
-
-def steps_of(
-    turns: Sequence[Mapping[str, Any]], answers: int | None = None
-) -> list[tuple[float, int]]:
-    """Steps without the first of each turn; only those with so many answers."""
-    kept = [step for turn in turns for step in turn["steps"][DROPPED:]]
-    return [(s, n) for s, n in kept if answers is None or n == answers]
-
-
-def medians(turns: Sequence[Mapping[str, Any]], answers: int | None = None) -> list[float]:
-    """The median step of each turn."""
-    return [middle([seconds for seconds, _ in steps_of([turn], answers)]) for turn in turns]
-
-
-def modes_of(turns: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Steps by graph mode."""
-    found: dict[str, int] = {}
-    for turn in turns:
-        for mode, count in turn["modes"].items():
-            found[mode] = found.get(mode, 0) + count
-    return found
-
-
-def report_idle(context: Context, found: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Steps of idle pie beside stock's."""
-    ratio = paired_ratio(medians(found["pie_idle"]), medians(found["stock_all"]))
-    for name, turns in found.items():
-        steps = [seconds for seconds, _ in steps_of(turns)]
-        context.report.row(
-            "idle: decode steps with all KV on the device",
-            name=name,
-            steps=len(steps),
-            median_ms=1e3 * middle(steps),
-            graph_modes=str(modes_of(turns)),
-            stored_MiB=sum(turn.get("bytes_stored", 0) for turn in turns) / 2**20,
-        )
-    context.report.check(
-        "idle step of pie beside stock's",
-        ratio.text(4),
-        f"<= {IDLE}",
-        ratio.median <= IDLE,
-        target=True,
-    )
-    ours, theirs = modes_of(found["pie_idle"]), modes_of(found["stock_all"])
-    if theirs:
-        same = set(ours) == set(theirs)
-        context.report.check("graph modes of idle pie", sorted(ours), str(sorted(theirs)), same)
-    elif not context.dry:
-        context.report.note("vLLM reported no graph modes")
-
-
-def report_streaming(
-    context: Context, bench: Bench, found: Mapping[str, list[dict[str, Any]]], link: float
-) -> None:
-    """Steps of streaming pie beside stock's with all KV on the device, all chats running."""
-    chats = bench.load.chats
-    for name, turns in found.items():
-        whole, steps = steps_of(turns, chats), steps_of(turns)
-        count = max(1, sum(len(turn["steps"]) for turn in turns))
-        loaded = sum(turn.get("bytes_loaded", 0) for turn in turns)
-        taken = sum(seconds for turn in turns for seconds, _ in turn["steps"])
-        context.report.row(
-            "streaming: decode steps, pie with less device memory",
-            name=name,
-            steps=len(steps),
-            with_all_chats=len(whole),
-            median_ms=1e3 * middle([seconds for seconds, _ in steps]),
-            median_with_all_ms=1e3 * middle([seconds for seconds, _ in whole]),
-            loaded_MiB_a_step=loaded / count / 2**20,
-            share_of_link=loaded / (link * taken),
-            steps_with_plan=sum(t.get("steps_with_plan", 0) for t in turns),
-            stall_ms_a_step=1e3 * sum(t.get("stall_seconds", 0.0) for t in turns) / count,
-            graph_modes=str(modes_of(turns)),
-        )
-    loaded = sum(turn.get("bytes_loaded", 0) for turn in found["pie"])
-    context.report.check(
-        "bytes loaded while streaming", loaded, "> 0", loaded > 0, target=context.dry
-    )
-    pairs = [
-        (a, b)
-        for a, b in zip(
-            medians(found["pie"], chats), medians(found["stock_all"], chats), strict=False
-        )
-        if a == a and b == b  # Turns without a step of all chats have none.
-    ]
-    if not pairs:
-        context.report.note("no step of pie ran all chats: requests took turns")
-        return
-    ratio = paired_ratio([a for a, _ in pairs], [b for _, b in pairs])
-    name = "streaming step of pie beside stock's, all chats running"
-    ok = ratio.median <= STREAMING
-    context.report.check(name, ratio.text(4), f"<= {STREAMING}", ok, target=True)
+    report_streaming(context, bench.load.chats, found, link, name)

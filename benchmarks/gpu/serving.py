@@ -5,6 +5,7 @@ device. Dummy weights of Llama-3-8B's shape; answers are not compared here (`exa
 
     stock       the device's KV bytes, vLLM's default graphs (FULL_AND_PIECEWISE); preempts
     pie         the same bytes, ring included, and a CPU pool: streams
+    pie_full    as pie, with --pie-full-graphs: steps that only decode stream in FULL graphs
     piecewise   as stock, with PIECEWISE graphs
     connector   as stock, with --kv-offloading-size: vLLM keeps KV in CPU memory, but runs on device
     prefetch    as stock, with weights of some layers in CPU memory and their bytes used for KV
@@ -27,6 +28,8 @@ from benchmarks.harness.stats import paired_ratio, spread
 GIB = 1 << 30
 PAIRS = (
     ("pie", "stock"),
+    ("pie_full", "stock"),
+    ("pie_full", "pie"),
     ("piecewise", "stock"),
     ("connector", "stock"),
     ("prefetch", "stock"),
@@ -34,6 +37,8 @@ PAIRS = (
     ("pie_idle", "stock_all"),
 )
 FIGURES = ("tok_s", "ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms", "itl_p50_ms")
+
+NEED_A_GPU = ("pie_full", "piecewise", "connector", "prefetch")
 
 GROUP_LAYERS = 8
 """vLLM's weight prefetch keeps the last layer of each so many in CPU memory."""
@@ -118,8 +123,8 @@ def tidy(found: dict[str, Any]) -> dict[str, Any]:
     row = {key: found[key] for key in (*FIGURES, "itl_p99_ms", "preemptions", "pooled_peak")}
     for key, name in (("bytes_loaded", "loaded_MiB"), ("bytes_stored", "stored_MiB")):
         row[name] = found.get(key, 0) / 2**20
-    for key in ("stall_seconds", "load_seconds"):
-        row[key] = found.get(key, 0.0)
+    for key in ("stall_seconds", "load_seconds", "graph_steps"):
+        row[key] = found.get(key, 0)
     return row | {"seconds": found["seconds"]}
 
 
@@ -138,9 +143,14 @@ def finish(context: Context, figures: Mapping[str, list[dict[str, Any]]]) -> Non
             values = ([run[key] for run in figures[name][:count]] for name in (above, below))
             row[key] = paired_ratio(*values).text(3)
         context.report.row("ratios, paired by round: median [least .. most]", **row)
-    moved = [run.get("bytes_loaded", 0) for run in figures.get("pie", ())]
-    if moved:
-        context.report.check("bytes that pie loaded, least", min(moved), "> 0", min(moved) > 0)
+    for name, key in (
+        ("pie", "bytes_loaded"),
+        ("pie_full", "bytes_loaded"),
+        ("pie_full", "graph_steps"),
+    ):
+        moved = [run.get(key, 0) for run in figures.get(name, ())]
+        if moved:
+            context.report.check(f"{name}: {key}, least", min(moved), "> 0", min(moved) > 0)
     moved = [run.get("bytes_stored", 0) for run in figures.get("pie_idle", ())]
     if moved:
         context.report.check("bytes that idle pie stored", max(moved), "0", max(moved) == 0)
@@ -168,6 +178,7 @@ def choose(context: Context, shape: Shape, load: Load, lengths: list[int]) -> di
     found = {
         "stock": side(half),
         "pie": side(half, {"pool_gib": pool}),
+        "pie_full": side(half, {"pool_gib": pool, "full_graphs": True}),
         "piecewise": side(half, compilation_config={"cudagraph_mode": "PIECEWISE"}),
         "stock_all": side(everything),
         "pie_idle": side(everything, {"pool_gib": pool / 4}),
@@ -180,9 +191,9 @@ def choose(context: Context, shape: Shape, load: Load, lengths: list[int]) -> di
         ),
     }
     if context.dry:
-        for name in ("piecewise", "connector", "prefetch"):
+        for name in NEED_A_GPU:
             found.pop(name)
-        context.report.note("without a GPU: no piecewise, connector, prefetch")
+        context.report.note(f"without a GPU: no {', '.join(NEED_A_GPU)}")
     missing = [name for name in missing_arguments() if name in found]
     for name in missing:
         found.pop(name)

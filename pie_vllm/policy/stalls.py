@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pie_vllm.policy.detector import Observation
 
+MOST_WAITING = 64
+"""Steps that wait at once: one in four is timed, unless most run in FULL graphs, which none is."""
+
 
 class AwaitedStalls:
     """Observations that wait for their stall, by number of the step.
@@ -24,6 +27,12 @@ class AwaitedStalls:
     def add(self, step: int, seen: Observation, within_budget: bool) -> None:
         """A step that ended without its stall."""
         self._waiting[step] = seen, within_budget
+
+    def overdue(self) -> list[Observation]:
+        """The oldest of more than ``MOST_WAITING`` steps, in order: their stall is not awaited."""
+        waiting = self._waiting
+        late = list(waiting)[: max(0, len(waiting) - MOST_WAITING)]
+        return [waiting.pop(step)[0] for step in late]
 
     def take(self, step: int, stall_seconds: float) -> list[tuple[Observation, bool]]:
         """The observations up to that step in order, stalls put in; none if it is not known."""

@@ -77,6 +77,20 @@ class _Setting(argparse.Action):
         _merge(namespace)
 
 
+class _Switch(argparse.BooleanOptionalAction):
+    """As ``_Setting``, for a flag that has a ``--no-`` form."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        super().__call__(parser, namespace, values, option_string)
+        _merge(namespace)
+
+
 def _merge(namespace: argparse.Namespace) -> None:
     """Write the flags that were given into ``namespace.additional_config``."""
     config = dict(getattr(namespace, "additional_config", None) or {})
@@ -163,6 +177,14 @@ def _add_flags(parser: Any) -> None:
         "start ('auto', the default). No more is counted on, so a low value leaves the rest of "
         "the link to others.",
     )
+    group.add_argument(
+        FLAGS["full_graphs"],
+        default=None,
+        action=_Switch,
+        help="Experimental, not yet proven on a GPU: steps that only decode keep their FULL CUDA "
+        "graph when they load KV, with the copies inside the graph (default: such steps run "
+        "piecewise).",
+    )
 
 
 def _configure(args: EngineArgs) -> None:
@@ -245,7 +267,9 @@ def install() -> None:
             return create_engine_config(self, *args, **kwargs)
         _configure(self)
         config = create_engine_config(self, *args, **kwargs)
-        refusals.check_config(config, device_of(current_platform))
+        device = device_of(current_platform)
+        refusals.check_config(config, device)
+        refusals.check_full_graphs(settings.of(config).config.full_graphs, device)
         return config
 
     EngineArgs.add_cli_args = staticmethod(add)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -18,6 +18,7 @@ from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.gather import use_gather
 from pie_vllm.transfer.stats import StepStats
 from pie_vllm.vllm import compat, compat_graphs, gate, refusals
+from pie_vllm.vllm.graphs import FullGraphs, use_graphs
 from pie_vllm.vllm.metrics import Totals
 
 logger = init_logger("vllm.pie")
@@ -58,6 +59,8 @@ class PieCacheEngine:
         self.totals = Totals()
         self.allocated = False
         self._switch = gate.GateSwitch()
+        self._full_graphs = config.full_graphs
+        self._graphs: FullGraphs | None = None
         self._engine = TransferEngine(
             geometry,
             driver=driver,
@@ -145,8 +148,31 @@ class PieCacheEngine:
         for layer, name in enumerate(layer_names):
             gate.install(forward_context[name].impl, layer, self._switch)
 
-    def warmed_up(self) -> None:
-        """Zero the ring again: warm-up writes to pages that kernels may load later."""
+    @contextmanager
+    def warm_up(
+        self, runner: Any, capturing: Callable[[], bool], stream: Callable[[], int]
+    ) -> Iterator[None]:
+        """Around vLLM's warm-up and its capture of graphs; then the ring is zero again.
+
+        Warm-up writes to pages that kernels may load later.
+
+        Args:
+            runner: vLLM's model runner, with its KV cache.
+            capturing: whether what this thread submits now is captured.
+            stream: that it submits to.
+
+        Raises:
+            UnsupportedError: the graphs do not hold the copies of all layers.
+        """
+        if self._graphs is None:
+            yield
+        else:
+            with self._graphs.captured(runner, capturing, stream) as capture:
+                self._switch.engine = capture
+                try:
+                    yield
+                finally:
+                    self._switch.engine = None
         self._engine.zero_ring()
 
     @contextmanager
@@ -165,14 +191,18 @@ class PieCacheEngine:
         if plan is None:
             yield
             return
-        engine = self._engine
+        engine, graphs = self._engine, self._graphs
         self.keeper.prepare(plan.stores)
         if not plan.forward:
             yield
             self._count(plan, engine.run_idle(plan, compute_stream))
             return
-        engine.begin_step(plan, compute_stream)
+        if graphs is None:
+            engine.begin_step(plan, compute_stream)
+        else:
+            graphs.begin_step(plan, compute_stream)
         self._switch.engine = engine
+        in_graph = False
         try:
             yield
             stats = engine.end_step()
@@ -181,11 +211,13 @@ class PieCacheEngine:
             raise
         finally:
             self._switch.engine = None
+            if graphs is not None:
+                in_graph = graphs.end_step()
         if stats.gates != self.geometry.num_layers:
             raise GateError(f"{stats.gates} of {self.geometry.num_layers} layers passed a gate")
-        self._count(plan, stats)
+        self._count(plan, stats, in_graph)
 
-    def _count(self, plan: StepPlan, stats: StepStats) -> None:
+    def _count(self, plan: StepPlan, stats: StepStats, in_graph: bool = False) -> None:
         t = self.totals
         stall = stats.stall_seconds
         if stats.stall_step >= 0:
@@ -202,17 +234,22 @@ class PieCacheEngine:
             bytes_finished=t.bytes_finished + stats.bytes_finished,
             stall_step=t.stall_step if stats.stall_step < 0 else stats.stall_step,
             step_stall=t.step_stall if stats.stall_step < 0 else stats.stall_seconds,
+            graph_steps=t.graph_steps + in_graph,
         )
 
-    def streaming(self) -> bool:
-        """Whether a step with a plan runs now: its layers must pass the gates."""
-        return self._switch.engine is not None
+    def needs_gates(self) -> bool:
+        """Whether a step with a plan runs now, and its layers must pass the gates one by one."""
+        fits = self._graphs is not None and self._graphs.fits
+        return self._switch.engine is self._engine and not fits
 
     def install_in_runner(self, runner: Any) -> None:
-        """Make the model runner apply a plan's relabels, and run its steps without FULL graphs.
+        """Make the model runner apply a plan's relabels, and keep FULL graphs from its steps.
+
+        Those that fit one may have it where the settings say so.
 
         Raises:
-            UnsupportedError: this vLLM's runner does it otherwise, or it has FULL graphs only.
+            UnsupportedError: this vLLM's runner does it otherwise, it has FULL graphs only, or
+                the device cannot copy in them.
         """
 
         def relabel(scheduler_output: Any) -> None:
@@ -229,8 +266,14 @@ class PieCacheEngine:
                 compat.relabel_rows(runner, live)
 
         compat.before_inputs(runner, relabel)
-        refusals.check_graph_mode(compat_graphs.graph_mode(runner))
-        compat_graphs.veto_full_graphs(runner, self.streaming)
+        mode = compat_graphs.graph_mode(runner)
+        refusals.check_graph_mode(mode)
+        if self._full_graphs and mode.has_full_cudagraphs():
+            logger.warning("Pie: %s", use_graphs(self._engine))
+            self._graphs = FullGraphs(self._engine, self.geometry.num_layers)
+        elif self._full_graphs:
+            logger.warning("Pie: cudagraph_mode %s: --pie-full-graphs changes nothing", mode)
+        compat_graphs.veto_full_graphs(runner, self.needs_gates)
 
     def close(self) -> None:
         """Give all memory back. No tensor over the arena may be used after."""

@@ -1,6 +1,7 @@
 """What depends on vLLM's CUDA graphs: steps that copy KV must run the gates' Python.
 
-A FULL graph replays without Python, so no gate would run. Read in vLLM 0.32.0;
+A FULL graph replays without Python, so no gate would run; unless its capture passed
+them and the engine is told of each replay (``graphs.py``). Read in vLLM 0.32.0;
 checked as everything in ``compat``.
 """
 
@@ -15,21 +16,21 @@ from pie_vllm.errors import UnsupportedError
 from pie_vllm.vllm import compat
 
 
-def veto_full_graphs(runner: Any, streaming: Callable[[], bool]) -> None:
-    """Keep FULL graphs from batches for which ``streaming()`` holds; they run piecewise.
+def veto_full_graphs(runner: Any, vetoed: Callable[[], bool]) -> None:
+    """Keep FULL graphs from batches for which ``vetoed()`` holds; they run piecewise.
 
     All other batches are dispatched as vLLM does. Call it once the runner has
     its KV cache: the V2 runner makes its graph manager with it.
     """
     if compat.is_v2(runner):
         manager = runner.cudagraph_manager
-        manager.dispatch = _veto_v2(manager, streaming)
+        manager.dispatch = _veto_v2(manager, vetoed)
     else:
         dispatcher = runner.cudagraph_dispatcher
-        dispatcher.dispatch = _veto_v1(dispatcher, streaming)
+        dispatcher.dispatch = _veto_v1(dispatcher, vetoed)
 
 
-def _veto_v1(dispatcher: Any, streaming: Callable[[], bool]) -> Callable[..., Any]:
+def _veto_v1(dispatcher: Any, vetoed: Callable[[], bool]) -> Callable[..., Any]:
     """By ``invalid_modes``, vLLM's own way to exclude a mode for a batch.
 
     Relies on ``allowed_modes -= invalid_modes``, v1/cudagraph_dispatcher.py:269, and on every
@@ -39,14 +40,14 @@ def _veto_v1(dispatcher: Any, streaming: Callable[[], bool]) -> Callable[..., An
     dispatch = dispatcher.dispatch
 
     def without_full(*args: Any, invalid_modes: Any = None, **kwargs: Any) -> Any:
-        if streaming():
+        if vetoed():
             invalid_modes = {CUDAGraphMode.FULL, *(invalid_modes or ())}
         return dispatch(*args, invalid_modes=invalid_modes, **kwargs)
 
     return without_full
 
 
-def _veto_v2(manager: Any, streaming: Callable[[], bool]) -> Callable[..., Any]:
+def _veto_v2(manager: Any, vetoed: Callable[[], bool]) -> Callable[..., Any]:
     """By asking as for a batch that is no uniform decode and of no known query length.
 
     A FULL graph of a mode with a separate routine for decodes names one of the
@@ -79,7 +80,7 @@ def _veto_v2(manager: Any, streaming: Callable[[], bool]) -> Callable[..., Any]:
         max_query_len: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        if not streaming():
+        if not vetoed():
             return dispatch(
                 num_reqs,
                 num_tokens,
@@ -97,6 +98,61 @@ def _veto_v2(manager: Any, streaming: Callable[[], bool]) -> Callable[..., Any]:
         return found
 
     return without_full
+
+
+def full_graphs(runner: Any) -> list[Any]:
+    """The FULL graphs that a runner has captured; it replays no others.
+
+    V1 has them in a wrapper around the model, which captures and replays by
+    ``entry.cudagraph`` (compilation/cuda_graph.py:323 and :347) and is put there by
+    ``self.model = CUDAGraphWrapper(``, v1/worker/gpu_model_runner.py:5215. V2 has them in
+    ``graphs`` of its manager, v1/worker/gpu/cudagraph_utils.py:451 and :511.
+    """
+    if compat.is_v2(runner):
+        from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+
+        compat.expect(CudaGraphManager.capture, "self.graphs[desc] = graph")
+        compat.expect(CudaGraphManager.run_fullgraph, "self.graphs[desc].replay()")
+        return list(runner.cudagraph_manager.graphs.values())
+    from vllm.compilation.cuda_graph import CUDAGraphWrapper
+
+    compat.expect(
+        CUDAGraphWrapper.__call__, "entry.cudagraph = cudagraph", "entry.cudagraph.replay()"
+    )
+    wrapper = runner.model
+    if not isinstance(wrapper, CUDAGraphWrapper) or wrapper.runtime_mode != CUDAGraphMode.FULL:
+        return []
+    entries = wrapper.concrete_cudagraph_entries.values()
+    return [entry.cudagraph for entry in entries if entry.cudagraph is not None]
+
+
+def before_replay(graph: Any, then: Callable[[], None]) -> None:
+    """Call ``then()`` before each replay of a graph, in the thread that launches it.
+
+    The object's class becomes a subclass, as for ``gate.install``: a function put in place
+    of its method would be a cycle, and keep the graph's memory until the next collection.
+    """
+    graph.__class__ = _announced(type(graph))
+    graph._pie_then = then
+
+
+_classes: dict[type, type] = {}
+
+
+def _announced(base: type[Any]) -> type[Any]:
+    if base in _classes:
+        return _classes[base]
+
+    class Announced(base):
+        _pie_then: Callable[[], None]
+
+        def replay(self) -> Any:
+            self._pie_then()
+            return super().replay()
+
+    Announced.__name__ = Announced.__qualname__ = "Pie" + base.__name__
+    _classes[base] = Announced
+    return Announced
 
 
 def graph_mode(runner: Any) -> Any:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from pie_vllm.transfer.engine import TransferEngine
+
+class Gates(Protocol):
+    """What the layers tell: the transfer engine, or ``graphs.Capture``."""
+
+    def before_write(self, layer: int) -> None:
+        """The layer is about to write its KV."""
+
+    def before_attention(self, layer: int) -> None:
+        """It is about to read."""
+
+    def after_attention(self, layer: int) -> None:
+        """It has read."""
 
 
 class GateSwitch:
@@ -14,7 +24,7 @@ class GateSwitch:
     __slots__ = ("engine",)
 
     def __init__(self) -> None:
-        self.engine: TransferEngine | None = None
+        self.engine: Gates | None = None
 
 
 _classes: dict[type, type] = {}

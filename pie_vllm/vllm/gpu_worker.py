@@ -32,6 +32,10 @@ class PieGPUWorker(PieWorkerMixin, Worker):
         """The stream that the model runs on: the current one of this thread."""
         return int(torch.cuda.current_stream(self.device).cuda_stream)
 
+    def pie_capturing(self) -> bool:
+        """Asked of that stream."""
+        return bool(torch.cuda.is_current_stream_capturing())
+
     def pie_timer(self) -> Timer:
         """Times by events on that stream."""
         return DeviceTimer()

@@ -31,6 +31,7 @@ class Totals(NamedTuple):
         bytes_finished: the part of ``bytes_loaded`` that ``load_seconds`` is of.
         stall_step: number of the newest step whose stall is known; -1 is none.
         step_stall: stall of that step, in seconds.
+        graph_steps: steps with a plan that ran in a FULL graph, copies inside.
     """
 
     steps: int = 0
@@ -44,6 +45,7 @@ class Totals(NamedTuple):
     bytes_finished: int = 0
     stall_step: int = -1
     step_stall: float = 0.0
+    graph_steps: int = 0
 
 
 class Hits(NamedTuple):
@@ -117,6 +119,7 @@ class Report:
         }
         counters = {
             "pie_streaming_steps": totals.steps,
+            "pie_graph_steps": totals.graph_steps,
             "pie_loaded_bytes": totals.bytes_loaded,
             "pie_stored_bytes": totals.bytes_stored,
             "pie_load_seconds": int(totals.load_seconds * MICROSECONDS),
@@ -177,7 +180,7 @@ class StepLog:
         logger.info(
             "Pie: steps=%d pooled=%d pooled_peak=%d pooled_blocks=%d bytes_loaded=%d "
             "bytes_stored=%d load_seconds=%.3f store_seconds=%.3f stall_seconds=%.3f "
-            "slowed_seconds=%.3f parked=%d parked_stores=%d restored=%d",
+            "slowed_seconds=%.3f graph_steps=%d parked=%d parked_stores=%d restored=%d",
             totals.steps,
             residency.pooled_in_use,
             totals.pooled_peak,
@@ -188,6 +191,7 @@ class StepLog:
             totals.store_seconds,
             totals.stall_seconds,
             self._detector.slowed_seconds,
+            totals.graph_steps,
             len(residency.parking),
             residency.parking.parked_blocks,
             residency.parking.restored_blocks,

@@ -28,6 +28,7 @@ GAUGES = {
 
 COUNTERS = {
     "pie_streaming_steps": "Engine steps that moved KV.",
+    "pie_graph_steps": "Engine steps that moved KV and ran in a FULL CUDA graph.",
     "pie_loaded_bytes": "KV copied from the CPU pool, in bytes.",
     "pie_stored_bytes": "KV copied to the CPU pool, in bytes.",
     "pie_load_seconds": "Time the link was busy loading, in seconds.",

@@ -14,6 +14,9 @@ CACHE_DTYPES = {"cpu": _PLAIN, "cuda": (*_PLAIN, "fp8", "fp8_e4m3", "fp8_e5m2")}
 BACKENDS = {"cpu": ("CPU_ATTN",), "cuda": ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")}
 """Attention backends by device, vLLM's names."""
 
+GRAPH_DEVICES = ("cuda",)
+"""Those whose FULL graphs can hold copies."""
+
 
 def _refuse(what: str, why: str, way_out: str) -> UnsupportedError:
     return UnsupportedError(
@@ -203,6 +206,24 @@ def check_graph_mode(mode: Any) -> None:
             "Set cudagraph_mode to FULL_AND_PIECEWISE, PIECEWISE or NONE (--compilation-config, "
             "--enforce-eager) with an attention backend that allows it",
         )
+
+
+def check_full_graphs(wanted: bool, device: str) -> None:
+    """Refuse copies in FULL graphs where there are none.
+
+    Raises:
+        UnsupportedError: names the flag and the device.
+    """
+    if wanted and device not in GRAPH_DEVICES:
+        raise no_full_graphs(f"device {device!r} has no CUDA graphs")
+
+
+def no_full_graphs(why: str) -> UnsupportedError:
+    """The error where ``--pie-full-graphs`` cannot be had."""
+    return UnsupportedError(
+        f'--pie-full-graphs (additional_config["pie"]["full_graphs"]) is on, but {why}. Leave '
+        "it out, or set --no-pie-full-graphs."
+    )
 
 
 def check_specs(specs: dict[str, Any]) -> Any:

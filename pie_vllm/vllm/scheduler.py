@@ -175,10 +175,15 @@ class PieSchedulerMixin(_Mixed):
         tokens, requests = output.total_num_scheduled_tokens, len(output.num_scheduled_tokens)
         blocks, restored = output.pie_blocks, output.pie_restored
         seen = Observation(tokens, requests, seconds, 0.0, loaded, busy, blocks, restored)
-        if plan is None or not plan.forward:
+        if totals.graph_steps != before.graph_steps:
+            # Nothing in a graph is timed: what its loads cost shows in the time of the step.
+            self.pie_decider.observe(seen, within_budget=False)
+        elif plan is None or not plan.forward:
             self.pie_decider.observe(seen, within_budget=output.pie_within_budget)
         else:
             self._stalls.add(plan.step, seen, output.pie_within_budget)
+            for late in self._stalls.overdue():
+                self.pie_decider.observe(late, within_budget=False)
         if totals.stall_step != before.stall_step:
             for known, within in self._stalls.take(totals.stall_step, totals.step_stall):
                 self.pie_decider.observe(known, within_budget=within)

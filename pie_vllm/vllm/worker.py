@@ -49,6 +49,10 @@ class PieWorkerMixin(_Mixed):
         """The stream that the model runs on; 0 is the calling thread."""
         return 0
 
+    def pie_capturing(self) -> bool:
+        """Whether what this thread submits now is captured in a graph."""
+        return False
+
     def pie_timer(self) -> Timer:
         """Times a step from now on."""
         return HostTimer()
@@ -198,12 +202,13 @@ class PieWorkerMixin(_Mixed):
         self.pie.install_gates(layers, context)
         self.pie.install_in_runner(self.model_runner)
 
+    @said_once
     def compile_or_warm_up_model(self) -> Any:
-        """Warm up as vLLM does, then zero the ring."""
-        result = super().compile_or_warm_up_model()
-        if self.pie is not None:
-            self.pie.warmed_up()
-        return result
+        """Warm up and capture graphs as vLLM does, then zero the ring."""
+        if self.pie is None:
+            return super().compile_or_warm_up_model()
+        with self.pie.warm_up(self.model_runner, self.pie_capturing, self.pie_stream):
+            return super().compile_or_warm_up_model()
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a step with its plan; ``pie_stats`` travels back with the result.

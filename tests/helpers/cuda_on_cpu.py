@@ -10,8 +10,10 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.helpers import standin
 
@@ -58,6 +60,7 @@ def report() -> dict[str, Any]:
     return {
         "violations": found.violations(),
         "batches": found.calls("cuMemcpyBatchAsync"),
+        "graphs": found.calls("cuGraphLaunch"),
     }
 
 
@@ -70,11 +73,38 @@ def __getattr__(name: str) -> Any:
 
 
 def _worker_class() -> type:
+    from pie_vllm.vllm.cpu_worker import PieCPUWorker
+
+    prepare()
+
+    class CudaOnCPUWorker(PieCPUWorker):
+        """vLLM's CPU worker over the CUDA driver."""
+
+        pie_driver = "cuda"
+
+        def init_device(self) -> None:
+            super().init_device()
+            self.pie_granularity = driver_granularity()
+
+        def initialize_from_config(self, kv_cache_config: Any) -> None:
+            mark_layers(self, null_stream)
+            super().initialize_from_config(kv_cache_config)
+
+    return CudaOnCPUWorker
+
+
+def driver_granularity() -> int:
+    """Of the CUDA driver."""
+    from pie_vllm.transfer import native
+
+    return native.driver_granularity("cuda")
+
+
+def prepare() -> None:
+    """Load the stand-in, whose device memory torch can read."""
     import torch
 
     from pie_vllm.memory.arena import DeviceArena
-    from pie_vllm.transfer.native import driver_granularity
-    from pie_vllm.vllm.cpu_worker import PieCPUWorker
 
     standin.load()
 
@@ -86,36 +116,78 @@ def _worker_class() -> type:
 
     DeviceArena.tensor = tensor  # type: ignore[assignment,method-assign]
 
-    class CudaOnCPUWorker(PieCPUWorker):
-        """vLLM's CPU worker over the CUDA driver."""
 
-        pie_driver = "cuda"
+class Touch(NamedTuple):
+    """What a layer is about to do with its KV: ``pages`` are addresses of equal size."""
 
-        def init_device(self) -> None:
-            super().init_device()
-            self.pie_granularity = driver_granularity("cuda")
-
-        def initialize_from_config(self, kv_cache_config: Any) -> None:
-            # Before the gates are put around it: what is marked lies inside them.
-            context = self.vllm_config.compilation_config.static_forward_context
-            for layer in context.values():
-                if type(layer.impl).__name__.startswith("CPU"):
-                    layer.impl.__class__ = _marked(type(layer.impl))
-            super().initialize_from_config(kv_cache_config)
-
-    return CudaOnCPUWorker
+    layer: int
+    write: bool
+    pages: list[int]
+    page_bytes: int
 
 
-def _marked(base: Any) -> Any:
+Around = Callable[[Touch], AbstractContextManager[None]]
+"""Stands around a layer's KV write, and its attention."""
+
+
+@contextmanager
+def null_stream(touch: Touch) -> Iterator[None]:
+    """The layers compute on the calling thread, which is the stand-in's default stream."""
+    tell(0, touch)
+    yield
+
+
+def tell(stream: int, touch: Touch) -> None:
+    """Tell the race check that work of a stream touches these pages now."""
+    for page in touch.pages:
+        error = standin.load().access(stream, page, touch.page_bytes, write=touch.write)
+        assert error == 0, f"page {page:#x}: CUDA error {error}"
+
+
+def mark_layers(worker: Any, around: Around) -> None:
+    """Before the gates are put around the layers: what is marked lies inside them."""
+    context = worker.vllm_config.compilation_config.static_forward_context
+    for layer in context.values():
+        if type(layer.impl).__name__.startswith("CPU"):
+            layer.impl.__class__ = _marked(type(layer.impl), around)
+
+
+def written(kv_cache: Any, slots: Any) -> list[int]:
+    """Pages that a KV write of these slots touches."""
+    blocks = slots[slots >= 0] // kv_cache.shape[2]
+    return _pages(kv_cache, blocks.unique().tolist())
+
+
+def read(kv_cache: Any, metadata: Any) -> list[int]:
+    """Pages that attention with this metadata touches."""
+    size = kv_cache.shape[2]
+    blocks = {
+        block
+        for row, length in zip(metadata.block_table, metadata.seq_lens, strict=False)
+        for block in row[: -(-int(length) // size)].tolist()
+    }
+    return _pages(kv_cache, sorted(blocks))
+
+
+def page_bytes(kv_cache: Any) -> int:
+    """Of a block in one layer."""
+    return int(kv_cache.stride(0) * kv_cache.element_size())
+
+
+def _pages(kv_cache: Any, blocks: list[int]) -> list[int]:
+    return [kv_cache.data_ptr() + block * page_bytes(kv_cache) for block in blocks]
+
+
+def _marked(base: Any, around: Around) -> Any:
     """An attention implementation that names the pages it touches."""
 
     class Marked(base):
         def do_kv_cache_update(
             self, layer: Any, key: Any, value: Any, kv_cache: Any, slots: Any
         ) -> Any:
-            written = slots[slots >= 0] // kv_cache.shape[2]
-            _touch(kv_cache, written.unique().tolist(), write=True)
-            return super().do_kv_cache_update(layer, key, value, kv_cache, slots)
+            pages = written(kv_cache, slots)
+            with around(Touch(self._pie_layer, True, pages, page_bytes(kv_cache))):
+                return super().do_kv_cache_update(layer, key, value, kv_cache, slots)
 
         def forward(
             self,
@@ -128,22 +200,12 @@ def _marked(base: Any) -> Any:
             *args: Any,
             **kwargs: Any,
         ) -> Any:
-            if metadata is not None and kv_cache.numel():
-                size = kv_cache.shape[2]
-                read = {
-                    block
-                    for row, length in zip(metadata.block_table, metadata.seq_lens, strict=False)
-                    for block in row[: -(-int(length) // size)].tolist()
-                }
-                _touch(kv_cache, sorted(read), write=False)
-            return super().forward(layer, query, key, value, kv_cache, metadata, *args, **kwargs)
+            given = layer, query, key, value, kv_cache, metadata
+            if metadata is None or not kv_cache.numel():
+                return super().forward(*given, *args, **kwargs)
+            pages = read(kv_cache, metadata)
+            with around(Touch(self._pie_layer, False, pages, page_bytes(kv_cache))):
+                return super().forward(*given, *args, **kwargs)
 
     Marked.__name__ = base.__name__
     return Marked
-
-
-def _touch(kv_cache: Any, blocks: list[int], *, write: bool) -> None:
-    page = kv_cache.stride(0) * kv_cache.element_size()
-    for block in blocks:
-        error = standin.load().access(0, kv_cache.data_ptr() + block * page, page, write=write)
-        assert error == 0, f"block {block}: CUDA error {error}"

@@ -49,6 +49,7 @@ class Setup:
         parking: policy of eviction of parked KV, or "off"; None is the default.
         target: of the slowdown; "off" keeps the schedule that stock has.
         idle_seconds: how long the pool keeps memory that is not needed.
+        full_graphs: steps that load may run in FULL graphs.
         lost_relabels: the worker drops all relabels.
         kv_heads: of the model, on each rank.
         ranks: of tensor parallelism; all sizes are those of one.
@@ -70,6 +71,7 @@ class Setup:
     parking: str | None = None
     target: float | str = "off"
     idle_seconds: float = 60.0
+    full_graphs: bool = False
     lost_relabels: bool = False
     kv_heads: int = KV_HEADS
     ranks: int = 1
@@ -120,6 +122,8 @@ class Setup:
         }
         if self.debug:
             pie["debug"] = list(self.debug)
+        if self.full_graphs:
+            pie["full_graphs"] = True
         for key in ("emulated_link_gbps", "limit_contention", "parking"):
             if getattr(self, key) is not None:
                 pie[key] = getattr(self, key)

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import cuda_on_cpu, standin
+from tests.helpers import cuda_on_cpu, graphs_on_cpu, standin
 from tests.helpers.engine_record import Recorder, copy_bytes
 from tests.helpers.process import resident_bytes
 from tests.helpers.v2_on_cpu import enable
@@ -197,6 +197,7 @@ def main() -> None:
     os.dup2(2, 1)
     enable()
     cuda_on_cpu.enable()
+    graphs_on_cpu.enable()
     engine: Engine | None = None
     for line in sys.stdin:
         job = json.loads(line)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pie_vllm.policy.detector import Observation
-from pie_vllm.policy.stalls import AwaitedStalls, speed_of_finished
+from pie_vllm.policy.stalls import MOST_WAITING, AwaitedStalls, speed_of_finished
 
 
 def seen(loaded: int) -> Observation:
@@ -32,6 +32,19 @@ def test_a_timed_step_that_loaded_nothing_says_nothing_of_others() -> None:
     awaited.add(1, seen(100), True)
     awaited.add(2, seen(0), True)
     assert [known.stall_seconds for known, _ in awaited.take(2, 0.5)] == [0.0, 0.5]
+
+
+def test_steps_are_not_collected_for_ever() -> None:
+    """Where no step is timed any more, the oldest are given back without their stall."""
+    awaited = AwaitedStalls()
+    given: list[Observation] = []
+    for step in range(2 * MOST_WAITING):
+        awaited.add(step, seen(step), True)
+        given += awaited.overdue()
+    assert [each.bytes_loaded for each in given] == list(range(MOST_WAITING))
+    assert len(awaited) == MOST_WAITING
+    assert awaited.overdue() == []
+    assert len(awaited.take(2 * MOST_WAITING - 1, 0.5)) == MOST_WAITING
 
 
 def test_the_link_is_as_fast_as_what_finished() -> None:

@@ -51,6 +51,8 @@ def configure(model: Path, pie: Any = None, **arguments: Any) -> Any:
         ({"link_gbps": "fast"}, ["--pie-link-gbps", "fast"]),
         ({"parking": "mru"}, ["--pie-parking", "'mru'", "arc, lru", "off"]),
         ({"parking": True}, ["--pie-parking", "True"]),
+        ({"full_graphs": "yes"}, ["--pie-full-graphs", "'yes'", "true or false"]),
+        ({"full_graphs": 1}, ["--pie-full-graphs is 1"]),
         ({"emulated_link_gbps": 0}, ["emulated_link_gbps", "above 0"]),
         ({"pool": 1}, ["unknown pie setting pool", "pool_gib", "ring_slots", "ring_fraction"]),
         ([1], ["must be a mapping", "pool_gib"]),
@@ -110,6 +112,15 @@ def test_features_are_refused_by_name(
         configure(model, **arguments)
     for word in [*words, "--block-manager default"]:
         assert word in str(caught.value)
+
+
+def test_copies_in_graphs_are_refused_where_there_are_no_graphs(model: Path) -> None:
+    """On every device but CUDA's, before the model loads, with the way out."""
+    with pytest.raises(UnsupportedError, match=r"--pie-full-graphs.*'cpu'.*--no-pie-full-graphs"):
+        configure(model, {"pool_gib": 0.1, "full_graphs": True})
+    configure(model, {"pool_gib": 0.1, "full_graphs": False})
+    refusals.check_full_graphs(True, "cuda")
+    refusals.check_full_graphs(False, "xpu")
 
 
 CHANGES: list[tuple[str, str, Any, str]] = [

@@ -54,8 +54,8 @@ def test_flags_arrive_in_any_form(arguments: list[str]) -> None:
 def test_all_flags_arrive() -> None:
     """Every flag has its key, and `auto` is a value."""
     more = ["--pie-pool-gib", "auto", "--pie-ring-slots", "2", "--pie-ring-fraction", "0.2"]
-    more += ["--pie-target-slowdown", "0.05", "--pie-link-gbps", "20"]
     more += ["--pie-parking", "arc"]
+    more += ["--pie-target-slowdown", "0.05", "--pie-link-gbps", "20", "--pie-full-graphs"]
     found = settings_of(["--block-manager", "pie", *more])["pie"]
     assert found == {
         "pool_gib": "auto",
@@ -64,14 +64,29 @@ def test_all_flags_arrive() -> None:
         "target_slowdown": 0.05,
         "link_gbps": 20.0,
         "parking": "arc",
+        "full_graphs": True,
     }
-    assert PieConfig.from_mapping(found) == PieConfig(None, 2, 0.2, 0.05, 20.0, "arc")
+    assert PieConfig.from_mapping(found) == PieConfig(None, 2, 0.2, 0.05, 20.0, "arc", True)
     words = ["--pie-ring-fraction", "auto", "--pie-link-gbps", "auto"]
     assert PieConfig.from_mapping(settings_of([*PIE, *words])["pie"]) == PieConfig(0.5)
     off = settings_of([*PIE, "--pie-target-slowdown", "off", "--pie-parking", "off"])["pie"]
     assert PieConfig.from_mapping(off).target_slowdown is None
     assert PieConfig.from_mapping(off).parking is None
     assert PieConfig.from_mapping(PieConfig.from_mapping(off).to_mapping()).parking is None
+
+
+def test_a_switch_has_two_forms(tmp_path: Path) -> None:
+    """As vLLM's own; the last one counts, and YAML files have both."""
+    assert settings_of([*PIE, "--no-pie-full-graphs"])["pie"]["full_graphs"] is False
+    both = ["--pie_full_graphs", "--no-pie-full-graphs", "--pie-full-graphs"]
+    assert settings_of([*PIE, *both])["pie"]["full_graphs"] is True
+    assert "full_graphs" not in settings_of(PIE)["pie"]
+    for word, value in (("true", True), ("false", False)):
+        path = tmp_path / "serve.yaml"
+        path.write_text(f"block-manager: pie\npie-full-graphs: {word}\n")
+        assert settings_of(["--config", str(path)])["pie"] == {"full_graphs": value}
+    config = ["--additional-config", '{"pie": {"full_graphs": true}}']
+    assert settings_of([*PIE, *config, "--no-pie-full-graphs"])["pie"]["full_graphs"] is False
 
 
 @pytest.mark.parametrize("flags_first", [True, False])

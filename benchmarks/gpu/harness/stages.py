@@ -74,6 +74,7 @@ STAGES = {
                     "eager",
                     "piecewise",
                     "compiled",
+                    "full",
                     "sync",
                     "async",
                     "control",
@@ -84,13 +85,17 @@ STAGES = {
             "serving",
             "Throughput, TPOT and TTFT at equal GPU bytes: stock, pie and vLLM's own offloading",
             MOST_SECONDS,
-            ("stock", "pie", "piecewise", "stock_all", "pie_idle", "connector", "prefetch"),
+            (
+                *("stock", "pie", "pie_full", "piecewise", "stock_all", "pie_idle"),
+                *("connector", "prefetch"),
+            ),
         ),
         Stage(
             "graphs",
-            "Are idle steps as long as stock's (FULL graphs kept), and streaming ones within 1 %?",
+            "Are idle steps as long as stock's (FULL graphs kept), and streaming ones within 1 %? "
+            "Are copies inside of graphs right?",
             MOST_SECONDS,
-            ("idle", "streaming"),
+            ("engine", "idle", "streaming", "full"),
         ),
     )
 }

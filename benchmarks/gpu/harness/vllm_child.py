@@ -22,6 +22,9 @@ from typing import Any
 from benchmarks.gpu.harness.context import end_with_parent
 from benchmarks.harness.stats import percentile
 
+MOVED = ("bytes_loaded", "bytes_stored", "stall_seconds", "graph_steps")
+"""Of pie's counters, what grows while it works."""
+
 
 def prompts_of(lengths: list[int], seed: int, vocabulary: int) -> list[list[int]]:
     """Prompts of random tokens, the same for every engine."""
@@ -148,7 +151,7 @@ class Child:
         after = self.pie()
         moved: dict[str, Any] = {
             key: after[key] - before[key]
-            for key in ("bytes_loaded", "bytes_stored", "stall_seconds", "load_seconds", "steps")
+            for key in (*MOVED, "load_seconds", "steps")
             if key in after
         }
         ttft = [chat[0] for chat in times]
@@ -197,6 +200,7 @@ class Child:
             "moved": {k: after[k] - before[k] for k in ("bytes_loaded", "bytes_stored") if after},
             "pooled_peak": after.get("pooled_peak", 0),
             "gates": after.get("gates", 0) - before.get("gates", 0),
+            "graph_steps": after.get("graph_steps", 0) - before.get("graph_steps", 0),
         }
 
     def prefill(self, requests: int) -> int:
@@ -223,8 +227,7 @@ class Child:
             begin = now
         self._settle()
         after = self.pie()
-        keys = ("bytes_loaded", "bytes_stored", "stall_seconds")
-        moved = {key: after[key] - before[key] for key in keys if key in after}
+        moved = {key: after[key] - before[key] for key in MOVED if key in after}
         planned = after.get("steps", 0) - before.get("steps", 0)
         return {"steps": found, "modes": dict(self._modes), "steps_with_plan": planned, **moved}
 
