@@ -25,6 +25,9 @@ settings.register_profile("pie", deadline=None, print_blob=True)
 settings.load_profile("pie")
 
 DEFAULT_FUZZ_SEEDS = 100
+SLOW_SECONDS = 900
+"""Limit of a slow test that names none: only for what hangs, on a machine however busy."""
+
 WEIGHTS = {"slow": 4, "sanitizer": 1}
 """Of a test with such a mark, in guessing how long its file takes."""
 
@@ -40,13 +43,15 @@ def cuda_device_answers() -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run, saying why; side by side, long files come first."""
+    """Skip what this machine cannot run, saying why; slow tests get time, and come first."""
     has_vllm = importlib.util.find_spec("vllm") is not None
     for item in items:
         if item.get_closest_marker("gpu") and not cuda_device_answers():
             item.add_marker(pytest.mark.skip(reason="no CUDA device answers"))
         if item.get_closest_marker("vllm") and not has_vllm:
             item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
     if hasattr(config, "workerinput"):
         _long_files_first(items)
 
