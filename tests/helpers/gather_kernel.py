@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from pie_vllm.transfer.gather import ENTRY, GatherImage, NoGather
+from tests.helpers.builds import build_once
 from tests.helpers.standin import BUILDS, FLAGS, SOURCES, Standin, compile_native, load
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -25,8 +26,8 @@ def _build() -> Path:
     files = [SOURCE, SOURCES / "standin.h", CSRC / "gather.cu", CSRC / "test" / "gather_host.h"]
     digest = hashlib.sha256(repr(FLAGS).encode() + b"".join(f.read_bytes() for f in files))
     target = BUILDS / f"gather-{digest.hexdigest()[:16]}" / "gather.so"
-    if not target.exists():
-        compile_native(target, SOURCE, "-shared", "-O2", f"-I{CSRC / 'test'}")
+    flags = ("-shared", "-O2", f"-I{CSRC / 'test'}")
+    build_once(target, lambda: compile_native(target, SOURCE, *flags))
     return target
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks import make_model
+from tests.helpers.builds import build_once
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -12,6 +13,5 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def model_path() -> Path:
     """Folder of SmolLM2-135M-Instruct, made from the package on first use."""
     folder = REPOSITORY / make_model.DEFAULT_OUTPUT
-    if not (folder / make_model.DONE).is_file():
-        make_model.write_model(folder, "bfloat16")
+    build_once(folder / make_model.DONE, lambda: make_model.write_model(folder, "bfloat16"))
     return folder

@@ -18,6 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.builds import build_once
+
 SOURCES = Path(__file__).resolve().parent / "libcuda"
 BUILDS = Path(__file__).resolve().parents[2] / "build" / "standin-cuda"
 NAME = "libcuda.so.1"
@@ -68,7 +70,6 @@ def compile_native(target: Path, source: Path, *flags: str, sanitize: str | None
         )
         if done.returncode or done.stderr:
             raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-        # Another process may build the same: the last one wins, with the same bytes.
         made.replace(target)
 
 
@@ -81,16 +82,19 @@ def library_folder(sanitize: str | None = None) -> Path:
     for source in sorted(SOURCES.glob("*.*")):
         digest.update(source.name.encode() + source.read_bytes())
     folder = BUILDS / digest.hexdigest()[:16]
-    if not (folder / NAME).exists():
-        unit = folder / "all.cpp"  # in one piece: the headers cost more than the code
-        folder.mkdir(parents=True, exist_ok=True)
-        unit.write_text("".join(f'#include "{s.name}"\n' for s in sorted(SOURCES.glob("*.cpp"))))
-        # Bsymbolic: the table of functions means its own, whatever else is loaded.
-        link = f"-Wl,-soname,{NAME},-Bsymbolic,--version-script={SOURCES / 'exports.map'}"
-        # Static TLS: the leak check of old sanitizers crashes on that of a library opened later.
-        tls = "-ftls-model=initial-exec"
-        compile_native(folder / NAME, unit, "-shared", tls, link, sanitize=sanitize)
+    build_once(folder / NAME, lambda: _compile(folder, sanitize))
     return folder
+
+
+def _compile(folder: Path, sanitize: str | None) -> None:
+    unit = folder / "all.cpp"  # in one piece: the headers cost more than the code
+    folder.mkdir(parents=True, exist_ok=True)
+    unit.write_text("".join(f'#include "{s.name}"\n' for s in sorted(SOURCES.glob("*.cpp"))))
+    # Bsymbolic: the table of functions means its own, whatever else is loaded.
+    link = f"-Wl,-soname,{NAME},-Bsymbolic,--version-script={SOURCES / 'exports.map'}"
+    # Static TLS: the leak check of old sanitizers crashes on that of a library opened later.
+    tls = "-ftls-model=initial-exec"
+    compile_native(folder / NAME, unit, "-shared", tls, link, sanitize=sanitize)
 
 
 @cache

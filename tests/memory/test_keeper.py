@@ -145,6 +145,7 @@ def test_memory_that_cannot_be_had_is_said_once(
         keeper.prepare(stores(3))
 
 
+@pytest.mark.alone
 def test_an_idle_pool_goes_after_twice_the_idle_time(make: Callable[..., PoolKeeper]) -> None:
     """All but the first chunk, without any step; steps put it off, live requests forbid it."""
     chunks = Chunks()

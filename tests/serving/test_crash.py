@@ -15,7 +15,7 @@ from tests.serving.traffic import CLIENTS, interrupted
 END_SECONDS = 90.0
 CORE = "VLLM::EngineCore"
 WORKER = "VLLM::Worker"
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.vllm, pytest.mark.alone, pytest.mark.timeout(1200)]
 
 
 def crash(server: Server, victim: str, pie: bool = True) -> Ending:

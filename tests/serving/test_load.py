@@ -47,7 +47,7 @@ GIVEN_BACK = 8 << 20
 DASHBOARD = REPOSITORY / "pie_vllm" / "grafana" / "dashboard.json"
 ALONE = 2
 MIB = 1 << 20
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1500)]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ from pie_vllm.transfer.engine import TransferEngine
 from tests.transfer.driving import View, host_only, inject, plan, run_step
 
 LAYERS = range(6)
+LATE = 50
+"""Milliseconds that a copy is late: more than a busy machine keeps the test from looking."""
+
 MakeEngine = Callable[..., TransferEngine]
 
 
@@ -46,14 +49,14 @@ def test_skip_stores(make_engine: MakeEngine) -> None:
 @pytest.mark.races
 def test_late_submit(make_engine: MakeEngine) -> None:
     engine = make_engine(debug=("late_submit",))
-    inject(engine, "late", direction="load", milliseconds=5)
+    inject(engine, "late", direction="load", milliseconds=LATE)
     assert gathered(engine)[0] == [False] * 6
 
 
 @pytest.mark.races
 def test_skip_gate(make_engine: MakeEngine) -> None:
     engine = make_engine(debug=("skip_gate",))
-    inject(engine, "late", direction="load", milliseconds=5)
+    inject(engine, "late", direction="load", milliseconds=LATE)
     view, seen = View(engine), []
     view.write_row(5, 55)
     with pytest.raises(GateError, match="passed 5 gates of 6; without their gate: layers 3"):
@@ -82,7 +85,7 @@ def test_poison_fills_what_is_not_loaded(make_engine: MakeEngine) -> None:
 def test_self_test_finds_a_broken_hand_over(make_engine: MakeEngine, word: str) -> None:
     engine = make_engine(debug=(word,))
     # So that a load that nobody waits for cannot win by chance.
-    inject(engine, "late", direction="load", milliseconds=5)
+    inject(engine, "late", direction="load", milliseconds=LATE)
     with pytest.raises(TransferError, match="self-test"):
         engine.self_test()
     assert not View(engine).bytes.any()

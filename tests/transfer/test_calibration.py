@@ -23,6 +23,7 @@ def measure(
     return measure_link(layers, page, granularity=GRANULARITY, driver=driver, link_bytes_per_s=link)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("link", [2e7, 2e8])
 def test_an_emulated_link_is_measured(link: float) -> None:
     """In both directions, alone and together, for every size of piece."""
@@ -33,6 +34,7 @@ def test_an_emulated_link_is_measured(link: float) -> None:
     assert found.load == found.pieces[0].load
 
 
+@pytest.mark.alone
 def test_pieces_are_single_pages_and_longer_runs() -> None:
     """As far as the link copies so many in a short time."""
     sizes = [piece.piece_bytes for piece in measure(None).pieces]

@@ -13,9 +13,16 @@ from typing import Any
 import pytest
 
 from pie_vllm.transfer.gather import ENTRY, GatherImage, NoGather, gather_image
+from tests.helpers.standin import include_folder
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+FAKE_CXX = """#!/bin/sh
+all="$*"
+while [ $# -gt 1 ]; do [ "$1" = -o ] && echo "$all" >"$2"; shift; done
+"""
+"""Only writes down its arguments: set-up has compiled the library, from the same files."""
 
 FAKE_NVCC = """#!/bin/sh
 if [ "$1" = --list-gpu-code ]; then echo {known}; exit; fi
@@ -28,18 +35,25 @@ exit {status}
 
 
 def _build(option: str, folder: Path, nvcc: str | None) -> subprocess.CompletedProcess[str]:
+    compilers = {"CXX": _script(folder / "cxx", FAKE_CXX)}
+    if nvcc is not None:
+        compilers["NVCC"] = nvcc
     return subprocess.run(
         [sys.executable, str(CSRC / "build.py"), option, str(folder)],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ if nvcc is None else {**os.environ, "NVCC": nvcc},
+        env={**os.environ, **compilers},
     )
 
 
 def _fake_nvcc(folder: Path, known: str = "sm_80 sm_90", spills: int = 0, status: int = 0) -> str:
-    path = folder / "nvcc"
-    path.write_text(FAKE_NVCC.format(known=known, spills=spills, status=status))
+    text = FAKE_NVCC.format(known=known, spills=spills, status=status)
+    return _script(folder / "nvcc", text)
+
+
+def _script(path: Path, text: str) -> str:
+    path.write_text(text)
     path.chmod(0o755)
     return str(path)
 
@@ -52,7 +66,7 @@ def _is_for(image: bytes, arch: str) -> bool:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-def test_nvcc_compiles_everything(tmp_path: Path) -> None:
+def test_nvcc_compiles_the_kernel(tmp_path: Path) -> None:
     done = _build("--cuda", tmp_path, None)
     assert done.returncode == 0, done.stderr
     for arch in ARCHITECTURES:
@@ -84,6 +98,8 @@ def test_an_nvcc_that_lacks_an_architecture_compiles_the_others(tmp_path: Path) 
     done = _build("--cuda", tmp_path, _fake_nvcc(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "sm_100" not in done.stdout
+    if include_folder() is not None:
+        assert "-DPIE_WITH_CUDA=1" in (tmp_path / "libpie.so").read_text()
     arguments = (tmp_path / "gather.fatbin").read_text()
     assert "code=sm_90" in arguments
     assert "code=sm_100" not in arguments

@@ -41,6 +41,7 @@ def steps(engine: TransferEngine, count: int, stream: DriverStream | None = None
         engine.drain()
 
 
+@pytest.mark.alone
 def test_one_step_in_four_is_timed(engine: TransferEngine, standin: Standin) -> None:
     """Its stall is reported with a later step; the others take no events with time."""
     stream = DriverStream(engine)
@@ -75,6 +76,7 @@ def test_time_of_untimed_copies_is_that_of_timed_ones(
     assert total.seconds >= 0.95 * 4 * 6 * 200_000 / 50e6
 
 
+@pytest.mark.alone
 def test_the_link_is_measured(standin: Standin) -> None:
     standin.link(2e8)
     found = measure_link(8, 65_536, granularity=PAGE, driver="cuda")

@@ -94,6 +94,7 @@ def test_wait_holds_later_work_only(engine: TransferEngine) -> None:
     assert seen == ["before", "after"]
 
 
+@pytest.mark.alone
 @host_only
 def test_elapsed(engine: TransferEngine) -> None:
     stream, start, end = DriverStream(engine), DriverEvent(engine), DriverEvent(engine)

@@ -219,6 +219,7 @@ def measure(page: int = 4096) -> LinkSpeed:
     return measure_link(4, page, granularity=PAGE, driver="cuda", gather=any_image)
 
 
+@pytest.mark.alone
 def test_calibration_finds_a_kernel_that_is_faster(standin: Standin) -> None:
     """The stand-in's link holds copies and not kernels."""
     standin.link(1e8)
@@ -229,6 +230,7 @@ def test_calibration_finds_a_kernel_that_is_faster(standin: Standin) -> None:
     assert "worth it below 16 KiB" in str(found)
 
 
+@pytest.mark.alone
 def test_calibration_finds_a_kernel_that_is_slower(standin: Standin, kernel: GatherKernel) -> None:
     kernel.wait(20)
     found = measure()

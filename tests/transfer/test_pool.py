@@ -81,6 +81,7 @@ def test_a_chunk_taken_again_is_empty(small: TransferEngine) -> None:
     assert not any(view.row(row, layer).any() for row in range(10, 15) for layer in range(6))
 
 
+@pytest.mark.alone
 def test_a_release_waits_for_copies_under_way(make_engine: Callable[..., TransferEngine]) -> None:
     """The memory goes when the last copy of its rows is over, in a thread that may wait."""
     engine = make_engine(chunks=2, rows=20)

@@ -35,6 +35,7 @@ def test_stats_of_a_step(engine: TransferEngine) -> None:
     assert [n.copies - o.copies for n, o in zip(after, before, strict=True)] == [18, 12]
 
 
+@pytest.mark.alone
 def test_an_empty_step_moves_nothing(engine: TransferEngine) -> None:
     stats = run_step(engine, plan(1))
     assert stats[1:5] == (0, 0, 0.0, 0.0)
@@ -63,6 +64,7 @@ def test_same_loads_after_a_gap_is_refused(engine: TransferEngine) -> None:
     run_step(engine, plan(5, loads=None))  # of a step that loaded nothing: nothing
 
 
+@pytest.mark.alone
 @host_only
 def test_link_speed(make_engine: MakeEngine) -> None:
     engine = make_engine(link_bytes_per_s=50e6, page_bytes=50_000, num_layers=4)
@@ -74,6 +76,7 @@ def test_link_speed(make_engine: MakeEngine) -> None:
     assert 0.016 <= stats.store_seconds < 0.06
 
 
+@pytest.mark.alone
 @host_only
 def test_copies_of_one_direction_share_the_link(make_engine: MakeEngine) -> None:
     engine = make_engine(link_bytes_per_s=10e6, page_bytes=50_000)
@@ -94,6 +97,7 @@ def test_stall_is_the_time_that_gates_block(engine: TransferEngine) -> None:
     assert 0.1 <= stats.stall_seconds <= time.monotonic() - start
 
 
+@pytest.mark.alone
 def test_waits_release_the_interpreter_lock(engine: TransferEngine) -> None:
     inject(engine, "late", direction="load", milliseconds=100)
     engine.begin_step(plan(1, loads=((8, 0, 1),)))

@@ -22,7 +22,7 @@ from tests.helpers.engine_load import (
 )
 from tests.helpers.engine_model import LAYERS
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 SMALL = [round_([request(text, max_tokens=24) for text in chats(10, 4, 8)])]
 ROUNDS = [round_([request(text, max_tokens=24, logprobs=5) for text in chats(32, 4, 8)])]

@@ -13,7 +13,7 @@ from tests.helpers.engine_load import chats, tokens
 SLOW, FAST = 0.005, 2.0
 """GB/s."""
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.alone]
 
 
 def test_the_ring_is_as_wide_as_the_link_can_feed(engines: Engines, model: Path) -> None:

@@ -12,7 +12,7 @@ from benchmarks import scheduler_cost
 from benchmarks.harness.scheduler_side import POOLED_EACH, POOLED_REQUESTS
 from benchmarks.scheduler_cost import Cost
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.alone]
 
 PHASES = ("idle", "steady", "demoting")
 MOST_OWN_US = 500.0

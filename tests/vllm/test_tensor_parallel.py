@@ -15,7 +15,7 @@ from tests.helpers.engine import EngineError, Engines, Setup
 from tests.helpers.engine_load import check_diverse, check_traffic, tokens
 from tests.helpers.two_ranks import CORES, rounds, two_rank_model, two_rank_setup
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

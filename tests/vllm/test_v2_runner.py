@@ -23,7 +23,7 @@ from tests.helpers.engine import Engines, Setup, request, round_
 from tests.helpers.engine_load import chats, check_diverse, check_traffic, tokens
 from tests.helpers.engine_model import LAYERS
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 ROUNDS = [round_([request(text, max_tokens=24) for text in chats(10, 4, 8)])]
 
