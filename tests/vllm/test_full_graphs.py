@@ -185,6 +185,7 @@ def test_a_step_in_a_graph_is_observed_at_once() -> None:
         num_scheduled_tokens={"a": 1, "b": 1, "c": 1},
         pie_plan=PLAN,
         pie_blocks=5,
+        pie_restored=False,
         pie_within_budget=True,
     )
     totals = Totals(steps=1, bytes_loaded=8192, graph_steps=1)
