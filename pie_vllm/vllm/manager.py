@@ -85,7 +85,7 @@ class PieBlockSpaceManager(KVCacheManager):
         pool.attach(self.residency)
         self.block_size = managers[0].block_size
         self._lookup = ParkedLookup(self.residency, pool, self.block_size)
-        self._parked: ParkedHits | None = None
+        self._parked: dict[str, ParkedHits] = {}  # Of the request asked for last.
         self._restores = True
         self.admissions = Admissions(geometry.resident_blocks)
         self.completions = Completions(self.block_size, self.residency)
@@ -124,12 +124,13 @@ class PieBlockSpaceManager(KVCacheManager):
         """
         self.allocate_slots = self._admit
         blocks, tokens, boundary = super().get_computed_blocks(request, *args)
-        self._parked = None
+        self._parked.clear()
         parking = self.residency.parking
         if parking.any and self._restores and self.prefix_cache_lookup_enabled(request):
-            self._parked = self._lookup.find(request, blocks.blocks[0], self._room())
-            if self._parked is not None:
-                tokens = self._parked.tokens
+            parked = self._lookup.find(request, blocks.blocks[0], self._room())
+            if parked is not None:
+                self._parked[request.request_id] = parked
+                tokens = parked.tokens
         return blocks, tokens, boundary
 
     def _room(self) -> Room:
@@ -163,7 +164,8 @@ class PieBlockSpaceManager(KVCacheManager):
         The request's idle prefix hits are not counted as residents, the whole
         sequence must fit both tiers together, and residents that running
         requests still need are left alone: for the chunks of prompts under way,
-        and for those left out of this step at the end of a block.
+        and for those left out of this step at the end of a block. What was found
+        parked gets its blocks here.
         """
         del self.allocate_slots
         if new_computed_blocks is None:  # vLLM passed the waiting request over
@@ -171,7 +173,7 @@ class PieBlockSpaceManager(KVCacheManager):
                 request, num_new_tokens, num_lookahead_tokens=num_lookahead_tokens
             )
         residency, queue = self.residency, self.residency.queue
-        hits, parked = new_computed_blocks.blocks[0], self._parked
+        hits, parked = new_computed_blocks.blocks[0], self._parked.get(request.request_id)
         if parked is None:
             parked = ParkedHits([], 0, 0, num_new_computed_tokens, num_new_computed_tokens, False)
         elif parked.cut and has_scheduled_reqs:
@@ -218,6 +220,7 @@ class PieBlockSpaceManager(KVCacheManager):
             cancel(residency, hits)
             if tail is not None:
                 residency.parking.put_back(request.request_id, tail)
+            residency.withhold()
             return None
         residency.admitted(request.request_id)
         self.admissions.count(request.request_id, hits, parked)

@@ -133,10 +133,10 @@ CUresult cuMemcpy2DAsync(const CUDA_MEMCPY2D* copy, CUstream handle) {
   size_t src_apart = 0, dst_apart = 0;
   if (!copy || copy->srcXInBytes || copy->srcY || copy->dstXInBytes || copy->dstY ||
       copy->WidthInBytes == 0 || copy->Height == 0 ||
-      !side(copy->srcMemoryType, copy->srcHost, copy->srcDevice, copy->srcPitch,
-            copy->WidthInBytes, src, src_apart) ||
-      !side(copy->dstMemoryType, copy->dstHost, copy->dstDevice, copy->dstPitch,
-            copy->WidthInBytes, dst, dst_apart)) {
+      !side(copy->srcMemoryType, copy->srcHost, copy->srcDevice, copy->srcPitch, copy->WidthInBytes,
+            src, src_apart) ||
+      !side(copy->dstMemoryType, copy->dstHost, copy->dstDevice, copy->dstPitch, copy->WidthInBytes,
+            dst, dst_apart)) {
     return call.wrong(CUDA_ERROR_INVALID_VALUE, "memory types or sizes that are not here");
   }
   Batch batch(stream, "cuMemcpy2DAsync", true);

@@ -32,8 +32,7 @@ void run_lane(Lock& lock, Replay& launch, size_t lane) {
 void run(Lock& lock, Replay& launch, size_t lanes) {
   State& s = state();
   s.changed.wait(lock, [&] {
-    return !launch.before || launch.before->state != Record::kPending ||
-           s.sticky != CUDA_SUCCESS;
+    return !launch.before || launch.before->state != Record::kPending || s.sticky != CUDA_SUCCESS;
   });
   std::vector<std::thread> threads;
   for (size_t lane = 1; lane < lanes; ++lane) {
@@ -104,8 +103,8 @@ CUresult cuGraphLaunch(CUgraphExec handle, CUstream stream_handle) {
   }
   join(actor.clock, launch->mine->clock);
   const size_t lanes = graph.graph.lanes;
-  submit(call.lock, stream, Command{[launch, lanes](Lock& lock) { run(lock, *launch, lanes); },
-                                    true});
+  submit(call.lock, stream,
+         Command{[launch, lanes](Lock& lock) { run(lock, *launch, lanes); }, true});
   return call.done();
 }
 

@@ -1,9 +1,9 @@
-#include "capture.h"
-
 #include <time.h>
 
 #include <cerrno>
 #include <cstdio>
+
+#include "capture.h"
 
 namespace standin {
 namespace {

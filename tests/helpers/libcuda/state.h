@@ -42,7 +42,8 @@ struct Event {
   std::vector<size_t> at{};             // and after which nodes
 };
 
-// One operation: checks its accesses as those of the actor, and returns what is to run, if anything.
+// One operation: checks its accesses as those of the actor, and returns what is to run, if
+// anything.
 using Run = std::function<void(Lock&)>;
 using Op = std::function<Run(const Actor&)>;
 

@@ -24,7 +24,8 @@ struct Launched {
 
 std::mutex mutex;
 std::map<const void*, Launched> launched;  // by the launch's parameters
-std::atomic<int64_t> changed{0}, pieces_done{0}, wait_us{0}, breaks{0}, uncounted{0}, grid_seen{0}, astray{0};
+std::atomic<int64_t> changed{0}, pieces_done{0}, wait_us{0}, breaks{0}, uncounted{0}, grid_seen{0},
+    astray{0};
 
 uint64_t value(void* param) { return *static_cast<const uint64_t*>(param); }
 
