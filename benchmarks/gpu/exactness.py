@@ -1,12 +1,10 @@
 """Are vLLM's tokens and logprobs with pie those of stock vLLM, bit for bit?
 
-Each setting runs pie with few resident blocks, then stock with as many blocks all on the device, so
-that both have the same schedule, which is compared too. Every engine has a process of its own.
-Where answers differ, stock runs once more: a stock that differs from itself shows nothing of pie.
-With default graphs it runs that time with PIECEWISE ones, as pie does in steps that load and do not
-run in FULL graphs (mode "full" is with --pie-full-graphs): attention in a FULL graph may sum in
-another order. One more run leaves loads out on purpose: its answers must
-differ, or equal ones would mean nothing; once for steps by gates, and once in graphs.
+Each setting runs pie with few resident blocks, then stock with as many all on the device, on the
+same schedule, which is compared too. Where answers differ, stock runs once more, with default graphs
+as PIECEWISE ones (attention in a FULL graph may sum in another order): a stock that differs from
+itself shows nothing of pie. One more run leaves loads out on purpose, by gates and in graphs (mode
+"full", --pie-full-graphs): its answers must differ, or equal ones would mean nothing.
 """
 
 from __future__ import annotations

@@ -175,19 +175,6 @@ def test_write_waits_for_the_stores_of_its_layer(
     assert rows_hold(view, 0, OLD) == []
 
 
-@pytest.mark.parametrize("fault", ["late", "torn"])
-def test_write_waits_for_the_promotions_of_its_layer(
-    engine: TransferEngine, stream: DriverStream, view: View, fault: str
-) -> None:
-    """A page that is not full is filled and written in one step: the write is the newer."""
-    view.write_row(0, OLD)
-    inject(engine, fault, direction="load", milliseconds=10)
-    step = plan(1, promotions=((3, 0, 1),))
-    run_step(engine, step, write=lambda layer: view.write(layer, 3, NEW), stream=stream)
-    settle(engine, stream)
-    assert [layer for layer in LAYERS if not view.holds(layer, 3, NEW)] == []
-
-
 def test_unannounced_writes_of_later_steps_wait_too(engine: TransferEngine, view: View) -> None:
     view.write_all(3, OLD)
     inject(engine, "late", direction="store", milliseconds=10)

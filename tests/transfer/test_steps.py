@@ -244,3 +244,16 @@ def test_a_failed_engine_closes(make_engine: MakeEngine) -> None:
         engine.begin_step(plan(2))
     with pytest.raises(TransferError, match="closed"):
         engine.arena.tensor()
+
+
+@pytest.mark.parametrize("fault", ["late", "torn"])
+def test_write_waits_for_the_promotions_of_its_layer(
+    engine: TransferEngine, stream: DriverStream, view: View, fault: str
+) -> None:
+    """A page that is not full is filled and written in one step: the write is the newer."""
+    view.write_row(0, 1)
+    inject(engine, fault, direction="load", milliseconds=10)
+    step = plan(1, promotions=((3, 0, 1),))
+    run_step(engine, step, write=lambda layer: view.write(layer, 3, 2), stream=stream)
+    stream.synchronize()
+    assert all(view.holds(layer, 3, 2) for layer in range(engine.geometry.num_layers))
