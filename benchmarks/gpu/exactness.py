@@ -1,7 +1,7 @@
 """Are vLLM's tokens and logprobs with pie those of stock vLLM, bit for bit?
 
 Each setting runs pie with few resident blocks, then stock with as many all on the device, on the
-same schedule, which is compared too. Where answers differ, stock runs once more, with default graphs
+same schedule, which is compared too. Where answers differ, stock runs once more, default graphs
 as PIECEWISE ones (attention in a FULL graph may sum in another order): a stock that differs from
 itself shows nothing of pie. One more run leaves loads out on purpose, by gates and in graphs (mode
 "full", --pie-full-graphs): its answers must differ, or equal ones would mean nothing.
