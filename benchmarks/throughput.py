@@ -55,8 +55,8 @@ def pie_keys(shape: KvShape, sizes: PieSizes) -> dict[str, Any]:
     return keys
 
 
-def run_once(name: str, spec: dict[str, Any]) -> Figures:
-    """Run one configuration in a process of its own.
+def run_once(name: str, spec: dict[str, Any], module: str = "one_run") -> Figures:
+    """Run one configuration in a process of its own: a module of the harness.
 
     Raises:
         RuntimeError: the process failed; names its log.
@@ -65,7 +65,7 @@ def run_once(name: str, spec: dict[str, Any]) -> Figures:
     ask, answer, log = (SCRATCH / f"{name}.{kind}" for kind in ("spec.json", "json", "log"))
     ask.write_text(json.dumps(spec))
     answer.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.harness.one_run", str(ask), str(answer)]
+    command = [sys.executable, "-m", f"benchmarks.harness.{module}", str(ask), str(answer)]
     with working(name), log.open("wb") as output:
         done = subprocess.run(
             command,

@@ -26,7 +26,11 @@ FIGURES = (
     ("itl_pooled_p99_ms", "ITL pooled p99 ms", 1),
     ("itl_resident_p50_ms", "ITL resident p50 ms", 1),
     ("itl_resident_p99_ms", "ITL resident p99 ms", 1),
+    ("latency_p50_s", "latency p50 s", 2),
+    ("latency_p99_s", "latency p99 s", 2),
     ("preemptions", "preemptions", 0),
+    ("recomputed_tokens", "tokens recomputed", 0),
+    ("prefill_tokens", "prompt tokens computed", 0),
     ("pie_pooled_peak", "pooled peak", 0),
     ("loaded_mib", "loaded MiB", 0),
     ("stored_mib", "stored MiB", 0),
@@ -60,14 +64,13 @@ def print_answers(
         if question.name not in found:
             continue
         ratio = found[question.name]
-        reached = ratio.median >= question.asked
-        rows.append(
-            [question.name, ratio.text(), f"{question.asked:.2f}", "yes" if reached else "NO"]
-        )
+        reached = question.reached(ratio.median)
+        asked = f"{'at most ' if question.less else ''}{question.asked:.2f}"
+        rows.append([question.name, ratio.text(), asked, "yes" if reached else "NO"])
         data[question.name] = {**ratio.as_dict(), "asked": question.asked, "reached": reached}
     if rows:
         table(
-            "Throughput, paired by round: median [least .. most]",
+            "Paired by round: median [least .. most]",
             ["ratio", "measured", "asked", "reached"],
             rows,
         )

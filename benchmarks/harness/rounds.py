@@ -17,22 +17,31 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Question:
-    """A ratio that a benchmark answers, and the least value asked of it.
+    """A ratio that a benchmark answers, and the value asked of it.
 
     Attributes:
-        above: configuration whose throughput is divided.
-        below: configuration whose throughput divides it.
-        asked: the least ratio that counts as reached.
+        above: configuration whose figure is divided.
+        below: configuration whose figure divides it.
+        asked: the least ratio that counts as reached; the most where less is better.
+        key: of the figure, throughput if nothing is said.
+        less: whether less is better.
     """
 
     above: str
     below: str
     asked: float
+    key: str = "tok_s"
+    less: bool = False
 
     @property
     def name(self) -> str:
         """As results name it."""
-        return f"{self.above} / {self.below}"
+        ratio = f"{self.above} / {self.below}"
+        return ratio if self.key == "tok_s" else f"{self.key}, {ratio}"
+
+    def reached(self, ratio: float) -> bool:
+        """Whether a ratio is as asked."""
+        return ratio <= self.asked if self.less else ratio >= self.asked
 
 
 def run_rounds(
@@ -61,10 +70,11 @@ def in_all(figures: Sequence[Figures], key: str) -> bool:
 def answers(
     questions: Sequence[Question], figures: Mapping[str, Sequence[Figures]]
 ) -> dict[str, Spread]:
-    """The paired throughput ratio of each question whose two sides were run."""
+    """The paired ratio of each question whose two sides were run."""
     return {
         question.name: paired_ratio(
-            column(figures[question.above], "tok_s"), column(figures[question.below], "tok_s")
+            column(figures[question.above], question.key),
+            column(figures[question.below], question.key),
         )
         for question in questions
         if question.above in figures and question.below in figures
