@@ -44,7 +44,7 @@ WORKING_SET = 4
 
 RATE_SHARE = 1.2
 """Of the chats a second that stock_all answers at most, how many arrive in `preempted`. Above one,
-or a machine that has become faster since that was found out waits for chats, whatever its memory."""
+or a machine that is faster than when that was found out waits for chats, whatever its memory."""
 
 LONGER = 2
 """Times the device blocks of the other loads that `returning` has: a step costs much before it
