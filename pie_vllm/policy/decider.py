@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import NamedTuple
 
 from pie_vllm.policy.detector import NOTHING, Detector, Observation, Prior
@@ -213,12 +214,14 @@ class Decider:
             *self._parking(prompt_tokens),
         )
 
-    def _parking(self, prompt_tokens: int) -> tuple[int, bool]:
+    def _parking(self, prompt_tokens: int) -> tuple[int | None, bool]:
         """Of a decision, what is about parking."""
         rate, slope = self._rate or 0.0, self.detector.slope
-        more = MARGIN * rate * slope * prompt_tokens
+        parks = self._parks
+        if prompt_tokens and slope:
+            parks += MARGIN * rate * slope * prompt_tokens
         restores = not slope or rate * slope * self._block_tokens >= 1.0
-        return max(1, int(self._parks + more)), restores
+        return (max(1, int(parks)) if isfinite(parks) else None), restores
 
     def _in_bursts(self, hidden: float, spare: float, prompt_tokens: int) -> Decision:
         self._carried += hidden

@@ -107,13 +107,19 @@ def prepare() -> None:
     from pie_vllm.memory.arena import DeviceArena
 
     standin.load()
+    if getattr(DeviceArena.tensor, "of_standin", False):
+        return
+    original = DeviceArena.tensor
 
-    def tensor(arena: Any, device: Any = None) -> Any:  # noqa: ARG001
-        """Device memory of the stand-in is host memory."""
+    def tensor(arena: Any, device: Any = None) -> Any:
+        """Device memory of the stand-in is host memory; all else as it was."""
+        if arena.driver != "cuda" or arena._owner is None:
+            return original(arena, device)
         memory: Any = (ctypes.c_int8 * arena.size).from_address(arena.address)
         memory.owner = arena._owner
         return torch.frombuffer(memory, dtype=torch.int8)
 
+    tensor.of_standin = True  # type: ignore[attr-defined]
     DeviceArena.tensor = tensor  # type: ignore[assignment,method-assign]
 
 

@@ -254,6 +254,11 @@ def test_as_much_is_stored_for_parking_as_the_link_takes_in_a_step() -> None:
     assert decider.decide(100).parks == pytest.approx(0.9 * 400, abs=1)
     assert decider.decide(100).budget == 50
     assert Decider(ROW, 50, None, prior).decide().parks is None
+    endless = Decider(
+        ROW, 50, prior=prior._replace(bandwidth=float("inf"), limits_contention=False)
+    )
+    assert endless.decide().parks is None
+    assert endless.decide(100).parks is None
 
 
 @pytest.mark.parametrize(("tokens", "restores"), [(16, False), (128, True)])

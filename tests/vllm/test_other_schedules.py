@@ -87,7 +87,7 @@ def test_preemption(engines: Engines, ample: Setup, scarce: Setup, texts: list[s
     assert tokens(pie) == tokens(stock)
 
 
-@pytest.mark.parametrize(("link_gbps", "contention"), [(0.02, None), (0.2, None), (0.2, True)])
+@pytest.mark.parametrize(("link_gbps", "contention"), [(0.02, None), (0.1, None), (0.1, True)])
 def test_turns_and_limits(
     engines: Engines,
     ample: Setup,
