@@ -22,8 +22,16 @@ NOISE_US = 100.0
 
 @pytest.fixture(scope="module")
 def measured() -> dict[int, dict[str, Cost]]:
-    """Costs over ten and a hundred thousand blocks, the same load."""
-    return {n: scheduler_cost.costs(n, steps=24, phases=PHASES) for n in (10_000, 100_000)}
+    """Costs over ten and a hundred thousand blocks, the same load.
+
+    The cheaper of two measurements each: what else the machine does only adds.
+    """
+
+    def cheaper(blocks: int) -> dict[str, Cost]:
+        runs = [scheduler_cost.costs(blocks, steps=24, phases=PHASES) for _ in range(2)]
+        return {p: min((run[p] for run in runs), key=lambda cost: cost.own_us) for p in PHASES}
+
+    return {blocks: cheaper(blocks) for blocks in (10_000, 100_000)}
 
 
 def test_the_load_is_the_one_that_is_meant(measured: dict[int, dict[str, Cost]]) -> None:
