@@ -34,7 +34,7 @@ def use_graphs(engine: TransferEngine, *, images: Images = gather_image) -> str:
         UnsupportedError: the device, or this installation, has no kernel that copies in a graph.
         TransferError: a call failed.
     """
-    # A step moves no block twice, and only pooled blocks are loaded or promoted.
+    # A step moves no block twice. What is restored may come on top: such a step runs piecewise.
     pieces = min(engine.geometry.pooled_blocks, MOST_PIECES)
     arch = device_arch(engine)
     found: GatherImage | NoGather = NoGather("the device runs no kernels")
