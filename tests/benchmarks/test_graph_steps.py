@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 
 from benchmarks.gpu.graph_steps import QUICK, Steps, opened, rounds
 from benchmarks.gpu.harness.captured import CapturedModel
 from benchmarks.gpu.harness.compute import Compute
+from pie_vllm.memory.arena import DeviceArena
 from tests.helpers import cuda_on_cpu, standin
 from tests.helpers.cuda_on_cpu import Touch
 from tests.helpers.gather_kernel import IMAGE, GatherKernel
@@ -43,6 +45,12 @@ class Model(CapturedModel):
     def attention(self, layer: int, rows: torch.Tensor) -> None:
         with self.device.around(self.touch(layer, False)):
             super().attention(layer, rows)
+
+
+@pytest.fixture(autouse=True)
+def views_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``prepare`` puts in place of a method is taken back at the end of each test."""
+    monkeypatch.setattr(DeviceArena, "tensor", DeviceArena.tensor)
 
 
 @contextmanager
