@@ -112,7 +112,6 @@ class Decider:
         self._more = 0.0  # Blocks for each second that a step takes longer.
         self._burst = 0  # Blocks of a step that streams, where not every one does.
         self._share = 0.0  # Of the time, that loads in every step take from the compute.
-        self._parks = 0.0  # Blocks that may be stored in a step which only decodes.
         first = window if target is None else min(FIRST_BLOCKS, window)
         parks = None if target is None else FIRST_BLOCKS
         self._first = Decision(first, first, 0, parks=parks)
@@ -155,7 +154,6 @@ class Decider:
             return
         self._more = self._gain * self._rate
         self._hidden = hidden = self._more * step
-        self._parks = MARGIN * self._rate * step
         self._everything = Decision(self._window, self._window, 0, None, *self._parking(0))
         if self._contention:
             self._spread(target, hidden, step)
@@ -217,9 +215,7 @@ class Decider:
     def _parking(self, prompt_tokens: int) -> tuple[int | None, bool]:
         """Of a decision, what is about parking."""
         rate, slope = self._rate or 0.0, self.detector.slope
-        parks = self._parks
-        if prompt_tokens and slope:
-            parks += MARGIN * rate * slope * prompt_tokens
+        parks = MARGIN * rate * ((self.detector.step_seconds or 0.0) + slope * prompt_tokens)
         restores = not slope or rate * slope * self._block_tokens >= 1.0
         return (max(1, int(parks)) if isfinite(parks) else None), restores
 

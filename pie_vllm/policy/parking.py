@@ -104,10 +104,8 @@ class Parking:
         if key in index:
             index.touch(key)
             return
-        if self.allowance is not None and self.allowance <= 0:
-            self.lost_blocks += 1
-            return
-        row = self._room()
+        allowed = self.allowance is None or self.allowance > 0
+        row = self._room() if allowed else None
         if row is None:
             self.lost_blocks += 1
             return
@@ -200,10 +198,12 @@ class Parking:
         """A page is not filled after all."""
         del self.restores[resident]
 
-    def attach(self, key: Hashable, pooled: int) -> None:
-        """A pooled id that has no row takes the row of a parked block; nothing is copied."""
+    def attach(self, key: Hashable, pooled: int) -> int:
+        """A pooled id that has no row takes the row of a parked block, without a copy."""
         assert self._index is not None
-        self._rows.adopt(pooled, self._index.take(key))
+        row = self._index.take(key)
+        self._rows.adopt(pooled, row)
+        return row
 
     # Rows of pooled blocks.
 
@@ -214,11 +214,9 @@ class Parking:
             The row, and whether the block's KV is in it already.
         """
         rows, index, key = self._rows, self._index, block.block_hash
-        if index is not None and key is not None:
-            row = index.row_of(key)
-            if row is not None and key not in self._pinned:
-                self.attach(key, pooled)
-                return row, True
+        known = index is not None and key is not None and key in index
+        if known and key not in self._pinned:
+            return self.attach(key, pooled), True
         if index is not None and not rows.has_free:
             self._give_up(index)
         return rows.take(pooled), False

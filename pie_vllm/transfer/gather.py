@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
@@ -89,24 +90,40 @@ def load_gather(
 
     Arguments as ``TransferEngine.use_gather``; ``images`` is for tests.
     """
+
+    def use(image: bytes) -> None:
+        engine.use_gather(image, threshold_bytes, blocks)
+
     try:
-        arch = device_arch(engine)
-        if arch is None:
-            return NoGather("the device runs no kernels")
-        found = images(arch)
-        if isinstance(found, NoGather):
-            return found
-        try:
-            engine.use_gather(found.image, threshold_bytes, blocks)
-        except PieError:
-            again = images(arch, ahead=False) if found.origin == "ahead" else found
-            if again == found or isinstance(again, NoGather):
-                raise  # The first reason is the one to mend.
-            engine.use_gather(again.image, threshold_bytes, blocks)
-            return again
-        return found
+        return install_image(engine, use, images=images)
     except PieError as error:
         return NoGather(str(error))
+
+
+def install_image(
+    engine: TransferEngine, use: Callable[[bytes], None], *, images: Images = gather_image
+) -> GatherImage | NoGather:
+    """Give ``use`` the kernel for an engine's device; ``images`` is for tests.
+
+    Raises:
+        PieError: what ``use`` raised; of two images, for the first, whose reason is the one to
+            mend, unless the second could be had and fails too.
+    """
+    arch = device_arch(engine)
+    if arch is None:
+        return NoGather("the device runs no kernels")
+    found = images(arch)
+    if isinstance(found, NoGather):
+        return found
+    try:
+        use(found.image)
+    except PieError:
+        again = images(arch, ahead=False) if found.origin == "ahead" else found
+        if again == found or isinstance(again, NoGather):
+            raise
+        use(again.image)
+        return again
+    return found
 
 
 def use_gather(

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pie_vllm.errors import GateError, PieError
-from pie_vllm.transfer.gather import GatherImage, Images, NoGather, device_arch, gather_image
+from pie_vllm.transfer.gather import Images, NoGather, gather_image, install_image
 from pie_vllm.vllm import compat_graphs, refusals
 
 if TYPE_CHECKING:
@@ -32,23 +32,15 @@ def use_graphs(engine: TransferEngine, *, images: Images = gather_image) -> str:
 
     Raises:
         UnsupportedError: the device, or this installation, has no kernel that copies in a graph.
-        TransferError: a call failed.
     """
     # A step moves no block twice. What is restored may come on top: such a step runs piecewise.
     pieces = min(engine.geometry.pooled_blocks, MOST_PIECES)
-    arch = device_arch(engine)
-    found: GatherImage | NoGather = NoGather("the device runs no kernels")
-    if arch is not None:
-        found = images(arch)
+    try:
+        found = install_image(engine, lambda image: engine.use_graphs(image, pieces), images=images)
+    except PieError as error:
+        raise refusals.no_full_graphs(f"the gather kernel cannot be used: {error}") from error
     if isinstance(found, NoGather):
         raise refusals.no_full_graphs(f"there is no gather kernel: {found.reason}")
-    try:
-        engine.use_graphs(found.image, pieces)
-    except PieError as error:
-        again = images(arch, ahead=False) if found.origin == "ahead" else found
-        if again == found or isinstance(again, NoGather):
-            raise refusals.no_full_graphs(f"the gather kernel cannot be used: {error}") from error
-        engine.use_graphs(again.image, pieces)
     return (
         "steps that only decode load KV inside FULL CUDA graphs (--pie-full-graphs: experimental, "
         f"not yet proven on a GPU), up to {pieces} pieces a layer"
