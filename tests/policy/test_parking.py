@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -46,8 +47,18 @@ def copied(runs: Any) -> list[tuple[int, int]]:
     return [(block + i, row + i) for block, row, count in runs for i in range(count)]
 
 
-def come_back(pool: FakePool, name: str, found: list[Any], residents: int, new: int = 1) -> Any:
-    """A request is admitted with hits, some parked; returns the plan of its step."""
+def come_back(
+    pool: FakePool,
+    name: str,
+    found: list[Any],
+    residents: int,
+    new: int = 1,
+    meanwhile: Callable[[], bool] = lambda: True,
+) -> Any:
+    """A request is admitted with hits, some parked; returns the plan of its step.
+
+    ``meanwhile`` must hold in the step, after the admission.
+    """
     hits = restore(pool.residency, found, 0, residents)
     pool.tables[name] = []
     pool.residency.admit(name, len(hits))
@@ -55,6 +66,7 @@ def come_back(pool: FakePool, name: str, found: list[Any], residents: int, new: 
     assert pool.allocate(name, new)
     pool.residency.admitted(name)
     pool.residency.check_integrity()
+    assert meanwhile()
     pool.residency.computed_again(name, len(hits))
     plan = pool.residency.end_step({name: 1}, {name}, True, None)
     pool.residency.check_integrity()
@@ -273,13 +285,14 @@ def test_what_a_step_stores_it_cannot_copy_back() -> None:
 
 
 def test_blocks_that_came_back_are_found_for_demotion() -> None:
-    """From the step after on, without a search through all tables."""
+    """Not in the step that fills them; from the next one on, without a search of all tables."""
     pool = make()
     leave(pool, "a", "x")
     take(pool, "b", 7)
     pool.free("b")
-    come_back(pool, "c", [ParkedKey("x")], residents=1)
-    victim = pool.residency.victims.private()
+    victims = pool.residency.victims
+    come_back(pool, "c", [ParkedKey("x")], 1, meanwhile=lambda: victims.private() is None)
+    victim = victims.private()
     assert victim is not None
     assert (victim.request_id, victim.index) == ("c", 0)
 

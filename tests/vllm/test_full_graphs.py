@@ -14,6 +14,7 @@ from vllm.config import CUDAGraphMode
 from pie_vllm.errors import GateError, TransferError, UnsupportedError
 from pie_vllm.policy.detector import Observation
 from pie_vllm.policy.stalls import MOST_WAITING
+from pie_vllm.transfer import gather
 from pie_vllm.transfer.gather import GatherImage, NoGather
 from pie_vllm.vllm import graphs
 from pie_vllm.vllm.cache_engine import PieCacheEngine
@@ -215,10 +216,10 @@ def images(*found: GatherImage | NoGather) -> Any:
 def test_a_device_without_the_kernel_refuses_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error says why it is missing; an image for other devices is replaced by one for it."""
     engine: Any = Engine()
-    monkeypatch.setattr(graphs, "device_arch", lambda _: None)
+    monkeypatch.setattr(gather, "device_arch", lambda _: None)
     with pytest.raises(UnsupportedError, match=r"runs no kernels.*--no-pie-full-graphs"):
         graphs.use_graphs(engine)
-    monkeypatch.setattr(graphs, "device_arch", lambda _: "sm_90")
+    monkeypatch.setattr(gather, "device_arch", lambda _: "sm_90")
     ahead, now = GatherImage(b"ahead", "ahead"), GatherImage(b"now", "nvrtc")
     with pytest.raises(UnsupportedError, match="no compiler"):
         graphs.use_graphs(engine, images=images(NoGather("no compiler")))

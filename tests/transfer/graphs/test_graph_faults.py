@@ -22,27 +22,12 @@ LAYERS = range(6)
 OUT_OF_MEMORY, UNJOINED = 2, 904
 
 
-@pytest.fixture(params=["cuda"])
-def driver(driver: str) -> str:
-    """Only this one."""
-    return driver
-
-
 @pytest.fixture
 def standin(driver: str) -> Iterator[Standin]:
     """The stand-in, whose faults a test may set."""
     assert driver == "cuda"
     yield load()
     load().clear()
-
-
-@pytest.fixture
-def engine(make_engine: MakeEngine, standin: Standin) -> TransferEngine:
-    """Prepared for graphs."""
-    del standin
-    engine = make_engine()
-    engine.use_graphs(IMAGE, 4)
-    return engine
 
 
 def goes_on(engine: TransferEngine, stream: DriverStream, number: int = 50) -> None:

@@ -18,20 +18,6 @@ Capture = Callable[..., GraphModel]
 pytestmark = pytest.mark.usefixtures("kernel")
 
 
-@pytest.fixture(params=["cuda"])
-def driver(driver: str) -> str:
-    """Only this one."""
-    return driver
-
-
-@pytest.fixture
-def engine(make_engine: MakeEngine) -> TransferEngine:
-    """Six layers on a ring of two; graphs of four pieces a layer."""
-    engine = make_engine()
-    engine.use_graphs(IMAGE, PIECES)
-    return engine
-
-
 def test_ring_loads_wait_for_the_attention_before(
     model: GraphModel, stream: DriverStream, view: View
 ) -> None:

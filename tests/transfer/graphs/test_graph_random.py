@@ -15,12 +15,6 @@ from tests.transfer.test_random_plans import Holds, Runner, random_geometry
 pytestmark = pytest.mark.usefixtures("kernel")
 
 
-@pytest.fixture(params=["cuda"])
-def driver(driver: str) -> str:
-    """Only this one."""
-    return driver
-
-
 class GraphRunner(Runner):
     """Half of its steps are replays; a fifth of the plans have too many runs for one."""
 

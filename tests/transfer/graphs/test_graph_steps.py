@@ -19,20 +19,6 @@ Capture = Callable[..., GraphModel]
 pytestmark = pytest.mark.usefixtures("kernel")
 
 
-@pytest.fixture(params=["cuda"])
-def driver(driver: str) -> str:
-    """Only this one."""
-    return driver
-
-
-@pytest.fixture
-def engine(make_engine: MakeEngine) -> TransferEngine:
-    """Six layers on a ring of two; graphs of four pieces a layer."""
-    engine = make_engine()
-    engine.use_graphs(IMAGE, PIECES)
-    return engine
-
-
 def test_each_replay_loads_what_its_plan_says(
     model: GraphModel, stream: DriverStream, view: View
 ) -> None:
