@@ -27,6 +27,10 @@ RECOVER = 0.02
 COOL_DOWN = 10
 """Steps after a cut before the next change: the stall is an average over about as many."""
 
+AHEAD_SHARE = 0.1
+"""Of what the link takes while a step computes, that may be stored ahead of eviction. The first
+layer's KV write waits for its part of it, so a step of L layers takes this over L longer."""
+
 LONGEST_TURN = 10
 """Steps in which all pooled blocks in use can be loaded once. Beyond that requests wait so long for
 their turn that what they hold is better had by preemption."""
@@ -47,6 +51,8 @@ class Decision(NamedTuple):
             None is without end.
         parks: blocks that the step may store for parking; None is without end.
         restores: whether parked KV is copied back, which is quicker than to compute it again.
+        ahead: blocks, of ``parks``, that the step may store ahead of eviction.
+        at_once: blocks that the link can copy back behind the step's compute; None is without end.
     """
 
     budget: int
@@ -55,6 +61,8 @@ class Decision(NamedTuple):
     most: int | None = None
     parks: int | None = None
     restores: bool = True
+    ahead: int = 0
+    at_once: int | None = None
 
 
 class Decider:
@@ -72,8 +80,9 @@ class Decider:
     pooled.
 
     For parking a step may store as many blocks as the link takes while it computes; the other
-    direction is not counted against it. A parked block is restored if that takes the link less
-    time than its tokens take to compute.
+    direction is not counted against it. A tenth of them may be stored ahead of eviction, but none
+    while the budget was just cut. A parked block is restored if that takes the link less time than
+    its tokens take to compute.
 
     Attributes:
         detector: what the steps said.
@@ -112,9 +121,10 @@ class Decider:
         self._more = 0.0  # Blocks for each second that a step takes longer.
         self._burst = 0  # Blocks of a step that streams, where not every one does.
         self._share = 0.0  # Of the time, that loads in every step take from the compute.
-        first = window if target is None else min(FIRST_BLOCKS, window)
-        parks = None if target is None else FIRST_BLOCKS
-        self._first = Decision(first, first, 0, parks=parks)
+        first = min(FIRST_BLOCKS, window)
+        self._first = Decision(first, first, 0, parks=FIRST_BLOCKS, at_once=first)
+        if target is None:
+            self._first = Decision(window, window, 0, ahead=window)
         self._everything = Decision(window, window, 0)
         if target is not None:
             self._predict(target)
@@ -212,12 +222,16 @@ class Decider:
             *self._parking(prompt_tokens),
         )
 
-    def _parking(self, prompt_tokens: int) -> tuple[int | None, bool]:
+    def _parking(self, prompt_tokens: int) -> tuple[int | None, bool, int, int | None]:
         """Of a decision, what is about parking."""
         rate, slope = self._rate or 0.0, self.detector.slope
-        parks = MARGIN * rate * ((self.detector.step_seconds or 0.0) + slope * prompt_tokens)
+        taken = rate * ((self.detector.step_seconds or 0.0) + slope * prompt_tokens)
         restores = not slope or rate * slope * self._block_tokens >= 1.0
-        return (max(1, int(parks)) if isfinite(parks) else None), restores
+        if not isfinite(taken):
+            return None, restores, self._window, None
+        ahead = 0 if self._cool else int(AHEAD_SHARE * taken)
+        at_once = None if self._target is None else max(1, int(self._gain * taken))
+        return max(1, int(MARGIN * taken)), restores, ahead, at_once
 
     def _in_bursts(self, hidden: float, spare: float, prompt_tokens: int) -> Decision:
         self._carried += hidden

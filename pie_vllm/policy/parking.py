@@ -27,24 +27,23 @@ class Tail(NamedTuple):
 class Parking:
     """Decides which KV is kept when its block gets another use, and where.
 
-    A block is parked when its resident page or its pooled id is handed to
-    another use: a pooled block's row stays as it is, a resident page is stored
-    to a row before the step writes to it. Each parked block is known by its
-    key in vLLM's prefix cache, so what may be shared is decided there (salts,
-    LoRA, multimodal inputs are in the hash). The row stays parked when its KV
-    is copied back to a resident page: the next use of that page costs no copy.
-    Rows are given up when pooled blocks want them, the least worthy first.
+    A block is parked when its resident page or its pooled id is handed to another use, or before:
+    a pooled block's row stays as it is, a resident page is stored to a row before a step writes to
+    it. Each parked block is known by its key in vLLM's prefix cache, so what may be shared is
+    decided there (salts, LoRA, multimodal inputs are in the hash). The row stays parked when its
+    KV is copied back to a resident page: the next use of that page costs no copy. Rows are given up
+    when pooled blocks want them, the least worthy first.
 
-    The stores and copies back of a step are collected here and taken at its
-    end. A row that the step copies from is pinned until then, because the
-    stores of a step come first.
+    The stores and copies back of a step are collected here and taken at its end. A row that the
+    step copies from is pinned until then, because the stores of a step come first.
 
     Attributes:
         stores: resident id by row, of the coming step; demotions write theirs here, too.
         restores: row by resident id: pages that are filled in the coming step.
-        allowance: pages that evictions may still have stored in this step; None is without end.
+        allowance: pages that may still be stored in this step; None is without end.
         tails: of preempted requests.
         parked_blocks: stored for parking since the start.
+        ahead_blocks: of these, stored before their page was wanted; by ``store_ahead``.
         lost_blocks: cached blocks whose KV was not kept, for want of allowance or rows.
         restored_blocks: that came back to requests, full ones and tails.
     """
@@ -65,7 +64,7 @@ class Parking:
         self.tails: dict[str, Tail] = {}
         self._pinned: list[Hashable] = []
         self._gone: list[int] = []
-        self.parked_blocks = self.lost_blocks = self.restored_blocks = 0
+        self.parked_blocks = self.ahead_blocks = self.lost_blocks = self.restored_blocks = 0
 
     @property
     def enabled(self) -> bool:
@@ -104,13 +103,22 @@ class Parking:
         if key in index:
             index.touch(key)
             return
-        allowed = self.allowance is None or self.allowance > 0
-        row = self._room() if allowed else None
-        if row is None:
+        if not self.keep(block):
             self.lost_blocks += 1
-            return
-        index.park(key, row)
+
+    def parked(self, key: Hashable) -> bool:
+        """Whether a row holds the KV of a key, or will after the coming step."""
+        return self._index is not None and key in self._index
+
+    def keep(self, block: Any) -> bool:
+        """Have a cached resident stored and parked, if allowance and rows suffice."""
+        index, allowed = self._index, self.allowance is None or self.allowance > 0
+        row = self._room() if allowed and index is not None else None
+        if row is None or index is None:
+            return False
+        index.park(block.block_hash, row)
         self._store(row, block.block_id)
+        return True
 
     def left_row(self, block: Any) -> None:
         """A pooled block loses its id: its row is parked, or free if nobody can ask for its KV."""
@@ -286,12 +294,9 @@ class Parking:
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless rows and index agree; costs a pass over the index."""
-        index = self._index
-        parked = 0
-        if index is not None:
-            index.check_integrity()
-            parked = len(index)
-        if parked + len(self.tails) + len(self._gone) != self._rows.num_parked:
+        if self._index is not None:
+            self._index.check_integrity()
+        if len(self) + len(self.tails) + len(self._gone) != self._rows.num_parked:
             raise IntegrityError("parked rows disagree with the index")
         if set(self.stores) & set(self.restores.values()):
             raise IntegrityError("a row is stored to and copied from in one step")

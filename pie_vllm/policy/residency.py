@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from pie_vllm.errors import IntegrityError
+from pie_vllm.policy.demotion import make_free
 from pie_vllm.policy.entries import PrefixEntries
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.ledger import RowLedger
@@ -17,6 +17,7 @@ from pie_vllm.policy.relabels import RelabelLog
 from pie_vllm.policy.runs import merge
 from pie_vllm.policy.tiers import FreeList, TieredFreeBlockQueue
 from pie_vllm.policy.victims import Victims
+from pie_vllm.policy.write_through import LOOK_STEPS, Ahead, write_through
 
 MOST_HELD = 0.2
 """Share of the residents that requests waiting for the link may hold."""
@@ -39,6 +40,7 @@ class Residency:
         boundary: ids below it are resident.
         window: pooled ids in all.
         chunks_usable: of the pool, whose rows are handed out; see ``use_chunks``.
+        demoted: whether a block was demoted in the step that is planned.
         demotions, promotions: counts since the start.
         catch_up: called before a demotion; tells of blocks that are complete by then.
     """
@@ -75,7 +77,7 @@ class Residency:
         self._requests = self.victims.holders
         self._full = self.victims.full
         self.reading = ReadSet(self.rows, geometry.chunk_rows)
-        self._demoted = False
+        self.demoted = False
         self._relabels = RelabelLog()
         self._step = 0
         self.chunks_usable = geometry.num_chunks
@@ -127,7 +129,8 @@ class Residency:
             self._full[block_id] = 1
             self.queue.demotable += 1
 
-    def _clear_full(self, block_id: int) -> None:
+    def clear_full(self, block_id: int) -> None:
+        """The KV of a resident page is not what a block in use holds."""
         if self._full[block_id]:
             self._full[block_id] = 0
             self.queue.demotable -= 1
@@ -141,7 +144,7 @@ class Residency:
 
     def on_resident_freed(self, block: Any) -> None:
         """Nobody uses a resident any more; what is to be demoted there is not."""
-        self._clear_full(block.block_id)
+        self.clear_full(block.block_id)
 
     def on_evicted(self, block: Any) -> None:
         """A free resident gets another use: what it caches may be parked."""
@@ -156,39 +159,9 @@ class Residency:
     def make_residents_free(self, count: int) -> None:
         """Demote up to ``count`` blocks, as far as pooled ids are free."""
         self.catch_up()
-        count = min(count, self.queue.available_pooled)
-        while count > 0:
-            victim = self.victims.private()
-            if victim is None:
-                break
-            self._demote(victim.index, victim.block, (victim.request_id,))
-            count -= 1
-        if count <= 0:
-            return
-        for _, index, block in self.victims.rest():
-            self._demote(index, block, self.victims.users(index, block))
-            count -= 1
-            if count <= 0:
-                return
+        make_free(self, count)
 
     # Relocation.
-
-    def _demote(self, index: int, block: Any, users: Collection[str]) -> None:
-        if len(users) != block.ref_cnt:
-            raise IntegrityError(
-                f"block {block.block_id} has {block.ref_cnt} users, {len(users)} were found"
-            )
-        target = self.queue.take_pooled()
-        row, stored = self.parking.row_for(block, target.block_id)
-        if not stored:
-            self.parking.stores[row] = block.block_id
-        self._demoted = True
-        self._clear_full(block.block_id)
-        self.relabel(index, block, target, users)
-        for request_id in users:
-            self.reading.add(request_id, target.block_id)
-        self.queue.prepend_n([block])
-        self.demotions += 1
 
     def relabel(self, index: int, block: Any, target: Any, users: Collection[str]) -> None:
         """Put ``target`` in the place of a block in the tables of its users."""
@@ -248,6 +221,7 @@ class Residency:
         forward: bool,
         headroom: int | None,
         budget: int | None = None,
+        ahead: Ahead | None = None,
     ) -> StepPlan | None:
         """After vLLM's ``schedule``: the plan, or None when there is nothing to do.
 
@@ -260,6 +234,7 @@ class Residency:
                 promotes nothing.
             budget: blocks that the step may load; promotions of requests that
                 do not run in it keep within. None is without end.
+            ahead: what may be stored ahead of eviction; None is nothing.
         """
         self._step += 1  # Steps without a plan count: the engine must notice the gap.
         reading = self.reading
@@ -267,9 +242,13 @@ class Residency:
         if reading.by_request:
             reading.follow(scheduled, len(scheduled) == len(self._requests))
             room = 0 if headroom is None else self.queue.free_residents - headroom
-            if room > 0 and forward and not self._demoted:
+            if room > 0 and forward and not self.demoted:
                 copies = promote_free(self, fresh, room, budget)
-        self._demoted = False
+        self.demoted = False
+        if ahead and forward:
+            copies_now = reading.readers or copies or self.parking.pending
+            if ahead.prompts or (copies_now and self._step % LOOK_STEPS == 0):
+                write_through(self, ahead)
         stores: tuple[Copy, ...] = ()
         promotions: tuple[Copy, ...] = ()
         if self.parking.pending:

@@ -18,6 +18,7 @@ class Turns:
 
     Attributes:
         left_out: requests left out of steps so far; one may count often.
+        taken: whether the requests of this step take turns: the link does not feed all of them.
         exceeds: whether a request of this step exceeds the budget alone.
     """
 
@@ -25,7 +26,7 @@ class Turns:
         """Nobody has run."""
         self._clock = 0
         self._last: dict[str, int] = {}
-        self._taken = False
+        self.taken = False
         self.left_out = 0
         self.exceeds = False
 
@@ -46,11 +47,11 @@ class Turns:
         """
         self.exceeds = False
         budget = decision.budget
-        self._taken = budget < residency.window and residency.pooled_in_use > budget
-        if not self._taken and not residency.queue.frozen:
+        self.taken = budget < residency.window and residency.pooled_in_use > budget
+        if not self.taken and not residency.queue.frozen:
             return []
         out: list[str] = []
-        if self._taken:
+        if self.taken:
             of = residency.reading.pooled
             pooled = {r.request_id: blocks for r in running if (blocks := of(r.request_id))}
             others = len(running) > len(pooled)
@@ -61,7 +62,7 @@ class Turns:
 
     def end_step(self, scheduled: Iterable[str], residency: Residency) -> None:
         """These requests run in the step."""
-        if self._taken:
+        if self.taken:
             self.ran(r for r in scheduled if residency.reading.runs(r))
 
     def choose(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from heapq import heappop, heappush
+from itertools import islice
 from typing import Any, Protocol
 
 from pie_vllm.errors import IntegrityError
@@ -45,6 +46,9 @@ class FreeList(Protocol):
 
     def get_all_free_blocks(self) -> list[Any]:
         """All blocks, in the order of reuse."""
+
+    def iter_blocks_after(self, cursor: Any) -> Iterator[Any]:
+        """The blocks in the order of reuse, after one of them or, with None, from the first on."""
 
 
 class FreeObserver(Protocol):
@@ -259,6 +263,10 @@ class TieredFreeBlockQueue:
             *self._cached.get_all_free_blocks(),
             *(self._blocks[i] for i in sorted(self._blank)),
         ]
+
+    def next_reused(self, count: int) -> Iterator[Any]:
+        """The free residents that are handed out next."""
+        return islice(self._resident.iter_blocks_after(None), count)
 
     def iter_blocks_after(self, cursor: Any) -> Iterator[Any]:
         """Not offered: only vLLM's offloading connectors use it, and they are refused."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -190,3 +190,7 @@ class Free:
     def get_all_free_blocks(self) -> list[Any]:
         """All blocks, in order."""
         return list(self._blocks)
+
+    def iter_blocks_after(self, cursor: None) -> Iterator[Any]:  # noqa: ARG002
+        """All blocks, in order."""
+        return iter(self._blocks)

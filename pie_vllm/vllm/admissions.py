@@ -21,6 +21,7 @@ class Admissions:
         """Nobody was admitted; ids from ``boundary`` on are pooled."""
         self._boundary = boundary
         self._computed: dict[str, int] = {}
+        self._ahead: dict[str, int] = {}
         self.hits = Hits()
         self.recomputed_tokens = 0
 
@@ -29,12 +30,19 @@ class Admissions:
         pooled = sum(block.block_id >= self._boundary for block in hits)
         pooled -= parked.parked - parked.residents
         resident = len(hits) - pooled - parked.parked
+        ahead = min(self._ahead.pop(request_id, 0), resident)
         before = self.hits
         self.hits = Hits(
-            before.resident + resident, before.pooled + pooled, before.parked + parked.parked
+            before.resident + resident - ahead,
+            before.pooled + pooled,
+            before.parked + parked.parked + ahead,
         )
         computed = self._computed.pop(request_id, 0)
         self.recomputed_tokens += max(0, computed - parked.tokens)
+
+    def ahead(self, request_id: str, blocks: int) -> None:
+        """So many parked blocks of a request come back before it is admitted."""
+        self._ahead[request_id] = self._ahead.get(request_id, 0) + blocks
 
     def preempted(self, request_id: str, computed: int) -> None:
         """A request loses so many computed tokens."""
@@ -43,3 +51,4 @@ class Admissions:
     def forget(self, request_id: str) -> None:
         """A request has ended."""
         self._computed.pop(request_id, None)
+        self._ahead.pop(request_id, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -11,14 +11,19 @@ from vllm.v1.request import Request, RequestStatus
 
 from pie_vllm.errors import UnsupportedError
 from pie_vllm.policy.completions import Completions
+from pie_vllm.policy.decider import Decision
 from pie_vllm.policy.entries import PrefixEntries
 from pie_vllm.policy.geometry import Geometry
+from pie_vllm.policy.leaving import forget_unfilled, keep_tail
 from pie_vllm.policy.residency import Residency
 from pie_vllm.policy.restoring import cancel, restore
 from pie_vllm.vllm import compat
 from pie_vllm.vllm.admissions import Admissions
 from pie_vllm.vllm.block_pool import PieBlockPool
-from pie_vllm.vllm.parked_hits import ParkedHits, ParkedLookup, Room
+from pie_vllm.vllm.parked_hits import ParkedHits, ParkedLookup, Room, first_of
+
+LEAST_OF_LINK = 4
+"""One of so many of the blocks that a step can load may be copied back for a waiting request."""
 
 
 class Claims(NamedTuple):
@@ -86,7 +91,7 @@ class PieBlockSpaceManager(KVCacheManager):
         self.block_size = managers[0].block_size
         self._lookup = ParkedLookup(self.residency, pool, self.block_size)
         self._parked: dict[str, ParkedHits] = {}  # Of the request asked for last.
-        self._restores = True
+        self._decision = Decision(0, geometry.pooled_blocks, 0)
         self.admissions = Admissions(geometry.resident_blocks)
         self.completions = Completions(self.block_size, self.residency)
         self.chunk_blocks = chunk_blocks
@@ -94,24 +99,21 @@ class PieBlockSpaceManager(KVCacheManager):
         self._claims: Claims | None = None
         self._kept_back = 0
 
-    def begin_step(self, limit: int, most: int, restores: bool = True) -> None:
-        """Before ``Scheduler.schedule``: set this step's admission limit.
+    def begin_step(self, decision: Decision, most: int) -> None:
+        """Before ``Scheduler.schedule``: set this step's terms of admission.
 
-        As vLLM's watermark it applies to waiting and preempted requests only,
-        and only while something runs, so it can neither preempt nor deadlock.
-        Not through the watermark itself: vLLM also holds that against the
-        blocks that can be had at once, which are fewer than those of both tiers.
+        The limit applies as vLLM's watermark does, to waiting and preempted requests only and
+        only while something runs, so it can neither preempt nor deadlock. What is pooled beyond it
+        has the first call on free residents. Not through the watermark itself: vLLM also holds
+        that against the blocks that can be had at once, which are fewer than those of both tiers.
 
         Args:
-            limit: pooled blocks in use beyond which no waiting request is
-                admitted. What is pooled beyond it has the first call on free
-                residents.
+            decision: for the step.
             most: blocks that the running requests may take in this step.
-            restores: whether waiting requests get parked KV back; it is computed again otherwise.
         """
         self._claims = None
-        self._restores = restores
-        self._kept_back = self.geometry.pooled_blocks - limit
+        self._decision = decision
+        self._kept_back = self.geometry.pooled_blocks - decision.limit
         if self.residency.queue.num_free_blocks < most:
             self.completions.catch_up()
 
@@ -126,7 +128,7 @@ class PieBlockSpaceManager(KVCacheManager):
         blocks, tokens, boundary = super().get_computed_blocks(request, *args)
         self._parked.clear()
         parking = self.residency.parking
-        if parking.any and self._restores and self.prefix_cache_lookup_enabled(request):
+        if parking.any and self._decision.restores and self.prefix_cache_lookup_enabled(request):
             parked = self._lookup.find(request, blocks.blocks[0], self._room())
             if parked is not None:
                 self._parked[request.request_id] = parked
@@ -191,6 +193,11 @@ class PieBlockSpaceManager(KVCacheManager):
         reserve = claims.tails
         if has_scheduled_reqs and (partial or claims.prompts):
             reserve += self.chunk_blocks + 1
+        if has_scheduled_reqs and parked.residents > (most := self._restored_at_once()):
+            part = first_of(parked.found, most)
+            restore(residency, part, len(hits), most)
+            self.admissions.ahead(request.request_id, most)
+            return None
         if parked.parked:
             hits = [*hits, *restore(residency, parked.found, len(hits), parked.residents)]
             new_computed_blocks = self.create_kv_cache_blocks((hits,))
@@ -233,6 +240,17 @@ class PieBlockSpaceManager(KVCacheManager):
             self._claims = claims._replace(prompts=True)
         return blocks
 
+    def _restored_at_once(self) -> int:
+        """Blocks that the step can copy back without keeping those waiting that run.
+
+        Where pooled blocks take the link, a part of it is left all the same: a request that waits
+        for its KV would wait as long as they are there.
+        """
+        most = self._decision.at_once
+        if most is None:
+            return self.geometry.num_blocks
+        return max(most - self.residency.reading.num_blocks, most // LEAST_OF_LINK, 1)
+
     def _fits(
         self,
         request: Request,
@@ -268,32 +286,13 @@ class PieBlockSpaceManager(KVCacheManager):
         request_id = request.request_id
         table = self.residency.tables.get(request_id, ())
         if self.residency.parking.enabled:
-            self._forget_unfilled(request, table)
+            forget_unfilled(self.residency, table, request.num_computed_tokens // self.block_size)
         if request.is_finished():
             self.admissions.forget(request_id)
             self.residency.parking.drop_tail(request_id)
         elif table:
             computed = min(request.num_computed_tokens, request.num_tokens)
             self.admissions.preempted(request_id, computed)
-            self._keep_tail(request_id, table, computed)
+            keep_tail(self.residency, request_id, table, computed, self.block_size)
         self.residency.forget(request_id)
         super().free(request)
-
-    def _forget_unfilled(self, request: Request, table: Sequence[Any]) -> None:
-        """Take blocks that hold no KV yet out of the prefix cache.
-
-        vLLM caches a block in the step that fills it, before it runs
-        (v1/core/kv_cache_manager.py:612): if the request is preempted in that very step, it is
-        never filled.
-        """
-        for block in table[request.num_computed_tokens // self.block_size :]:
-            if block.ref_cnt == 1 and block.block_hash is not None:
-                self.residency.entries.drop(block)
-
-    def _keep_tail(self, request_id: str, table: Sequence[Any], computed: int) -> None:
-        """Park the first block of a preempted request that the prefix cache does not know."""
-        size = self.block_size
-        index = next((i for i, b in enumerate(table) if b.block_hash is None), len(table))
-        tokens = min(computed, (index + 1) * size)
-        if tokens > index * size and table[index].block_id < self.residency.boundary:
-            self.residency.parking.keep_tail(request_id, table[index], index, tokens)

@@ -132,6 +132,7 @@ class Report:
             "pie_left_out_requests": control.left_out,
             "pie_recomputed_tokens": control.recomputed_tokens,
             "pie_parked_stores": residency.parking.parked_blocks,
+            "pie_parked_ahead": residency.parking.ahead_blocks,
             "pie_parked_losses": residency.parking.lost_blocks,
             "pie_restored_blocks": residency.parking.restored_blocks,
             "pie_resident_hits": control.hits.resident,
@@ -180,7 +181,7 @@ class StepLog:
         logger.info(
             "Pie: steps=%d pooled=%d pooled_peak=%d pooled_blocks=%d bytes_loaded=%d "
             "bytes_stored=%d load_seconds=%.3f store_seconds=%.3f stall_seconds=%.3f "
-            "slowed_seconds=%.3f graph_steps=%d parked=%d parked_stores=%d restored=%d",
+            "slowed_seconds=%.3f graph_steps=%d parked=%d parked_stores=%d ahead=%d restored=%d",
             totals.steps,
             residency.pooled_in_use,
             totals.pooled_peak,
@@ -194,6 +195,7 @@ class StepLog:
             totals.graph_steps,
             len(residency.parking),
             residency.parking.parked_blocks,
+            residency.parking.ahead_blocks,
             residency.parking.restored_blocks,
         )
 

@@ -42,7 +42,9 @@ COUNTERS = {
     "pie_left_out_requests": "Running requests left out of a step because the link could not "
     "feed them.",
     "pie_recomputed_tokens": "Tokens that preempted requests computed again.",
-    "pie_parked_stores": "Blocks stored to CPU memory because their place got another use.",
+    "pie_parked_stores": "Blocks stored to CPU memory to be found there once their place has "
+    "another use.",
+    "pie_parked_ahead": "Of the blocks stored so, those stored before their place was wanted.",
     "pie_parked_losses": "Cached blocks whose KV was not kept when their place got another use.",
     "pie_restored_blocks": "Blocks copied back to the device for requests that asked for them.",
     "pie_resident_hits": "Blocks found in the prefix cache in device memory.",

@@ -21,6 +21,7 @@ from pie_vllm.policy.plan import StepPlan
 from pie_vllm.policy.promotion import tail_room
 from pie_vllm.policy.rotation import Turns
 from pie_vllm.policy.stalls import AwaitedStalls, speed_of_finished
+from pie_vllm.policy.write_through import Ahead
 from pie_vllm.vllm import compat, settings
 from pie_vllm.vllm.manager import Claims, PieBlockSpaceManager
 from pie_vllm.vllm.metrics import Control, Report, StepLog, Totals
@@ -92,7 +93,7 @@ class PieSchedulerMixin(_Mixed):
         prompts = self._prompt_tokens() if self._prompts_under_way else 0
         decision = self.pie_decision = self.pie_decider.decide(prompts)
         most = len(self.running) + prompts // manager.block_size
-        manager.begin_step(decision.limit, most, decision.restores)
+        manager.begin_step(decision, most)
         residency, pool = manager.residency, self.pie_pool
         residency.parking.allowance = decision.parks
         restored = residency.parking.restored_blocks
@@ -152,7 +153,11 @@ class PieSchedulerMixin(_Mixed):
             or residency.pooled_in_use > decision.limit
         ):
             headroom = tail_room(len(self.running), manager.block_size)
-        return residency.end_step(scheduled, fresh, tokens > 0, headroom, decision.budget)
+        ahead = None
+        if decision.ahead and not self.pie_turns.taken:
+            running, prompts = len(self.running), self._prompts_under_way
+            ahead = Ahead(decision.ahead, running, manager.chunk_blocks, prompts)
+        return residency.end_step(scheduled, fresh, tokens > 0, headroom, decision.budget, ahead)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 from pie_vllm.policy.decider import Decision
 from pie_vllm.policy.detector import Detector
@@ -12,8 +13,12 @@ from pie_vllm.policy.traces import Static
 class Fixed(Static):
     """The same decision in every step, for vLLM's scheduler, which reports what is detected."""
 
-    def __init__(self, limit: int, budget: int | None = None, spare: int = 0) -> None:
+    def __init__(
+        self, limit: int, budget: int | None = None, spare: int = 0, **parking: Any
+    ) -> None:
+        """``parking``: fields of ``Decision`` about it."""
         super().__init__(limit, budget, spare)
+        self._decision = self._decision._replace(**parking)
         self.detector = Detector()
 
 
@@ -29,5 +34,13 @@ class Wavering(Fixed):
         if self._rng.random() < 0.2:
             budget, limit, spare, most = (self._rng.randint(0, self._window) for _ in range(4))
             choice = self._rng.choice
-            self._decision = Decision(budget, limit, choice([0, spare]), choice([None, most]))
+            ahead, at_once = choice([0, 1, 100]), choice([None, 0, 1, 2])
+            self._decision = Decision(
+                budget,
+                limit,
+                choice([0, spare]),
+                choice([None, most]),
+                ahead=ahead,
+                at_once=at_once,
+            )
         return super().decide(prompt_tokens)

@@ -53,7 +53,7 @@ def settle(
 def test_a_few_blocks_may_be_pooled_before_the_link_is_known() -> None:
     """The first loads are how its speed is learnt, and must not be long on a slow one."""
     decider = Decider(ROW, WINDOW)
-    first = Decision(FIRST_BLOCKS, FIRST_BLOCKS, 0, parks=FIRST_BLOCKS)
+    first = Decision(FIRST_BLOCKS, FIRST_BLOCKS, 0, parks=FIRST_BLOCKS, at_once=FIRST_BLOCKS)
     assert decider.decide() == first
     decider.observe(Observation(32, 32, 0.1))
     assert decider.decide() == first
@@ -101,7 +101,7 @@ def test_without_a_target_nothing_is_limited() -> None:
     """`off`: also after loads that took long."""
     decider, machine = Decider(ROW, WINDOW, None), Machine(1e7)
     settle(decider, machine)
-    assert decider.decide() == Decision(WINDOW, WINDOW, 0)
+    assert decider.decide() == Decision(WINDOW, WINDOW, 0, ahead=WINDOW)
 
 
 def test_less_than_a_block_a_step_is_a_block_every_few_steps() -> None:
@@ -259,6 +259,26 @@ def test_as_much_is_stored_for_parking_as_the_link_takes_in_a_step() -> None:
     )
     assert endless.decide().parks is None
     assert endless.decide(100).parks is None
+
+
+def test_a_part_of_it_may_be_stored_ahead_of_eviction() -> None:
+    """Nothing while loads stall steps more than the target; the whole window without a target."""
+    prior = Prior(bandwidth=2000 * ROW, step_seconds=0.1, limits_contention=False)
+    decider = Decider(ROW, 50, prior=prior)
+    assert decider.decide().ahead == pytest.approx(20, abs=1)
+    decider.observe(Observation(32, 32, 0.1))
+    for _ in range(3):
+        decider.observe(Observation(32, 32, 0.15, 0.05, 50 * ROW, 0.025))
+    assert decider.decide().ahead == 0
+    assert Decider(ROW, 50, None, prior).decide().ahead == 50
+    assert Decider(ROW, 50).decide().ahead == 0
+
+
+def test_as_much_is_copied_back_at_once_as_the_link_hides() -> None:
+    """Whatever the window: these blocks are resident then."""
+    prior = Prior(bandwidth=2000 * ROW, step_seconds=0.1, limits_contention=False)
+    assert Decider(ROW, 50, prior=prior).decide().at_once == pytest.approx(180, abs=1)
+    assert Decider(ROW, 50, None, prior).decide().at_once is None
 
 
 @pytest.mark.parametrize(("tokens", "restores"), [(16, False), (128, True)])
