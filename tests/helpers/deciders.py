@@ -29,5 +29,9 @@ class Wavering(Fixed):
         if self._rng.random() < 0.2:
             budget, limit, spare, most = (self._rng.randint(0, self._window) for _ in range(4))
             choice = self._rng.choice
-            self._decision = Decision(budget, limit, choice([0, spare]), choice([None, most]))
+            # What parks little and restores nothing is a link slower than computing again.
+            parks, restores = choice([None, 1, 4]), self._rng.random() < 0.8
+            self._decision = Decision(
+                budget, limit, choice([0, spare]), choice([None, most]), parks, restores
+            )
         return super().decide(prompt_tokens)
