@@ -34,8 +34,8 @@ FILLING_STEPS = 16
 FILLING = 64
 """Most that come in one of those steps."""
 
-MOST_STEPS = 48
-"""More chats would find their blocks evicted where ten thousand blocks are parked."""
+MOST_STEPS = 32
+"""With more, chats would be evicted before they come where ten thousand blocks are parked."""
 
 
 def pool_of(parked: int) -> Geometry:
@@ -199,6 +199,8 @@ def parked_round(parked: int, steps: int, asynchronous: bool = True) -> list[Par
             times = {side: side.step() for side in ((stock, pie) if turn % 2 else (pie, stock))}
             took = {side: timed[side].take() for side in timed}
             assert all(one.count == COMING for one in took.values()), "a chat had to wait"
+            restored = parking.restored_blocks - before[1]
+            assert restored == COMING * CHAT_BLOCKS, "a block was not parked any more"
             samples.append(
                 ParkedSample(
                     times[stock],
@@ -208,7 +210,7 @@ def parked_round(parked: int, steps: int, asynchronous: bool = True) -> list[Par
                     took[pie].lookup,
                     len(parking),
                     parking.parked_blocks - before[0],
-                    parking.restored_blocks - before[1],
+                    restored,
                 )
             )
     finally:
