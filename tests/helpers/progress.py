@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.helpers.scheduling import Driver
 
-MOST_IDLE = 10
+MOST_IDLE = 20
 """Steps in a row that may run nothing while there are requests."""
 
 

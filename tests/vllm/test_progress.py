@@ -37,7 +37,7 @@ def test_random_loads_make_progress_and_read_right_pages(fuzz_seeds: range) -> N
     """No foreign page, and no preemption while what was asked for is free.
 
     No deadlock: in 20 steps, and twice those in which the longest request can be computed again,
-    some request gets further than it ever was (``Case.most_without_progress``); at most 10 steps
+    some request gets further than it ever was (``Case.most_without_progress``); at most 20 steps
     in a row run nothing. No leak: at the end all ids are free, all rows free or parked under a key.
     """
     demotions = promotions = preemptions = parked = restored = 0
