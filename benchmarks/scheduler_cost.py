@@ -9,13 +9,19 @@ step in turns; no model runs. Four phases:
     demoting    as steady, and every new block demotes another: about 16 a step
     rotating    as steady, and every other pooled request is left out in turns
 
+A fifth case has a pool full of parked blocks, 10^4 to 10^6 of them: beside the 256 requests 4 chats
+of 32 blocks come in every step and leave after it. Pie finds all of them parked: each admission
+evicts 33 blocks of the prefix cache, which are parked in place of others, and has 32 restored.
+Stock, with prefix caching and the same blocks on the device, evicts and finds nothing.
+
 Times are CPU time of the thread, so that other work on the machine disturbs little. "stock" and
 "pie" are `schedule` and `update_from_output` together. "own" is the time inside both that is not
 vLLM's, plus what allocations take longer than stock's, less what taking the times costs, which
 stock's side shows; it is held against the target.
 "difference" is pie's step less stock's: it holds what the two do alike too, so it is noisy.
 
-    python -m benchmarks.scheduler_cost [--blocks 10000,100000,1000000] [--steps 64] [--sync]
+    python -m benchmarks.scheduler_cost [--blocks 10000,100000,1000000]
+        [--parked 10000,100000,1000000] [--steps 64] [--sync]
 """
 
 from __future__ import annotations
@@ -26,20 +32,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.scheduler import Scheduler
-
 from benchmarks.harness.display import console, table, working
 from benchmarks.harness.machine import RESULTS, facts, write_json
 from benchmarks.harness.options import plain_parser
+from benchmarks.harness.parked_side import MOST_STEPS, ParkedCost, parked_costs
 from benchmarks.harness.scheduler_side import (
     BLOCK_SIZE,
     REQUESTS,
     PieSide,
     Side,
-    Timed,
+    difference_of,
+    tiers,
+    two_sides,
 )
-from pie_vllm.vllm.scheduler import PieSchedulerMixin
 
 TARGET_US = 100.0
 PHASES = ("idle", "steady", "demoting", "rotating")
@@ -91,16 +96,14 @@ def measure(stock: Side, pie: PieSide, phase: str, steps: int) -> list[Sample]:
 
 
 def cost(samples: Sequence[Sample]) -> Cost:
-    """Medians; the error is that of a median, from the middle half of the differences."""
-    differences = sorted(s.pie - s.stock for s in samples)
-    quarter = len(differences) // 4
-    middle_half = differences[-1 - quarter] - differences[quarter]
+    """Medians."""
+    difference, error = difference_of([(s.stock, s.pie) for s in samples])
     return Cost(
         stock_us=median(s.stock for s in samples) / 1e3,
         pie_us=median(s.pie for s in samples) / 1e3,
         own_us=median(s.own for s in samples) / 1e3,
-        difference_us=median(differences) / 1e3,
-        difference_error_us=0.93 * middle_half / len(differences) ** 0.5 / 1e3,
+        difference_us=difference,
+        difference_error_us=error,
         demotions=sum(s.demotions for s in samples) / len(samples),
         pooled=sum(s.pooled for s in samples) / len(samples),
     )
@@ -110,12 +113,7 @@ def one_round(
     blocks: int, steps: int, phases: Sequence[str] = PHASES, asynchronous: bool = True
 ) -> dict[str, list[Sample]]:
     """All phases once, over ``blocks`` blocks, resident and pooled."""
-    plain: Any = AsyncScheduler if asynchronous else Scheduler
-    timed = type("Timed" + plain.__name__, (Timed, plain), {})
-    stock = Side(timed, blocks, steps, len(PHASES))
-    pie = PieSide(
-        type("Pie" + plain.__name__, (PieSchedulerMixin, timed), {}), blocks, steps, len(PHASES)
-    )
+    stock, pie = two_sides(tiers(blocks), steps, len(PHASES), asynchronous)
     # As vLLM's engine core does after its start: objects made so far are not scanned again.
     gc.collect()
     gc.freeze()
@@ -173,10 +171,29 @@ def show(results: dict[int, dict[str, Cost]]) -> None:
         )
 
 
+def show_parked(results: dict[int, ParkedCost]) -> None:
+    """Print a table of the chats that come back."""
+    rows = [
+        [
+            f"{n:,}",
+            f"{one.stock_us:,.0f}",
+            f"{one.pie_us:,.0f}",
+            f"{one.difference_us:,.0f} ± {one.difference_error_us:.0f}",
+            f"{one.stock_admission_us:,.0f}",
+            f"{one.pie_admission_us:,.0f}",
+            f"{one.pie_lookup_us:,.0f}",
+        ]
+        for n, one in results.items()
+    ]
+    heads = ["parked", "stock us", "pie us", "difference us", "admission: stock", "pie", "look-up"]
+    table("A step in which 4 chats come back over a full pool", heads, rows)
+
+
 def main() -> None:
     """The command line."""
     parser = plain_parser("scheduler_cost", __doc__)
     parser.add_argument("--blocks", default="10000,100000,1000000")
+    parser.add_argument("--parked", default="10000,100000,1000000")
     parser.add_argument("--steps", type=int, default=64, help="at most 64 with 10000 blocks")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sync", action="store_true", help="the plain schedulers, not async")
@@ -186,12 +203,17 @@ def main() -> None:
     for blocks in map(int, args.blocks.split(",")):
         with working(f"{blocks:,} blocks"):
             results[blocks] = costs(blocks, args.steps, args.rounds, asynchronous=not args.sync)
+    parked = {}
+    for blocks in map(int, args.parked.split(",")):
+        with working(f"{blocks:,} parked"):
+            steps = min(args.steps, MOST_STEPS)
+            parked[blocks] = parked_costs(blocks, steps, args.rounds, not args.sync)
     show(results)
+    show_parked(parked)
     data = {str(n): summary(result) for n, result in results.items()}
-    write_json(
-        args.output,
-        {"facts": facts(), "asynchronous": not args.sync, "target_us": TARGET_US, "blocks": data},
-    )
+    facts_of_run = {"facts": facts(), "asynchronous": not args.sync, "target_us": TARGET_US}
+    parked_data = {str(n): one._asdict() for n, one in parked.items()}
+    write_json(args.output, {**facts_of_run, "blocks": data, "parked": parked_data})
 
 
 if __name__ == "__main__":

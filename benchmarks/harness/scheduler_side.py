@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import median
 from time import thread_time_ns
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 
 from pie_vllm.policy.detector import Observation
 from pie_vllm.policy.elastic import PoolState
+from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.step_model import OFTEN
 from pie_vllm.vllm.metrics import Totals
+from pie_vllm.vllm.scheduler import PieSchedulerMixin
 from tests.helpers import scheduling
 
 BLOCK_SIZE = 16
@@ -19,6 +24,12 @@ REQUESTS = 256
 POOLED_REQUESTS = 64
 POOLED_EACH = 32
 RESIDENT_SHARE = 0.63
+
+
+def tiers(blocks: int) -> Geometry:
+    """So many blocks, resident and pooled."""
+    resident = int(blocks * RESIDENT_SHARE)
+    return scheduling.geometry(resident, blocks - resident, chunk_rows=4096)
 
 
 class Timed:
@@ -59,13 +70,15 @@ class Timed:
 class Side:
     """One scheduler with all requests past their prompts."""
 
-    def __init__(self, flavour: type, blocks: int, steps: int, phases: int) -> None:
-        resident = int(blocks * RESIDENT_SHARE)
+    def __init__(
+        self, flavour: type, sizes: Geometry, steps: int, phases: int, others: int = 0
+    ) -> None:
+        """Over these sizes, for so many steps; ``others`` may run beside the requests."""
         self.scheduler: Any = scheduling.make(
-            scheduling.geometry(resident, blocks - resident, chunk_rows=4096),
+            sizes,
             BLOCK_SIZE,
             flavour=flavour,
-            max_num_seqs=REQUESTS,
+            max_num_seqs=REQUESTS + others,
             max_num_batched_tokens=1 << 17,
             max_num_scheduled_tokens=1 << 17,
             max_model_len=4096,
@@ -116,12 +129,15 @@ class Side:
 class PieSide(Side):
     """Pie's scheduler; says how many residents are free before each step."""
 
-    def __init__(self, flavour: type, blocks: int, steps: int, phases: int) -> None:
+    def __init__(
+        self, flavour: type, sizes: Geometry, steps: int, phases: int, others: int = 0
+    ) -> None:
+        """As ``Side``."""
         self.totals = Totals()
-        super().__init__(flavour, blocks, steps, phases)
+        super().__init__(flavour, sizes, steps, phases, others)
         # As learnt from a link whose budget is the whole window, and no more from every step.
         row_bytes = self.scheduler.kv_cache_manager.geometry.row_bytes
-        seen = Observation(REQUESTS, REQUESTS, 1.0, 0.0, blocks * row_bytes, 1e-3)
+        seen = Observation(REQUESTS, REQUESTS, 1.0, 0.0, sizes.num_blocks * row_bytes, 1e-3)
         for _ in range(OFTEN):
             self.scheduler.pie_decider.observe(seen)
 
@@ -158,3 +174,28 @@ class PieSide(Side):
         """Make residents free for the next step."""
         given = [self.held.pop() for _ in range(count)]
         self.scheduler.kv_cache_manager.block_pool.free_blocks(given)
+
+
+def two_sides(
+    sizes: Geometry, steps: int, phases: int, asynchronous: bool, others: int = 0
+) -> tuple[Side, PieSide]:
+    """Stock's scheduler and pie's, over the same blocks."""
+    plain: Any = AsyncScheduler if asynchronous else Scheduler
+    timed = type("Timed" + plain.__name__, (Timed, plain), {})
+    flavour = type("Pie" + plain.__name__, (PieSchedulerMixin, timed), {})
+    stock = Side(timed, sizes, steps, phases, others)
+    return stock, PieSide(flavour, sizes, steps, phases, others)
+
+
+def difference_of(times: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """What pie's steps take longer than stock's, microseconds: the median and its error.
+
+    The error is that of a median, from the middle half of the differences.
+
+    Args:
+        times: of stock's and of pie's step, nanoseconds.
+    """
+    differences = sorted(pie - stock for stock, pie in times)
+    quarter = len(differences) // 4
+    middle_half = differences[-1 - quarter] - differences[quarter]
+    return median(differences) / 1e3, 0.93 * middle_half / len(differences) ** 0.5 / 1e3

@@ -67,10 +67,6 @@ class ParkedIndex(Generic[K]):
         """All rows that hold parked KV; costs a pass over the pool."""
         return {row for row, key in enumerate(self._keys) if key is not None}
 
-    def key_in(self, row: int) -> K | None:
-        """The key whose KV a row holds, None when it is not parked; changes nothing."""
-        return self._keys[row]
-
     @property
     def evictable(self) -> int:
         """How many blocks ``evict`` can give one after the other: all that are not pinned."""

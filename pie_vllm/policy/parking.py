@@ -218,22 +218,23 @@ class Parking:
     def row_for(self, block: Any, pooled: int) -> tuple[int, bool]:
         """Give a pooled id the row that a resident block is demoted to.
 
+        The KV of a block that is demoted is never pinned: only KV that no block holds is restored,
+        and the page that it fills is not complete before the step ends.
+
         Returns:
             The row, and whether the block's KV is in it already.
         """
         rows, index, key = self._rows, self._index, block.block_hash
-        known = index is not None and key is not None and key in index
-        if known and key not in self._pinned:
+        if index is not None and key is not None and key in index:
             return self.attach(key, pooled), True
         if index is not None and not rows.has_free:
             self._give_up(index)
         return rows.take(pooled), False
 
     def _give_up(self, index: ParkedIndex[Hashable]) -> None:
-        """Free the row of the parked block worth least."""
+        """Free the row of the parked block worth least, for one that is stored there instead."""
         evicted = index.evict()
         if evicted is not None:
-            self.stores.pop(evicted[1], None)
             self._rows.free_parked(evicted[1])
         elif self.tails:
             self.drop_tail(next(iter(self.tails)))

@@ -34,5 +34,5 @@ class PieBlockPool(BlockPool):
         finally:
             queue.refresh()
         if done:
-            self.residency.forget_parked()
+            self.residency.forget_idle()
         return done

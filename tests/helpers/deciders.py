@@ -34,13 +34,15 @@ class Wavering(Fixed):
         if self._rng.random() < 0.2:
             budget, limit, spare, most = (self._rng.randint(0, self._window) for _ in range(4))
             choice = self._rng.choice
-            ahead, at_once = choice([0, 1, 100]), choice([None, 0, 1, 2])
+            # What parks little and restores nothing is a link slower than computing again.
             self._decision = Decision(
                 budget,
                 limit,
                 choice([0, spare]),
                 choice([None, most]),
-                ahead=ahead,
-                at_once=at_once,
+                parks=choice([None, 1, 4]),
+                restores=self._rng.random() < 0.8,
+                ahead=choice([0, 1, 100]),
+                at_once=choice([None, 0, 1, 2]),
             )
         return super().decide(prompt_tokens)

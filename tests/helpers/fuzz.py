@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pie_vllm.policy.elastic import FREE_MARGIN, ElasticPool, PoolOrder
-from pie_vllm.policy.geometry import Geometry
+from pie_vllm.policy.geometry import Geometry, cdiv
 from tests.helpers import scheduling
 from tests.helpers.deciders import Fixed, Wavering
+from tests.helpers.progress import Progress
 from tests.helpers.scheduling import Driver, make_request, random_load
 from tests.helpers.tagrunner import DictMemory, Memory, TagRunner
 
@@ -66,8 +67,10 @@ class Case(NamedTuple):
             for arrivals one by one. Between waves residents are free for promotion.
         left_out: share of the running requests left out of a step.
         aborts: chance that a request is aborted, before each step.
-        resets: chance that the prefix cache is reset and all requests preempted.
+        resets: chance that new weights come, before each step: the prefix cache is reset, and all
+            requests are preempted or, every other time, it is refused while one holds blocks.
         follow_ups: chance that a finished chat goes on.
+        salts: how many tenants there are, who share no KV.
         wavering: whether budget and limit change all the time; else the budget is without end.
         memory_seed: of the free CPU memory, which comes and goes within a second; None
             for as much as there is.
@@ -84,9 +87,21 @@ class Case(NamedTuple):
     aborts: float
     resets: float
     follow_ups: float
+    salts: int
     wavering: bool
     memory_seed: int | None
     rng: random.Random
+
+    @property
+    def most_without_progress(self) -> int:
+        """Steps in which some request gets further than it ever was: see ``Progress``.
+
+        Twice what the longest request takes to compute all of its tokens again, since it may be
+        left out of steps, and some.
+        """
+        at_once = self.options["max_num_scheduled_tokens"]
+        at_once = min(at_once, self.options["long_prefill_token_threshold"] or at_once)
+        return 20 + 2 * cdiv(self.options["max_model_len"], at_once)
 
     @property
     def most_steps(self) -> int:
@@ -115,10 +130,10 @@ class Case(NamedTuple):
 
         geometry = self.geometry
         chunk = geometry.chunk_rows * geometry.row_bytes
-        longest = max(len(prompt) + count for prompt, count in self.load)
+        longest = self.options["max_model_len"]
         return WatchedPool(
             geometry,
-            longest // BLOCK_SIZE + 2 - geometry.resident_blocks,
+            cdiv(longest, BLOCK_SIZE) + 1 - geometry.resident_blocks,
             lambda: FREE_MARGIN + chunk * rng.randint(-3, 5),
             clock,
             idle_seconds=3.0,
@@ -126,20 +141,22 @@ class Case(NamedTuple):
 
 
 def random_case(seed: int, *, asynchronous: bool | None = None, **sizes: int) -> Case:
-    """Tiny tiers, so that everything is full most of the time."""
+    """Tiny tiers, so that everything is full most of the time; in half of the cases, parked KV."""
     rng = random.Random(seed)
+    parks = rng.random() < 0.5
     pooled = rng.randint(1, 40)
+    few, many = rng.randint(1, 9), rng.randint(10, 90)
     geometry = scheduling.geometry(
         rng.choice([rng.randint(4, 20), rng.randint(4, 40)]),
         pooled,
-        pooled + rng.choice([0, 0, rng.randint(1, 9), rng.randint(10, 90)]),
+        pooled + rng.choice([few, many, many] if parks else [0, 0, few, many]),
         **sizes,
     )
     capacity = (geometry.num_blocks - 1) * BLOCK_SIZE
     budget = rng.choice([16, 32, 64, 256, 1024])
     options = {
         "async_scheduling": rng.random() < 0.5 if asynchronous is None else asynchronous,
-        "enable_prefix_caching": rng.random() < 0.6,
+        "enable_prefix_caching": parks or rng.random() < 0.4,
         "max_num_batched_tokens": budget,
         "max_num_scheduled_tokens": budget,
         "max_num_seqs": rng.choice([2, 8, 32]),
@@ -147,13 +164,17 @@ def random_case(seed: int, *, asynchronous: bool | None = None, **sizes: int) ->
         "long_prefill_token_threshold": rng.choice([0, 0, 0, 8, 40]),
         "policy": rng.choice(["fcfs", "fcfs", "priority"]),
         "scheduler_reserve_full_isl": rng.random() < 0.8,
-        "parking": rng.choice(["lru", "lru", "arc", "off"]),
+        "parking": rng.choice(["lru", "arc"] if parks else ["lru", "arc", "off", "off"]),
     }
     longest = max(1, min(rng.choice([10, 50, capacity // 2, capacity - 10]), capacity - 20))
     answer = max(1, min(60, capacity - longest - 1))
     load = random_load(rng, rng.randint(1, 30), longest, answer, rng.randint(0, 3))
     limit = rng.choice([pooled, pooled, 0, pooled // 2])
     memory_seed = rng.choice([None, rng.randrange(1 << 30)])
+    if memory_seed is not None:
+        # Short chats, so that what one of them needs at most is not all that there is.
+        longest = max(len(prompt) + count for prompt, count in load)
+        options["max_model_len"] = min(capacity, longest + rng.choice([0, 0, 50]))
     return Case(
         geometry,
         options,
@@ -164,7 +185,8 @@ def random_case(seed: int, *, asynchronous: bool | None = None, **sizes: int) ->
         left_out=rng.choice([0.0, 0.0, 0.3]),
         aborts=rng.choice([0.0, 0.02, 0.1]),
         resets=rng.choice([0.0, 0.0, 0.01]),
-        follow_ups=rng.choice([0.0, 0.5]) if memory_seed is None else 0.0,
+        follow_ups=rng.choice([0.2, 0.5] if parks else [0.0, 0.5]),
+        salts=rng.choice([1, 1, 2]),
         wavering=rng.random() < 0.4,
         memory_seed=memory_seed,
         rng=rng,
@@ -193,6 +215,25 @@ def follow_up(driver: Driver, case: Case, asked: set[str]) -> tuple[list[int], i
     return (prompt, rng.randint(1, min(30, room))) if room > 0 else None
 
 
+def nothing_left(driver: Driver) -> None:
+    """Assert that all ids are free, and all rows free or parked under a key, once all are done."""
+    scheduler = driver.scheduler
+    manager, residency = scheduler.kv_cache_manager, scheduler.kv_cache_manager.residency
+    queue, rows, parking = residency.queue, residency.rows, residency.parking
+    assert manager.usage == 0.0
+    assert queue.free_in_all == manager.geometry.num_blocks - 1, "an id is not free"
+    assert not residency.tables
+    assert not residency.victims.holders
+    assert not residency.reading.by_request
+    assert not parking.tails, "a tail of a request that is gone"
+    assert rows.num_parked == len(parking), "a row is parked under no key"
+    assert not parking.held, "a row is kept for a step that is done"
+    residency.check_integrity()
+    assert driver.reset(running=False), "blocks are in use"
+    assert rows.num_free == manager.geometry.rows, "a row holds what nobody can ask for"
+    residency.check_integrity()
+
+
 def disturb(driver: Driver, case: Case) -> None:
     """Abort, reset and leave out as the case says."""
     rng, scheduler = case.rng, driver.scheduler
@@ -200,7 +241,7 @@ def disturb(driver: Driver, case: Case) -> None:
     if live and rng.random() < case.aborts:
         driver.abort(rng.choice(live))
     if rng.random() < case.resets:
-        driver.reset()
+        driver.reset(running=rng.random() < 0.5)
     if case.left_out:
         leave_out(driver, rng, case.left_out)
 
@@ -216,29 +257,29 @@ def arriving(driver: Driver, case: Case) -> int:
     return case.wave if live <= 1 else 0
 
 
-def play(driver: Driver, case: Case, most_idle: int = 20) -> None:
+def play(driver: Driver, case: Case) -> None:
     """Let all requests of a case come, run, be disturbed, and end.
 
     Raises:
-        AssertionError: no progress, a wrong page, a wrong answer, or a block left over.
+        AssertionError: no progress, a wrong page, a wrong answer, a block or a row left over.
     """
     rng, scheduler = case.rng, driver.scheduler
     pending = list(case.load)
     asked: set[str] = set()
+    progress = Progress(driver, case.most_without_progress)
     count = 0
     while pending or scheduler.has_requests() or driver.queue:
         for _ in range(min(arriving(driver, case), len(pending))):
             prompt, answer = follow_up(driver, case, asked) or pending.pop(0)
             name = f"r{count}"
             count += 1
-            driver.add(make_request(name, prompt, answer, BLOCK_SIZE, rng.randint(0, 2)))
+            salt = rng.choice([None, "a", "b"][: case.salts])
+            driver.add(
+                make_request(name, prompt, answer, BLOCK_SIZE, rng.randint(0, 2), cache_salt=salt)
+            )
         disturb(driver, case)
         driver.step()
-        assert driver.idle <= most_idle, "no progress: the scheduler runs nothing"
+        progress.look()
         assert driver.steps <= case.most_steps, f"not done after {driver.steps} steps"
     driver.verify()
-    manager = scheduler.kv_cache_manager
-    assert manager.usage == 0.0
-    assert manager.residency.pooled_in_use == 0
-    assert manager.reset_prefix_cache()
-    manager.residency.check_integrity()
+    nothing_left(driver)

@@ -127,7 +127,7 @@ def run_trace(index: ParkedIndex[int], trace: list[int]) -> list[bool]:
     A hit is taken and parked again in the row it came from, as a block that a
     request used and gave back.
     """
-    free = [row for row in range(index.capacity_rows) if index.key_in(row) is None]
+    free = sorted(set(range(index.capacity_rows)) - index.rows())
     hits = []
     for key in trace:
         hit = key in index

@@ -18,18 +18,26 @@ class PlanCheck:
         self._boundary = boundary
         self._chunk_rows = chunk_rows
         self._loads: tuple[Copy, ...] = ()
+        self._stored: set[int] = set()
         self._step = 0
 
     def check(self, plan: StepPlan | None, scheduled: Iterable[str]) -> None:
-        """Assert that the plan loads what is read, and stores what is kept.
+        """Assert that the plan loads what is read, stores what is kept, and that rows read hold KV.
+
+        A row that the step stores to is read by loads alone, which come after the stores;
+        promotions and what is restored read rows that an earlier step stored to. A row that was
+        free since holds nothing.
 
         Args:
             plan: of the step just scheduled.
             scheduled: the requests that run in it.
         """
         wanted = self._wanted(scheduled)
+        owned = {self._residency.rows.row_of(b) for b in self._holding()}
+        owned |= self._residency.parking.rows()
         if plan is None:
             assert not wanted, "a step reads pooled blocks and has no plan"
+            self._stored &= owned
             return
         if plan.loads is None:
             follows = plan.step == self._step + 1
@@ -43,9 +51,11 @@ class PlanCheck:
         assert all(block < self._boundary for block in (*stores, *promotions))
         rows = [*stores.values(), *promotions.values()]
         assert len(set(rows)) == len(rows), "a row is named twice"
-        owned = {self._residency.rows.row_of(b) for b in self._holding()}
-        owned |= self._residency.parking.rows()
+        assert self._stored >= set(promotions.values()), "a row is read that holds no KV"
+        self._stored |= set(stores.values())
+        assert self._stored >= set(wanted.values()), "a row is loaded that holds no KV"
         assert owned >= set(stores.values()), "a row that nobody owns is stored to"
+        self._stored &= owned
 
     def _wanted(self, scheduled: Iterable[str]) -> dict[int, int]:
         ids = {b.block_id for r in scheduled for b in self._residency.tables[r]}

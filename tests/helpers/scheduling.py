@@ -117,9 +117,14 @@ def make(
 
 
 def make_request(
-    request_id: str, prompt: list[int], max_tokens: int, block_size: int, priority: int = 0
+    request_id: str,
+    prompt: list[int],
+    max_tokens: int,
+    block_size: int,
+    priority: int = 0,
+    **other: Any,
 ) -> Request:
-    """A greedy request that runs to ``max_tokens``."""
+    """A greedy request that runs to ``max_tokens``; other keywords are vLLM's ``Request``'s."""
     hash_function = get_hash_fn_by_name("sha256")
     init_none_hash(hash_function)
     parameters = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0)
@@ -132,6 +137,7 @@ def make_request(
         priority=priority,
         arrival_time=float(next(_ARRIVALS)),
         block_hasher=get_request_block_hasher(block_size, hash_function),
+        **other,
     )
 
 
@@ -203,6 +209,8 @@ class Driver:
     def add(self, request: Request) -> None:
         self.prompts[request.request_id] = list(request.prompt_token_ids or [])
         self.answers[request.request_id] = []
+        lora = request.lora_request
+        self.runner.salts[request.request_id] = f"{request.cache_salt} {lora and lora.lora_name}"
         self.scheduler.add_request(request)
 
     def abort(self, request_id: str) -> None:
@@ -211,12 +219,18 @@ class Driver:
         self.answers.pop(request_id, None)
         self._check()
 
-    def reset(self) -> None:
-        """Forget all cached prefixes and preempt all requests, as after new weights."""
+    def reset(self, running: bool = True) -> bool:
+        """New weights: forget all cached prefixes and preempt all requests.
+
+        Returns:
+            Whether it was done: not with ``running`` False while requests hold blocks.
+        """
         kept = len(self.preemptions)
-        self.scheduler.reset_prefix_cache(reset_running_requests=True)
+        done = bool(self.scheduler.reset_prefix_cache(reset_running_requests=running))
         del self.preemptions[kept:]  # asked for, not for want of blocks
+        self.runner.weights += done
         self._check()
+        return done
 
     def step(self) -> None:
         """Schedule and submit one step; take results when enough are in flight."""

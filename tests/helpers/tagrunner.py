@@ -5,12 +5,15 @@ tables, running ones bring appended blocks, the plan brings relabels), writes
 the tag of every token into the KV page that the table names, and reads all
 pages of a request's context in every step. The tag of a token is a hash of all
 tokens up to it, so a page with the KV of another request, of another position
-or of an older time is noticed, while shared prefixes compare equal.
+or of an older time is noticed, while shared prefixes compare equal. In the pages
+tags are mixed with the weights' version and the request's salt, so KV of older
+weights or of another salt is noticed, too, though the tokens are the same.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
+from zlib import crc32
 
 import numpy as np
 from vllm.v1.outputs import ModelRunnerOutput
@@ -142,7 +145,8 @@ def check(work: Work, pages: np.ndarray, extra: int = 0) -> None:
 
 
 class _State:
-    def __init__(self, prompt: list[int]) -> None:
+    def __init__(self, prompt: list[int], salt: str) -> None:
+        self.salt = salt
         self.prompt = len(prompt)
         self.tokens = list(prompt)
         self.tags: list[int] = []
@@ -157,12 +161,19 @@ class _State:
 
 
 class TagRunner:
-    """Turns scheduler outputs into work for a memory, and makes up the sampled tokens."""
+    """Turns scheduler outputs into work for a memory, and makes up the sampled tokens.
+
+    Attributes:
+        weights: version of the model's; KV of one is of no use to another.
+        salts: of requests; what may not share KV has different ones.
+    """
 
     def __init__(self, memory: Memory, block_size: int) -> None:
         self.memory = memory
         self.block_size = block_size
         self.requests: dict[str, _State] = {}
+        self.weights = 0
+        self.salts: dict[str, str] = {}
 
     def execute(self, output: Any) -> ModelRunnerOutput:
         """Carry out one step (or submit it) and return what vLLM's runner would."""
@@ -178,7 +189,9 @@ class TagRunner:
                 table[first : first + len(blocks)] = blocks
         due: dict[str, tuple[int, int]] = {}
         for new in output.scheduled_new_reqs:
-            state = self.requests[new.req_id] = _State(list(new.prompt_token_ids))
+            state = self.requests[new.req_id] = _State(
+                list(new.prompt_token_ids), self.salts.get(new.req_id, "")
+            )
             state.blocks = list(new.block_ids[0])
             due[new.req_id] = (new.num_computed_tokens, state.prompt)
         cached = output.scheduled_cached_reqs
@@ -222,9 +235,10 @@ class TagRunner:
 
     def _add(self, work: Work, request_id: str, state: _State, start: int, end: int) -> None:
         size = self.block_size
+        mark = crc32(f"{self.weights} {state.salt}".encode()) & MASK
         for position in range(start, end):
             block = state.blocks[position // size]
-            work.writes.append((block, position % size, state.tags[position]))
+            work.writes.append((block, position % size, state.tags[position] ^ mark))
         for index in range(-(-end // size)):
             tags = np.array(state.tags[index * size : min(end, (index + 1) * size)], np.int64)
-            work.reads.append((request_id, state.blocks[index], tags))
+            work.reads.append((request_id, state.blocks[index], tags ^ mark))

@@ -59,6 +59,9 @@ def run(seed: int, debug: tuple[str, ...] = (), fault: str | None = None) -> Cou
             demotions=residency.demotions,
             promotions=residency.promotions,
             preemptions=len(driver.preemptions),
+            parked=residency.parking.parked_blocks,
+            restored=residency.parking.restored_blocks,
+            new_weights=driver.runner.weights,
         )
 
 
@@ -72,6 +75,9 @@ def test_every_page_read_with_two_steps_in_flight_is_right() -> None:
     assert total["demotions"] > 500
     assert total["promotions"] > 10
     assert total["preemptions"] > 10
+    assert total["parked"] > 500
+    assert total["restored"] > 50
+    assert total["new_weights"] > 32, "not at the end only"
 
 
 @pytest.mark.parametrize("debug", ["skip_loads", "skip_stores", "late_submit"])

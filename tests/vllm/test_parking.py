@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
+from vllm.lora.request import LoRARequest
 
 from pie_vllm.policy.parking import Parking
 from pie_vllm.policy.plan import Copy
+from pie_vllm.vllm.manager import PieBlockSpaceManager
 from tests.helpers import scheduling
 from tests.helpers.deciders import Fixed
 from tests.helpers.fuzz import BLOCK_SIZE, make_driver
@@ -82,9 +84,9 @@ def test_without_rows_they_compute_again(policy: str, rows: int) -> None:
     assert computed_again(made) > 0
 
 
-def chat_then_others(made: Driver) -> list[int]:
+def chat_then_others(made: Driver, **other: Any) -> list[int]:
     """A chat of ten blocks, idle, whose residents others have used since; returns its tokens."""
-    made.add(make_request("chat", prompt(100, 150), 12, BLOCK_SIZE))
+    made.add(make_request("chat", prompt(100, 150), 12, BLOCK_SIZE, **other))
     made.run()
     crowd(made)
     made.run()
@@ -100,6 +102,29 @@ def test_an_evicted_prefix_is_hit(asynchronous: bool) -> None:
     made.step()
     assert cached_tokens(made, "next") == (len(history) - 1) // BLOCK_SIZE * BLOCK_SIZE
     made.run()
+    made.verify()
+
+
+@pytest.mark.parametrize(
+    ("own", "foreign"),
+    [
+        ({"cache_salt": "a"}, {"cache_salt": "b"}),
+        ({"cache_salt": "a"}, {}),
+        ({"lora_request": LoRARequest("a", 1, "/a")}, {"lora_request": LoRARequest("b", 2, "/b")}),
+        ({"lora_request": LoRARequest("a", 1, "/a")}, {}),
+    ],
+)
+def test_parked_kv_is_hit_by_its_own_salt_and_adapter_only(
+    own: dict[str, Any], foreign: dict[str, Any]
+) -> None:
+    """The same tokens of another tenant, or through another LoRA adapter, are computed anew."""
+    made = driver()
+    history = chat_then_others(made, **own)
+    for name, other, known in (("foreign", foreign, 0), ("own", own, 160)):
+        made.add(make_request(name, [*history, 1, 2, 3], 5, BLOCK_SIZE, **other))
+        made.step()
+        assert cached_tokens(made, name) == known
+        made.run()
     made.verify()
 
 
@@ -251,20 +276,43 @@ def test_a_reset_forgets_what_is_parked() -> None:
     assert made.scheduler.kv_cache_manager.residency.rows.num_parked == len(parking(made))
 
 
-def test_blocks_that_were_never_filled_are_not_in_the_prefix_cache() -> None:
-    """A request preempted in the step that was to fill its blocks leaves no hash behind."""
-    made = driver(policy="priority")
-    manager = made.scheduler.kv_cache_manager
-    made.add(make_request("low", prompt(1, 60), 10, BLOCK_SIZE, priority=5))
+def preempted_while_its_blocks_are_filled() -> Driver:
+    """One step gives a request blocks and then takes them for another one, of higher priority."""
+    made = driver(
+        policy="priority",
+        long_prefill_token_threshold=48,
+        scheduler_reserve_full_isl=False,
+        max_num_batched_tokens=256,
+    )
+    made.add(make_request("low", prompt(9, 270), 5, BLOCK_SIZE, priority=5))
     made.step()
-    request = made.scheduler.requests["low"]
-    unfilled = [b for b in manager.residency.tables["low"] if b.block_hash is not None][-1]
-    request.num_computed_tokens = 32  # As if the third block were filled in this very step.
-    hashes = [b.block_hash for b in manager.residency.tables["low"]]
-    manager.free(request)
-    cached = manager.block_pool.cached_block_hash_to_block
-    assert unfilled.block_hash is None
-    assert [cached.get_one_block(h) is not None for h in hashes[:3]] == [True, True, False]
+    made.add(make_request("high", prompt(0, 100), 40, BLOCK_SIZE))
+    made.run()
+    return made
+
+
+def test_blocks_that_were_never_filled_are_not_hit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM caches a block before the step that fills it, in which its request may be preempted."""
+    forgotten = 0
+    forget = PieBlockSpaceManager._forget_unfilled
+
+    def counted(self: PieBlockSpaceManager, request: Any, table: Any) -> None:
+        nonlocal forgotten
+        before = sum(block.block_hash is not None for block in table)
+        forget(self, request, table)
+        forgotten += before - sum(block.block_hash is not None for block in table)
+
+    monkeypatch.setattr(PieBlockSpaceManager, "_forget_unfilled", counted)
+    made = preempted_while_its_blocks_are_filled()
+    made.verify()
+    assert forgotten
+
+
+def test_a_block_that_was_never_filled_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: left in the prefix cache, it is hit."""
+    monkeypatch.setattr(PieBlockSpaceManager, "_forget_unfilled", lambda *_: None)
+    with pytest.raises(AssertionError, match="foreign KV"):
+        preempted_while_its_blocks_are_filled()
 
 
 def test_rows_of_aborted_requests_are_free() -> None:
@@ -325,11 +373,12 @@ def test_wrong_copies_are_noticed(memory: Callable[..., DictMemory]) -> None:
 
 
 def test_a_hash_that_outlives_a_reset_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control of the reset: what is parked would be hit."""
+    """Negative control of the reset: what older weights made would be hit."""
     made = driver()
     history = chat_then_others(made)
     monkeypatch.setattr(Parking, "clear", lambda _: None)
     made.reset()
     made.add(make_request("next", [*history, 1, 2, 3], 5, BLOCK_SIZE))
-    made.step()
+    with pytest.raises(AssertionError, match="foreign KV"):
+        made.step()
     assert cached_tokens(made, "next") > 0

@@ -11,7 +11,9 @@ import pytest
 
 from pie_vllm.policy.elastic import FREE_MARGIN, ElasticPool
 from pie_vllm.policy.geometry import Geometry
-from tests.helpers import scheduling
+from pie_vllm.vllm.manager import Claims
+from pie_vllm.vllm.scheduler import PieSchedulerMixin
+from tests.helpers import fuzz, scheduling
 from tests.helpers.deciders import Fixed
 from tests.helpers.fuzz import BLOCK_SIZE, Case, make_driver, play, random_case
 from tests.helpers.scheduling import Driver, make_request
@@ -32,8 +34,13 @@ def driver_of(case: Case, memory: DictMemory | None = None) -> Driver:
 @pytest.mark.fuzz
 @pytest.mark.timeout(0)
 def test_random_loads_make_progress_and_read_right_pages(fuzz_seeds: range) -> None:
-    """No deadlock, no foreign page, and no preemption while what was asked for is free."""
-    demotions = promotions = preemptions = 0
+    """No foreign page, and no preemption while what was asked for is free.
+
+    No deadlock: in 20 steps, and twice those in which the longest request can be computed again,
+    some request gets further than it ever was (``Case.most_without_progress``); at most 20 steps
+    in a row run nothing. No leak: at the end all ids are free, all rows free or parked under a key.
+    """
+    demotions = promotions = preemptions = parked = restored = 0
     for seed in fuzz_seeds:
         case = random_case(seed)
         driver = driver_of(case)
@@ -48,9 +55,38 @@ def test_random_loads_make_progress_and_read_right_pages(fuzz_seeds: range) -> N
         demotions += residency.demotions
         promotions += residency.promotions
         preemptions += len(driver.preemptions)
+        parked += residency.parking.parked_blocks
+        restored += residency.parking.restored_blocks
     assert demotions > 20 * len(fuzz_seeds)
     assert promotions > 0
     assert preemptions > 0
+    assert parked > 10 * len(fuzz_seeds)
+    assert restored > len(fuzz_seeds)
+
+
+def test_a_deadlock_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: where running requests claim all residents, nobody is admitted."""
+    monkeypatch.setattr(PieSchedulerMixin, "_claims", lambda _: Claims(tails=1000))
+    case = random_case(0)
+    with pytest.raises(AssertionError, match="runs nothing"):
+        play(driver_of(case), case)
+
+
+def test_a_livelock_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: requests preempted in every step run all the time and get nowhere."""
+
+    def preempt_all(driver: Driver, _: Case) -> None:
+        scheduler = driver.scheduler
+        while scheduler.running:
+            scheduler._preempt_request(scheduler.running.pop(), 0.0)
+
+    monkeypatch.setattr(fuzz, "disturb", preempt_all)
+    case = random_case(0, asynchronous=False)
+    case.options.update(
+        enable_prefix_caching=False, max_num_scheduled_tokens=16, max_num_batched_tokens=16
+    )
+    with pytest.raises(AssertionError, match=r"no progress in \d+ steps"):
+        play(driver_of(case), case)
 
 
 @pytest.mark.parametrize("limit", [0, 60])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import scheduler_cost
+from benchmarks.harness.parked_side import CHAT_BLOCKS, ParkedCost, parked_costs
 from benchmarks.harness.scheduler_side import POOLED_EACH, POOLED_REQUESTS
 from benchmarks.scheduler_cost import Cost
 
@@ -17,6 +18,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.alone]
 PHASES = ("idle", "steady", "demoting")
 MOST_OWN_US = 500.0
 MOST_DEMOTION_US = 400.0
+MOST_PARKED_BLOCK_US = 150.0
 NOISE_US = 100.0
 
 
@@ -58,3 +60,42 @@ def test_a_step_stays_cheap(measured: dict[int, dict[str, Cost]]) -> None:
         assert costs["steady"].own_us < MOST_OWN_US
         demotions = costs["demoting"].own_us - costs["steady"].own_us
         assert demotions < MOST_DEMOTION_US * costs["demoting"].demotions + NOISE_US
+
+
+@pytest.fixture(scope="module")
+def over_a_full_pool() -> dict[int, ParkedCost]:
+    """Chats that come back, over ten and a hundred thousand parked blocks."""
+    return {parked: parked_costs(parked, steps=8) for parked in (10_000, 100_000)}
+
+
+def test_a_full_pool_is_full_and_its_blocks_are_hit(
+    over_a_full_pool: dict[int, ParkedCost],
+) -> None:
+    """Each admission has all blocks of its chat restored, and parks as many others."""
+    for parked, cost in over_a_full_pool.items():
+        assert cost.parked == parked
+        assert cost.restored_each == CHAT_BLOCKS
+        assert cost.stored_each >= CHAT_BLOCKS - 1
+
+
+def test_an_admission_does_not_cost_more_the_more_is_parked(
+    over_a_full_pool: dict[int, ParkedCost],
+) -> None:
+    """Neither the look-up, nor the admission, nor the step, held against stock's of that time."""
+    few, many = over_a_full_pool.values()
+    for pie, stock in (
+        ("pie_lookup_us", "stock_admission_us"),
+        ("pie_admission_us", "stock_admission_us"),
+        ("pie_us", "stock_us"),
+    ):
+        at_few = getattr(few, pie) / getattr(few, stock)
+        assert getattr(many, pie) / getattr(many, stock) < 1.5 * at_few, pie
+
+
+def test_an_admission_over_a_full_pool_stays_cheap(
+    over_a_full_pool: dict[int, ParkedCost],
+) -> None:
+    """For each block that is found, restored, evicted and parked, within a wide bound."""
+    for cost in over_a_full_pool.values():
+        more = cost.pie_admission_us - cost.stock_admission_us
+        assert more < MOST_PARKED_BLOCK_US * CHAT_BLOCKS

@@ -1,0 +1,140 @@
+"""Negative controls of parking: each breakage of its policy must show in what the pages hold.
+
+The books of the policy would notice most of them first, so they are not checked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pie_vllm.policy.parked import ParkedIndex
+from pie_vllm.policy.parking import Parking, Tail
+from tests.helpers.fuzz import BLOCK_SIZE, make_driver, play, random_case
+from tests.helpers.tagrunner import DictMemory
+
+pytestmark = pytest.mark.vllm
+
+Patch = pytest.MonkeyPatch
+SEEDS = 20
+
+
+def wrong_row(patch: Patch) -> None:
+    """A page is filled from the row of another parked block."""
+    restore = Parking.restore
+
+    def wrong(self: Parking, key: Any, resident: int) -> None:
+        restore(self, key, resident)
+        assert self._index is not None
+        others = self._index.rows() - {self.restores[resident], *self.stores}
+        self.restores[resident] = min(others, default=self.restores[resident])
+
+    patch.setattr(Parking, "restore", wrong)
+
+
+def wrong_row_attached(patch: Patch) -> None:
+    """A pooled id gets the row of another parked block: the keys of two rows are exchanged."""
+    park = ParkedIndex.park
+
+    def wrong(self: ParkedIndex[Any], key: Any, row: int) -> None:
+        park(self, key, row)
+        other = next((r for r in self.rows() if r != row and r not in self._pins), None)
+        if other is not None and row not in self._pins:
+            keys = self._keys[other], key
+            self._table.remove(row)
+            self._table.remove(other)
+            self._table.add(keys[0], row)
+            self._table.add(keys[1], other)
+
+    patch.setattr(ParkedIndex, "park", wrong)
+
+
+def lost_stores(patch: Patch) -> None:
+    """Blocks are parked though nothing is stored to their rows."""
+    patch.setattr(Parking, "_store", lambda *_: None)
+
+
+def kept_over_reset(patch: Patch) -> None:
+    """New weights leave what is parked."""
+    patch.setattr(Parking, "clear", lambda _: None)
+
+
+def promoted_row_free(patch: Patch) -> None:
+    """The row of a promoted block may be stored over before it is read."""
+
+    def wrong(self: Parking, block: Any) -> None:
+        self._rows.free_parked(self._rows.park(block.block_id))
+
+    patch.setattr(Parking, "promoted", wrong)
+
+
+def tail_row_free(patch: Patch) -> None:
+    """The row of a tail that comes back may be stored over before it is read."""
+
+    def wrong(self: Parking, request_id: str) -> Tail:
+        tail = self.tails.pop(request_id)
+        self._rows.free_parked(tail.row)
+        return tail
+
+    patch.setattr(Parking, "take_tail", wrong)
+    patch.setattr(Parking, "put_back", lambda *_: None)
+
+
+def same_salt(patch: Patch) -> None:
+    """Tenants share one salt."""
+    patch.setattr(
+        "vllm.v1.core.kv_cache_utils.generate_block_hash_extra_keys", lambda *a: (None, a[3])
+    )
+
+
+CONTROLS = (
+    wrong_row,
+    wrong_row_attached,
+    lost_stores,
+    kept_over_reset,
+    promoted_row_free,
+    tail_row_free,
+    same_salt,
+)
+
+
+SEEN = ("foreign KV", "is stored over and promoted", "a row holds what nobody can ask for")
+
+
+@pytest.mark.parametrize("control", CONTROLS, ids=lambda control: control.__name__)
+def test_a_broken_policy_is_noticed(
+    control: Callable[[Patch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within twenty seeds a request reads foreign KV, or the copies of a step contradict."""
+    control(monkeypatch)
+    for seed in range(SEEDS):
+        case = random_case(seed)
+        memory = DictMemory(case.geometry, BLOCK_SIZE)
+        driver = make_driver(
+            case.geometry, memory, case.decider(), case.pool(), check=False, **case.options
+        )
+        try:
+            play(driver, case)
+        except AssertionError as error:
+            if not any(text in str(error) for text in SEEN):
+                raise
+            return
+    pytest.fail("twenty seeds did not notice")
+
+
+def test_a_row_without_a_store_is_noticed_before_it_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The check of plans knows which rows were stored to, whatever they hold."""
+    lost_stores(monkeypatch)
+    for seed in range(SEEDS):
+        case = random_case(seed)
+        driver = make_driver(case.geometry, None, case.decider(), case.pool(), **case.options)
+        try:
+            play(driver, case)
+        except AssertionError as error:
+            assert "holds no KV" in str(error)  # noqa: PT017
+            return
+    pytest.fail("twenty seeds did not notice")
