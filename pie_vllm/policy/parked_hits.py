@@ -19,7 +19,7 @@ class ParkedHits(NamedTuple):
         residents: of the parked ones, how many get resident pages, the first ones.
         full_tokens: in the hits before and these.
         tokens: with those of the request's tail, if that is restored too.
-        cut: whether more is parked than there is room for now.
+        cut: whether more is parked than there is room for now, or than this step can copy back.
     """
 
     found: list[Any]
@@ -82,13 +82,13 @@ class ParkedLookup:
         """
         parking = self._residency.parking
         size, count = self._block_size, len(hits)
-        found = self._search(keys)
+        found, soon = self._search(keys)
         parked = sum(isinstance(block, ParkedKey) for block in found)
         tail, full = parking.tail_of(request_id), (count + len(found)) * size
         tokens = full
         if tail is not None and tail.index * size == full:
             tokens = max(full, min(tail.tokens, num_tokens - 1))
-        if not parked and tokens == full:
+        if not parked and tokens == full and not soon:
             return None
         blocks = cdiv(num_tokens, size) - count
         idle = [b for b in (*hits, *found) if not isinstance(b, ParkedKey) and not b.ref_cnt]
@@ -99,7 +99,7 @@ class ParkedLookup:
         )
         residents = _residents_for(parked, blocks - len(found), free)
         if parked - residents <= free.pooled:
-            return ParkedHits(found, parked, residents, full, tokens, False)
+            return ParkedHits(found, parked, residents, full, tokens, soon)
         # What is left out has to be computed, which takes residents.
         residents = _residents_for(parked, blocks, free)
         parked = min(parked, residents + free.pooled)
@@ -107,8 +107,11 @@ class ParkedLookup:
         full = (count + len(found)) * size
         return ParkedHits(found, parked, residents, full, full, True)
 
-    def _search(self, keys: Iterable[Hashable]) -> list[Any]:
-        """Cached and parked blocks of a request's table, up to a gap or the end."""
+    def _search(self, keys: Iterable[Hashable]) -> tuple[list[Any], bool]:
+        """Cached and parked blocks of a request's table, up to a gap or the end.
+
+        And whether the gap is only for this step: KV that it stores can be copied back by the next.
+        """
         parking = self._residency.parking
         found: list[Any] = []
         for key in keys:
@@ -118,8 +121,8 @@ class ParkedLookup:
             elif parking.has(key):
                 found.append(ParkedKey(key))
             else:
-                break
-        return found
+                return found, key in parking
+        return found, False
 
 
 def _residents_for(parked: int, computed: int, room: Room) -> int:

@@ -77,6 +77,10 @@ class Parking:
         """Whether anything is parked, full blocks or tails."""
         return bool(self.tails) or len(self) > 0
 
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether the KV of a key is parked, or is stored in the coming step."""
+        return self._index is not None and key in self._index
+
     def __len__(self) -> int:
         """Full blocks that are parked."""
         return 0 if self._index is None else len(self._index)
@@ -286,12 +290,9 @@ class Parking:
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless rows and index agree; costs a pass over the index."""
-        index = self._index
-        parked = 0
-        if index is not None:
-            index.check_integrity()
-            parked = len(index)
-        if parked + len(self.tails) + len(self._gone) != self._rows.num_parked:
+        if self._index is not None:
+            self._index.check_integrity()
+        if len(self) + len(self.tails) + len(self._gone) != self._rows.num_parked:
             raise IntegrityError("parked rows disagree with the index")
         if set(self.stores) & set(self.restores.values()):
             raise IntegrityError("a row is stored to and copied from in one step")
