@@ -8,7 +8,7 @@ And with parked KV: traces with preemption and with chats that come back, each p
 decider's choice whether to restore or to compute, with either fixed, without parking, and as stock
 vLLM with its prefix cache and the ring's bytes.
 
-    python -m benchmarks.regret [--cases 200] [--contended 100] [--returning 100]
+    python -m benchmarks.regret [--cases 200] [--contended 100] [--returning 50]
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def main() -> None:
     parser = plain_parser("regret", __doc__)
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--contended", type=int, default=100)
-    parser.add_argument("--returning", type=int, default=100)
+    parser.add_argument("--returning", type=int, default=50)
     parser.add_argument("--output", type=Path, default=RESULTS / "regret")
     args = parser.parse_args()
     plays = {

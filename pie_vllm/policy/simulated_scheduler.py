@@ -136,14 +136,13 @@ class SimulatedScheduler:
     def finish(self, request: Request) -> None:
         """A running request has its answer."""
         self.running.remove(request)
-        self._residency.parking.drop_tail(request.request_id)
         self._free(request)
 
     def _preempt(self, request: Request) -> None:
         self.preemptions += 1
         self._keep_tail(request)
         self._free(request)
-        request.computed = request.cached = 0
+        request.computed = 0
         self.waiting.appendleft(request)
 
     def _prompts(self) -> bool:
@@ -156,7 +155,7 @@ class SimulatedScheduler:
         keys = request.keys[: (request.known - 1) // size]
         hits = self._book.hits(keys)
         found = None
-        if keys and residency.parking.any and decision.restores:
+        if residency.parking.any and decision.restores:
             queue = residency.queue
             kept = self._chunk + 1 if self._prompts() else 0
             pooled = queue.available_pooled - (residency.window - decision.limit)

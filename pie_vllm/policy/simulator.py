@@ -100,7 +100,7 @@ class Simulation:
             self._next.setdefault(job.after, []).append(number)
             earlier = self._jobs[job.after]
             before = self._history[job.after] + earlier.prompt + earlier.answer
-            shared = self._keys[job.after][: before // self._size]
+            shared = self._keys[job.after]
         self._history.append(before)
         blocks = (before + job.prompt + job.answer) // self._size if caching else 0
         own: list[Hashable] = [(number, index) for index in range(len(shared), blocks)]
