@@ -13,7 +13,7 @@ vLLM with its prefix cache and the ring's bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--returning", type=int, default=50)
     parser.add_argument("--output", type=Path, default=RESULTS / "regret")
     args = parser.parse_args()
-    plays = {
+    plays: dict[str, tuple[Callable[[int], dict[str, Any]], int]] = {
         "plain": (partial(play, contended=False), args.cases),
         "contended": (partial(play, contended=True), args.contended),
         "returning": (play_returning, args.returning),

@@ -244,19 +244,12 @@ class SimulatedScheduler:
 
     def _keep_tail(self, request: Request) -> None:
         """Park the first block of a preempted request that the prefix cache does not know."""
-        self._forget_unfilled(request)
         parking, table = self._residency.parking, request.table
         index = next((i for i, block in enumerate(table) if block.block_hash is None), len(table))
         tokens = min(request.computed, (index + 1) * self._size)
         resident = tokens > index * self._size and table[index].block_id < self._residency.boundary
         if parking.enabled and resident:
             parking.keep_tail(request.request_id, table[index], index, tokens)
-
-    def _forget_unfilled(self, request: Request) -> None:
-        """Blocks that are cached already, but were to be filled in this very step."""
-        for block in request.table[request.computed // self._size :]:
-            if block.ref_cnt == 1:
-                self._book.drop(block)
 
     def _free(self, request: Request) -> None:
         self._residency.forget(request.request_id)
