@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 
 from benchmarks.harness.returning import always, returning_case
-from pie_vllm.policy.decider import Decider
-from pie_vllm.policy.detector import Prior
+from pie_vllm.policy.decider import Decider, Decision
+from pie_vllm.policy.detector import Observation, Prior
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.simulator import Simulation, run_stock
 from pie_vllm.policy.traces import Decides, Job, Outcome, Profile, Static
@@ -44,6 +45,7 @@ def play(
     )
     outcome = simulation.run()
     assert simulation.residency.pooled_in_use == 0
+    assert not simulation.residency.parking.tails
     assert outcome.tokens == sum(job.answer for job in jobs)
     return outcome
 
@@ -73,7 +75,9 @@ def test_without_a_prefix_cache_nothing_is_found() -> None:
     decider = Static(SIZES.pooled_blocks)
     outcome = Simulation(SIZES, MACHINE, RETURNING, decider, parking="lru").run()
     assert outcome.prompt_tokens == PROMPTS + 5 * 16
-    assert outcome.parked == 0
+    crowd = Simulation(SIZES, MACHINE, CROWD, decider, parking="lru").run()
+    assert crowd.preemptions >= 5
+    assert (outcome.parked, crowd.parked) == (0, 0)
 
 
 def test_a_restore_is_waited_for_as_far_as_compute_does_not_hide_it() -> None:
@@ -95,6 +99,33 @@ def test_stores_are_waited_for_in_the_other_direction() -> None:
     beside = [MACHINE.step_seconds(1, count - 1, 0) for count in (304, 17)]
     waited = [time.stall for time in times if time.stall > 1e-6]
     assert waited == pytest.approx([s - c for s, c in zip(stored, beside, strict=True)])
+
+
+class Noting(Static):
+    """Lets a step store so many blocks for parking, and notes what it shows."""
+
+    def __init__(self, parks: int | None = None) -> None:
+        super().__init__(SIZES.pooled_blocks)
+        self._decision = self._decision._replace(parks=parks)
+        self.seen: list[Observation] = []
+
+    def observe(self, seen: Observation, *, within_budget: bool = True) -> None:  # noqa: ARG002
+        self.seen.append(seen)
+
+
+def test_the_decider_is_told_of_restores() -> None:
+    """Bytes that come for a request that just came are not those of pooling."""
+    decider = Noting()
+    play(RETURNING, decider=decider)
+    *before, last = decider.seen
+    assert (last.restored, last.bytes_loaded) == (True, 3 * SIZES.row_bytes)
+    assert not any(seen.restored or seen.bytes_loaded for seen in before)
+
+
+def test_a_step_parks_no_more_than_the_decider_allows() -> None:
+    """One of three blocks, and later one of five: of a chat it is the last, which nobody finds."""
+    outcome = play(RETURNING, decider=Noting(parks=1))
+    assert (outcome.parked, outcome.lost, outcome.restored) == (2, 6, 0)
 
 
 @pytest.mark.parametrize(("times", "restores"), [(0.8, False), (1.25, True)])
@@ -129,6 +160,37 @@ def test_a_preempted_request_computes_again_what_the_pool_has_no_room_for() -> N
         assert outcome.recomputed_tokens > 100
 
 
+@pytest.mark.parametrize("rows", [8, 40, 120])
+def test_every_token_is_computed_once_or_counted_as_again(rows: int) -> None:
+    """Nothing is found that was never computed, as blocks whose step did not come."""
+    decider = Noting()
+    outcome = play(CROWD, sizes=replace(SIZES, rows=rows), decider=decider)
+    once = sum(job.prompt + job.answer - 1 for job in CROWD)
+    assert sum(seen.tokens for seen in decider.seen) == once + outcome.recomputed_tokens
+
+
+def test_a_tail_counts_as_restored_and_is_all_that_a_short_request_has() -> None:
+    """One of two is preempted within its first block, when the other needs a 41st."""
+    jobs = [Job(0.0, 640 - 8, 10), Job(0.0, 3, 12)]
+    outcome = play(jobs, sizes=replace(SIZES, pooled_blocks=1, rows=120))
+    assert outcome.preemptions == 1
+    assert (outcome.recomputed_tokens, outcome.restored) == (0, 1)
+
+
+def test_blocks_that_nobody_finds_are_used_first() -> None:
+    """Two chats leave two full blocks each, and one block that is not full."""
+    jobs = [Job(0.0, 33, 1), Job(1.0, 33, 1), Job(2.0, 36 * 16, 1)]
+    assert play(jobs).parked == 0
+    assert play([*jobs, Job(2.0, 16, 1)]).parked == 1
+
+
+def test_two_turns_run_at_once_where_both_fit_because_they_share() -> None:
+    """Of 40 blocks and 8 pooled ones, each turn asks for 31, of which 30 are the same."""
+    jobs = [Job(0.0, 479, 2), Job(1.0, 10, 8, after=0), Job(1.0, 10, 8, after=0)]
+    outcome = play(jobs, parking=None)
+    assert outcome.first_tokens[1] == outcome.first_tokens[2]
+
+
 @pytest.mark.parametrize("seed", [2, 5, 14])
 def test_random_traces_compute_nothing_again_either(seed: int) -> None:
     """Whatever else is evicted in the steps in which preempted requests come back."""
@@ -137,6 +199,38 @@ def test_random_traces_compute_nothing_again_either(seed: int) -> None:
     assert outcome.preemptions >= 20
     assert outcome.lost == 0
     assert outcome.recomputed_tokens == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_decisions_leave_the_books_right(seed: int) -> None:
+    """Chats on few blocks, with limits and choices that change; the books are checked each step."""
+    rng = random.Random(seed)
+    jobs: list[Job] = []
+    for _ in range(20):
+        jobs.append(Job(rng.uniform(0, 1), rng.randint(1, 150), rng.randint(1, 90)))
+        for _ in range(rng.randint(0, 3)):
+            after = rng.randrange(max(0, len(jobs) - 3), len(jobs))
+            jobs.append(Job(rng.uniform(0, 0.5), rng.randint(1, 60), rng.randint(1, 40), after))
+    sizes = replace(SIZES, rows=rng.choice((20, 60, 120)))
+    outcome = play(jobs, sizes=sizes, decider=Varying(rng), parking=rng.choice(("lru", "arc")))
+    assert outcome.preemptions > 0
+    assert outcome.restored > 0
+
+
+class Varying(Static):
+    """Another random decision every few steps."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__(SIZES.pooled_blocks)
+        self._rng = rng
+
+    def decide(self, prompt_tokens: int = 0) -> Decision:
+        rng = self._rng
+        if rng.random() < 0.3:
+            budget, limit, spare = (rng.randint(0, SIZES.pooled_blocks) for _ in range(3))
+            parks, restores = rng.choice((None, 0, 2)), rng.random() < 0.8
+            self._decision = Decision(budget, limit, spare, parks=parks, restores=restores)
+        return super().decide(prompt_tokens)
 
 
 def test_turns_come_after_the_answer_and_share_what_went_before() -> None:
