@@ -103,7 +103,7 @@ class ParkedLookup:
         # What is left out has to be computed, which takes residents.
         residents = _residents_for(parked, blocks, free)
         parked = min(parked, residents + free.pooled)
-        found = _first(found, parked)
+        found = first_of(found, parked)
         full = (count + len(found)) * size
         return ParkedHits(found, parked, residents, full, full, True)
 
@@ -121,7 +121,7 @@ class ParkedLookup:
             elif parking.has(key):
                 found.append(ParkedKey(key))
             else:
-                return found, key in parking
+                return found, parking.parked(key)
         return found, False
 
 
@@ -130,7 +130,7 @@ def _residents_for(parked: int, computed: int, room: Room) -> int:
     return min(parked, max(0, room.residents - min(computed, room.chunk_blocks + 1)))
 
 
-def _first(found: list[Any], parked: int) -> list[Any]:
+def first_of(found: list[Any], parked: int) -> list[Any]:
     """The first of ``found``, with so many parked blocks."""
     for index, block in enumerate(found):
         if isinstance(block, ParkedKey):

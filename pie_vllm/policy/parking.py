@@ -77,10 +77,6 @@ class Parking:
         """Whether anything is parked, full blocks or tails."""
         return bool(self.tails) or len(self) > 0
 
-    def __contains__(self, key: Hashable) -> bool:
-        """Whether the KV of a key is parked, or is stored in the coming step."""
-        return self._index is not None and key in self._index
-
     def __len__(self) -> int:
         """Full blocks that are parked."""
         return 0 if self._index is None else len(self._index)
@@ -115,6 +111,10 @@ class Parking:
             return
         index.park(key, row)
         self._store(row, block.block_id)
+
+    def parked(self, key: Hashable) -> bool:
+        """Whether a row holds the KV of a key, or will after the coming step."""
+        return self._index is not None and key in self._index
 
     def left_row(self, block: Any) -> None:
         """A pooled block loses its id: its row is parked, or free if nobody can ask for its KV."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from itertools import takewhile
 from typing import Any
 
@@ -56,6 +56,10 @@ class Free:
     def get_all_free_blocks(self) -> list[Any]:
         """All blocks, in order."""
         return list(self._blocks)
+
+    def iter_blocks_after(self, cursor: None) -> Iterator[Any]:  # noqa: ARG002
+        """All blocks, in order."""
+        return iter(self._blocks)
 
 
 class PrefixBook:
