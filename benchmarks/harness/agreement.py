@@ -1,6 +1,6 @@
 """What the simulator says of real runs, from the times of stock's steps in the same round.
 
-The simulator has no prefix cache, and hides loads behind whole steps, scheduler and sampling too.
+It is played without a prefix cache, and hides loads behind whole steps, scheduler and sampling too.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from pie_vllm.policy.simulator import Simulation, run_stock
 from pie_vllm.policy.traces import Decides, Job, Outcome, Profile
 
 LAYERS, PAGE_BYTES, RING_SLOTS, GRANULARITY = 32, 65536, 3, 4096
+BLOCK_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -24,21 +25,35 @@ class Case:
         profile: of the machine.
         jobs: the trace.
         noise: standard deviation of a step's compute, as a share of it.
+        caching: whether there is a prefix cache, on stock's side too.
+        parking: policy of eviction of parked KV; None parks nothing.
     """
 
     geometry: Geometry
     profile: Profile
     jobs: list[Job]
     noise: float = 0.0
+    caching: bool = False
+    parking: str | None = None
 
     def decider(self) -> Decider:
         """What decides."""
-        return Decider(self.geometry.row_bytes, self.geometry.pooled_blocks)
+        return Decider(
+            self.geometry.row_bytes, self.geometry.pooled_blocks, block_tokens=BLOCK_TOKENS
+        )
 
     def simulation(self, decider: Decides) -> Simulation:
         """The trace on the machine."""
-        scatter = scattered(self.noise)
-        return Simulation(self.geometry, self.profile, self.jobs, decider, scatter=scatter)
+        return Simulation(
+            self.geometry,
+            self.profile,
+            self.jobs,
+            decider,
+            block_size=BLOCK_TOKENS,
+            scatter=scattered(self.noise),
+            caching=self.caching,
+            parking=self.parking,
+        )
 
 
 def scattered(noise: float) -> Callable[[], float] | None:
@@ -102,7 +117,8 @@ def stock(case: Case, *, with_ring: bool) -> Outcome:
     """Stock vLLM on the same device: the residents, and the ring's bytes as further ones."""
     ring = RING_SLOTS * case.geometry.pooled_blocks // LAYERS if with_ring else 0
     blocks = case.geometry.resident_blocks + ring
-    return run_stock(blocks, case.profile, case.jobs, scatter=scattered(case.noise))
+    scatter = scattered(case.noise)
+    return run_stock(blocks, case.profile, case.jobs, scatter=scatter, caching=case.caching)
 
 
 class _LimitAt(Decider):

@@ -229,6 +229,8 @@ class Decider:
         restores = not slope or rate * slope * self._block_tokens >= 1.0
         if not isfinite(taken):
             return None, restores, self._window, None
+        if not restores:
+            return 0, False, 0, 0
         ahead = 0 if self._cool else int(AHEAD_SHARE * taken)
         at_once = None if self._target is None else max(1, int(self._gain * taken))
         return max(1, int(MARGIN * taken)), restores, ahead, at_once

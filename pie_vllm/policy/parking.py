@@ -45,7 +45,7 @@ class Parking:
         parked_blocks: stored for parking since the start.
         ahead_blocks: of these, stored before their page was wanted; by ``store_ahead``.
         lost_blocks: cached blocks whose KV was not kept, for want of allowance or rows.
-        restored_blocks: that came back to requests, full ones and tails.
+        restored_blocks: copied back to resident pages for requests, full ones and tails.
     """
 
     def __init__(self, rows: RowLedger, capacity_rows: int, policy: str | None) -> None:
@@ -106,10 +106,6 @@ class Parking:
         if not self.keep(block):
             self.lost_blocks += 1
 
-    def parked(self, key: Hashable) -> bool:
-        """Whether a row holds the KV of a key, or will after the coming step."""
-        return self._index is not None and key in self._index
-
     def keep(self, block: Any) -> bool:
         """Have a cached resident stored and parked, if allowance and rows suffice."""
         index, allowed = self._index, self.allowance is None or self.allowance > 0
@@ -119,6 +115,10 @@ class Parking:
         index.park(block.block_hash, row)
         self._store(row, block.block_id)
         return True
+
+    def parked(self, key: Hashable) -> bool:
+        """Whether a row holds the KV of a key, or will after the coming step."""
+        return self._index is not None and key in self._index
 
     def left_row(self, block: Any) -> None:
         """A pooled block loses its id: its row is parked, or free if nobody can ask for its KV."""

@@ -9,10 +9,29 @@ if TYPE_CHECKING:
     from pie_vllm.policy.residency import Residency
 
 
+LEAST_OF_LINK = 4
+"""One of so many of the blocks that a step can load may be copied back for a waiting request."""
+
+
 class ParkedKey(NamedTuple):
     """Stands for a parked block in a list of blocks."""
 
     key: Hashable
+
+
+def restored_at_once(residency: Residency, most: int | None) -> int:
+    """Blocks that the step can copy back to residents without keeping those waiting that run.
+
+    Where pooled blocks take the link, a part of it is left all the same: a request that waits for
+    its KV would wait as long as they are there.
+
+    Args:
+        residency: whose blocks.
+        most: that the link can copy behind the step's compute; None is without end.
+    """
+    if most is None:
+        return residency.boundary
+    return max(most - residency.reading.num_blocks, most // LEAST_OF_LINK, 1)
 
 
 def restore(residency: Residency, found: Sequence[Any], first: int, residents: int) -> list[Any]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from pie_vllm.policy.decider import Decision
 from pie_vllm.policy.detector import Observation
@@ -25,6 +24,9 @@ class Profile:
         per_load: seconds by which the load of one block slows the compute beside it: memory
             bandwidth that they share. None on most GPUs, much on a CPU.
         per_streaming_step: seconds that a step takes longer when it loads anything.
+        store_link: bytes per second from the device to the CPU, whatever is loaded meanwhile; as
+            of loads, a share of ``exposed`` of a step's stores is hidden by no compute. None is at
+            once.
     """
 
     link: float
@@ -35,6 +37,7 @@ class Profile:
     exposed: float = 0.0
     per_load: float = 0.0
     per_streaming_step: float = 0.0
+    store_link: float | None = None
 
     def step_seconds(self, requests: int, prompt_tokens: int, blocks: int) -> float:
         """Seconds that a step computes, with all its KV on the device.
@@ -57,11 +60,20 @@ class Profile:
 
 
 class Job(NamedTuple):
-    """One request: when it comes (seconds), its prompt and its answer (tokens)."""
+    """One request, which may be a turn of a chat.
+
+    Attributes:
+        arrival: seconds on the clock; of a turn that continues a chat, after the last answer.
+        prompt: tokens, without those of the turns before.
+        answer: tokens.
+        after: number in the trace of the job whose prompt and answer come first in the prompt;
+            None begins a chat.
+    """
 
     arrival: float
     prompt: int
     answer: int
+    after: int | None = None
 
 
 class StepTime(NamedTuple):
@@ -96,11 +108,17 @@ class Outcome(NamedTuple):
         tokens: answered.
         stall_seconds: waited for loads.
         steps: run.
-        preemptions: with recomputation.
+        preemptions: each of which gives all blocks of a request back.
         left_out: requests left out of steps.
         loads: blocks that each step loaded.
         decisions: of each step.
         times: of each step.
+        first_tokens: seconds from the arrival of each job to its first token.
+        prompt_tokens: computed, those that were computed before included.
+        recomputed_tokens: computed again after preemption, answered ones included.
+        parked: blocks stored for parking.
+        restored: parked blocks and tails that came back to requests.
+        lost: cached blocks that were not kept.
     """
 
     seconds: float
@@ -112,6 +130,12 @@ class Outcome(NamedTuple):
     loads: list[int]
     decisions: list[Decision]
     times: list[StepTime]
+    first_tokens: list[float]
+    prompt_tokens: int
+    recomputed_tokens: int
+    parked: int
+    restored: int
+    lost: int
 
     @property
     def throughput(self) -> float:
@@ -142,55 +166,3 @@ class Static:
 
     def observe(self, seen: Observation, *, within_budget: bool = True) -> None:
         """Learn nothing."""
-
-
-class Block:
-    """What the policy needs of vLLM's ``KVCacheBlock``."""
-
-    __slots__ = ("block_hash", "block_id", "is_null", "ref_cnt")
-
-    def __init__(self, block_id: int) -> None:
-        self.block_id = block_id
-        self.ref_cnt = 0
-        self.is_null = False
-        self.block_hash: Any = None
-
-
-class Free:
-    """A free list of blocks without cached content."""
-
-    def __init__(self, blocks: list[Any]) -> None:
-        self._blocks: deque[Any] = deque(blocks)
-
-    @property
-    def num_free_blocks(self) -> int:
-        """Blocks in the list."""
-        return len(self._blocks)
-
-    def popleft(self) -> Any:
-        """Take the first block."""
-        return self._blocks.popleft()
-
-    def popleft_n(self, n: int) -> list[Any]:
-        """Take the first ``n`` blocks."""
-        return [self._blocks.popleft() for _ in range(n)]
-
-    def remove(self, block: Any) -> None:
-        """Take a given block out."""
-        self._blocks.remove(block)
-
-    def append_n(self, blocks: list[Any]) -> None:
-        """Put blocks back as the last."""
-        self._blocks.extend(blocks)
-
-    def prepend_n(self, blocks: list[Any]) -> None:
-        """Put blocks back as the first."""
-        self._blocks.extendleft(reversed(blocks))
-
-    def get_all_free_blocks(self) -> list[Any]:
-        """All blocks, in order."""
-        return list(self._blocks)
-
-    def iter_blocks_after(self, cursor: None) -> Iterator[Any]:  # noqa: ARG002
-        """All blocks, in order."""
-        return iter(self._blocks)

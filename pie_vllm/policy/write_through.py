@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from pie_vllm.policy.decider import Decision
     from pie_vllm.policy.residency import Residency
 
 
@@ -33,6 +34,15 @@ class Ahead(NamedTuple):
     running: int
     chunk_blocks: int
     prompts: bool
+
+    @classmethod
+    def of(
+        cls, decision: Decision, turns: bool, running: int, chunk_blocks: int, prompts: bool
+    ) -> Ahead | None:
+        """What a decision allows; nothing while requests take ``turns``, who need the link."""
+        if turns or not decision.ahead:
+            return None
+        return cls(decision.ahead, running, chunk_blocks, prompts)
 
 
 def write_through(residency: Residency, ahead: Ahead) -> None:

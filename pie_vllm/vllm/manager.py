@@ -16,14 +16,11 @@ from pie_vllm.policy.entries import PrefixEntries
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.leaving import forget_unfilled, keep_tail
 from pie_vllm.policy.residency import Residency
-from pie_vllm.policy.restoring import cancel, restore
+from pie_vllm.policy.restoring import cancel, restore, restored_at_once
 from pie_vllm.vllm import compat
 from pie_vllm.vllm.admissions import Admissions
 from pie_vllm.vllm.block_pool import PieBlockPool
 from pie_vllm.vllm.parked_hits import ParkedHits, ParkedLookup, Room, first_of
-
-LEAST_OF_LINK = 4
-"""One of so many of the blocks that a step can load may be copied back for a waiting request."""
 
 
 class Claims(NamedTuple):
@@ -193,9 +190,9 @@ class PieBlockSpaceManager(KVCacheManager):
         reserve = claims.tails
         if has_scheduled_reqs and (partial or claims.prompts):
             reserve += self.chunk_blocks + 1
-        if has_scheduled_reqs and parked.residents > (most := self._restored_at_once()):
-            part = first_of(parked.found, most)
-            restore(residency, part, len(hits), most)
+        most = restored_at_once(residency, self._decision.at_once)
+        if has_scheduled_reqs and parked.residents > most:
+            restore(residency, first_of(parked.found, most), len(hits), most)
             self.admissions.ahead(request.request_id, most)
             return None
         if parked.parked:
@@ -239,17 +236,6 @@ class PieBlockSpaceManager(KVCacheManager):
         if partial:
             self._claims = claims._replace(prompts=True)
         return blocks
-
-    def _restored_at_once(self) -> int:
-        """Blocks that the step can copy back without keeping those waiting that run.
-
-        Where pooled blocks take the link, a part of it is left all the same: a request that waits
-        for its KV would wait as long as they are there.
-        """
-        most = self._decision.at_once
-        if most is None:
-            return self.geometry.num_blocks
-        return max(most - self.residency.reading.num_blocks, most // LEAST_OF_LINK, 1)
 
     def _fits(
         self,

@@ -153,10 +153,8 @@ class PieSchedulerMixin(_Mixed):
             or residency.pooled_in_use > decision.limit
         ):
             headroom = tail_room(len(self.running), manager.block_size)
-        ahead = None
-        if decision.ahead and not self.pie_turns.taken:
-            running, prompts = len(self.running), self._prompts_under_way
-            ahead = Ahead(decision.ahead, running, manager.chunk_blocks, prompts)
+        running, prompts = len(self.running), self._prompts_under_way
+        ahead = Ahead.of(decision, self.pie_turns.taken, running, manager.chunk_blocks, prompts)
         return residency.end_step(scheduled, fresh, tokens > 0, headroom, decision.budget, ahead)
 
     def update_from_output(

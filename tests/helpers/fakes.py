@@ -7,7 +7,7 @@ from typing import Any
 from pie_vllm.policy.entries import PrefixEntries
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.residency import Residency
-from pie_vllm.policy.traces import Block, Free
+from pie_vllm.policy.simulated_cache import Block, Free
 
 
 class FakeBlock(Block):

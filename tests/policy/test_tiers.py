@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pie_vllm.errors import IntegrityError
+from pie_vllm.policy.simulated_cache import Free
 from pie_vllm.policy.tiers import TieredFreeBlockQueue
-from pie_vllm.policy.traces import Free
 from tests.helpers.fakes import FakeBlock
 
 RESIDENT = 5
