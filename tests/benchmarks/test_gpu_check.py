@@ -146,6 +146,8 @@ def test_parts_follow_their_stage() -> None:
         "facts",
         "serving:pie,stock",
     ]
+    (many,) = parse_stages("serving:pie,stock,connector,pie_full")
+    assert many.parts == ("pie", "stock", "connector", "pie_full")
     assert [wanted.text for wanted in parse_stages("serving:pie,serving:pie")] == ["serving:pie"]
     assert [wanted.stage for wanted in parse_stages("")] == list(STAGES.values())
     assert max(stage.limit for stage in STAGES.values()) <= MOST_SECONDS

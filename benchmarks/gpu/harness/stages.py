@@ -140,6 +140,6 @@ def parse_stages(text: str) -> list[Wanted]:
         wanted.setdefault(name, [])
         if part and part not in wanted[name]:
             wanted[name].append(part)
-        last = name if colon else ""
+        last = name if colon or part else ""
     names = wanted or {name: [] for name in STAGES}
     return [Wanted(STAGES[name], tuple(names[name])) for name in STAGES if name in names]
