@@ -3,7 +3,7 @@
 Each stage runs in a process of its own and is killed at its limit; what it had reported until then
 is kept, and the other stages go on. Needs torch, vLLM and this checkout, nothing else, and builds
 the native engine where it must. Stages are facts, aliases, copies, pinning, overlap, exactness,
-serving and graphs:
+serving, parking and graphs:
 
     python benchmarks/gpu_check.py [--stages facts,aliases,serving:pie,stock] [--quick]
 

@@ -26,11 +26,11 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.arrivals import SingleChats, TurnChats
+from benchmarks.harness.arrivals import RATE_SHARE, SingleChats, TurnChats
 from benchmarks.harness.churn import child, run_churn
 from benchmarks.harness.options import parser_of, run_spec
 from benchmarks.harness.parking_report import Part, publish_parts
@@ -39,12 +39,6 @@ from benchmarks.harness.shape import KvShape, PieSizes, kv_shape
 from benchmarks.throughput import add_pie_figures, compare_answers, pie_keys, run_once
 
 LOADS = ("preempted", "returning", "fresh")
-WORKING_SET = 4
-"""Times the device's KV that the chats of `returning` have together."""
-
-RATE_SHARE = 1.2
-"""Of the chats a second that stock_all answers at most, how many arrive in `preempted`. Above one,
-or a machine that is faster than when that was found out waits for chats, whatever its memory."""
 
 LONGER = 2
 """Times the device blocks of the other loads that `returning` has: a step costs much before it
@@ -104,14 +98,12 @@ def single_chats(name: str, args: argparse.Namespace) -> SingleChats:
 def turn_chats(args: argparse.Namespace, device_blocks: int) -> TurnChats:
     """The chats of `returning`, with WORKING_SET times the device's tokens of KV together."""
     load = TurnChats(args.chats // 3, args.turns, 0, question=32, answer=16, at_once=2)
-    wanted = WORKING_SET * device_blocks * args.block_size
-    first = round((wanted - load.working_set) / load.chats)
-    if first < load.question:
+    try:
+        return load.outgrowing(device_blocks * args.block_size)
+    except ValueError as error:
         raise SystemExit(
-            f"--chats {args.chats} are too many for {wanted} tokens in all: use fewer, or more "
-            "--device-blocks"
-        )
-    return replace(load, first=first)
+            f"--chats {args.chats}: {error}; use fewer, or more --device-blocks"
+        ) from error
 
 
 def spec_of(

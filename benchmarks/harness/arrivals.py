@@ -6,11 +6,19 @@ import itertools
 import random
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 FIRST_TOKEN, LAST_TOKEN = 1000, 40_000
 """Prompts are made of these: words of the vocabulary, nothing with a meaning to the engine."""
+
+WORKING_SET = 4
+"""Times the device's KV that chats which come back have together."""
+
+RATE_SHARE = 1.2
+"""Of the chats a second that an engine with memory for all answers at most, how many arrive where
+requests are to be preempted. Above one, or a machine that is faster than when that was found out
+waits for chats, whatever its memory."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +152,18 @@ class TurnChats:
         later = range(1, self.turns)
         grown = sum(turn * (self.question + self.answer) for turn in later) / max(1, len(later))
         return self.chats * (self.first + self.answer + grown)
+
+    def outgrowing(self, tokens: int) -> TurnChats:
+        """The same chats with first prompts so long that they have WORKING_SET times `tokens`.
+
+        Raises:
+            ValueError: there are too many chats for that.
+        """
+        wanted = WORKING_SET * tokens
+        first = self.first + round((wanted - self.working_set) / self.chats)
+        if first < self.question:
+            raise ValueError(f"{self.chats} chats are too many for {wanted} tokens in all")
+        return replace(self, first=first)
 
 
 class Turns:

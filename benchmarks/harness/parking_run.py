@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.harness.answering import answer_all, figures
 from benchmarks.harness.arrivals import Arrivals, Ask, SingleChats, Source, TurnChats, Turns
 from benchmarks.harness.one_run import make_llm, pie_counters, preemptions
-from benchmarks.harness.token_record import watch_tokens
+from benchmarks.harness.token_record import watched_tokens
 
 
 def add_ask(llm: Any, ask: Ask) -> None:
@@ -33,27 +33,32 @@ def source_of(load: dict[str, Any]) -> Source:
     return Arrivals(SingleChats(**load["single"]).asks(load["rate"]))
 
 
+def serve(llm: Any, load: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a load on an engine; of chats that return, those of all but first turns."""
+    before, source = preemptions(llm), source_of(load)
+    with watched_tokens(llm) as record:
+        answers = answer_all(
+            llm.llm_engine, source, lambda ask: add_ask(llm, ask), time.perf_counter, time.sleep
+        )
+    first_turn = 1 if "turns" in load else 0
+    counted = [answer.ask for answer in answers if answer.ask.turn >= first_turn]
+    return {
+        **figures(answers, first_turn),
+        "preemptions": preemptions(llm) - before,
+        "recomputed_tokens": record.again,
+        "prefill_tokens": sum(record.prompt[ask.name] for ask in counted),
+        "prompt_tokens": sum(len(ask.prompt) for ask in counted),
+    }
+
+
 def main() -> None:
     """Run the spec of the first file and write the result to the second."""
     spec = json.loads(Path(sys.argv[1]).read_text())
     llm = make_llm(spec)
     with_pie = spec["pie"] is not None
-    before, pie_before = preemptions(llm), pie_counters(llm) if with_pie else {}
-    record = watch_tokens(llm)
-    source = source_of(spec["load"])
-    answers = answer_all(
-        llm.llm_engine, source, lambda ask: add_ask(llm, ask), time.perf_counter, time.sleep
-    )
-    first_turn = 1 if "turns" in spec["load"] else 0
-    counted = [answer.ask.name for answer in answers if answer.ask.turn >= first_turn]
-    result = {
-        **figures(answers, first_turn),
-        "preemptions": preemptions(llm) - before,
-        "recomputed_tokens": record.again,
-        "prefill_tokens": sum(record.prompt[name] for name in counted),
-        "prompt_tokens": sum(len(a.ask.prompt) for a in answers if a.ask.turn >= first_turn),
-        "num_blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
-    }
+    pie_before = pie_counters(llm) if with_pie else {}
+    result = serve(llm, spec["load"])
+    result["num_blocks"] = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
     if with_pie:
         result |= {"pie_before": pie_before, "pie": pie_counters(llm)}
     Path(sys.argv[2]).write_text(json.dumps(result))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from benchmarks.harness.in_process import scheduler_of
@@ -54,3 +56,14 @@ def watch_tokens(llm: Any) -> TokenRecord:
 
     scheduler.update_from_output = updated
     return record
+
+
+@contextmanager
+def watched_tokens(llm: Any) -> Iterator[TokenRecord]:
+    """As `watch_tokens`, for the steps inside the block."""
+    scheduler = scheduler_of(llm)
+    update = scheduler.update_from_output
+    try:
+        yield watch_tokens(llm)
+    finally:
+        scheduler.update_from_output = update

@@ -115,6 +115,24 @@ def test_markdown_says_the_same(dry: Path) -> None:
     assert "| check | found | asked |" in text
 
 
+@pytest.mark.vllm
+@pytest.mark.timeout(400)
+def test_parking_runs_dry_over_vllm(tmp_path: Path) -> None:
+    """Its own checks: pie restores KV, and computes less than a third of stock's prompt tokens."""
+    wanted = "parking:returning,stock,pie"
+    done = command("--driver", "host", "--quick", "--stages", wanted, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    stage = read(tmp_path)["stages"]["parking"]
+    assert [check["ok"] for check in stage["checks"]] == [True, True]
+    rows = stage["tables"]["returning: runs"]
+    assert [row["name"] for row in rows] == ["stock", "pie", "pie", "stock"]
+    for row in rows:
+        # Whoever computes a prompt token has not found it in a cache.
+        found = row["hit_device"] + row["hit_pooled"] + row["hit_cpu"]
+        assert row["prefill_tokens"] + found == row["prompt_tokens"]
+        assert (row["restored_MiB"] > 0) == (row["name"] == "pie")
+
+
 def test_a_dry_run_is_never_written_among_results() -> None:
     done = command("--driver", "host", "--stages", "facts", "--out", "benchmarks/results")
     assert done.returncode == 2
@@ -146,6 +164,8 @@ def test_parts_follow_their_stage() -> None:
         "facts",
         "serving:pie,stock",
     ]
+    (many,) = parse_stages("serving:pie,stock,connector,pie_full")
+    assert many.parts == ("pie", "stock", "connector", "pie_full")
     assert [wanted.text for wanted in parse_stages("serving:pie,serving:pie")] == ["serving:pie"]
     assert [wanted.stage for wanted in parse_stages("")] == list(STAGES.values())
     assert max(stage.limit for stage in STAGES.values()) <= MOST_SECONDS

@@ -18,7 +18,7 @@ from benchmarks.harness.churn import take_turns
 from benchmarks.harness.parking_report import Part, plot, print_part
 from benchmarks.harness.parking_run import source_of
 from benchmarks.harness.rounds import Question
-from benchmarks.harness.token_record import TokenRecord
+from benchmarks.harness.token_record import TokenRecord, watched_tokens
 
 
 @dataclass
@@ -281,3 +281,15 @@ def test_the_report_says_what_was_missed(tmp_path: Any, capsys: Any) -> None:
     assert said["recomputed_tokens"]["pie"]["reached"]
     plot(tmp_path / "plot.png", "title", {"preempted": part})
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_a_watch_of_tokens_ends_with_its_block() -> None:
+    """An engine that serves load after load is watched for each by itself."""
+    update = object()
+    scheduler = SimpleNamespace(update_from_output=update)
+    core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=scheduler))
+    states = SimpleNamespace(request_states={})
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core, output_processor=states))
+    with watched_tokens(llm):
+        assert scheduler.update_from_output is not update
+    assert scheduler.update_from_output is update

@@ -91,6 +91,16 @@ STAGES = {
             ),
         ),
         Stage(
+            "parking",
+            "Chats that come back, and preempted ones: is pie's parked KV worth more than that of "
+            "vLLM's own offloading?",
+            MOST_SECONDS,
+            (
+                *("returning", "preempted"),
+                *("stock", "pie", "connector", "pie_off", "stock_all"),
+            ),
+        ),
+        Stage(
             "graphs",
             "Are idle steps as long as stock's (FULL graphs kept), and streaming ones within 1 %? "
             "Are copies inside of graphs right?",
@@ -140,6 +150,6 @@ def parse_stages(text: str) -> list[Wanted]:
         wanted.setdefault(name, [])
         if part and part not in wanted[name]:
             wanted[name].append(part)
-        last = name if colon else ""
+        last = name if colon or part else ""
     names = wanted or {name: [] for name in STAGES}
     return [Wanted(STAGES[name], tuple(names[name])) for name in STAGES if name in names]

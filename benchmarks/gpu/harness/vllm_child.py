@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu.harness.vllm_child SPEC.json
 
-The first line of its answers says what it is. `do` is `load` (serve chats, figures), `answers`
-(tokens, logprobs and schedule), `add`, `prefill`, `steps` and `abort` (decode steps one by one).
+The first line of its answers says what it is. `do` is `load` (serve chats, figures), `chats` (the
+same of chats that arrive or return), `answers` (tokens, logprobs and schedule), `add`, `prefill`,
+`steps` and `abort` (decode steps one by one).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.harness.chatting import serve_chats
 from benchmarks.gpu.harness.context import end_with_parent
 from benchmarks.harness.stats import percentile
 
@@ -164,6 +166,10 @@ class Child:
             figures[f"{name}_p99_ms"] = 1e3 * percentile(values, 99)
         figures["preemptions"] = self.metric("vllm:num_preemptions") - preempted
         return {**figures, **moved, "pooled_peak": after.get("pooled_peak", 0)}
+
+    def chats(self, load: dict[str, Any]) -> dict[str, Any]:
+        """See `chatting.serve_chats`; in one process only."""
+        return serve_chats(self.llm, load, self._pie)
 
     def answers(self, lengths: list[int], tokens: int, seed: int, logprobs: int) -> dict[str, Any]:
         """Tokens and logprobs of requests that are all added before the first step."""

@@ -14,7 +14,7 @@ from tests.helpers.cuda_calls import Cuda
 from tests.helpers.gather_kernel import IMAGE, GatherKernel
 from tests.helpers.standin import Standin, load
 from tests.transfer.driving import View, plan
-from tests.transfer.graphing import GLOBAL, GraphModel
+from tests.transfer.graphing import GLOBAL, GraphModel, Seen
 
 MakeEngine = Callable[..., TransferEngine]
 pytestmark = pytest.mark.usefixtures("kernel")
@@ -79,11 +79,26 @@ def without(*gates: tuple[str, int]) -> list[tuple[str, int]]:
     return [gate for gate in ALL if gate not in gates]
 
 
+class Unannounced(GraphModel):
+    """Its layers do not say that they write."""
+
+    def layer(self, layer: int) -> None:
+        self.engine.before_attention(layer)
+        self.attend(layer)
+        self.engine.after_attention(layer)
+
+
 def test_a_capture_may_leave_announcements_of_writes_out(
-    engine: TransferEngine, stream: DriverStream
+    engine: TransferEngine, stream: DriverStream, view: View
 ) -> None:
-    gates = without(*[("before_write", layer) for layer in LAYERS])
-    assert Partial(engine, stream).run(gates) == 0
+    """The first attention forks it then."""
+    view.write_row(0, 3)
+    seen = Seen(view, b8=3)
+    model = Unannounced(engine, stream)
+    model.run(plan(1, loads=((8, 0, 1),)), attend=seen)
+    model.close()
+    engine.drain()
+    seen.check()
 
 
 @pytest.mark.parametrize(
@@ -110,6 +125,18 @@ def test_a_capture_that_misses_a_gate_is_refused(
     assert partial.code == 0
     with pytest.raises(TransferError, match="without begin_capture"):
         engine.end_capture()
+    goes_on(engine, stream)
+
+
+def test_a_capture_knows_nothing_of_the_one_before(
+    engine: TransferEngine, stream: DriverStream
+) -> None:
+    """It forks nothing at the layer that the other had come to."""
+    for gates in (ALL[:6], [("after_attention", 2)]):
+        partial = Partial(engine, stream)
+        with pytest.raises(GateError):
+            partial.run(gates)
+        assert partial.code == 0
     goes_on(engine, stream)
 
 

@@ -18,6 +18,14 @@ Capture = Callable[..., GraphModel]
 pytestmark = pytest.mark.usefixtures("kernel")
 
 
+def comes(what: Callable[[], bool]) -> bool:
+    """Whether it is so within five seconds."""
+    deadline = time.monotonic() + 5
+    while not what() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return what()
+
+
 def test_ring_loads_wait_for_the_attention_before(
     model: GraphModel, stream: DriverStream, view: View
 ) -> None:
@@ -58,13 +66,34 @@ def test_the_head_is_loaded_before_the_replay(
 ) -> None:
     """In the gap between two steps: as soon as the step begins, and not by the graph."""
     view.write_row(0, 3)
-    assert model.engine.begin_step(plan(1, loads=((8, 0, 1),)), stream.id, graph=True)
+    view.write_row(1, 5)
+    step = plan(1, promotions=((3, 1, 1),), loads=((8, 0, 1),))
+    assert model.engine.begin_step(step, stream.id, graph=True)
     model.engine.drain()
     assert [view.holds(layer, 8, 3) for layer in (0, 1)] == [True, False]
+    assert [view.holds(layer, 3, 5) for layer in (0, 1)] == [True, False]
+    view.write(0, 3, 6)
     model.engine.enter_graph()
     model.launch()
     model.engine.end_step()
     stream.synchronize()
+    assert view.holds(0, 3, 6)
+
+
+def test_the_loads_of_a_replay_begin_before_its_first_write(
+    model: GraphModel, stream: DriverStream, view: View
+) -> None:
+    """As many as the ring has room for, beside the first layer."""
+    view.write_row(0, 3)
+    found = []
+
+    def write(layer: int) -> None:
+        if layer == 0:
+            found.append(comes(lambda: view.holds(1, 8, 3)))
+
+    model.run(plan(1, loads=((8, 0, 1),)), write=write)
+    stream.synchronize()
+    assert found == [True]
 
 
 def test_the_replay_waits_for_the_stores(
@@ -134,10 +163,7 @@ def test_the_head_does_not_wait_for_what_follows_the_replay(
     model.run(plan(1))
     with latched(stream):
         assert model.engine.begin_step(plan(2, loads=((8, 0, 1),)), stream.id, graph=True)
-        deadline = time.monotonic() + 5
-        while not view.holds(0, 8, 3) and time.monotonic() < deadline:
-            time.sleep(0.001)
-        assert view.holds(0, 8, 3)
+        assert comes(lambda: view.holds(0, 8, 3))
     model.engine.abort_step()
 
 

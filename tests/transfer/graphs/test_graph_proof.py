@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -65,6 +66,23 @@ def test_a_replay_that_did_not_copy_all_layers_fails_the_engine(
     model.engine.abort_step()
     model.run(plan(9))
     model.engine.drain()
+
+
+def test_a_count_is_looked_at_before_its_buffer_comes_round(model: GraphModel) -> None:
+    """As many steps are under way as there are buffers."""
+    engine = model.engine
+    with latched(model.stream) as latch:
+        for step in range(1, 5):
+            assert engine.begin_step(plan(step), model.stream.id, graph=True)
+            engine.enter_graph()
+            if step > 1:
+                model.launch()
+            engine.end_step()
+        assert engine.begin_step(plan(5), model.stream.id, graph=True)
+        threading.Timer(0.05, latch.open).start()
+        with pytest.raises(GateError, match="the graph of step 1 copied 0 layers"):
+            engine.enter_graph()
+    engine.abort_step()
 
 
 def test_the_step_itself_fails_where_its_count_is_there(model: GraphModel) -> None:

@@ -72,6 +72,39 @@ def test_the_loads_of_the_step_before(model: GraphModel, stream: DriverStream, v
     assert load().calls("cuMemcpy2DAsync") - copies == 1 + 3 + 3
 
 
+def test_tables_that_may_be_half_written_are_written_again(
+    model: GraphModel, stream: DriverStream
+) -> None:
+    """Though the plan is that of what they held before."""
+    model.run(plan(1, loads=((8, 0, 1),)))
+    load().fail("cuMemcpy2DAsync", error=2)
+    with pytest.raises(TransferError, match="cuMemcpy2DAsync"):
+        model.run(plan(2, loads=((9, 0, 1),)))
+    model.engine.abort_step()
+    copies = load().calls("cuMemcpy2DAsync")
+    model.run(plan(3, loads=((8, 0, 1),)))
+    stream.synchronize()
+    # Tables, numbers, and the count back.
+    assert load().calls("cuMemcpy2DAsync") - copies == 3
+
+
+def test_a_step_that_copies_nothing_waits_for_nothing(
+    model: GraphModel, stream: DriverStream
+) -> None:
+    """But the copy streams for its replay; also after one whose stores were waited for."""
+    for step, plans, waits in ((1, {"stores": ((1, 0, 1),)}, 1), (2, {}, 0), (3, {}, 0)):
+        before = load().calls("cuStreamWaitEvent")
+        assert model.engine.begin_step(plan(step, **plans), stream.id, graph=True)
+        entered = load().calls("cuStreamWaitEvent")
+        model.engine.enter_graph()
+        assert load().calls("cuStreamWaitEvent") - entered == waits
+        model.launch()
+        model.engine.end_step()
+        if not plans:
+            assert load().calls("cuStreamWaitEvent") - before == 2
+    stream.synchronize()
+
+
 def test_a_replay_without_a_plan_loads_nothing(
     model: GraphModel, stream: DriverStream, view: View
 ) -> None:
