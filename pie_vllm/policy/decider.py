@@ -82,7 +82,7 @@ class Decider:
     For parking a step may store as many blocks as the link takes while it computes; the other
     direction is not counted against it. A tenth of them may be stored ahead of eviction, but none
     while the budget was just cut. A parked block is restored if that takes the link less time than
-    its tokens take to compute.
+    its tokens take to compute; if not, nothing is stored for parking either.
 
     Attributes:
         detector: what the steps said.

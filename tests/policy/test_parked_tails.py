@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.policy.test_parking import copied, make, take
+from tests.helpers.parked_steps import copied, make, take
 
 
 def test_a_tail_comes_back_to_the_page_it_is_given() -> None:

@@ -2,76 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
 from pie_vllm.errors import IntegrityError
-from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.restoring import ParkedKey, cancel, restore
-from pie_vllm.policy.write_through import Ahead
-from tests.helpers.fakes import FakePool
-
-
-def make(resident: int = 8, pooled: int = 2, rows: int = 8, policy: str | None = "lru") -> FakePool:
-    return FakePool(Geometry(2, 4096, resident, pooled, 1, rows, rows, 4096), policy)
-
-
-def leave(pool: FakePool, name: str, *contents: Any) -> None:
-    """A request fills blocks with these contents in a step of its own, and ends."""
-    pool.tables[name] = []
-    pool.residency.admit(name)
-    assert pool.allocate(name, len(contents))
-    pool.residency.admitted(name)
-    pool.residency.computed_again(name, len(contents))
-    pool.residency.end_step({name: 1}, {name}, True, None)
-    for block, content in zip(pool.tables[name], contents, strict=True):
-        block.block_hash = content
-        pool.cached[content] = block
-    pool.free(name)
-
-
-def take(pool: FakePool, name: str, count: int) -> Any:
-    """A request takes new blocks in a step; returns its plan."""
-    pool.tables[name] = []
-    pool.residency.admit(name)
-    assert pool.allocate(name, count)
-    pool.residency.admitted(name)
-    plan = pool.residency.end_step({name: 1}, {name}, True, None)
-    pool.residency.check_integrity()
-    return plan
-
-
-def copied(runs: Any) -> list[tuple[int, int]]:
-    """Block and row of each copy."""
-    return [(block + i, row + i) for block, row, count in runs for i in range(count)]
-
-
-def come_back(
-    pool: FakePool,
-    name: str,
-    found: list[Any],
-    residents: int,
-    new: int = 1,
-    meanwhile: Callable[[], bool] = lambda: True,
-) -> Any:
-    """A request is admitted with hits, some parked; returns the plan of its step.
-
-    ``meanwhile`` must hold in the step, after the admission.
-    """
-    hits = restore(pool.residency, found, 0, residents)
-    pool.tables[name] = []
-    pool.residency.admit(name, len(hits))
-    pool.hit(name, hits)
-    assert pool.allocate(name, new)
-    pool.residency.admitted(name)
-    pool.residency.check_integrity()
-    assert meanwhile()
-    pool.residency.computed_again(name, len(hits))
-    plan = pool.residency.end_step({name: 1}, {name}, True, None)
-    pool.residency.check_integrity()
-    return plan
+from tests.helpers.parked_steps import come_back, copied, leave, make, take
 
 
 def test_an_evicted_block_is_stored_before_its_page_is_used() -> None:
@@ -284,64 +219,3 @@ def test_rows_that_a_step_reads_are_no_rows_for_demotion() -> None:
     cancel(pool.residency, hits)
     pool.residency.end_step({}, (), False, None)
     assert queue.available_pooled == 2
-
-
-def test_what_is_stored_ahead_of_its_eviction_costs_no_store_then() -> None:
-    """The block that is evicted first, as far as it is allowed; it keeps its page meanwhile."""
-    pool = make()
-    leave(pool, "a", "x", "y", "z")
-    parking, page = pool.residency.parking, pool.cached["z"].block_id
-    pool.tables["b"] = []
-    pool.residency.admit("b")
-    assert pool.allocate("b", 4)
-    pool.residency.admitted("b")
-    plan = pool.residency.end_step({"b": 1}, {"b"}, True, None, ahead=Ahead(1, 0, 8, prompts=True))
-    ((stored, row),) = copied(plan.stores)
-    assert stored == page
-    assert pool.cached["z"].block_id == page, "it is still a hit"
-    assert (parking.parked_blocks, parking.ahead_blocks) == (1, 1)
-    pool.residency.check_integrity()
-    assert take(pool, "c", 1) is None, "its page is used with nothing to copy"
-    assert pool.tables["c"][0].block_id == page
-    pool.free("b")
-    pool.free("c")
-    plan = come_back(pool, "d", [pool.cached["x"], pool.cached["y"], ParkedKey("z")], 1)
-    assert [r for _, r in copied(plan.promotions)] == [row]
-
-
-@pytest.mark.parametrize(
-    ("ahead", "stored"),
-    [
-        (Ahead(8, 0, 8, prompts=True), "zyx"),
-        (Ahead(8, 1, 3, prompts=True), "zyx"),
-        (Ahead(2, 0, 8, prompts=True), "zy"),
-        (Ahead(8, 0, 5, prompts=True), "z"),
-        (Ahead(8, 1, 1, prompts=True), "z"),
-        (Ahead(8, 0, 8, prompts=False), ""),
-        (None, ""),
-    ],
-)
-def test_how_much_is_stored_ahead(ahead: Ahead | None, stored: str) -> None:
-    """In the order of eviction, among the first free residents; not in steps without a plan."""
-    pool = make()
-    leave(pool, "a", "x", "y", "z")
-    pages = {pool.cached[c].block_id: c for c in "xyz"}
-    plan = pool.residency.end_step({}, set(), True, None, ahead=ahead)
-    assert "".join(pages[block] for block, _ in sorted_by_row(plan)) == stored
-    assert pool.residency.parking.ahead_blocks == len(stored)
-
-
-def sorted_by_row(plan: Any) -> list[tuple[int, int]]:
-    """The stores in the order in which rows were handed out."""
-    return sorted(copied(plan.stores), key=lambda copy: copy[1]) if plan else []
-
-
-def test_nothing_is_stored_ahead_beyond_the_allowance_or_without_parking() -> None:
-    """The stores of evictions count first."""
-    for policy, allowance, stored in (("lru", 2, 2), ("lru", 0, 0), (None, None, 0)):
-        pool = make(policy=policy)
-        leave(pool, "a", "x", "y", "z")
-        pool.residency.parking.allowance = allowance
-        plan = pool.residency.end_step({}, set(), True, None, ahead=Ahead(8, 0, 8, prompts=True))
-        assert len(sorted_by_row(plan)) == stored
-        pool.residency.check_integrity()

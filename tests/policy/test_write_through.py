@@ -1,0 +1,72 @@
+"""Write-through: which blocks are stored before another use is made of their pages, and when."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pie_vllm.policy.restoring import ParkedKey
+from pie_vllm.policy.write_through import Ahead
+from tests.helpers.parked_steps import come_back, copied, leave, make, take
+
+
+def test_what_is_stored_ahead_of_its_eviction_costs_no_store_then() -> None:
+    """The block that is evicted first, as far as it is allowed; it keeps its page meanwhile."""
+    pool = make()
+    leave(pool, "a", "x", "y", "z")
+    parking, page = pool.residency.parking, pool.cached["z"].block_id
+    pool.tables["b"] = []
+    pool.residency.admit("b")
+    assert pool.allocate("b", 4)
+    pool.residency.admitted("b")
+    plan = pool.residency.end_step({"b": 1}, {"b"}, True, None, ahead=Ahead(1, 0, 8, prompts=True))
+    ((stored, row),) = copied(plan.stores)
+    assert stored == page
+    assert pool.cached["z"].block_id == page, "it is still a hit"
+    assert (parking.parked_blocks, parking.ahead_blocks) == (1, 1)
+    pool.residency.check_integrity()
+    assert take(pool, "c", 1) is None, "its page is used with nothing to copy"
+    assert pool.tables["c"][0].block_id == page
+    pool.free("b")
+    pool.free("c")
+    plan = come_back(pool, "d", [pool.cached["x"], pool.cached["y"], ParkedKey("z")], 1)
+    assert [r for _, r in copied(plan.promotions)] == [row]
+
+
+@pytest.mark.parametrize(
+    ("ahead", "stored"),
+    [
+        (Ahead(8, 0, 8, prompts=True), "zyx"),
+        (Ahead(8, 1, 3, prompts=True), "zyx"),
+        (Ahead(2, 0, 8, prompts=True), "zy"),
+        (Ahead(8, 0, 5, prompts=True), "z"),
+        (Ahead(8, 1, 1, prompts=True), "z"),
+        (Ahead(8, 0, 8, prompts=False), ""),
+        (None, ""),
+    ],
+)
+def test_how_much_is_stored_ahead(ahead: Ahead | None, stored: str) -> None:
+    """In the order of eviction, among the first free residents; not in steps without a plan."""
+    pool = make()
+    leave(pool, "a", "x", "y", "z")
+    pages = {pool.cached[c].block_id: c for c in "xyz"}
+    plan = pool.residency.end_step({}, set(), True, None, ahead=ahead)
+    assert "".join(pages[block] for block, _ in sorted_by_row(plan)) == stored
+    assert pool.residency.parking.ahead_blocks == len(stored)
+
+
+def sorted_by_row(plan: Any) -> list[tuple[int, int]]:
+    """The stores in the order in which rows were handed out."""
+    return sorted(copied(plan.stores), key=lambda copy: copy[1]) if plan else []
+
+
+def test_nothing_is_stored_ahead_beyond_the_allowance_or_without_parking() -> None:
+    """The stores of evictions count first."""
+    for policy, allowance, stored in (("lru", 2, 2), ("lru", 0, 0), (None, None, 0)):
+        pool = make(policy=policy)
+        leave(pool, "a", "x", "y", "z")
+        pool.residency.parking.allowance = allowance
+        plan = pool.residency.end_step({}, set(), True, None, ahead=Ahead(8, 0, 8, prompts=True))
+        assert len(sorted_by_row(plan)) == stored
+        pool.residency.check_integrity()
