@@ -72,7 +72,12 @@ class Engine:
         found = getattr(self.core.scheduler.kv_cache_manager, "admissions", None)
         if found is None:
             return {}
-        return {"recomputed_tokens": found.recomputed_tokens, "hits": found.hits._asdict()}
+        ahead = self.core.scheduler.kv_cache_manager.residency.parking.ahead_blocks
+        return {
+            "recomputed_tokens": found.recomputed_tokens,
+            "hits": found.hits._asdict(),
+            "ahead_blocks": ahead,
+        }
 
     def metrics(self) -> dict[str, float]:
         """vLLM's metrics that are one number, where they are on."""

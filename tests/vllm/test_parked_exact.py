@@ -82,6 +82,7 @@ def test_preempted_and_returning_chats(
         known = before["prompt_tokens"] + ANSWER - 1
         assert answer["cached_tokens"] >= known // setup.block_size * setup.block_size
     assert second["hits"]["parked"] > 100
+    assert second["ahead_blocks"] > 10
 
 
 def test_without_parking_they_are_computed_again(
