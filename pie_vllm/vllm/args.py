@@ -26,7 +26,7 @@ from pie_vllm.config import (
 from pie_vllm.errors import ConfigError, PieError, UnsupportedError
 from pie_vllm.memory.pool_size import check_pool_fits
 from pie_vllm.transfer.native import load_library
-from pie_vllm.vllm import compat, refusals, settings
+from pie_vllm.vllm import compat, compat_weights, refusals, settings
 
 SCHEDULER = "pie_vllm.vllm.scheduler.make_scheduler"
 WORKERS = {
@@ -192,6 +192,7 @@ def _configure(args: EngineArgs) -> None:
     compat.check_version()
     compat.check_engine_core()
     compat.check_metrics()
+    compat_weights.check_weights()
     load_library()  # A missing or foreign build must show before the model loads.
     taken = settings.take(args.additional_config)
     worker = worker_class(device_of(current_platform))

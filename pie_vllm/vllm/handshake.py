@@ -1,4 +1,4 @@
-"""The workers' sizes and measurements on their way to the scheduler."""
+"""What the scheduler is told beside the steps: the workers' sizes, and that weights changed."""
 
 from __future__ import annotations
 
@@ -21,3 +21,10 @@ def give_geometry_to_scheduler(engine_core: Any, vllm_config: Any) -> None:
     taken = settings.of(vllm_config)
     taken.geometry = found[0]
     taken.prior = min(engine_core.collective_rpc("pie_prior"), key=lambda p: p.bandwidth or 0.0)
+
+
+def forget_kv_of_old_weights(engine_core: Any) -> None:
+    """Have the pool's idle KV forgotten, which nobody who comes later may hit."""
+    forget = getattr(engine_core.scheduler, "pie_forget_idle", None)
+    if forget is not None:
+        forget()

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 def register() -> None:
     """Add ``--block-manager`` and the ``--pie-*`` flags to vLLM; twice is once."""
-    from pie_vllm.vllm import args, compat, handshake, prometheus
+    from pie_vllm.vllm import args, compat, compat_weights, handshake, prometheus
 
     args.install()
     compat.after_kv_caches(handshake.give_geometry_to_scheduler)
+    compat_weights.after_new_weights(handshake.forget_kv_of_old_weights)
     compat.with_prometheus_logger(prometheus.extend)

@@ -98,7 +98,7 @@ class PieSchedulerMixin(_Mixed):
         residency.parking.allowance = decision.parks
         restored = residency.parking.restored_blocks
         if pool.begin_step():
-            residency.forget_idle()
+            self.pie_forget_idle()
         if pool.usable != residency.chunks_usable:
             residency.use_chunks(pool.usable)
         for request_id in turns.begin_step(self.running, residency, decision, self._priority):
@@ -210,6 +210,10 @@ class PieSchedulerMixin(_Mixed):
             changes = self.pie_report.changes(self.pie_log.totals, residency, control)
             compat.carry(stats).update(changes)
         return stats
+
+    def pie_forget_idle(self) -> None:
+        """Drop all KV in the pool that no request uses; what residents cache is vLLM's."""
+        self.kv_cache_manager.residency.forget_idle()
 
     def shutdown(self) -> None:
         """Shut down as vLLM does, and log the totals."""
