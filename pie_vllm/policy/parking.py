@@ -43,7 +43,7 @@ class Parking:
         allowance: pages that may still be stored in this step; None is without end.
         tails: of preempted requests.
         parked_blocks: stored for parking since the start.
-        ahead_blocks: of these, stored before their page was wanted; by ``store_ahead``.
+        ahead_blocks: of these, stored before their page was wanted.
         lost_blocks: cached blocks whose KV was not kept, for want of allowance or rows.
         restored_blocks: copied back to resident pages for requests, full ones and tails.
     """

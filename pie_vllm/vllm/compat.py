@@ -80,10 +80,13 @@ def wrapped_once(
 def own_block_pool(pool_class: type) -> Any:
     """Make vLLM's coordinator build ``pool_class``, its one block pool.
 
-    Relies on ``self.block_pool = BlockPool(``, v1/core/kv_cache_coordinator.py:119.
+    Relies on ``self.block_pool = BlockPool(``, v1/core/kv_cache_coordinator.py:119, and that a
+    list of free blocks can be walked, v1/core/kv_cache_utils.py:495.
     """
     from vllm.v1.core import kv_cache_coordinator as module
+    from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
 
+    expect(FreeKVCacheBlockQueue, "def iter_blocks_after(")
     caller = module.KVCacheCoordinator.__init__
     return swapped(module, "BlockPool", pool_class, caller, "self.block_pool = BlockPool(")
 
