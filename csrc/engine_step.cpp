@@ -81,7 +81,7 @@ void Engine::submit_barrier() {
   }
   driver_->stream_wait(step_.compute, events_->stored[last]);
   driver_->stream_wait(step_.compute, events_->ready[last]);
-  driver_->stream_wait(step_.compute, events_->replayed);
+  // Rule 20: the tables are emptied after the replay.
   if (graphs_ != nullptr) driver_->stream_wait(step_.compute, graphs_->tables.emptied());
 }
 

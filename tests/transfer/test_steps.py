@@ -142,6 +142,13 @@ def test_missed_gate(engine: TransferEngine, calls: list[int], text: str) -> Non
     run_step(engine, plan(2, loads=None))
 
 
+def test_only_the_first_of_many_layers_are_named(make_engine: MakeEngine) -> None:
+    engine = make_engine(num_layers=18)
+    engine.begin_step(plan(1))
+    with pytest.raises(GateError, match=r"layers 0, 1, .*, 15, \.\.\.\. What"):
+        engine.end_step()
+
+
 def test_gates_need_a_step_and_a_layer(engine: TransferEngine) -> None:
     for call in (engine.before_attention, engine.after_attention):
         with pytest.raises(TransferError, match="begin_step"):

@@ -109,6 +109,7 @@ def test_a_capture_may_leave_announcements_of_writes_out(
         (without(("after_attention", 1)), r"6 gates of 6; without their gate: layers 1"),
         (without(("before_attention", 5), ("after_attention", 5)), "without their gate: layers 5"),
         ([*ALL, ("before_attention", 5)], "more than once: layers 5"),
+        ([*ALL, ("after_attention", 4)], "more than once: layers 4"),
         ([*ALL[:3], *ALL[6:9], *ALL[3:6], *ALL[9:]], "out of order: layers 0, 2, 1"),
         (ALL[:7], "without their gate"),
         ([("before_write", 0)], "without their gate"),

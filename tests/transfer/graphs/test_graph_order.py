@@ -167,11 +167,14 @@ def test_the_head_does_not_wait_for_what_follows_the_replay(
     model.engine.abort_step()
 
 
+@pytest.mark.parametrize("before", range(3))
 def test_a_new_compute_stream_comes_after_the_replay(
-    capture: Capture, engine: TransferEngine, stream: DriverStream, view: View
+    capture: Capture, engine: TransferEngine, stream: DriverStream, view: View, before: int
 ) -> None:
-    """Its tables too: they are emptied first."""
+    """Its tables too: they are emptied first, of the newest of all steps."""
     model, other = capture(engine, stream), capture(engine, DriverStream(engine))
+    for step in range(before):
+        model.run(plan(step + 1))
     view.write_row(0, 3)
     view.write_row(1, 4)
     first, second = Seen(view, b8=3), Seen(view, b8=4)
@@ -180,8 +183,8 @@ def test_a_new_compute_stream_comes_after_the_replay(
         time.sleep(0.005)
         first(layer)
 
-    model.run(plan(1, loads=((8, 0, 1),)), attend=slow)
-    other.run(plan(2, loads=((8, 1, 1),)), attend=second)
+    model.run(plan(before + 1, loads=((8, 0, 1),)), attend=slow)
+    other.run(plan(before + 2, loads=((8, 1, 1),)), attend=second)
     other.stream.synchronize()
     stream.synchronize()
     first.check()

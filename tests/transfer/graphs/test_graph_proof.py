@@ -12,7 +12,7 @@ from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.streams import DriverStream, counters
 from tests.helpers.gather_kernel import IMAGE, GatherKernel
 from tests.helpers.standin import load
-from tests.transfer.driving import geometry, latched, plan
+from tests.transfer.driving import View, geometry, inject, latched, plan
 from tests.transfer.graphing import PIECES, GraphModel
 
 MakeEngine = Callable[..., TransferEngine]
@@ -103,6 +103,73 @@ def test_a_graph_launched_twice_is_found(model: GraphModel) -> None:
         model.engine.end_step()
     with pytest.raises(GateError, match="copied 12 layers"):
         model.engine.drain()
+
+
+def lose(model: GraphModel, steps: range) -> None:
+    """Steps whose graph is not launched."""
+    with latched(model.stream):
+        for step in steps:
+            assert model.engine.begin_step(plan(step), model.stream.id, graph=True)
+            model.engine.enter_graph()
+            model.engine.end_step()
+    model.stream.synchronize()
+
+
+def test_the_first_of_several_is_told_first(model: GraphModel) -> None:
+    """Whatever buffers they had."""
+    for step in range(1, 4):
+        model.run(plan(step))
+    model.engine.drain()
+    lose(model, range(4, 6))
+    for step in (4, 5):
+        with pytest.raises(GateError, match=f"the graph of step {step} copied 0"):
+            model.engine.drain()
+    model.engine.drain()
+
+
+def test_a_count_that_is_late_is_waited_for(model: GraphModel) -> None:
+    inject(model.engine, "late", direction="store", milliseconds=30)
+    model.run(plan(1))
+    model.engine.drain()
+
+
+def test_an_abort_that_tells_of_it_has_emptied_the_tables(model: GraphModel) -> None:
+    engine, view = model.engine, View(model.engine)
+    with latched(model.stream) as latch:
+        assert engine.begin_step(plan(1), model.stream.id, graph=True)
+        engine.enter_graph()
+        engine.end_step()
+        assert engine.begin_step(plan(2, loads=((8, 0, 1),)), model.stream.id, graph=True)
+        engine.enter_graph()
+        latch.open()
+        with pytest.raises(GateError, match="step 1"):
+            engine.abort_step()
+    view.write_all(8, 99)
+    model.launch()
+    model.stream.synchronize()
+    assert all(view.holds(layer, 8, 99) for layer in (4, 5))
+
+
+def test_tables_that_are_empty_are_not_emptied_again(model: GraphModel) -> None:
+    """By an abort of no step, twice, on a stream that is not the compute's."""
+    model.run(plan(1, loads=((8, 0, 1),)))
+    model.stream.synchronize()
+    for emptied in (0, 1, 0):
+        if emptied:
+            assert model.engine.begin_step(plan(2), model.stream.id, graph=True)
+            model.engine.enter_graph()
+        before = load().calls("cuMemsetD8Async")
+        model.engine.abort_step()
+        assert load().calls("cuMemsetD8Async") - before == emptied
+
+
+def test_counts_that_are_known_are_not_asked_for(model: GraphModel) -> None:
+    model.run(plan(1))
+    model.engine.drain()
+    before = load().calls("cuEventQuery")
+    model.engine.begin_step(plan(2), model.stream.id)
+    assert load().calls("cuEventQuery") == before
+    model.engine.abort_step()
 
 
 def test_close_tells_of_it_and_gives_everything_back(make_engine: MakeEngine) -> None:

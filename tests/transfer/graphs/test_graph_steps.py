@@ -91,8 +91,10 @@ def test_tables_that_may_be_half_written_are_written_again(
 def test_a_step_that_copies_nothing_waits_for_nothing(
     model: GraphModel, stream: DriverStream
 ) -> None:
-    """But the copy streams for its replay; also after one whose stores were waited for."""
-    for step, plans, waits in ((1, {"stores": ((1, 0, 1),)}, 1), (2, {}, 0), (3, {}, 0)):
+    """But the copy streams for its replay; also after stores that were waited for or aborted."""
+    assert model.engine.begin_step(plan(0, stores=((1, 0, 1),)), stream.id, graph=True)
+    model.engine.abort_step()
+    for step, plans, waits in ((1, {}, 0), (2, {"stores": ((1, 0, 1),)}, 1), (3, {}, 0)):
         before = load().calls("cuStreamWaitEvent")
         assert model.engine.begin_step(plan(step, **plans), stream.id, graph=True)
         entered = load().calls("cuStreamWaitEvent")
@@ -100,7 +102,7 @@ def test_a_step_that_copies_nothing_waits_for_nothing(
         assert load().calls("cuStreamWaitEvent") - entered == waits
         model.launch()
         model.engine.end_step()
-        if not plans:
+        if step == 3:
             assert load().calls("cuStreamWaitEvent") - before == 2
     stream.synchronize()
 
@@ -235,6 +237,9 @@ def test_a_step_that_fits_may_run_piecewise(
         assert at_once == (1 if graph else 2) + 6 * len(stores)
         for layer in LAYERS:
             engine.before_write(layer)
+            if layer == 0:  # The ring is full from the first gate on.
+                begun = load().calls("cuMemcpyBatchAsync") - batches
+                assert begun == 2 + 6 * len(stores)
             engine.before_attention(layer)
             stream.launch(lambda layer=layer, seen=seen: seen(layer))
             engine.after_attention(layer)
