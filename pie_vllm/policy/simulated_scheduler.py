@@ -180,6 +180,7 @@ class SimulatedScheduler:
         most = restored_at_once(residency, decision.at_once)
         if others and parked.residents > most:
             restore(residency, first_of(parked.found, most), len(hits), most)
+            self.restored += most
             return 0
         tokens = min(request.known - parked.tokens, budget)
         partial = parked.tokens + tokens < request.known or self._prompts()
