@@ -140,8 +140,12 @@ class StepModel:
         gain = [_dot(row, x) for row in self._cov]
         known, expected = _dot(gain, x), _dot(factors, x)
         scale = self._scale = max(expected, LEAST_SHARE * compute)
-        error = min(max(compute - expected, -OUTLIER * scale), OUTLIER * scale)
+        most = OUTLIER * scale
+        error = min(max(compute - expected, -most), most)
+        if abs(error) == most:
+            self._since = EVERY  # The next step tells whether this was chance.
         unit = scale * scale
+        self._most[0] = max(self._most[0], unit)
         variance = known + self._noise * unit
         noise = self._noise + NOISE_WEIGHT * ((error * error - known) / unit - self._noise)
         self._noise = min(max(noise, LEAST_NOISE**2), MOST_NOISE**2)

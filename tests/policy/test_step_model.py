@@ -117,3 +117,14 @@ def test_before_it_knows_anything_loads_are_free() -> None:
     assert model.cost == model.sure_cost == FREE
     assert model.seconds(8, 80) == pytest.approx(0.02)
     assert model.seconds(16, 80) == pytest.approx(0.028)
+
+
+@pytest.mark.parametrize(("times", "steps"), [(2, 20), (10, 50), (100, 70)])
+def test_a_machine_that_is_slower_at_once_is_known_soon(times: int, steps: int) -> None:
+    """One long step is passed over as chance; those that follow are learnt from one by one."""
+    model = StepModel(2, 60, 1e10, 1e-3)
+    for i in range(200):
+        model.learn(2, 60 + i % 5, 0, 1e-3)
+    for i in range(steps):
+        model.learn(2, 60 + i % 5, 0, 1e-3 * times)
+    assert model.seconds(2, 60) > 0.7e-3 * times
