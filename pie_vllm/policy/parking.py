@@ -216,13 +216,10 @@ class Parking:
     # Rows of pooled blocks.
 
     def row_for(self, block: Any, pooled: int) -> tuple[int, bool]:
-        """Give a pooled id the row that a resident block is demoted to.
+        """The row that a pooled id has for a resident block, and whether the KV is in it already.
 
         The KV of a block that is demoted is never pinned: only KV that no block holds is restored,
         and the page that it fills is not complete before the step ends.
-
-        Returns:
-            The row, and whether the block's KV is in it already.
         """
         rows, index, key = self._rows, self._index, block.block_hash
         if index is not None and key is not None and key in index:
