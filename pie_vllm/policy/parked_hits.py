@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pie_vllm.policy.geometry import cdiv
 from pie_vllm.policy.residency import Residency
-from pie_vllm.policy.restoring import ParkedKey
+from pie_vllm.policy.restoring import ParkedKey, first_of
 
 
 class ParkedHits(NamedTuple):
@@ -128,13 +128,3 @@ class ParkedLookup:
 def _residents_for(parked: int, computed: int, room: Room) -> int:
     """Of parked blocks, those that free residents hold beside the blocks that are computed."""
     return min(parked, max(0, room.residents - min(computed, room.chunk_blocks + 1)))
-
-
-def first_of(found: list[Any], parked: int) -> list[Any]:
-    """The first of ``found``, with so many parked blocks."""
-    for index, block in enumerate(found):
-        if isinstance(block, ParkedKey):
-            if not parked:
-                return found[:index]
-            parked -= 1
-    return found

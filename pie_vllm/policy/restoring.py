@@ -63,6 +63,34 @@ def restore(residency: Residency, found: Sequence[Any], first: int, residents: i
     return blocks
 
 
+def restore_part(residency: Residency, found: Sequence[Any], first: int, most: int) -> None:
+    """Give the first ``most`` of parked blocks residents, as cached blocks that nobody uses.
+
+    The others keep their rows whatever this step evicts, and are as young as these after it.
+
+    Args:
+        residency: whose blocks.
+        found: as ``restore``.
+        first: as ``restore``.
+        most: parked blocks, at most ``queue.free_residents``.
+    """
+    part = first_of(found, most)
+    for block in found[len(part) :]:
+        if isinstance(block, ParkedKey):
+            residency.parking.pin(block.key)
+    restore(residency, part, first, most)
+
+
+def first_of(found: Sequence[Any], parked: int) -> list[Any]:
+    """The first of ``found``, with so many parked blocks."""
+    for index, block in enumerate(found):
+        if isinstance(block, ParkedKey):
+            if not parked:
+                return list(found[:index])
+            parked -= 1
+    return list(found)
+
+
 def _attach(residency: Residency, key: Hashable) -> Any:
     """A pooled block whose row is that of the key."""
     block = residency.queue.take_pooled(with_row=True)

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 from pie_vllm.policy.decider import Decision
 from pie_vllm.policy.geometry import cdiv
 from pie_vllm.policy.leaving import keep_tail
-from pie_vllm.policy.parked_hits import ParkedHits, ParkedLookup, Room, first_of
+from pie_vllm.policy.parked_hits import ParkedHits, ParkedLookup, Room
 from pie_vllm.policy.residency import Residency
-from pie_vllm.policy.restoring import cancel, restore, restored_at_once
+from pie_vllm.policy.restoring import cancel, restore, restore_part, restored_at_once
 from pie_vllm.policy.simulated_cache import PrefixBook
 
 
@@ -179,7 +179,7 @@ class SimulatedScheduler:
             return 0
         most = restored_at_once(residency, decision.at_once)
         if others and parked.residents > most:
-            restore(residency, first_of(parked.found, most), len(hits), most)
+            restore_part(residency, parked.found, len(hits), most)
             self.restored += most
             return 0
         tokens = min(request.known - parked.tokens, budget)

@@ -16,11 +16,11 @@ from pie_vllm.policy.entries import PrefixEntries
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.leaving import forget_unfilled, keep_tail
 from pie_vllm.policy.residency import Residency
-from pie_vllm.policy.restoring import cancel, restore, restored_at_once
+from pie_vllm.policy.restoring import cancel, restore, restore_part, restored_at_once
 from pie_vllm.vllm import compat
 from pie_vllm.vllm.admissions import Admissions
 from pie_vllm.vllm.block_pool import PieBlockPool
-from pie_vllm.vllm.parked_hits import ParkedHits, ParkedLookup, Room, first_of
+from pie_vllm.vllm.parked_hits import ParkedHits, ParkedLookup, Room
 
 
 class Claims(NamedTuple):
@@ -174,7 +174,7 @@ class PieBlockSpaceManager(KVCacheManager):
         residency, queue = self.residency, self.residency.queue
         hits, parked = new_computed_blocks.blocks[0], self._parked.get(request.request_id)
         if parked is None:
-            parked = ParkedHits([], 0, 0, num_new_computed_tokens, num_new_computed_tokens, False)
+            parked = ParkedHits.none(num_new_computed_tokens)
         elif parked.cut and has_scheduled_reqs:
             return None  # There will be room once others are done.
         cached = request.num_computed_tokens + len(hits) * self.block_size
@@ -192,7 +192,7 @@ class PieBlockSpaceManager(KVCacheManager):
             reserve += self.chunk_blocks + 1
         most = restored_at_once(residency, self._decision.at_once)
         if has_scheduled_reqs and parked.residents > most:
-            restore(residency, first_of(parked.found, most), len(hits), most)
+            restore_part(residency, parked.found, len(hits), most)
             self.admissions.ahead(request.request_id, most)
             return None
         if parked.parked:

@@ -10,10 +10,10 @@ from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 from vllm.v1.request import Request
 
 from pie_vllm.policy import parked_hits
-from pie_vllm.policy.parked_hits import ParkedHits, Room, first_of
+from pie_vllm.policy.parked_hits import ParkedHits, Room
 from pie_vllm.policy.residency import Residency
 
-__all__ = ["ParkedHits", "ParkedLookup", "Room", "first_of"]
+__all__ = ["ParkedHits", "ParkedLookup", "Room"]
 
 
 class ParkedLookup:
