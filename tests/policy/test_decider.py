@@ -283,9 +283,11 @@ def test_as_much_is_copied_back_at_once_as_the_link_hides() -> None:
 
 @pytest.mark.parametrize(("tokens", "restores"), [(16, False), (128, True)])
 def test_parked_blocks_are_restored_where_that_is_quicker(tokens: int, restores: bool) -> None:
-    """One takes 0.1 s on this link, a token 1 ms."""
+    """One takes 0.1 s on this link, a token 1 ms. What is not restored is not stored either."""
     prior = Prior(bandwidth=10 * ROW, step_seconds=0.1, prompt_seconds=1e-3)
-    assert Decider(ROW, WINDOW, prior=prior, block_tokens=tokens).decide().restores is restores
+    decision = Decider(ROW, WINDOW, prior=prior, block_tokens=tokens).decide()
+    assert decision.restores is restores
+    assert (decision.parks != 0) is restores
 
 
 def test_what_is_restored_is_no_slowdown_of_pooling() -> None:

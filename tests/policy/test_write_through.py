@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from pie_vllm.policy.decider import Decision
 from pie_vllm.policy.restoring import ParkedKey
-from pie_vllm.policy.write_through import Ahead
+from pie_vllm.policy.write_through import LOOK_STEPS, Ahead
 from tests.helpers.parked_steps import come_back, copied, leave, make, take
 
 
@@ -70,3 +71,34 @@ def test_nothing_is_stored_ahead_beyond_the_allowance_or_without_parking() -> No
         plan = pool.residency.end_step({}, set(), True, None, ahead=Ahead(8, 0, 8, prompts=True))
         assert len(sorted_by_row(plan)) == stored
         pool.residency.check_integrity()
+
+
+def test_while_requests_take_turns_nothing_is_stored_ahead() -> None:
+    """They need the link; and what a decision does not allow is not looked for."""
+    decision = Decision(8, 8, 0, ahead=4)
+    assert Ahead.of(decision, False, 3, 2, True) == Ahead(4, 3, 2, prompts=True)
+    assert Ahead.of(decision, True, 3, 2, True) is None
+    assert Ahead.of(decision._replace(ahead=0), False, 3, 2, True) is None
+
+
+def test_steps_that_load_anyway_store_ahead_now_and_then() -> None:
+    """Of the steps that only decode, one in so many, and only while pooled blocks are read."""
+    for streams in (True, False):
+        pool = make()
+        pool.tables["r"] = []
+        pool.residency.admit("r")
+        assert pool.allocate("r", 3)
+        pool.residency.admitted("r")
+        pool.residency.computed_again("r", 3)
+        if streams:
+            pool.residency.make_residents_free(1)
+        pool.residency.end_step({"r": 1}, {"r"}, True, None)
+        leave(pool, "a", "x", "y")
+        stored = []
+        for _ in range(2 * LOOK_STEPS):
+            ahead = Ahead(1, 1, 8, prompts=False)
+            plan = pool.residency.end_step({"r": 1}, set(), True, None, ahead=ahead)
+            stored.append(len(sorted_by_row(plan)))
+            pool.residency.check_integrity()
+        assert sum(stored) == (2 if streams else 0)
+        assert max(stored) <= 1
