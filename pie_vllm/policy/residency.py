@@ -245,7 +245,7 @@ class Residency:
             if room > 0 and forward and not self.demoted:
                 copies = promote_free(self, fresh, room, budget)
         self.demoted = False
-        if ahead and forward:
+        if ahead and forward and self.parking.enabled:
             copies_now = reading.readers or copies or self.parking.pending
             if ahead.prompts or (copies_now and self._step % LOOK_STEPS == 0):
                 write_through(self, ahead)
