@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pie_vllm.policy.parked_hits import ParkedHits
 from pie_vllm.vllm.metrics import Hits
-from pie_vllm.vllm.parked_hits import ParkedHits
 
 
 class Admissions:

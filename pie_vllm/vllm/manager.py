@@ -15,12 +15,13 @@ from pie_vllm.policy.decider import Decision
 from pie_vllm.policy.entries import PrefixEntries
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.leaving import forget_unfilled, keep_tail
+from pie_vllm.policy.parked_hits import ParkedHits, Room
 from pie_vllm.policy.residency import Residency
 from pie_vllm.policy.restoring import cancel, restore, restore_part, restored_at_once
 from pie_vllm.vllm import compat
 from pie_vllm.vllm.admissions import Admissions
 from pie_vllm.vllm.block_pool import PieBlockPool
-from pie_vllm.vllm.parked_hits import ParkedHits, ParkedLookup, Room
+from pie_vllm.vllm.parked_hits import ParkedLookup
 
 
 class Claims(NamedTuple):

@@ -13,8 +13,6 @@ from pie_vllm.policy import parked_hits
 from pie_vllm.policy.parked_hits import ParkedHits, Room
 from pie_vllm.policy.residency import Residency
 
-__all__ = ["ParkedHits", "ParkedLookup", "Room"]
-
 
 class ParkedLookup:
     """As the policy's, behind vLLM's own hits."""
