@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
 from pie_vllm.policy.entries import PrefixEntries
+from pie_vllm.policy.tiers import TieredFreeBlockQueue
 
 
 class Block:
@@ -60,6 +61,18 @@ class Free:
     def iter_blocks_after(self, cursor: None) -> Iterator[Any]:  # noqa: ARG002
         """All blocks, in order."""
         return iter(self._blocks)
+
+
+def give_back(queue: TieredFreeBlockQueue, table: Sequence[Any]) -> None:
+    """A request gives its blocks back as in vLLM, the last one first and those not cached first."""
+    first: list[Any] = []
+    last: list[Any] = []
+    for block in reversed(table):
+        block.ref_cnt -= 1
+        if block.ref_cnt == 0:
+            (first if block.block_hash is None else last).append(block)
+    queue.prepend_n(first)
+    queue.append_n(last)
 
 
 class PrefixBook:

@@ -19,7 +19,7 @@ from pie_vllm.policy.leaving import keep_tail
 from pie_vllm.policy.parked_hits import ParkedHits, ParkedLookup, Room
 from pie_vllm.policy.residency import Residency
 from pie_vllm.policy.restoring import cancel, restore, restore_part, restored_at_once
-from pie_vllm.policy.simulated_cache import PrefixBook
+from pie_vllm.policy.simulated_cache import PrefixBook, give_back
 
 
 @dataclass(eq=False)
@@ -251,12 +251,5 @@ class SimulatedScheduler:
 
     def _free(self, request: Request) -> None:
         self._residency.forget(request.request_id)
-        first: list[Any] = []
-        last: list[Any] = []
-        for block in reversed(self._tables.pop(request.request_id)):
-            block.ref_cnt -= 1
-            if block.ref_cnt == 0:
-                (first if block.block_hash is None else last).append(block)
+        give_back(self._residency.queue, self._tables.pop(request.request_id))
         request.table = []
-        self._residency.queue.prepend_n(first)
-        self._residency.queue.append_n(last)

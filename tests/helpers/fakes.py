@@ -7,7 +7,7 @@ from typing import Any
 from pie_vllm.policy.entries import PrefixEntries
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.residency import Residency
-from pie_vllm.policy.simulated_cache import Block, Free
+from pie_vllm.policy.simulated_cache import Block, Free, give_back
 
 
 class FakeBlock(Block):
@@ -75,11 +75,4 @@ class FakePool:
     def free(self, request_id: str) -> None:
         """Take a request's blocks back, the last one first."""
         self.residency.forget(request_id)
-        first: list[Any] = []
-        last: list[Any] = []
-        for block in reversed(self.tables.pop(request_id)):
-            block.ref_cnt -= 1
-            if block.ref_cnt == 0:
-                (last if block.block_hash is not None else first).append(block)
-        self.residency.queue.prepend_n(first)
-        self.residency.queue.append_n(last)
+        give_back(self.residency.queue, self.tables.pop(request_id))
