@@ -161,10 +161,7 @@ def run_preempted(args: argparse.Namespace, shape: KvShape) -> Part:
         spec = spec_of(args, shape, args.all_blocks, chats)
         rate = RATE_SHARE * float(run_once("parking-rate", spec, "parking_run")["requests_s"])
     figures = interleaved("preempted", chats, args, shape, args.device_blocks, rate)
-    title = (
-        f"preempted: {chats.chats} chats of {chats.prompt[0]}-{chats.prompt[1]} + "
-        f"{chats.answer[0]}-{chats.answer[1]} tokens, {rate:.2f} a second"
-    )
+    title = f"preempted: {chats}, {rate:.2f} a second"
     return Part(title, QUESTIONS["preempted"], figures, none_again=("pie",))
 
 
@@ -173,11 +170,7 @@ def run_returning(args: argparse.Namespace, shape: KvShape) -> Part:
     device_blocks = LONGER * args.device_blocks
     chats = turn_chats(args, device_blocks)
     figures = interleaved("returning", chats, args, shape, device_blocks)
-    title = (
-        f"returning: {chats.chats} chats, {chats.first} tokens and {chats.turns - 1} times "
-        f"{chats.question} more, answers of {chats.answer}, {chats.at_once} at once; all but the "
-        "first turns"
-    )
+    title = f"returning: {chats}; all but the first turns"
     return Part(title, QUESTIONS["returning"], figures)
 
 
@@ -194,10 +187,7 @@ def run_fresh(args: argparse.Namespace, shape: KvShape) -> Part:
     figures = run_churn(specs, args.steps, args.repeats)
     for run in figures["pie"]:
         add_pie_figures(run)
-    title = (
-        f"fresh: {chats.chats} chats of {chats.prompt[0]}-{chats.prompt[1]} + {chats.answer[0]} "
-        f"tokens, {at_once} at once"
-    )
+    title = f"fresh: {chats}, {at_once} at once"
     return Part(title, QUESTIONS["fresh"], figures)
 
 

@@ -22,7 +22,7 @@ from benchmarks.gpu.harness.chatting import MOVED, TIERS
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.engines import EngineError, EngineProcess
 from benchmarks.gpu.harness.models import EIGHT_B, TINY, write_config
-from benchmarks.gpu.harness.sides import Side, common, engines, free_bytes, groups, in_one_process
+from benchmarks.gpu.harness.sides import Side, common, in_one_process, run_in_groups
 from benchmarks.gpu.serving import GIB, missing_arguments
 from benchmarks.harness.arrivals import LAST_TOKEN, RATE_SHARE, SingleChats, TurnChats
 from benchmarks.harness.rounds import Figures, Question
@@ -85,27 +85,10 @@ def run(context: Context) -> None:
     size = size._replace(turns=size.turns.outgrowing(size.device))
     sides = choose(context, size)
     context.report.fact("KV of the device, tokens", size.device)
-    turns, single = size.turns, size.single
-    said = f"{turns.turns - 1} times {turns.question} more, answers of {turns.answer}"
-    said = f"{turns.chats} chats, {turns.first} tokens and {said}, {turns.at_once} at once"
-    context.report.fact("returning", said)
-    context.report.fact(
-        "preempted",
-        f"{single.chats} chats of {single.prompt[0]}-{single.prompt[1]} + "
-        f"{single.answer[0]}-{single.answer[1]} tokens",
-    )
+    context.report.fact("returning", str(size.turns))
+    context.report.fact("preempted", str(size.single))
     rounds = Rounds(context, size, named(context, LOADS))
-    together = groups(sides, free_bytes(context))
-    if len(together) > 1:
-        context.report.note(
-            f"engines did not fit the device together: {together}; ratios between groups are not "
-            "of runs that alternate"
-        )
-    for names in together:
-        if not context.has_time(20 if context.dry else 150, f"{', '.join(names)} and more"):
-            break
-        with engines(context, {name: sides[name] for name in names}, [64, 64]) as running:
-            rounds.run(running)
+    run_in_groups(context, sides, [64, 64], rounds.run)
     for load, figures in rounds.figures.items():
         finish(context, load, figures)
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.engines import EngineError, EngineProcess
 from benchmarks.gpu.harness.models import EIGHT_B, TINY, Shape, write_config
-from benchmarks.gpu.harness.sides import Side, common, engines, free_bytes, groups, in_one_process
+from benchmarks.gpu.harness.sides import Side, common, in_one_process, run_in_groups
 from benchmarks.harness.stats import paired_ratio, spread
 
 GIB = 1 << 30
@@ -78,18 +78,11 @@ def run(context: Context) -> None:
     context.report.fact("tokens of prompts", sum(lengths))
     context.report.fact("tokens of answers", load.chats * load.tokens)
     figures: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-    together = groups(sides, free_bytes(context))
-    if len(together) > 1:
-        context.report.note(
-            f"engines did not fit the device together: {together}; ratios between groups are not "
-            "of runs that alternate"
-        )
-    for names in together:
-        if not context.has_time(20 if context.dry else 150, f"{', '.join(names)} and more"):
-            break
-        warm_up = lengths[:2]
-        with engines(context, {name: sides[name] for name in names}, warm_up) as running:
-            rounds(context, running, load, lengths, figures)
+
+    def run_rounds(running: Mapping[str, EngineProcess]) -> None:
+        rounds(context, running, load, lengths, figures)
+
+    run_in_groups(context, sides, lengths[:2], run_rounds)
     finish(context, figures)
 
 

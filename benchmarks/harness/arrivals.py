@@ -80,6 +80,14 @@ class SingleChats:
     answer: tuple[int, int]
     seed: int = 0
 
+    def __str__(self) -> str:
+        """In words."""
+        prompt, answer = (
+            str(least) if least == most else f"{least}-{most}"
+            for least, most in (self.prompt, self.answer)
+        )
+        return f"{self.chats} chats of {prompt} + {answer} tokens"
+
     @property
     def longest(self) -> int:
         """Tokens of a chat at its end, at most."""
@@ -140,6 +148,13 @@ class TurnChats:
     answer: int
     at_once: int
     seed: int = 0
+
+    def __str__(self) -> str:
+        """In words."""
+        return (
+            f"{self.chats} chats, {self.first} tokens and {self.turns - 1} times {self.question} "
+            f"more, answers of {self.answer}, {self.at_once} at once"
+        )
 
     @property
     def longest(self) -> int:

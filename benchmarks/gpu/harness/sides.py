@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -106,3 +106,23 @@ def common(context: Context, model: str, kv_bytes: int, longest: int) -> dict[st
 def in_one_process(one: bool) -> dict[str, str]:
     """Whether the engine core runs in the engine's process, where each step can be asked for."""
     return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if one else "1"}
+
+
+def run_in_groups(
+    context: Context,
+    sides: Mapping[str, Side],
+    warm_up: list[int],
+    run: Callable[[dict[str, EngineProcess]], None],
+) -> None:
+    """Call `run` with the engines of all sides, as many at once as fit the device."""
+    together = groups(sides, free_bytes(context))
+    if len(together) > 1:
+        context.report.note(
+            f"engines did not fit the device together: {together}; ratios between groups are not "
+            "of runs that alternate"
+        )
+    for names in together:
+        if not context.has_time(20 if context.dry else 150, f"{', '.join(names)} and more"):
+            return
+        with engines(context, {name: sides[name] for name in names}, warm_up) as running:
+            run(running)
