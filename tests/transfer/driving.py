@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -112,6 +113,15 @@ class View:
 
     def write(self, layer: int, block: int, tag: int) -> None:
         self.page(layer, block)[:] = content(self.geometry, tag, layer)
+
+    def late_write(self, block: int, tag: int, seconds: float) -> Callable[[int], None]:
+        """Compute that takes so long in each layer, and writes the block's page at its end."""
+
+        def compute(layer: int) -> None:
+            time.sleep(seconds)
+            self.write(layer, block, tag)
+
+        return compute
 
     def write_all(self, block: int, tag: int) -> None:
         for layer in range(self.geometry.num_layers):

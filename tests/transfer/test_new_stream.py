@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from pie_vllm.transfer.engine import TransferEngine
@@ -25,12 +23,7 @@ def test_its_stores_come_after_the_old_compute(
     engine: TransferEngine, stream: DriverStream, other: DriverStream, view: View
 ) -> None:
     view.write_all(3, OLD)
-
-    def attend(layer: int) -> None:
-        time.sleep(DELAY)
-        view.write(layer, 3, NEW)
-
-    run_step(engine, plan(1), attend=attend, stream=stream)
+    run_step(engine, plan(1), attend=view.late_write(3, NEW, DELAY), stream=stream)
     run_step(engine, plan(2, stores=((3, 0, 1),)), stream=other)
     other.synchronize()
     engine.drain()
@@ -56,12 +49,7 @@ def test_it_comes_after_the_old_compute(
     """Of a step that copied nothing."""
     view.write_all(3, OLD)
     seen: list[bool] = []
-
-    def attend(layer: int) -> None:
-        time.sleep(DELAY)
-        view.write(layer, 3, NEW)
-
-    run_step(engine, plan(1), attend=attend, stream=stream)
+    run_step(engine, plan(1), attend=view.late_write(3, NEW, DELAY), stream=stream)
     run_step(
         engine, plan(2), attend=lambda layer: seen.append(view.holds(layer, 3, NEW)), stream=other
     )

@@ -30,12 +30,7 @@ def test_store_waits_for_the_last_compute_on_its_pages(
     engine: TransferEngine, stream: DriverStream, view: View
 ) -> None:
     view.write_all(3, OLD)
-
-    def attend(layer: int) -> None:
-        time.sleep(DELAY)
-        view.write(layer, 3, NEW)
-
-    run_step(engine, plan(1), attend=attend, stream=stream)
+    run_step(engine, plan(1), attend=view.late_write(3, NEW, DELAY), stream=stream)
     run_step(engine, plan(2, stores=((3, 0, 1),)), stream=stream)
     settle(engine, stream)
     assert rows_hold(view, 0, NEW) == []
