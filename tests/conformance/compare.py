@@ -1,4 +1,4 @@
-"""Outcomes of tests over pie against those over stock vLLM, and what is known of the differences."""
+"""Outcomes of tests over pie against those over stock vLLM, and which differences are known."""
 
 from __future__ import annotations
 
