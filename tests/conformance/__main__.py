@@ -89,7 +89,7 @@ def _report(bed: Bed, suites: list[str], modes: tuple[str, ...]) -> int:
             wrong += [
                 f"{suite}/{mode}: BLOCKS LEAK {test} {note['leaks']}"
                 for test, note in results["notes"].items()
-                if note["leaks"]
+                if note["leaks"] and results["outcomes"].get(test, ["none"])[0] == "passed"
             ]
     print("\n".join(["", *wrong]))
     print(f"\n{'suite':8} {'mode':8} {'passed/failed/skipped':22} over pie")

@@ -76,6 +76,8 @@ class Bed:
         self._tests.mkdir()
         shutil.copytree(self._source_distribution() / "tests", self._tests / "tests")
         self._adapt()
+        # Or pytest takes the checkout's own settings for these tests.
+        (self._tests / "pytest.ini").write_text("[pytest]\n")
         (self._tests / "done").touch()
 
     def _source_distribution(self) -> Path:

@@ -22,22 +22,23 @@ def read_known(path: Path) -> dict[str, list[dict[str, Any]]]:
 def differences(
     suite: str, mode: str, stock: Outcomes, pie: Outcomes, known: dict[str, list[dict[str, Any]]]
 ) -> list[str]:
-    """Print what differs from stock; returns what is not known, and what is known and gone."""
+    """Print what is known to differ from stock; returns what is not, and what is known and gone."""
     wrong = []
     entries = [entry for entry in known.get(suite, []) if mode in entry["modes"]]
-    met: set[int] = set()
+    met: dict[int, int] = {}
     for test, (outcome, text, *_) in sorted(pie.items()):
         before = stock.get(test, ["absent"])[0]
         if outcome == before:
             continue
         short = test.removeprefix(PREFIX)
         fits = [i for i, e in enumerate(entries) if _meets(short, e) and e["error"] in text]
-        met.update(fits)
-        line = f"{suite}/{mode}: {before} -> {outcome} {short}"
-        if fits:
-            print(f"{line}\n    known: {entries[fits[-1]]['why']}")
-        else:
+        for i in fits:
+            met[i] = met.get(i, 0) + 1
+        if not fits:
+            line = f"{suite}/{mode}: {before} -> {outcome} {short}"
             wrong.append(f"{line}\n    NOT KNOWN: {text[:300]}")
+    for i, count in met.items():
+        print(f"{suite}/{mode}: {count} tests differ, as known: {entries[i]['why']}")
     ran = [test.removeprefix(PREFIX) for test in pie]
     for i, entry in enumerate(entries):
         if i not in met and any(_meets(test, entry) for test in ran):

@@ -57,15 +57,13 @@ class DrivenManager(PieBlockSpaceManager):
         request: Any,
         num_new_tokens: int,
         num_new_computed_tokens: int = 0,
-        new_computed_blocks: Any = None,
+        *args: Any,
         **kwargs: Any,
     ) -> Any:
-        new = request.request_id not in self.residency.victims.holders
-        if new and new_computed_blocks is None:
-            new_computed_blocks = self.create_kv_cache_blocks(([],))
-        made = super().allocate_slots(
-            request, num_new_tokens, num_new_computed_tokens, new_computed_blocks, **kwargs
-        )
+        """As vLLM's for who has blocks: no test here sets a status."""
+        has_blocks = request.request_id in self.residency.victims.holders
+        allocate = StockManager.allocate_slots if has_blocks else PieBlockSpaceManager._admit
+        made = allocate(self, request, num_new_tokens, num_new_computed_tokens, *args, **kwargs)
         if made is not None and request.request_id in self.residency.victims.holders:
             done = self.progress.setdefault(request.request_id, Progress(0))
             tokens = request.num_computed_tokens + num_new_computed_tokens + num_new_tokens
