@@ -68,6 +68,13 @@ def main(model: str, folder: Path) -> None:
         enable_lora=True,
         max_loras=2,
         max_lora_rank=RANK,
+        prefix_caching_hash_algo="sha256_cbor",
+        scheduling_policy="priority",
+        max_num_scheduled_tokens=200,
+        long_prefill_token_threshold=100,
+        scheduler_reserve_full_isl=False,
+        served_model_name="mine",
+        disable_log_stats=False,
         additional_config={"block_manager": "pie", "pie": pie},
     )
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False)
