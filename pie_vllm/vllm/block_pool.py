@@ -46,10 +46,16 @@ class PieBlockPool(BlockPool):
             self.residency.forget_idle()
         return done
 
-    def forget_cached(self) -> None:
-        """Take all blocks out of the prefix cache, those in use too; costs a pass over them."""
-        if len(self.cached_block_hash_to_block):
-            self.evict_blocks({b.block_id for b in self.blocks if b.block_hash is not None})
+    def forget_cached(self) -> bool:
+        """Take all blocks out of the prefix cache, those in use too; costs a pass over them.
+
+        Returns:
+            Whether there were any.
+        """
+        if not len(self.cached_block_hash_to_block):
+            return False
+        self.evict_blocks({b.block_id for b in self.blocks if b.block_hash is not None})
+        return True
 
     def cache_full_blocks(self, request: Any, *args: Any, **kwargs: Any) -> None:
         """As vLLM's, v1/core/block_pool.py:226, but for requests that are not cached."""

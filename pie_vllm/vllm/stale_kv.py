@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from os import scandir
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.request import Request
 
 from pie_vllm.policy.residency import Residency
 from pie_vllm.vllm.block_pool import PieBlockPool
+
+logger = init_logger("vllm.pie")
 
 Adapter = tuple[str, str]
 """Name and path of a LoRA adapter, which is what vLLM hashes, v1/core/kv_cache_utils.py:595."""
@@ -43,8 +46,10 @@ class StaleKv:
 
     def new_weights(self) -> None:
         """Forget all cached KV: the weights of the model may be others now."""
+        parked = bool(len(self._residency.parking))
         self._residency.forget_idle()
-        self._block_pool.forget_cached()
+        if self._block_pool.forget_cached() or parked:
+            logger.info("Pie: weights may have changed, so all cached KV is forgotten.")
         self._block_pool.not_cached.update(self._residency.tables)
 
     def adapter_added(self, lora: Any) -> None:

@@ -9,10 +9,25 @@ from typing import Any
 import pytest
 from vllm.lora.request import LoRARequest
 
+from pie_vllm.transfer.engine import TransferEngine
+from pie_vllm.transfer.streams import inject
 from pie_vllm.vllm.block_pool import PieBlockPool
 from pie_vllm.vllm.stale_kv import StaleKv
+from tests.helpers import scheduling
 from tests.helpers.changing_weights import Changes
-from tests.helpers.parked_chats import cached_tokens, crowd, driver, parking, prompt
+from tests.helpers.engine_memory import EngineMemory
+from tests.helpers.fuzz import BLOCK_SIZE
+from tests.helpers.parked_chats import (
+    POOLED,
+    RESIDENT,
+    ROWS,
+    cached_tokens,
+    crowd,
+    driver,
+    parking,
+    prompt,
+)
+from tests.helpers.tagrunner import Memory
 
 pytestmark = pytest.mark.vllm
 
@@ -94,10 +109,10 @@ def test_new_weights_forget_residents_too() -> None:
     made.made.verify()
 
 
-def change_at_random(seed: int, asynchronous: bool) -> int:
+def change_at_random(seed: int, asynchronous: bool, memory: Memory | None = None) -> int:
     """Chats that go on while weights and adapters change; returns parked blocks found."""
     rng = random.Random(seed)
-    made = Changes(driver(async_scheduling=asynchronous))
+    made = Changes(driver(memory, async_scheduling=asynchronous))
     loras: list[LoRARequest | None] = [None, A, B]
     chats: list[tuple[str, LoRARequest | None]] = []
     for step in range(400):
@@ -131,6 +146,19 @@ def found_by_seeds(asynchronous: bool = False) -> int:
 def test_nobody_who_comes_later_reads_old_kv(asynchronous: bool) -> None:
     """Under preemption, with requests that run on through the change and end later."""
     assert found_by_seeds(asynchronous) > 100, "parked KV is still found"
+
+
+def test_rows_that_steps_in_flight_name_are_not_written_to_before() -> None:
+    """What is forgotten frees rows at once; copies are late, and pages are read layer by layer."""
+    for seed in range(3):
+        sizes = scheduling.geometry(RESIDENT, POOLED, ROWS)
+        with TransferEngine(sizes, chunks=1) as engine:
+            inject(engine, "late", milliseconds=0.05, up_to=0.4, seed=seed)
+            memory = EngineMemory(engine, BLOCK_SIZE)
+            try:
+                change_at_random(seed, asynchronous=True, memory=memory)
+            finally:
+                memory.close()
 
 
 def cached_all_the_same(patch: Patch) -> None:
