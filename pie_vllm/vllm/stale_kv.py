@@ -140,16 +140,14 @@ class StaleKv:
             _salt(request, f"reload {self._generations[adapter]}")
 
 
-_MARK = "\0pie "
-
-
-def _salt(request: Request, salt: str) -> None:
+def _salt(request: Any, salt: str) -> None:
     """Put a salt of ours behind the request's own, which vLLM hashes into its first block.
 
     Relies on ``request.cache_salt`` in v1/core/kv_cache_utils.py:648.
     """
-    own = (request.cache_salt or "").split(_MARK)[0]
-    request.cache_salt = f"{own}{_MARK}{salt}"
+    if not hasattr(request, "pie_own_salt"):
+        request.pie_own_salt = request.cache_salt or ""
+    request.cache_salt = f"{request.pie_own_salt}\0pie {salt}"
     request.block_hashes.clear()
     request.update_block_hashes()
 
