@@ -91,12 +91,15 @@ def test_each_flag_stands_once_and_has_its_evidence() -> None:
     """Rows of what is tested, warned of and refused name files of tests that there are."""
     counts = Counter(flag for _, flags, _ in rows() for flag in flags)
     assert max(counts.values()) == 1, counts.most_common(3)
+    helpers = "".join(p.read_text() for p in sorted((REPOSITORY / "tests/helpers").glob("*.py")))
     for section, flags, last in rows():
         if section in WITH_TESTS:
             tests = re.findall(r"`(tests/[\w/]+\.py)`", last)
             assert tests, flags
-            for test in tests:
-                assert (REPOSITORY / test).is_file(), test
+            text = helpers + "".join((REPOSITORY / test).read_text() for test in tests)
+            named = [f for f in flags if f in text or f.strip("-").replace("-", "_") in text]
+            assert named, flags
+            assert section != "Tested" or named == flags, set(flags) - set(named)
 
 
 def ranks(**changes: Any) -> Any:

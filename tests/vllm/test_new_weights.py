@@ -60,7 +60,7 @@ def test_other_calls_of_the_workers_forget_nothing(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["update_named_param", lambda worker: worker])
 def test_calls_that_nobody_knows_count_as_new_weights(method: Any) -> None:
-    """A worker extension, or a function: trainers send weights in this way."""
+    """Of a class of --worker-extension-cls, or a function: trainers send weights in this way."""
     assert found_after(lambda core: core.collective_rpc(method), lambda *_: []) == 0
 
 
