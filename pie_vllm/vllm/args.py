@@ -26,7 +26,7 @@ from pie_vllm.config import (
 from pie_vllm.errors import ConfigError, PieError, UnsupportedError
 from pie_vllm.memory.pool_size import check_pool_fits
 from pie_vllm.transfer.native import load_library
-from pie_vllm.vllm import compat, compat_weights, refusals, settings
+from pie_vllm.vllm import cautions, compat, compat_weights, refusals, settings
 
 SCHEDULER = "pie_vllm.vllm.scheduler.make_scheduler"
 WORKERS = {
@@ -271,6 +271,7 @@ def install() -> None:
         device = device_of(current_platform)
         refusals.check_config(config, device)
         refusals.check_full_graphs(settings.of(config).config.full_graphs, device)
+        cautions.caution(config)
         return config
 
     EngineArgs.add_cli_args = staticmethod(add)

@@ -23,8 +23,27 @@ def give_geometry_to_scheduler(engine_core: Any, vllm_config: Any) -> None:
     taken.prior = min(engine_core.collective_rpc("pie_prior"), key=lambda p: p.bandwidth or 0.0)
 
 
+def _stale_kv(engine_core: Any) -> Any:
+    """What keeps stale KV from being found; None without pie, or before there is a scheduler."""
+    return getattr(getattr(engine_core, "scheduler", None), "pie_stale", None)
+
+
 def forget_kv_of_old_weights(engine_core: Any) -> None:
-    """Have the pool's idle KV forgotten, which nobody who comes later may hit."""
-    forget = getattr(engine_core.scheduler, "pie_forget_idle", None)
-    if forget is not None:
-        forget()
+    """Have all cached KV forgotten, which nobody who comes later may hit."""
+    stale = _stale_kv(engine_core)
+    if stale is not None:
+        stale.new_weights()
+
+
+def adapter_added(engine_core: Any, lora_request: Any) -> None:
+    """Have the KV of an adapter that was reloaded forgotten."""
+    stale = _stale_kv(engine_core)
+    if stale is not None:
+        stale.adapter_added(lora_request)
+
+
+def adapter_removed(engine_core: Any, lora_id: int) -> None:
+    """Have the KV of an adapter that was removed forgotten."""
+    stale = _stale_kv(engine_core)
+    if stale is not None:
+        stale.adapter_removed(lora_id)

@@ -22,6 +22,7 @@ from pie_vllm.vllm import compat
 from pie_vllm.vllm.admissions import Admissions
 from pie_vllm.vllm.block_pool import PieBlockPool
 from pie_vllm.vllm.parked_hits import ParkedLookup
+from pie_vllm.vllm.stale_kv import StaleKv
 
 
 class Claims(NamedTuple):
@@ -45,6 +46,7 @@ class PieBlockSpaceManager(KVCacheManager):
         claims: asks the scheduler what running requests still need; asked once
             a step, when a waiting request is looked at.
         admissions: what they found in the prefix cache.
+        stale: keeps KV of old weights out of prefix cache and pool.
     """
 
     watermark_blocks: int
@@ -86,6 +88,7 @@ class PieBlockSpaceManager(KVCacheManager):
             parking if self.enable_caching else None,
         )
         pool.attach(self.residency)
+        self.stale = StaleKv(self.residency, pool)
         self.block_size = managers[0].block_size
         self._lookup = ParkedLookup(self.residency, pool, self.block_size)
         self._parked: dict[str, ParkedHits] = {}  # Of the request asked for last.
@@ -285,9 +288,10 @@ class PieBlockSpaceManager(KVCacheManager):
         if request.is_finished():
             self.admissions.forget(request_id)
             self.residency.parking.drop_tail(request_id)
-        elif table:
+        elif table and not self.stale.holds_old_kv(request_id):
             computed = min(request.num_computed_tokens, request.num_tokens)
             self.admissions.preempted(request_id, computed)
             keep_tail(self.residency, request_id, table, computed, self.block_size)
         self.residency.forget(request_id)
         super().free(request)
+        self.stale.freed(request)

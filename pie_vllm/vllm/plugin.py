@@ -10,4 +10,6 @@ def register() -> None:
     args.install()
     compat.after_kv_caches(handshake.give_geometry_to_scheduler)
     compat_weights.after_new_weights(handshake.forget_kv_of_old_weights)
+    compat_weights.after_new_adapter("add_lora", handshake.adapter_added)
+    compat_weights.after_new_adapter("remove_lora", handshake.adapter_removed)
     compat.with_prometheus_logger(prometheus.extend)

@@ -150,7 +150,40 @@ def check_config(config: Any, device: str) -> None:
     for found, what, why, way_out in table:
         if found:
             raise _refuse(what, why, way_out)
+    check_hosts(parallel)
     check_graphs(config.compilation_config)
+
+
+def check_hosts(parallel: Any) -> None:
+    """Refuse ranks that schedule for themselves, and ranks on other hosts.
+
+    Args:
+        parallel: vLLM's ParallelConfig, finished.
+
+    Raises:
+        UnsupportedError: names the setting.
+    """
+    backend = parallel.distributed_executor_backend
+    if backend == "external_launcher" and parallel.world_size > 1:
+        raise _refuse(
+            f"--distributed-executor-backend external_launcher with {parallel.world_size} ranks",
+            "each rank schedules by itself and all must decide alike, but pie decides by measured "
+            "times and by the free CPU memory of each rank's host",
+            "Set --distributed-executor-backend mp",
+        )
+    if parallel.nnodes > 1:
+        raise _refuse(
+            f"--nnodes {parallel.nnodes}",
+            "free CPU memory is looked at on one host only, and the pools of all ranks are "
+            "counted there",
+            "Set --nnodes 1",
+        )
+    if backend == "ray":
+        raise _refuse(
+            "--distributed-executor-backend ray",
+            "its ranks may run on several hosts, and free CPU memory is looked at on one only",
+            "Set --distributed-executor-backend mp",
+        )
 
 
 def check_graphs(compilation: Any) -> None:

@@ -64,6 +64,8 @@ class PieSchedulerMixin(_Mixed):
             )
             self.max_num_scheduled_tokens = most
         self.kv_cache_manager.claims = self._claims
+        self.pie_stale = self.kv_cache_manager.stale
+        self.pie_stale.requests = self.requests
         self.pie_decider = Decider(
             geometry.row_bytes,
             geometry.pooled_blocks,
@@ -105,6 +107,8 @@ class PieSchedulerMixin(_Mixed):
             # vLLM counts the step when it schedules it, and runs who is due in it or before.
             self.requests[request_id].next_decode_eligible_step = self.current_step + 2
         output: SchedulerOutput = super().schedule(*args, **kwargs)
+        if self.pie_stale.reloads:
+            self.pie_stale.scheduled()
         plan = output.pie_plan = self._plan(output, decision)
         output.pie_pool = pool.end_step(
             residency.rows.chunks_held,
@@ -116,6 +120,11 @@ class PieSchedulerMixin(_Mixed):
         output.pie_blocks = residency.residents_in_use + residency.reading.num_blocks
         turns.end_step(output.num_scheduled_tokens, residency)
         return output
+
+    def add_request(self, request: Any) -> None:
+        """Take a request as vLLM does; KV of its adapter before a reload is none of its."""
+        self.pie_stale.arrives(request)
+        super().add_request(request)
 
     def _prompt_tokens(self) -> int:
         """Prompt tokens that running requests will compute in the coming step, about."""

@@ -175,6 +175,9 @@ def plain_config() -> SimpleNamespace:
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
             use_ubatching=False,
+            distributed_executor_backend="uni",
+            world_size=1,
+            nnodes=1,
         ),
         attention_config=SimpleNamespace(hisparse_config=None),
         compilation_config=SimpleNamespace(
