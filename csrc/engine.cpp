@@ -86,6 +86,7 @@ void Engine::before_write(int64_t layer) {
   check_layer(layer);
   if (capturing()) return graphs_->capture.before_write(layer);
   submit_first_loads();
+  step_.gates.write(layer);
   wait_for_stores(layer);
   if (!step_.promotions.empty()) wait_on_compute(events_->ready[static_cast<size_t>(layer)]);
 }
@@ -103,7 +104,7 @@ void Engine::before_attention(int64_t layer) {
   if (debug(PIE_DEBUG_SKIP_GATE) && layer == geometry_.layers / 2) return;
   if (capturing()) return graphs_->capture.before_attention(layer);
   submit_first_loads();
-  step_.gates.gated.push_back(layer);
+  step_.gates.enter(layer);
   if (!step_.streams_in) return;
   wait_on_compute(events_->ready[static_cast<size_t>(layer)]);
   if (debug(PIE_DEBUG_LATE_SUBMIT)) submit_load(layer);
@@ -114,7 +115,7 @@ void Engine::after_attention(int64_t layer) {
   check_layer(layer);
   if (capturing()) return graphs_->capture.after_attention(layer);
   submit_first_loads();
-  step_.gates.left.push_back(layer);
+  step_.gates.leave(layer);
   driver_->event_record(events_->done[static_cast<size_t>(layer)], step_.compute);
   const int64_t next = layer + geometry_.slots;
   if (step_.streams_in && next < geometry_.layers && !debug(PIE_DEBUG_LATE_SUBMIT)) {
@@ -126,19 +127,16 @@ pie_stats Engine::end_step() {
   if (!step_.open) throw Error(PIE_ERR_STATE, "end_step without begin_step");
   try {
     if (!step_.in_graph) {
-      step_.gates.check("step " + std::to_string(step_.number), geometry_.layers);
+      // Rule 21: a write that passed no gate may have overtaken a copy of its page.
+      const bool writes = !step_.stores.empty() || !step_.promotions.empty();
+      step_.gates.check("step " + std::to_string(step_.number), geometry_.layers, writes);
     }
   } catch (const Error&) {
     abort_step();
     throw;
   }
-  // Layers whose write was not announced: the next step must not overtake their stores.
   try {
-    if (step_.in_graph) {
-      leave_graph();
-    } else {
-      for (int64_t l = 0; l < geometry_.layers; ++l) wait_for_stores(l);
-    }
+    if (step_.in_graph) leave_graph();
   } catch (const Error&) {
     step_.open = false;
     throw;

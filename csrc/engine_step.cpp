@@ -192,8 +192,7 @@ pie_stats Engine::close_step() {
   step_.stats.store_seconds = out.seconds - reported_out_.seconds;
   reported_in_ = in;
   reported_out_ = out;
-  step_.stats.gates =
-      step_.in_graph ? geometry_.layers : static_cast<int64_t>(step_.gates.gated.size());
+  step_.stats.gates = step_.in_graph ? geometry_.layers : step_.gates.passed();
   stall_.end();
   if (driver_->stream_is_inline(step_.compute)) {
     step_.stats.stall_step = step_.number;
