@@ -15,6 +15,8 @@ using Now = std::chrono::steady_clock;
 // microsecond or two each, and a step needs two a layer.
 constexpr int64_t kSampleEvery = 4;
 
+constexpr int64_t kMostStep = int64_t{1} << 62;
+
 }  // namespace
 
 void Engine::open_step(const pie_plan& plan, bool forward, Stream compute) {
@@ -26,6 +28,10 @@ void Engine::open_step(const pie_plan& plan, bool forward, Stream compute) {
   check_streams();
   check_replays(false);
   driver_->stream_error(compute);  // throws where there is no such stream
+  if (plan.step < 0 || plan.step > kMostStep) {
+    throw Error(PIE_ERR_PLAN, "step " + std::to_string(plan.step) + " is not one of 0 to " +
+                                  std::to_string(kMostStep));
+  }
   const int64_t resident = geometry_.resident;
   Step step;
   step.number = plan.step;

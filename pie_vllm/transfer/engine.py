@@ -286,6 +286,7 @@ class TransferEngine(GraphSteps):
             GateError: a graph of an earlier step did not copy all its layers; all is given back.
         """
         handle, self._handle = self._handle, None
+        self._writes_wait = True  # So that this gate, too, says that the engine is closed.
         if handle is not None:
             self.arena.release()
             self._check(self._library.pie_close(handle))

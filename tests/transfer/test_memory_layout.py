@@ -195,7 +195,7 @@ def test_bad_geometry(sizes: dict[str, int]) -> None:
 
 def test_memory_that_cannot_be_had_is_an_error_and_rolls_back() -> None:
     before = _mappings()
-    for sizes in ({"pooled_blocks": 1 << 52}, {"rows": 1 << 40, "chunk_rows": 1 << 40}):
+    for sizes in ({"pooled_blocks": 1 << 42}, {"rows": 1 << 40, "chunk_rows": 1 << 40}):
         with pytest.raises(TransferError):
             TransferEngine(geometry(**sizes))
     assert _mappings() == before
