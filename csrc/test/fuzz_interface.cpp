@@ -249,7 +249,7 @@ class Fuzz {
 
   void copy() {
     pie_engine* const one = engine();
-    const uint64_t base = current_ == nullptr ? 4096 : current_->arena;
+    const uint64_t base = current_ == nullptr ? 1 : current_->arena;
     const int64_t bytes = chance(90) ? pick(buffer_.size() + 1) : chance(50) ? -1 : extreme();
     const auto device = base + static_cast<uint64_t>(number(1 << 20));
     const auto host = chance(95) ? reinterpret_cast<uint64_t>(buffer_.data()) : 0;
@@ -422,7 +422,10 @@ int main(int count, char** arguments) {
     if (!fuzz.run()) return 1;
     calls += fuzz.calls();
   }
-  std::printf("%lu seeds, %ld calls, no crash\n", static_cast<unsigned long>(seeds),
-              static_cast<long>(calls));
+  int64_t granularity = 0;
+  pie_granularity(driver_name.c_str(), &granularity);
+  std::printf("%lu seeds, %ld calls, no crash; granularity %ld\n",
+              static_cast<unsigned long>(seeds), static_cast<long>(calls),
+              static_cast<long>(granularity));
   return 0;
 }
