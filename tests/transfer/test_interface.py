@@ -16,6 +16,7 @@ from pie_vllm.transfer import native
 from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.native import DEFAULT_LIBRARY, GeometryStruct, PlanStruct, load_library
 from pie_vllm.transfer.streams import inject
+from tests.helpers.standin import ENVIRONMENT, include_folder, library_folder
 from tests.transfer.driving import PAGE, geometry, plan, run_step
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -145,12 +146,15 @@ def test_other_numbers_beyond_64_bits_are_not_cut() -> None:
         {"resident_blocks": 2**38},
         {"pooled_blocks": 2**38},
         {"rows": 2**38, "chunk_rows": 2**38},
-        {"rows": 2**38, "chunk_rows": 2**30},
+        {"rows": 2**38, "chunk_rows": 2**36},
     ],
     ids=str,
 )
 def test_more_memory_than_is_free_is_refused_before_any_is_taken(sizes: dict[str, int]) -> None:
-    """It would be taken page by page, until the kernel kills what runs here."""
+    """It would be taken page by page, until the kernel kills what runs here.
+
+    These are beyond what can be addressed, so that this test is safe where it fails.
+    """
     wanted = r"geometry: \d+ bytes of CPU memory .* are free .*--pie-pool-gib"
     with pytest.raises(TransferError, match=wanted):
         TransferEngine(geometry(**sizes))
@@ -222,16 +226,24 @@ def run_fuzz(program: Path, first: int, seeds: int, *driver: str, **environment:
 
 
 @pytest.mark.fuzz
-def test_random_calls(tmp_path: Path, fuzz_seeds: range) -> None:
-    """Of the library that is installed."""
+@pytest.mark.parametrize("driver", ["host", "cuda"])
+def test_random_calls(tmp_path: Path, fuzz_seeds: range, driver: str) -> None:
+    """Of the library that is installed; CUDA's over the stand-in for libcuda, which is slower."""
+    if driver == "cuda" and include_folder() is None:
+        pytest.skip("no cuda.h: neither the package nvidia-cuda-runtime nor a toolkit")
     program = tmp_path / "fuzz_interface"
     source, folder = CSRC / "test" / "fuzz_interface.cpp", DEFAULT_LIBRARY.parent
     flags = ["-std=c++17", "-O1", "-g1", f"-Wl,-rpath,{folder}"]
     compiler = os.environ.get("CXX", "g++")
     subprocess.run(
-        [compiler, *flags, str(source), str(DEFAULT_LIBRARY), "-o", str(program)], check=True
+        [compiler, *flags, str(source), str(DEFAULT_LIBRARY), "-ldl", "-o", str(program)],
+        check=True,
     )
-    run_fuzz(program, fuzz_seeds.start, len(fuzz_seeds))
+    if driver == "host":
+        run_fuzz(program, fuzz_seeds.start, len(fuzz_seeds))
+        return
+    settings = {"LD_LIBRARY_PATH": str(library_folder()), ENVIRONMENT: f"granularity={PAGE}"}
+    run_fuzz(program, 1, max(1, len(fuzz_seeds) // 4), driver, **settings)
 
 
 @pytest.mark.sanitizer
