@@ -147,7 +147,7 @@ pie_stats Engine::end_step() {
   if (!step_.open) throw Error(PIE_ERR_STATE, "end_step without begin_step");
   try {
     if (!step_.in_graph) {
-      // Rule 21: a write that passed no gate may have overtaken a copy of its page.
+      // Rule 22: a write that passed no gate may have overtaken a copy of its page.
       const bool writes = !step_.stores.empty() || !step_.promotions.empty();
       step_.gates.check("step " + std::to_string(step_.number), geometry_.layers, writes);
     }

@@ -143,7 +143,7 @@ class Fuzz {
   void open() {
     const pie_geometry g = geometry();
     const int64_t chunks = chance(50) ? -1 : number(4);
-    bool whole = true;
+    bool whole = g.ring_slots <= g.num_layers;
     for (const int64_t field : {g.num_layers, g.page_bytes, g.resident_blocks, g.pooled_blocks,
                                 g.ring_slots, g.rows, g.chunk_rows, g.granularity}) {
       whole = whole && field > 0;
