@@ -200,6 +200,7 @@ class TransferEngine(GraphSteps):
 
         Raises:
             TransferError: the device cannot recover; only ``close`` is left.
+            IntegrityError: the memory of a promotion's row is not there any more; all else is done.
             GateError: a graph of an earlier step did not copy all its layers.
         """
         self._check(self._library.pie_abort_step(self._open()))
