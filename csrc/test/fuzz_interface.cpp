@@ -66,6 +66,7 @@ struct Open {
   pie_engine* engine;
   pie_geometry sizes;
   uint64_t arena;
+  int64_t virtual_bytes;
 };
 
 class Fuzz {
@@ -172,10 +173,11 @@ class Fuzz {
                               chance(98) ? &made : nullptr);
     must(code);
     if (code != PIE_OK) return;
-    Open opened{made, g, 0};
+    Open opened{made, g, 0, 0};
     int64_t virtual_bytes = 0, host_bytes = 0, device_bytes = 0;
     must(pie_arena(made, &opened.arena, &virtual_bytes));
     must(pie_bytes(made, &host_bytes, &device_bytes));
+    opened.virtual_bytes = virtual_bytes;
     open_.push_back(opened);
     if (!whole || !fits) bad("sizes that cannot be were taken");
     if (Wide{virtual_bytes} != all || Wide{device_bytes} != device) bad("sizes that overflowed");
@@ -250,14 +252,19 @@ class Fuzz {
 
   void copy() {
     pie_engine* const one = engine();
-    const uint64_t base = current_ == nullptr ? 1 : current_->arena;
-    const int64_t bytes = chance(90) ? pick(buffer_.size() + 1) : chance(50) ? -1 : extreme();
-    const auto device = base + static_cast<uint64_t>(number(1 << 20));
-    const auto host = chance(95) ? reinterpret_cast<uint64_t>(buffer_.data()) : 0;
-    // Of a copy as long as only an arena of its own kind may be, the buffer's end is not ours.
-    if (bytes > static_cast<int64_t>(buffer_.size()) && bytes < (1LL << 31)) return;
+    const int64_t all = current_ == nullptr ? 1 : current_->virtual_bytes;
+    const int64_t bytes = pick(std::min<int64_t>(all, buffer_.size()) + 1);
+    uint64_t device = current_ == nullptr ? 1 : current_->arena;
+    device += static_cast<uint64_t>(pick(all - std::min(all - 1, bytes)));
+    if (bytes == all) device = current_ == nullptr ? 1 : current_->arena;
+    auto host = reinterpret_cast<uint64_t>(buffer_.data());
+    const int64_t never[] = {-1, std::numeric_limits<int64_t>::min(), 1LL << 53,
+                             std::numeric_limits<int64_t>::max()};
+    int64_t wanted = bytes;
+    if (chance(10)) wanted = never[pick(std::size(never))];
+    if (chance(5)) (chance(50) ? host : device) = 0;
     const bool out = chance(50);
-    must(pie_copy(one, stream(), out, out ? host : device, out ? device : host, bytes));
+    must(pie_copy(one, stream(), out, out ? host : device, out ? device : host, wanted));
   }
 
   void call(int64_t which) {
