@@ -2,11 +2,20 @@
 
 #include <string>
 
+#include "checked.h"
+
 namespace pie {
 namespace {
 
-int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
+// Of a pool: 64 TiB of 64 MiB each. The table of chunks has an entry for each.
+constexpr int64_t kMostChunks = int64_t{1} << 20;
+
+std::string text_of(const Geometry& g) {
+  return "geometry: L = " + std::to_string(g.layers) + ", p = " + std::to_string(g.page) +
+         ", R = " + std::to_string(g.resident) + ", W = " + std::to_string(g.pooled) +
+         ", B = " + std::to_string(g.slots) + ", rows = " + std::to_string(g.rows) +
+         ", chunk_rows = " + std::to_string(g.chunk_rows) +
+         ", g = " + std::to_string(g.granularity) + "; ";
 }
 
 }  // namespace
@@ -22,26 +31,32 @@ Geometry::Geometry(const pie_geometry& given)
       granularity(given.granularity) {
   if (layers < 1 || page < 1 || resident < 1 || pooled < 1 || slots < 1 || slots > layers ||
       rows < 1 || chunk_rows < 1 || granularity < 1) {
-    throw Error(PIE_ERR_CONFIG,
-                "geometry: L = " + std::to_string(layers) + ", p = " + std::to_string(page) +
-                    ", R = " + std::to_string(resident) + ", W = " + std::to_string(pooled) +
-                    ", B = " + std::to_string(slots) + ", rows = " + std::to_string(rows) +
-                    ", chunk_rows = " + std::to_string(chunk_rows) + ", g = " +
-                    std::to_string(granularity) + "; all must be at least 1, and B at most L");
+    throw Error(PIE_ERR_CONFIG, text_of(*this) + "all must be at least 1, and B at most L");
   }
-  layer_resident_bytes = round_up(resident * page, granularity);
-  shift = layer_resident_bytes - resident * page;
-  slot_bytes = round_up(pooled * page, granularity);
-  layer_stride = layer_resident_bytes + slot_bytes;
-  virtual_bytes = layers * layer_stride;
-  num_chunks = (rows + chunk_rows - 1) / chunk_rows;
+  const std::string text = text_of(*this);
+  const int64_t own = product(resident, page, text + "R * p");
+  layer_resident_bytes = rounded_up(own, granularity, text + "R * p rounded up to g");
+  shift = layer_resident_bytes - own;
+  slot_bytes = rounded_up(product(pooled, page, text + "W * p"), granularity,
+                          text + "W * p rounded up to g");
+  layer_stride = sum(layer_resident_bytes, slot_bytes, text + "R * p + W * p");
+  virtual_bytes = product(layers, layer_stride, text + "L * (R * p + W * p)");
+  // Not above virtual_bytes: B is at most L.
   device_bytes = layers * layer_resident_bytes + slots * slot_bytes;
-  host_bytes = rows * layers * page;
+  const int64_t row = product(layers, page, text + "L * p");
+  host_bytes = product(rows, row, text + "rows * L * p");
+  product(chunk_rows, row, text + "chunk_rows * L * p");
+  num_chunks = (rows - 1) / chunk_rows + 1;
+  if (num_chunks > kMostChunks) {
+    throw Error(PIE_ERR_CONFIG, text + std::to_string(num_chunks) + " chunks, at most " +
+                                    std::to_string(kMostChunks) + " can be; raise chunk_rows");
+  }
 }
 
 DeviceBlock::DeviceBlock(Driver& driver, size_t bytes)
-    : bytes_(static_cast<size_t>(
-          round_up(static_cast<int64_t>(bytes), static_cast<int64_t>(driver.granularity())))),
+    : bytes_(static_cast<size_t>(rounded_up(static_cast<int64_t>(bytes),
+                                            static_cast<int64_t>(driver.granularity()),
+                                            "device memory of " + std::to_string(bytes)))),
       range_(driver, bytes_, 0),
       mapping_(driver, range_.address(), bytes_, Physical(driver, bytes_).handle()) {
   driver.set_access(address(), bytes_);

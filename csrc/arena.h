@@ -19,6 +19,10 @@ class Geometry {
   int64_t page_offset(int64_t layer, int64_t block) const {
     return layer * layer_stride + shift + block * page;
   }
+  // Of the first chunks of the pool.
+  int64_t bytes_of_chunks(int64_t chunks) const {
+    return (chunks < num_chunks ? chunks * chunk_rows : rows) * layers * page;
+  }
   int64_t rows_of_chunk(int64_t chunk) const {
     return chunk + 1 < num_chunks ? chunk_rows : rows - chunk * chunk_rows;
   }

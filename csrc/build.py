@@ -1,8 +1,8 @@
 """Builds the engine with a C++17 compiler alone: the library, or a C++ test program.
 
 ``python csrc/build.py --out DIR`` writes ``DIR/libpie.so``, with ``--sanitize address|thread``
-under that sanitizer; ``--test`` builds ``DIR/random_plans``, ``--test gather`` ``DIR/gather``. The
-compiler is ``$CXX`` or g++.
+under that sanitizer; ``--test`` builds ``DIR/random_plans``, ``--test NAME`` another program of
+``test/``. The compiler is ``$CXX`` or g++.
 
 The CUDA driver is part of it where cuda.h of CUDA 12.8 or newer is found, in ``$CUDA_HOME``, in
 the package nvidia-cuda-runtime or under /usr/local/cuda. No library of CUDA is linked. Where there
@@ -29,6 +29,8 @@ HEADERS = sorted([*CSRC.glob("*.h"), *CSRC.glob("drivers/*.h")])
 TEST_SOURCES = sorted(CSRC.glob("test/*"))
 TESTS = {
     "random_plans": [*SOURCES, CSRC / "test" / "random_plans.cpp"],
+    "free_memory": [CSRC / "drivers" / "free_memory.cpp", CSRC / "test" / "free_memory.cpp"],
+    "fuzz_interface": [*SOURCES, CSRC / "test" / "fuzz_interface.cpp"],
     "gather": [CSRC / "test" / "gather.cpp"],
 }
 GATHER = CSRC / "gather.cu"

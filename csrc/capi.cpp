@@ -1,8 +1,11 @@
-// The C interface: exceptions become codes, and nothing else happens here.
+// The C interface: pointers are checked, exceptions become codes, and nothing else happens here.
+#include <algorithm>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "engine.h"
 
@@ -32,7 +35,64 @@ int guarded(Body&& body) noexcept {
   return PIE_ERR_TRANSFER;
 }
 
-pie::Driver& driver(pie_engine* engine) { return engine->engine.driver(); }
+// The engines that are open: a call with any other pointer is an error, and not a crash.
+class OpenEngines {
+ public:
+  void add(pie_engine* engine) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    engines_.push_back(engine);
+  }
+  void check(const pie_engine* engine) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    find(engine);
+  }
+  void remove(const pie_engine* engine) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    engines_.erase(find(engine));
+  }
+
+ private:
+  std::vector<pie_engine*>::iterator find(const pie_engine* engine) {
+    const auto found = std::find(engines_.begin(), engines_.end(), engine);
+    if (found != engines_.end()) return found;
+    throw pie::Error(PIE_ERR_STATE, "the transfer engine is closed, or never was open; open one");
+  }
+
+  std::mutex mutex_;
+  std::vector<pie_engine*> engines_;  // one or two
+};
+
+OpenEngines& open_engines() {
+  static auto* const all = new OpenEngines;  // never destroyed: threads may outlive main
+  return *all;
+}
+
+pie::Engine& open(pie_engine* engine) {
+  open_engines().check(engine);
+  return engine->engine;
+}
+
+pie::Driver& driver(pie_engine* engine) { return open(engine).driver(); }
+
+template <typename T>
+T& at(T* pointer, const char* name) {
+  if (pointer != nullptr) return *pointer;
+  throw pie::Error(PIE_ERR_CONFIG, std::string("a null pointer for ") + name);
+}
+
+// How far memory goes, only its owner knows.
+void check_copy(uint64_t dst, uint64_t src, int64_t bytes) {
+  constexpr int64_t kMost = int64_t{1} << 52;
+  if (bytes >= 0 && bytes <= kMost && dst != 0 && src != 0) return;
+  throw pie::Error(PIE_ERR_CONFIG, "a copy of " + std::to_string(bytes) +
+                                       " bytes, or at a null pointer; 0 to " +
+                                       std::to_string(kMost) + " bytes can be");
+}
+
+void check_image(const void* image, int64_t size) {
+  if (size < 0) throw pie::Error(PIE_ERR_CONFIG, "an image of a size below 0");
+  if (size > 0) at(static_cast<const char*>(image), "image");
+}
 
 }  // namespace
 
@@ -40,17 +100,26 @@ int pie_abi_version(void) { return PIE_ABI_VERSION; }
 const char* pie_last_error(void) { return last_error.c_str(); }
 
 int pie_granularity(const char* kind, int64_t* bytes) {
-  return guarded([&] { *bytes = static_cast<int64_t>(pie::make_driver(kind, 0)->granularity()); });
+  return guarded([&] {
+    at(bytes, "bytes") =
+        static_cast<int64_t>(pie::make_driver(&at(kind, "driver"), 0)->granularity());
+  });
 }
 
 int pie_open(const pie_geometry* geometry, const char* kind, double link_bytes_per_s,
              uint32_t debug, int64_t chunks, pie_engine** engine) {
-  return guarded(
-      [&] { *engine = new pie_engine{{*geometry, kind, link_bytes_per_s, debug, chunks}}; });
+  return guarded([&] {
+    at(engine, "engine") = nullptr;
+    std::unique_ptr<pie_engine> made(new pie_engine{
+        {at(geometry, "geometry"), &at(kind, "driver"), link_bytes_per_s, debug, chunks}});
+    open_engines().add(made.get());
+    *engine = made.release();
+  });
 }
 
 int pie_close(pie_engine* engine) {
   return guarded([&] {
+    open_engines().remove(engine);
     const std::unique_ptr<pie_engine> ends(engine);
     engine->engine.finish();
   });
@@ -58,88 +127,106 @@ int pie_close(pie_engine* engine) {
 
 int pie_arena(pie_engine* engine, uint64_t* address, int64_t* virtual_bytes) {
   return guarded([&] {
-    *address = engine->engine.arena().base();
-    *virtual_bytes = engine->engine.geometry().virtual_bytes;
+    pie::Engine& opened = open(engine);
+    at(address, "address") = opened.arena().base();
+    at(virtual_bytes, "virtual_bytes") = opened.geometry().virtual_bytes;
   });
 }
 
 int pie_bytes(pie_engine* engine, int64_t* host, int64_t* device) {
   return guarded([&] {
-    *host = engine->engine.pool().bytes();
-    *device = engine->engine.geometry().device_bytes;
+    pie::Engine& opened = open(engine);
+    at(host, "host") = opened.pool().bytes();
+    at(device, "device") = opened.geometry().device_bytes;
   });
 }
 
 int pie_row_page(pie_engine* engine, int64_t row, int64_t layer, uint64_t* address) {
   return guarded([&] {
-    const pie::Geometry& g = engine->engine.geometry();
+    pie::Engine& opened = open(engine);
+    const pie::Geometry& g = opened.geometry();
     if (row < 0 || row >= g.rows || layer < 0 || layer >= g.layers) {
       throw pie::Error(PIE_ERR_PLAN,
                        "no row " + std::to_string(row) + " with a layer " + std::to_string(layer));
     }
-    if (!engine->engine.pool().holds(row)) {
+    if (!opened.pool().holds(row)) {
       throw pie::Error(PIE_ERR_PLAN, "the chunk of row " + std::to_string(row) + " is not there");
     }
-    *address = engine->engine.pool().page(row, layer);
+    at(address, "address") = opened.pool().page(row, layer);
   });
 }
 
 int pie_commit_chunk(pie_engine* engine, int64_t chunk) {
-  return guarded([&] { engine->engine.commit_chunk(chunk); });
+  return guarded([&] { open(engine).commit_chunk(chunk); });
 }
 int pie_release_chunk(pie_engine* engine, int64_t chunk) {
-  return guarded([&] { engine->engine.release_chunk(chunk); });
+  return guarded([&] { open(engine).release_chunk(chunk); });
 }
 
 int pie_begin_step(pie_engine* engine, const pie_plan* plan, uint64_t compute_stream) {
-  return guarded([&] { engine->engine.begin_step(*plan, compute_stream); });
+  return guarded([&] { open(engine).begin_step(at(plan, "plan"), compute_stream); });
 }
 int pie_begin_graph_step(pie_engine* engine, const pie_plan* plan, uint64_t compute_stream,
                          int* fits) {
-  return guarded([&] { *fits = engine->engine.begin_step(*plan, compute_stream, true) ? 1 : 0; });
+  return guarded([&] {
+    pie::Engine& opened = open(engine);
+    int& answer = at(fits, "fits");
+    answer = opened.begin_step(at(plan, "plan"), compute_stream, true) ? 1 : 0;
+  });
 }
 int pie_enter_graph(pie_engine* engine) {
-  return guarded([&] { engine->engine.enter_graph(); });
+  return guarded([&] { open(engine).enter_graph(); });
 }
 int pie_before_write(pie_engine* engine, int64_t layer) {
-  return guarded([&] { engine->engine.before_write(layer); });
+  return guarded([&] { open(engine).before_write(layer); });
 }
 int pie_before_attention(pie_engine* engine, int64_t layer) {
-  return guarded([&] { engine->engine.before_attention(layer); });
+  return guarded([&] { open(engine).before_attention(layer); });
 }
 int pie_after_attention(pie_engine* engine, int64_t layer) {
-  return guarded([&] { engine->engine.after_attention(layer); });
+  return guarded([&] { open(engine).after_attention(layer); });
 }
 int pie_end_step(pie_engine* engine, pie_stats* stats) {
-  return guarded([&] { *stats = engine->engine.end_step(); });
+  return guarded([&] {
+    pie::Engine& opened = open(engine);
+    pie_stats& report = at(stats, "stats");
+    report = opened.end_step();
+  });
 }
 int pie_run_idle(pie_engine* engine, const pie_plan* plan, uint64_t compute_stream,
                  pie_stats* stats) {
-  return guarded([&] { *stats = engine->engine.run_idle(*plan, compute_stream); });
+  return guarded([&] {
+    pie::Engine& opened = open(engine);
+    pie_stats& report = at(stats, "stats");
+    report = opened.run_idle(at(plan, "plan"), compute_stream);
+  });
 }
 int pie_abort_step(pie_engine* engine) {
-  return guarded([&] { engine->engine.abort_step(); });
+  return guarded([&] { open(engine).abort_step(); });
 }
 int pie_drain(pie_engine* engine) {
-  return guarded([&] { engine->engine.drain(); });
+  return guarded([&] { open(engine).drain(); });
 }
 int pie_self_test(pie_engine* engine) {
-  return guarded([&] { engine->engine.self_test(); });
+  return guarded([&] { open(engine).self_test(); });
 }
 int pie_zero_ring(pie_engine* engine) {
-  return guarded([&] { engine->engine.zero_ring(); });
+  return guarded([&] { open(engine).zero_ring(); });
 }
 
 int pie_device_arch(pie_engine* engine, char* arch, int64_t size) {
   return guarded([&] {
     const std::string found = driver(engine).arch();
-    if (size > 0) arch[found.copy(arch, static_cast<size_t>(size) - 1)] = 0;
+    if (size <= 0) return;
+    char* const text = &at(arch, "arch");
+    text[found.copy(text, static_cast<size_t>(size) - 1)] = 0;
   });
 }
 int pie_use_gather(pie_engine* engine, const void* image, int64_t size, int64_t threshold_bytes,
                    int blocks) {
   return guarded([&] {
-    if (size < 0 || threshold_bytes < 0) throw pie::Error(PIE_ERR_CONFIG, "sizes below 0");
+    check_image(image, size);
+    if (threshold_bytes < 0) throw pie::Error(PIE_ERR_CONFIG, "a threshold below 0");
     driver(engine).use_gather(image, static_cast<size_t>(size),
                               static_cast<size_t>(threshold_bytes), blocks);
   });
@@ -147,21 +234,21 @@ int pie_use_gather(pie_engine* engine, const void* image, int64_t size, int64_t 
 int pie_use_graphs(pie_engine* engine, const void* image, int64_t size, int64_t pieces,
                    int blocks) {
   return guarded([&] {
-    if (size < 0) throw pie::Error(PIE_ERR_CONFIG, "a size below 0");
-    engine->engine.use_graphs(image, static_cast<size_t>(size), pieces, blocks);
+    check_image(image, size);
+    open(engine).use_graphs(image, static_cast<size_t>(size), pieces, blocks);
   });
 }
 int pie_begin_capture(pie_engine* engine, uint64_t compute_stream) {
-  return guarded([&] { engine->engine.begin_capture(compute_stream); });
+  return guarded([&] { open(engine).begin_capture(compute_stream); });
 }
 int pie_end_capture(pie_engine* engine) {
-  return guarded([&] { engine->engine.end_capture(); });
+  return guarded([&] { open(engine).end_capture(); });
 }
 
 int pie_counters_of(pie_engine* engine, int direction, pie_counters* counters) {
   return guarded([&] {
     const auto c = driver(engine).counters(static_cast<pie::Direction>(direction != 0));
-    *counters = {c.bytes, c.copies, c.seconds};
+    at(counters, "counters") = {c.bytes, c.copies, c.seconds};
   });
 }
 int pie_inject(pie_engine* engine, int fault, int directions, double a, double b, uint64_t seed) {
@@ -169,7 +256,11 @@ int pie_inject(pie_engine* engine, int fault, int directions, double a, double b
 }
 
 int pie_stream_create(pie_engine* engine, uint64_t* stream) {
-  return guarded([&] { *stream = driver(engine).stream_create(); });
+  return guarded([&] {
+    pie::Driver& device = driver(engine);
+    uint64_t& made = at(stream, "stream");
+    made = device.stream_create();
+  });
 }
 int pie_stream_destroy(pie_engine* engine, uint64_t stream) {
   return guarded([&] { driver(engine).stream_destroy(stream); });
@@ -181,17 +272,27 @@ int pie_stream_wait(pie_engine* engine, uint64_t stream, uint64_t event) {
   return guarded([&] { driver(engine).stream_wait(stream, event); });
 }
 int pie_launch_host(pie_engine* engine, uint64_t stream, void (*fn)(void*), void* arg) {
-  return guarded([&] { driver(engine).launch_host(stream, fn, arg); });
+  return guarded([&] {
+    pie::Driver& device = driver(engine);
+    at(fn, "fn");
+    device.launch_host(stream, fn, arg);
+  });
 }
 int pie_copy(pie_engine* engine, uint64_t stream, int direction, uint64_t dst, uint64_t src,
              int64_t bytes) {
   return guarded([&] {
+    pie::Engine& opened = open(engine);
+    check_copy(dst, src, bytes);
     const pie::CopyOp op{dst, src, static_cast<size_t>(bytes)};
-    driver(engine).copy_batch(stream, static_cast<pie::Direction>(direction != 0), &op, 1);
+    opened.driver().copy_batch(stream, static_cast<pie::Direction>(direction != 0), &op, 1);
   });
 }
 int pie_event_create(pie_engine* engine, uint64_t* event) {
-  return guarded([&] { *event = driver(engine).event_create(true); });
+  return guarded([&] {
+    pie::Driver& device = driver(engine);
+    uint64_t& made = at(event, "event");
+    made = device.event_create(true);
+  });
 }
 int pie_event_destroy(pie_engine* engine, uint64_t event) {
   return guarded([&] { driver(engine).event_destroy(event); });
@@ -200,11 +301,19 @@ int pie_event_record(pie_engine* engine, uint64_t event, uint64_t stream) {
   return guarded([&] { driver(engine).event_record(event, stream); });
 }
 int pie_event_query(pie_engine* engine, uint64_t event, int* complete) {
-  return guarded([&] { *complete = driver(engine).event_query(event) ? 1 : 0; });
+  return guarded([&] {
+    pie::Driver& device = driver(engine);
+    int& answer = at(complete, "complete");
+    answer = device.event_query(event) ? 1 : 0;
+  });
 }
 int pie_event_synchronize(pie_engine* engine, uint64_t event) {
   return guarded([&] { driver(engine).event_synchronize(event); });
 }
 int pie_event_elapsed(pie_engine* engine, uint64_t start, uint64_t end, double* seconds) {
-  return guarded([&] { *seconds = driver(engine).event_elapsed(start, end); });
+  return guarded([&] {
+    pie::Driver& device = driver(engine);
+    double& answer = at(seconds, "seconds");
+    answer = device.event_elapsed(start, end);
+  });
 }

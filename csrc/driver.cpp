@@ -1,6 +1,7 @@
 #include "driver.h"
 
 #include <cerrno>
+#include <climits>
 #include <cstdlib>
 #include <cstring>
 
@@ -17,10 +18,11 @@ std::unique_ptr<Driver> make_cuda(const std::string& kind) {
   int device = -1;
   if (kind.size() > 5) {
     char* end = nullptr;
-    device = static_cast<int>(std::strtol(kind.c_str() + 5, &end, 10));
-    if (*end != 0 || device < 0) {
+    const long number = std::strtol(kind.c_str() + 5, &end, 10);
+    if (*end != 0 || number < 0 || number > INT_MAX) {
       throw Error(PIE_ERR_UNSUPPORTED, "driver \"" + kind + "\" names no device; \"cuda:0\" does");
     }
+    device = static_cast<int>(number);
   }
   return std::make_unique<cuda::CudaDriver>(device);
 #else

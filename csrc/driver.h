@@ -60,6 +60,7 @@ class Driver {
   virtual void zero(Address address, size_t bytes) = 0;  // new memory, before its first use
   virtual void unmap(Address address, size_t bytes) noexcept = 0;  // does not wait for work
   virtual void* host_alloc(size_t bytes) = 0;                      // zeroed, populated, registered
+  virtual bool device_is_host() const { return false; }  // device memory is CPU memory too
   virtual void host_free(void* pointer, size_t bytes) noexcept = 0;
 
   // Streams.

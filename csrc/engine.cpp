@@ -1,21 +1,41 @@
 #include "engine.h"
 
+#include <exception>
+
+#include "drivers/free_memory.h"
+
 namespace pie {
 namespace {
 
-Geometry fitting(const pie_geometry& given, const Driver& driver) {
+int64_t at_start(const Geometry& geometry, int64_t chunks) {
+  if (chunks < 0 || chunks > geometry.num_chunks) return geometry.num_chunks;
+  return chunks > 0 ? chunks : 1;
+}
+
+// Memory is taken page by page, without a look: what is not there ends in the kernel killing
+// processes, and not in an error.
+void check_free(const Geometry& geometry, const Driver& driver, int64_t chunks) {
+  const int64_t device = driver.device_is_host() ? geometry.device_bytes : 0;
+  const int64_t pool = geometry.bytes_of_chunks(chunks);
+  const int64_t left = free_memory();
+  if (left < 0 || (device <= left && pool <= left - device)) return;
+  throw Error(PIE_ERR_TRANSFER,
+              "geometry: " + std::to_string(device) +
+                  " bytes of CPU memory for the device's KV and " + std::to_string(pool) +
+                  " for the pool are wanted at start, but " + std::to_string(left) +
+                  " are free on this machine or within its cgroup's limit; lower "
+                  "--kv-cache-memory-bytes or --pie-pool-gib, or free memory");
+}
+
+Geometry fitting(const pie_geometry& given, const Driver& driver, int64_t chunks) {
   const Geometry geometry(given);
   const auto g = static_cast<int64_t>(driver.granularity());
   if (geometry.granularity % g != 0) {
     throw Error(PIE_ERR_CONFIG, "geometry: granularity " + std::to_string(geometry.granularity) +
                                     " is not a multiple of the driver's " + std::to_string(g));
   }
+  check_free(geometry, driver, at_start(geometry, chunks));
   return geometry;
-}
-
-int64_t at_start(const Geometry& geometry, int64_t chunks) {
-  if (chunks < 0 || chunks > geometry.num_chunks) return geometry.num_chunks;
-  return chunks > 0 ? chunks : 1;
 }
 
 }  // namespace
@@ -32,7 +52,7 @@ Engine::Engine(const pie_geometry& geometry, const std::string& driver, double l
                uint32_t debug, int64_t chunks)
     : debug_(debug),
       driver_(make_driver(driver, link_bytes_per_s)),
-      geometry_(fitting(geometry, *driver_)),
+      geometry_(fitting(geometry, *driver_, chunks)),
       arena_(*driver_, geometry_),
       pool_(*driver_, geometry_, at_start(geometry_, chunks)),
       h2d_(*driver_),
@@ -86,6 +106,7 @@ void Engine::before_write(int64_t layer) {
   check_layer(layer);
   if (capturing()) return graphs_->capture.before_write(layer);
   submit_first_loads();
+  step_.gates.write(layer);
   wait_for_stores(layer);
   if (!step_.promotions.empty()) wait_on_compute(events_->ready[static_cast<size_t>(layer)]);
 }
@@ -103,7 +124,7 @@ void Engine::before_attention(int64_t layer) {
   if (debug(PIE_DEBUG_SKIP_GATE) && layer == geometry_.layers / 2) return;
   if (capturing()) return graphs_->capture.before_attention(layer);
   submit_first_loads();
-  step_.gates.gated.push_back(layer);
+  step_.gates.enter(layer);
   if (!step_.streams_in) return;
   wait_on_compute(events_->ready[static_cast<size_t>(layer)]);
   if (debug(PIE_DEBUG_LATE_SUBMIT)) submit_load(layer);
@@ -114,7 +135,7 @@ void Engine::after_attention(int64_t layer) {
   check_layer(layer);
   if (capturing()) return graphs_->capture.after_attention(layer);
   submit_first_loads();
-  step_.gates.left.push_back(layer);
+  step_.gates.leave(layer);
   driver_->event_record(events_->done[static_cast<size_t>(layer)], step_.compute);
   const int64_t next = layer + geometry_.slots;
   if (step_.streams_in && next < geometry_.layers && !debug(PIE_DEBUG_LATE_SUBMIT)) {
@@ -126,19 +147,16 @@ pie_stats Engine::end_step() {
   if (!step_.open) throw Error(PIE_ERR_STATE, "end_step without begin_step");
   try {
     if (!step_.in_graph) {
-      step_.gates.check("step " + std::to_string(step_.number), geometry_.layers);
+      // Rule 22: a write that passed no gate may have overtaken a copy of its page.
+      const bool writes = !step_.stores.empty() || !step_.promotions.empty();
+      step_.gates.check("step " + std::to_string(step_.number), geometry_.layers, writes);
     }
   } catch (const Error&) {
     abort_step();
     throw;
   }
-  // Layers whose write was not announced: the next step must not overtake their stores.
   try {
-    if (step_.in_graph) {
-      leave_graph();
-    } else {
-      for (int64_t l = 0; l < geometry_.layers; ++l) wait_for_stores(l);
-    }
+    if (step_.in_graph) leave_graph();
   } catch (const Error&) {
     step_.open = false;
     throw;
@@ -178,7 +196,12 @@ void Engine::abort_step() {
   // Rule 18: a replay may be under way, or there may be none: its promotions are made again, after
   // it.
   if (step_.open && step_.in_graph) wait_for_compute();
-  if (step_.open && driver_->stream_error(h2d_).empty()) finish_promotions();
+  std::exception_ptr lost;  // promotions that cannot be made: said when all else is in order
+  try {
+    if (step_.open && driver_->stream_error(h2d_).empty()) finish_promotions();
+  } catch (const Error&) {
+    lost = std::current_exception();
+  }
   step_.open = false;
   for (const Stream stream : {Stream{d2h_}, Stream{h2d_}, last_compute_}) {
     try {
@@ -188,9 +211,11 @@ void Engine::abort_step() {
     }  // PIE_ERR_STATE: the compute stream is gone
   }
   reset_events();
-  if (graphs_ == nullptr) return;
-  graphs_->tables.drop(h2d_);
-  check_replays(true);
+  if (graphs_ != nullptr) {
+    graphs_->tables.drop(h2d_);
+    check_replays(true);
+  }
+  if (lost != nullptr) std::rethrow_exception(lost);
 }
 
 // Nothing is said of what failed there.

@@ -15,6 +15,8 @@ using Now = std::chrono::steady_clock;
 // microsecond or two each, and a step needs two a layer.
 constexpr int64_t kSampleEvery = 4;
 
+constexpr int64_t kMostStep = int64_t{1} << 62;
+
 }  // namespace
 
 void Engine::open_step(const pie_plan& plan, bool forward, Stream compute) {
@@ -26,6 +28,10 @@ void Engine::open_step(const pie_plan& plan, bool forward, Stream compute) {
   check_streams();
   check_replays(false);
   driver_->stream_error(compute);  // throws where there is no such stream
+  if (plan.step < 0 || plan.step > kMostStep) {
+    throw Error(PIE_ERR_PLAN, "step " + std::to_string(plan.step) + " is not one of 0 to " +
+                                  std::to_string(kMostStep));
+  }
   const int64_t resident = geometry_.resident;
   Step step;
   step.number = plan.step;
@@ -192,8 +198,7 @@ pie_stats Engine::close_step() {
   step_.stats.store_seconds = out.seconds - reported_out_.seconds;
   reported_in_ = in;
   reported_out_ = out;
-  step_.stats.gates =
-      step_.in_graph ? geometry_.layers : static_cast<int64_t>(step_.gates.gated.size());
+  step_.stats.gates = step_.in_graph ? geometry_.layers : step_.gates.passed();
   stall_.end();
   if (driver_->stream_is_inline(step_.compute)) {
     step_.stats.stall_step = step_.number;

@@ -48,18 +48,19 @@ void GraphCapture::load(int64_t layer) {
 // load to wait for; end() refuses such a capture.
 void GraphCapture::before_write(int64_t layer) {
   fork();
+  gates_.write(layer);
   if (layer < loaded_) driver_.stream_wait(compute_, ready_[static_cast<size_t>(layer)]);
 }
 
 void GraphCapture::before_attention(int64_t layer) {
   fork();
-  gates_.gated.push_back(layer);
+  gates_.enter(layer);
   if (layer < loaded_) driver_.stream_wait(compute_, ready_[static_cast<size_t>(layer)]);
 }
 
 // Rule 14: the ring is an edge, from this attention to the load of the layer that takes its slot.
 void GraphCapture::after_attention(int64_t layer) {
-  gates_.left.push_back(layer);
+  gates_.leave(layer);
   const int64_t next = layer + slots_;
   if (next != loaded_ || next >= layers_) return;
   driver_.event_record(done_[static_cast<size_t>(layer)], compute_);
@@ -71,7 +72,7 @@ void GraphCapture::end() {
   if (!on_) throw Error(PIE_ERR_STATE, "end_capture without begin_capture");
   on_ = false;
   try {
-    gates_.check("the capture of a graph", layers_);
+    gates_.check("the capture of a graph", layers_, true);
   } catch (const Error&) {
     // Joined all the same: the end of the stream's capture would complain of that instead.
     if (forked_) {

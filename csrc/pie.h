@@ -1,8 +1,9 @@
 /* C interface of the transfer engine.
  *
  * Every function that can fail returns PIE_OK or a PIE_ERR_* code; the text of the last failure of
- * the calling thread is pie_last_error(). Nothing aborts the process. One thread makes all calls of
- * one engine; the interpreter lock need not be held (callbacks take it themselves).
+ * the calling thread is pie_last_error(). Nothing aborts the process: null pointers, engines that
+ * are not open, and sizes that overflow are errors. One thread makes all calls of one engine; the
+ * interpreter lock need not be held (callbacks take it themselves).
  */
 #ifndef PIE_H_
 #define PIE_H_

@@ -15,6 +15,13 @@ std::string text(const char* name, const pie_run& run) {
 
 Runs checked_runs(const Geometry& geometry, const char* name, const pie_run* runs, int64_t count,
                   int64_t low, int64_t high) {
+  // No step has more: each run has a row, and a block, of its own.
+  const int64_t most = std::max(geometry.rows, geometry.resident + geometry.pooled);
+  if (count < 0 || count > most || (count > 0 && runs == nullptr)) {
+    throw Error(PIE_ERR_PLAN, std::to_string(count) + " " + name + " runs" +
+                                  (runs == nullptr ? " at a null pointer" : "") + "; 0 to " +
+                                  std::to_string(most) + " can be");
+  }
   for (int64_t i = 0; i < count; ++i) {
     const pie_run& run = runs[i];
     // Written so that no sum can overflow.

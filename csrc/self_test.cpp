@@ -67,6 +67,7 @@ class SelfTest {
 
   void run() {
     aliases();
+    if (!engine_.pool().holds(0)) fail("the first chunk of the pool is not there; commit it first");
     const int64_t last = (g_.num_chunks - 1) * g_.chunk_rows;
     const bool apart = g_.num_chunks > 1;
     borrowed_ = !engine_.pool().holds(last);

@@ -40,6 +40,12 @@ Device::Device(int index) : api_(api()), device_(choose(api_, index)) {
                 "this GPU cannot map memory at chosen addresses (no virtual memory management); "
                 "it needs compute capability 7.0 or newer, and no virtualisation that hides it");
   }
+  if (attribute(CU_DEVICE_ATTRIBUTE_INTEGRATED) != 0) {
+    throw Error(PIE_ERR_UNSUPPORTED,
+                "this GPU shares the CPU's memory (an integrated device, such as the GB10 of DGX "
+                "Spark, or Jetson): the CPU has no memory beside it to pool. Use --block-manager "
+                "default, and give the GPU more with --gpu-memory-utilization");
+  }
   const CUmemAllocationProp wanted = properties();
   check(
       api_.cuMemGetAllocationGranularity(&granularity_, &wanted, CU_MEM_ALLOC_GRANULARITY_MINIMUM),

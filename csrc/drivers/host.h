@@ -27,6 +27,7 @@ class HostDriver : public Driver {
   void unmap(Address address, size_t bytes) noexcept override;
   void* host_alloc(size_t bytes) override;
   void host_free(void* pointer, size_t bytes) noexcept override;
+  bool device_is_host() const override { return true; }
 
   Stream stream_create() override;
   void stream_destroy(Stream stream) noexcept override;

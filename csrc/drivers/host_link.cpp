@@ -10,6 +10,23 @@
 namespace pie {
 namespace {
 
+constexpr double kLeastSpeed = 1e3, kMostMilliseconds = 6e4;
+
+void check_fault(int fault, double a, double b) {
+  if (fault < PIE_FAULT_NONE || fault > PIE_FAULT_TORN) {
+    throw Error(PIE_ERR_CONFIG, "unknown fault " + std::to_string(fault));
+  }
+  if (fault == PIE_FAULT_FAIL && !(a >= 0 && a <= 1e18)) {
+    throw Error(PIE_ERR_CONFIG, "no copy number " + std::to_string(a) + " can fail; 1 is the next");
+  }
+  if (fault != PIE_FAULT_LATE && fault != PIE_FAULT_TORN) return;
+  for (const double ms : {a, fault == PIE_FAULT_LATE ? b : 0.0}) {
+    if (!(ms >= 0 && ms <= kMostMilliseconds)) {
+      throw Error(PIE_ERR_CONFIG, "a fault of " + std::to_string(ms) + " ms; 0 to 60000 can be");
+    }
+  }
+}
+
 std::chrono::nanoseconds milliseconds(double ms) {
   return std::chrono::nanoseconds(static_cast<int64_t>(ms * 1e6));
 }
@@ -28,6 +45,12 @@ void sleep_until(Clock::time_point when) {
   while (Clock::now() < when &&
          clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &at, nullptr) == EINTR) {
   }
+}
+
+HostLink::HostLink(double bytes_per_s) : bytes_per_s_(bytes_per_s) {
+  if (bytes_per_s <= 0 || (bytes_per_s >= kLeastSpeed && std::isfinite(bytes_per_s))) return;
+  throw Error(PIE_ERR_CONFIG, "an emulated link of " + std::to_string(bytes_per_s) +
+                                  " bytes/s; use 1000 or more, or 0 for the machine's own speed");
 }
 
 HostLink::Orders HostLink::take_orders(Lane& lane, size_t count) {
@@ -95,6 +118,7 @@ Counters HostLink::counters(Direction direction) const {
 }
 
 void HostLink::inject(int fault, int directions, double a, double b, uint64_t seed) {
+  check_fault(fault, a, b);
   std::lock_guard<std::mutex> lock(mutex_);
   for (int i = 0; i < 2; ++i) {
     if (!(directions >> i & 1)) continue;
@@ -116,7 +140,7 @@ void HostLink::inject(int fault, int directions, double a, double b, uint64_t se
         lane.torn = a;
         break;
       default:
-        throw Error(PIE_ERR_CONFIG, "unknown fault " + std::to_string(fault));
+        break;
     }
   }
 }

@@ -15,11 +15,13 @@ using Clock = std::chrono::steady_clock;
 class HostLink {
  public:
   // bytes_per_s <= 0: as fast as memcpy. Else a batch takes at least bytes / bytes_per_s.
-  explicit HostLink(double bytes_per_s) : bytes_per_s_(bytes_per_s) {}
+  // Throws PIE_ERR_CONFIG for a speed at which a copy would take for ever.
+  explicit HostLink(double bytes_per_s);
 
   // Copies in the calling thread. Throws on an injected failure; what was copied before it stays.
   void copy(Direction direction, const CopyOp* ops, size_t count);
   Counters counters(Direction direction) const;
+  // Throws PIE_ERR_CONFIG for an unknown fault, or times that are not from 0 to a minute.
   void inject(int fault, int directions, double a, double b, uint64_t seed);
 
  private:

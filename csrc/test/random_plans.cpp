@@ -28,7 +28,7 @@ namespace {
 class Scenario {
  public:
   Scenario(uint64_t seed, const std::string& driver)
-      : random_(seed), engine_(geometry(), driver, 0, 0, -1), g_(engine_.geometry()) {
+      : random_(seed), engine_(geometry(driver), driver, 0, 0, -1), g_(engine_.geometry()) {
     resident_.assign(static_cast<size_t>(g_.resident), 0);
     rows_.assign(static_cast<size_t>(g_.rows), 0);
     if (seed % 2 == 0) compute_ = engine_.driver().stream_create();
@@ -81,10 +81,11 @@ class Scenario {
   int64_t pick(int64_t n) { return static_cast<int64_t>(random_() % static_cast<uint64_t>(n)); }
   bool chance(int percent) { return pick(100) < percent; }
 
-  pie_geometry geometry() {
+  pie_geometry geometry(const std::string& driver) {
     const int64_t layers = 1 + pick(6), rows = 2 + pick(12);
+    const auto unit = static_cast<int64_t>(pie::make_driver(driver, 0)->granularity());
     return {layers, 40 + pick(3000), 3 + pick(8), 1 + pick(6), 1 + pick(layers),
-            rows,   1 + pick(rows),  4096};
+            rows,   1 + pick(rows),  unit};
   }
 
   // A run from a block and a row that both allow it, as long as they do.

@@ -40,6 +40,9 @@ CHUNK_BYTES = 64 << 20
 MIN_RESIDENT_BLOCKS = 4
 """Null block, a tail that is being written, the block after it, one spare."""
 
+MOST_BYTES = 2**63 - 1
+"""Of any size: the native engine counts in 64 bits."""
+
 
 def round_up(value: int, multiple: int) -> int:
     """The least multiple of ``multiple`` that is not below ``value``."""
@@ -197,6 +200,19 @@ def plan_geometry(
     Raises:
         ConfigError: the sizes cannot work; says the least that would.
     """
+    _check_sizes(
+        {
+            "the number of attention layers": num_layers,
+            "the bytes of a KV page": page_bytes,
+            "the driver's granularity": granularity,
+            "the blocks of a longest request (--max-model-len)": needed_blocks,
+            "the bytes of a chunk": chunk_bytes,
+            "the device's KV memory (--kv-cache-memory-bytes)": device_bytes,
+            "the pool (--pie-pool-gib)": pool_bytes,
+        },
+        ring_fraction,
+        fed_blocks,
+    )
     slots = min(DEFAULT_RING_SLOTS, num_layers) if ring_slots is None else ring_slots
     if not 1 <= slots <= num_layers:
         raise ConfigError(
@@ -240,7 +256,7 @@ def plan_geometry(
             "or lower --max-model-len."
         )
     chunk_rows = max(1, min(rows, chunk_bytes // row_bytes))
-    return Geometry(
+    geometry = Geometry(
         num_layers=num_layers,
         page_bytes=page_bytes,
         resident_blocks=resident,
@@ -250,6 +266,29 @@ def plan_geometry(
         chunk_rows=chunk_rows,
         granularity=granularity,
     )
+    if geometry.virtual_bytes > MOST_BYTES:
+        raise ConfigError(
+            f"{window} pooled blocks in each of {num_layers} layers take {geometry.virtual_bytes} "
+            f"bytes of addresses; {MOST_BYTES} are there. Lower --pie-pool-gib or "
+            "--pie-ring-fraction."
+        )
+    return geometry
+
+
+def _check_sizes(
+    sizes: dict[str, int], ring_fraction: float | None, fed_blocks: int | None
+) -> None:
+    """Refuse sizes that no machine has: their products would not be what they seem."""
+    for name, value in sizes.items():
+        least = 0 if "--pie-pool-gib" in name or "--kv-cache-memory-bytes" in name else 1
+        if not least <= value <= MOST_BYTES:
+            raise ConfigError(f"{name} cannot be {value}; {least} to {MOST_BYTES} can be.")
+    if ring_fraction is not None and not 0 < ring_fraction < 1:
+        raise ConfigError(
+            f"--pie-ring-fraction {ring_fraction} is not a share; use one above 0 and below 1."
+        )
+    if fed_blocks is not None and fed_blocks < 0:
+        raise ConfigError(f"a link cannot feed {fed_blocks} blocks; measure it again.")
 
 
 def _widen(

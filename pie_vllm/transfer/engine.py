@@ -52,7 +52,8 @@ class TransferEngine(GraphSteps):
         ConfigError: an unknown debug word, or sizes that cannot work.
         UnsupportedError: the driver is not in this build, or this machine cannot do it.
         NativeLibraryError: the native library is missing or does not fit.
-        TransferError: memory could not be had; nothing is left behind.
+        TransferError: memory could not be had, or more is wanted at start than is free;
+            nothing is left behind.
     """
 
     def __init__(
@@ -140,8 +141,10 @@ class TransferEngine(GraphSteps):
     def before_write(self, layer: int) -> None:
         """Order the layer's KV write after stores of the same pages and copies into them.
 
+        It is counted in steps that store or promote, and in captures.
+
         Raises:
-            TransferError: a store failed, or no step is open.
+            TransferError: a store failed, no step is open, or the engine is closed.
         """
         if not self._writes_wait:
             return
@@ -176,7 +179,8 @@ class TransferEngine(GraphSteps):
         is not measured: ``stall_step`` is -1, or that of an earlier step.
 
         Raises:
-            GateError: not every layer passed its gate once and in order, or the graph of an
+            GateError: not every layer passed its gate once and in order, in a step that stores
+                or promotes also that of its write ahead of its attention, or the graph of an
                 earlier step did not copy all its layers, which is known when its count of
                 them has arrived, some steps later.
             TransferError: a copy of this step or an earlier one failed; call
@@ -196,6 +200,7 @@ class TransferEngine(GraphSteps):
 
         Raises:
             TransferError: the device cannot recover; only ``close`` is left.
+            IntegrityError: the memory of a promotion's row is not there any more; all else is done.
             GateError: a graph of an earlier step did not copy all its layers.
         """
         self._check(self._library.pie_abort_step(self._open()))
@@ -286,6 +291,7 @@ class TransferEngine(GraphSteps):
             GateError: a graph of an earlier step did not copy all its layers; all is given back.
         """
         handle, self._handle = self._handle, None
+        self._writes_wait = True  # So that this gate, too, says that the engine is closed.
         if handle is not None:
             self.arena.release()
             self._check(self._library.pie_close(handle))

@@ -111,19 +111,38 @@ class CountersStruct(ctypes.Structure):
     _fields_ = [("bytes", c_int64), ("copies", c_int64), ("seconds", c_double)]
 
 
+_LIMIT = 1 << 63
+"""Numbers of the C interface are below it, and not below its negative: ctypes would cut others."""
+
+
+class _Int64(c_int64):
+    """A ``c_int64`` argument that is not cut to 64 bits silently."""
+
+    @classmethod
+    def from_param(cls, value: int) -> c_int64:
+        """The argument; raises ConfigError where it does not fit."""
+        return c_int64(_fitting("a number", value))
+
+
+def _fitting(name: str, value: int) -> int:
+    if -_LIMIT <= value < _LIMIT:
+        return value
+    raise ConfigError(f"{name} of {value} does not fit 64 bits; it must be below 2**63")
+
+
 HOST_FN = ctypes.CFUNCTYPE(None, c_void_p)
 """A callback on a stream; takes the interpreter lock itself."""
 
 _E = c_void_p
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pie_granularity": (c_char_p, POINTER(c_int64)),
-    "pie_open": (POINTER(GeometryStruct), c_char_p, c_double, c_uint32, c_int64, POINTER(c_void_p)),
+    "pie_open": (POINTER(GeometryStruct), c_char_p, c_double, c_uint32, _Int64, POINTER(c_void_p)),
     "pie_close": (_E,),
     "pie_arena": (_E, POINTER(c_uint64), POINTER(c_int64)),
     "pie_bytes": (_E, POINTER(c_int64), POINTER(c_int64)),
-    "pie_commit_chunk": (_E, c_int64),
-    "pie_release_chunk": (_E, c_int64),
-    "pie_row_page": (_E, c_int64, c_int64, POINTER(c_uint64)),
+    "pie_commit_chunk": (_E, _Int64),
+    "pie_release_chunk": (_E, _Int64),
+    "pie_row_page": (_E, _Int64, _Int64, POINTER(c_uint64)),
     "pie_begin_step": (_E, POINTER(PlanStruct), c_uint64),
     "pie_begin_graph_step": (_E, POINTER(PlanStruct), c_uint64, POINTER(c_int)),
     "pie_enter_graph": (_E,),
@@ -137,8 +156,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pie_self_test": (_E,),
     "pie_zero_ring": (_E,),
     "pie_device_arch": (_E, c_char_p, c_int64),
-    "pie_use_gather": (_E, c_char_p, c_int64, c_int64, c_int),
-    "pie_use_graphs": (_E, c_char_p, c_int64, c_int64, c_int),
+    "pie_use_gather": (_E, c_char_p, _Int64, _Int64, c_int),
+    "pie_use_graphs": (_E, c_char_p, _Int64, _Int64, c_int),
     "pie_begin_capture": (_E, c_uint64),
     "pie_end_capture": (_E,),
     "pie_counters_of": (_E, c_int, POINTER(CountersStruct)),
@@ -148,7 +167,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pie_stream_synchronize": (_E, c_uint64),
     "pie_stream_wait": (_E, c_uint64, c_uint64),
     "pie_launch_host": (_E, c_uint64, HOST_FN, c_void_p),
-    "pie_copy": (_E, c_uint64, c_int, c_uint64, c_uint64, c_int64),
+    "pie_copy": (_E, c_uint64, c_int, c_uint64, c_uint64, _Int64),
     "pie_event_create": (_E, POINTER(c_uint64)),
     "pie_event_destroy": (_E, c_uint64),
     "pie_event_record": (_E, c_uint64, c_uint64),
@@ -216,9 +235,15 @@ def driver_granularity(driver: str = "host", library_path: str | Path | None = N
 
 
 class PlanArrays:
-    """A plan as the C interface takes it; keeps the arrays alive."""
+    """A plan as the C interface takes it; keeps the arrays alive.
+
+    Raises:
+        IntegrityError: a number of the plan does not fit 64 bits.
+    """
 
     def __init__(self, plan: StepPlan) -> None:
+        if not -_LIMIT <= plan.step < _LIMIT:
+            raise IntegrityError(f"a step with the number {plan.step}, which does not fit 64 bits")
         self._stores = _triples(plan.stores)
         self._promotions = _triples(plan.promotions)
         self._loads = _triples(plan.loads or ())
@@ -234,13 +259,18 @@ class PlanArrays:
 
 
 def _triples(runs: tuple[Copy, ...]) -> array[int]:
-    return array("q", chain.from_iterable(runs))
+    try:
+        return array("q", chain.from_iterable(runs))
+    except OverflowError as error:
+        raise IntegrityError(f"a run with a number that does not fit 64 bits: {error}") from error
 
 
 def geometry_struct(geometry: Geometry) -> GeometryStruct:
-    """A geometry as the C interface takes it."""
+    """A geometry as the C interface takes it. Raises ConfigError for a size beyond 64 bits."""
     names = [field[0] for field in GeometryStruct._fields_]
-    return GeometryStruct(*(getattr(geometry, name) for name in names))
+    return GeometryStruct(
+        *(_fitting(f"geometry: {name}", getattr(geometry, name)) for name in names)
+    )
 
 
 def debug_flags(words: Iterable[str]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mmap import PAGESIZE
+
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from pie_vllm.vllm.worker import PieWorkerMixin
@@ -12,5 +14,5 @@ class PieCPUWorker(PieWorkerMixin, CPUWorker):
 
     pie_device = "cpu"
     pie_driver = "host"
-    pie_granularity = 4096
+    pie_granularity = PAGESIZE  # 4 KiB on x86-64, often 64 KiB on Arm: what the host driver maps
     pie_device_is_host = True

@@ -23,7 +23,8 @@ class PieGPUWorker(PieWorkerMixin, Worker):
         """Take the device as vLLM does, then ask the driver what it maps in one piece.
 
         Raises:
-            UnsupportedError: this build has no CUDA driver, or the system's is too old.
+            UnsupportedError: this build has no CUDA driver, the system's is too old, or the GPU
+                shares the CPU's memory, as integrated devices do.
         """
         super().init_device()
         self.pie_granularity = driver_granularity(self.pie_driver)

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from tests.helpers import standin
 SWITCH = "PIE_TEST_CUDA_ON_CPU"
 
 
-def environment(report: Path, granularity: int = 4096) -> dict[str, str]:
+def environment(report: Path, granularity: int = PAGESIZE) -> dict[str, str]:
     """Of a process that is to call ``enable``.
 
     Args:

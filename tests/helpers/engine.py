@@ -51,6 +51,7 @@ class Setup:
         idle_seconds: how long the pool keeps memory that is not needed.
         full_graphs: steps that load may run in FULL graphs.
         lost_relabels: the worker drops all relabels.
+        fused_write: the layer whose KV write passes no gate, as a fused kernel's; None is none.
         kv_heads: of the model, on each rank.
         ranks: of tensor parallelism; all sizes are those of one.
         other: further arguments of ``vllm.LLM``.
@@ -73,6 +74,7 @@ class Setup:
     idle_seconds: float = 60.0
     full_graphs: bool = False
     lost_relabels: bool = False
+    fused_write: int | None = None
     kv_heads: int = KV_HEADS
     ranks: int = 1
     other: dict[str, Any] = field(default_factory=dict)
@@ -127,7 +129,8 @@ class Setup:
         for key in ("emulated_link_gbps", "limit_contention", "parking"):
             if getattr(self, key) is not None:
                 pie[key] = getattr(self, key)
-        return {"llm": llm, "pie": pie, "lost_relabels": self.lost_relabels}
+        broken = {"lost_relabels": self.lost_relabels, "fused_write": self.fused_write}
+        return {"llm": llm, "pie": pie, **broken}
 
 
 def request(

@@ -27,6 +27,12 @@ def _lose(runner: Any, relabels: Any) -> None:
     """In place of ``compat.relabel_rows``: the worker's tables keep the old ids."""
 
 
+def _fuse_write(context: dict[str, Any], layer: int) -> None:
+    """That layer writes its KV past its gate."""
+    impl = list(context.values())[layer].impl
+    impl.do_kv_cache_update = super(type(impl), impl).do_kv_cache_update
+
+
 class Engine:
     """One ``vllm.LLM`` and a record of what it schedules."""
 
@@ -49,6 +55,9 @@ class Engine:
             raise
         self.start_seconds = time.process_time() - began
         self.core = self.llm.llm_engine.engine_core.engine_core
+        if settings.get("fused_write") is not None:
+            context = self.core.vllm_config.compilation_config.static_forward_context
+            _fuse_write(context, settings["fused_write"])
         self.recorder = Recorder(self.core.scheduler)
         self._encode = _encoder(Path(settings["llm"]["model"]))
         self._numbers = 0

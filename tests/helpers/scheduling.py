@@ -9,6 +9,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
+from mmap import PAGESIZE
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ def geometry(resident: int, pooled: int, rows: int | None = None, **other: int) 
         "page_bytes": 4096,
         "ring_slots": 2,
         "chunk_rows": 8,
-        "granularity": 4096,
+        "granularity": PAGESIZE,
         **other,
     }
     return Geometry(

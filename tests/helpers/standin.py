@@ -78,7 +78,8 @@ def library_folder(sanitize: str | None = None) -> Path:
 
     ``sanitize``: None, "address" or "thread"; such a build needs a program built likewise.
     """
-    digest = hashlib.sha256(repr((FLAGS, sanitize, include_folder())).encode())
+    compiler = os.environ.get("CXX")
+    digest = hashlib.sha256(repr((FLAGS, sanitize, include_folder(), compiler)).encode())
     for source in sorted(SOURCES.glob("*.*")):
         digest.update(source.name.encode() + source.read_bytes())
     folder = BUILDS / digest.hexdigest()[:16]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from pie_vllm.errors import ConfigError
 from pie_vllm.policy.geometry import (
     MIN_RESIDENT_BLOCKS,
+    MOST_BYTES,
     MOST_RING_FRACTION,
     Geometry,
     plan_geometry,
@@ -123,6 +127,65 @@ def test_no_run_of_rows_can_leave_the_pool() -> None:
 )
 def test_impossible_sizes_say_what_would_work(changes: dict[str, int], words: list[str]) -> None:
     """Each refusal names the flag, the value found and the way out."""
+    with pytest.raises(ConfigError) as caught:
+        plan(**changes)
+    for word in words:
+        assert word in str(caught.value)
+
+
+EXTREMES = (0, -1, 1, 2, 2**31, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 + 3, 10**400)
+
+
+@pytest.mark.fuzz
+def test_sizes_of_any_magnitude_are_planned_or_refused(fuzz_seeds: range) -> None:
+    """Nothing but a ConfigError comes out, and what is planned fits the native engine's 64 bits."""
+    planned = 0
+    for seed in fuzz_seeds:
+        draw = random.Random(seed)
+        for _ in range(20):
+            changes: dict[str, object] = {
+                name: draw.choice(EXTREMES)
+                if draw.random() < 0.7
+                else draw.randrange(1, 1 << draw.randrange(1, 70))
+                for name in draw.sample(sorted(SIZES), draw.randint(1, 3))
+            }
+            if draw.random() < 0.3:
+                changes["ring_fraction"] = draw.choice([0.0, -1.0, 1.0, math.nan, math.inf, 0.5])
+            if draw.random() < 0.3:
+                changes["ring_slots"] = draw.choice(EXTREMES)
+            if draw.random() < 0.3:
+                changes["fed_blocks"] = draw.choice(EXTREMES)
+            try:
+                g = plan(**changes)
+            except ConfigError:
+                continue
+            planned += 1
+            wanted = {**SIZES, **changes}
+            assert g.device_bytes <= wanted["device_bytes"]  # type: ignore[operator]
+            assert g.host_bytes <= wanted["pool_bytes"]  # type: ignore[operator]
+            assert g.num_blocks > wanted["needed_blocks"]  # type: ignore[operator]
+            assert 1 <= g.pooled_blocks <= g.rows
+            assert max(g.virtual_bytes, g.device_bytes, g.host_bytes) <= MOST_BYTES
+    assert planned > len(fuzz_seeds)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_layers": 0}, ["attention layers", "cannot be 0", "1 to"]),
+        ({"page_bytes": 0}, ["KV page", "cannot be 0"]),
+        ({"pool_bytes": 2**63}, ["--pie-pool-gib", str(2**63), "0 to"]),
+        ({"device_bytes": 10**400}, ["--kv-cache-memory-bytes"]),
+        ({"granularity": 0}, ["granularity", "cannot be 0"]),
+        ({"ring_fraction": math.nan}, ["--pie-ring-fraction nan", "above 0 and below 1"]),
+        ({"fed_blocks": -1}, ["cannot feed -1 blocks"]),
+        (
+            {"pool_bytes": MOST_BYTES, "device_bytes": MOST_BYTES, "ring_fraction": 0.9},
+            ["bytes of addresses", "--pie-pool-gib"],
+        ),
+    ],
+)
+def test_sizes_that_no_machine_has_say_so(changes: dict[str, object], words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         plan(**changes)
     for word in words:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,8 @@ from pie_vllm.transfer.stats import StepStats
 from pie_vllm.transfer.streams import DriverStream, row_page
 from tests.helpers.standin import load
 
-PAGE = 4096
+PAGE = mmap.PAGESIZE
+"""What the host driver maps in one piece; the stand-in for libcuda does the same here."""
 LATCH_SECONDS = 5.0
 Pages = npt.NDArray[np.uint8]
 

@@ -13,8 +13,9 @@ from pie_vllm.transfer.calibration import (
     scratch_geometry,
 )
 from tests.helpers.process import resident_bytes
+from tests.transfer.driving import PAGE
 
-GRANULARITY = 4096
+GRANULARITY = PAGE
 
 
 def measure(
@@ -43,7 +44,7 @@ def test_pieces_are_single_pages_and_longer_runs() -> None:
     assert [piece.piece_bytes for piece in measure(1e7).pieces] == [65_536]
 
 
-@pytest.mark.parametrize("granularity", [4096, 2 << 20])
+@pytest.mark.parametrize("granularity", [PAGE, 2 << 20])
 @pytest.mark.parametrize(
     ("layers", "page"), [(30, 98_304), (80, 65_536), (80, 16 << 20), (1, 64), (200, 3 << 20)]
 )

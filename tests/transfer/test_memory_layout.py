@@ -12,14 +12,14 @@ from pie_vllm.policy.geometry import Geometry
 from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.native import driver_granularity
 from pie_vllm.transfer.streams import row_page
-from tests.transfer.driving import View, content, geometry, host_only, plan, run_step
+from tests.transfer.driving import PAGE, View, content, geometry, host_only, plan, run_step
 
 SIZES = [
     {},
     {"page_bytes": 4096},
     {"page_bytes": 1, "resident_blocks": 1, "pooled_blocks": 1},
     {"page_bytes": 98304, "resident_blocks": 5, "num_layers": 3, "ring_slots": 3},
-    {"page_bytes": 12345, "granularity": 8192},
+    {"page_bytes": 12345, "granularity": 2 * PAGE},
     {"num_layers": 1, "ring_slots": 1},
     {"num_layers": 7, "ring_slots": 3, "page_bytes": 4097},
     {"num_layers": 5, "ring_slots": 5, "rows": 1, "chunk_rows": 1},
@@ -195,7 +195,7 @@ def test_bad_geometry(sizes: dict[str, int]) -> None:
 
 def test_memory_that_cannot_be_had_is_an_error_and_rolls_back() -> None:
     before = _mappings()
-    for sizes in ({"pooled_blocks": 1 << 52}, {"rows": 1 << 40, "chunk_rows": 1 << 40}):
+    for sizes in ({"pooled_blocks": 1 << 42}, {"rows": 1 << 40, "chunk_rows": 1 << 40}):
         with pytest.raises(TransferError):
             TransferEngine(geometry(**sizes))
     assert _mappings() == before
@@ -233,7 +233,7 @@ def test_random_geometries_pass_the_self_test(driver: str) -> None:
             ring_slots=draw.randint(1, layers),
             rows=(rows := draw.randint(1, 20)),
             chunk_rows=draw.randint(1, rows),
-            granularity=draw.choice((4096, 65536)),
+            granularity=PAGE * draw.choice((1, 16)),
         )
         with TransferEngine(sizes, driver=driver) as engine:
             engine.self_test()

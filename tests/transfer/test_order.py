@@ -166,19 +166,6 @@ def test_write_waits_for_the_stores_of_its_layer(
     assert rows_hold(view, 0, OLD) == []
 
 
-def test_unannounced_writes_of_later_steps_wait_too(engine: TransferEngine, view: View) -> None:
-    view.write_all(3, OLD)
-    inject(engine, "late", direction="store", milliseconds=10)
-    engine.begin_step(plan(1, stores=((3, 0, 1),)))
-    for layer in LAYERS:
-        engine.before_attention(layer)
-        engine.after_attention(layer)
-    engine.end_step()
-    view.write_all(3, NEW)
-    engine.abort_step()
-    assert rows_hold(view, 0, OLD) == []
-
-
 @pytest.mark.parametrize("fault", ["late", "torn"])
 @pytest.mark.parametrize("inline", [True, False])
 def test_attention_waits_for_the_loads_of_its_layer(

@@ -12,7 +12,7 @@ from pie_vllm.policy.plan import Copy, StepPlan
 from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.stats import StepStats
 from pie_vllm.transfer.streams import DriverStream, counters
-from tests.transfer.driving import View, inject
+from tests.transfer.driving import PAGE, View, inject
 
 Holds = dict[int, int]
 
@@ -135,7 +135,7 @@ def random_geometry(seed: int) -> Geometry:
         ring_slots=draw.randint(1, layers),
         rows=rows,
         chunk_rows=draw.randint(1, rows),
-        granularity=4096,
+        granularity=PAGE,
     )
 
 

@@ -134,6 +134,7 @@ def test_missed_gate(engine: TransferEngine, calls: list[int], text: str) -> Non
     view.write_row(3, 5)
     engine.begin_step(plan(1, promotions=((2, 3, 1),), loads=((8, 0, 1),)))
     for layer in calls:
+        engine.before_write(layer)
         engine.before_attention(layer)
         engine.after_attention(layer)
     with pytest.raises(GateError, match=text):

@@ -104,13 +104,20 @@ def test_a_call_that_fails_in_service_ends_the_engine_clearly(
     assert cuda_on_cpu.found_wrong(report) == []
 
 
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ("register_limit=4096", "lower --pie-pool-gib"),
+        ("integrated=1", "UnsupportedError: this GPU shares the CPU's memory"),
+    ],
+)
 def test_a_machine_that_cannot_is_refused_at_start(
-    cuda_engines: Open, small: Setup, report: Path
+    cuda_engines: Open, small: Setup, report: Path, settings: str, text: str
 ) -> None:
     """The way out is in the error; others are in tests/transfer/test_cuda_driver.py."""
-    settings = cuda_on_cpu.environment(report)["PIE_STANDIN"]
-    engines = cuda_engines(PIE_STANDIN=f"{settings},register_limit=4096")
-    with pytest.raises(EngineError, match="lower --pie-pool-gib"):
+    usual = cuda_on_cpu.environment(report)["PIE_STANDIN"]
+    engines = cuda_engines(PIE_STANDIN=f"{usual},{settings}")
+    with pytest.raises(EngineError, match=text):
         engines.run(small, SMALL)
     engines.close()
     assert cuda_on_cpu.found_wrong(report) == []

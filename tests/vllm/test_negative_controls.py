@@ -68,6 +68,17 @@ def test_broken_engine_shows(
     assert tokens(pie) != right
 
 
+def test_a_write_past_its_gate_raises(
+    engines: Engines, setup: Setup, rounds: list[dict[str, Any]]
+) -> None:
+    """A fused KV write may overtake the store of its page: the first step that stores says so."""
+    wanted = (
+        r"GateError: step \d+ passed 6 gates of 6; without the gate of their KV write: layers 2"
+    )
+    with pytest.raises(EngineError, match=wanted):
+        engines.run(replace(setup, fused_write=2), rounds)
+
+
 def test_skipped_gate_raises(engines: Engines, setup: Setup, rounds: list[dict[str, Any]]) -> None:
     """A layer that ran without its gate fails the step: no plausible wrong text comes back."""
     with pytest.raises(EngineError, match="GateError"):

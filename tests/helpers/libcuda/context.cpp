@@ -106,6 +106,7 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice
       {CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, "vmm_supported"},
       {CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM, "can_use_host_pointer"},
       {CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID, "host_numa_id"},
+      {CU_DEVICE_ATTRIBUTE_INTEGRATED, "integrated"},
   };
   const auto known = fixed.find(attribute);
   const auto set = settable.find(attribute);

@@ -30,6 +30,7 @@ std::map<std::string, int64_t> default_settings() {
       {"vmm_supported", 1},
       {"device_memory", int64_t{8} << 30},  // bytes of each device
       {"host_numa_id", 0},
+      {"integrated", 0},
       {"can_use_host_pointer", 1},
       {"register_limit", 0},   // bytes in all; 0: none
       {"batch_supported", 1},  // 0: cuMemcpyBatchAsync returns CUDA_ERROR_NOT_SUPPORTED

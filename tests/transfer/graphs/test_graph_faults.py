@@ -14,7 +14,7 @@ from tests.helpers.cuda_calls import Cuda
 from tests.helpers.gather_kernel import IMAGE, GatherKernel
 from tests.helpers.standin import Standin, load
 from tests.transfer.driving import View, plan
-from tests.transfer.graphing import GLOBAL, GraphModel, Seen
+from tests.transfer.graphing import GLOBAL, GraphModel
 
 MakeEngine = Callable[..., TransferEngine]
 pytestmark = pytest.mark.usefixtures("kernel")
@@ -75,30 +75,11 @@ ALL = [
 ]
 
 
+READS = [gate for gate in ALL if gate[0] != "before_write"]
+
+
 def without(*gates: tuple[str, int]) -> list[tuple[str, int]]:
     return [gate for gate in ALL if gate not in gates]
-
-
-class Unannounced(GraphModel):
-    """Its layers do not say that they write."""
-
-    def layer(self, layer: int) -> None:
-        self.engine.before_attention(layer)
-        self.attend(layer)
-        self.engine.after_attention(layer)
-
-
-def test_a_capture_may_leave_announcements_of_writes_out(
-    engine: TransferEngine, stream: DriverStream, view: View
-) -> None:
-    """The first attention forks it then."""
-    view.write_row(0, 3)
-    seen = Seen(view, b8=3)
-    model = Unannounced(engine, stream)
-    model.run(plan(1, loads=((8, 0, 1),)), attend=seen)
-    model.close()
-    engine.drain()
-    seen.check()
 
 
 @pytest.mark.parametrize(
@@ -113,6 +94,17 @@ def test_a_capture_may_leave_announcements_of_writes_out(
         ([*ALL[:3], *ALL[6:9], *ALL[3:6], *ALL[9:]], "out of order: layers 0, 2, 1"),
         (ALL[:7], "without their gate"),
         ([("before_write", 0)], "without their gate"),
+        (READS, "6 gates of 6; without the gate of their KV write: layers 0, 1, 2, 3, 4, 5"),
+        (
+            without(("before_write", 5)),
+            "6 gates of 6; without the gate of their KV write: layers 5",
+        ),
+        ([*ALL[1:3], ALL[0], *ALL[3:]], "KV written after their attention: layers 0"),
+        ([*ALL[:3], *ALL[:1], *ALL[3:]], "KV written more than once: layers 0"),
+        (
+            [*ALL[3:4], *ALL[:3], *ALL[4:]],
+            "6 gates of 6; with KV written out of order: layers 1, 0, 2, 3, 4, 5",
+        ),
     ],
 )
 def test_a_capture_that_misses_a_gate_is_refused(
