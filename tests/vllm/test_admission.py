@@ -129,7 +129,9 @@ def test_a_turn_shortens_no_other_wait() -> None:
 
 
 @pytest.mark.parametrize("cap", [None, 159, 100, 0])
-def test_a_cap_of_hits_holds_for_parked_kv(cap: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cap_of_hits_holds_for_parked_kv(
+    cap: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """0.33 caps hits where outputs beside the KV are kept: full blocks within it are found."""
     made = parked_chats.driver()
     chat = parked_chats.chat_then_others(made)
