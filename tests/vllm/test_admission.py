@@ -128,7 +128,7 @@ def test_a_turn_shortens_no_other_wait() -> None:
     made.verify()
 
 
-@pytest.mark.parametrize("cap", [None, 159, 100, 0])
+@pytest.mark.parametrize("cap", [None, 160, 159, 100, 0])
 def test_a_cap_of_hits_holds_for_parked_kv(
     cap: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
