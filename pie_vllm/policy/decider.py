@@ -53,6 +53,8 @@ class Decision(NamedTuple):
         restores: whether parked KV is copied back, which is quicker than to compute it again.
         ahead: blocks, of ``parks``, that the step may store ahead of eviction.
         at_once: blocks that the link can copy back behind the step's compute; None is without end.
+        stores: blocks that prompts may have demoted in the step, so that the link stores them
+            behind its compute; None is without end.
     """
 
     budget: int
@@ -63,6 +65,7 @@ class Decision(NamedTuple):
     restores: bool = True
     ahead: int = 0
     at_once: int | None = None
+    stores: int | None = None
 
 
 class Decider:

@@ -10,6 +10,7 @@ from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
 from vllm.v1.request import Request, RequestStatus
 
 from pie_vllm.errors import UnsupportedError
+from pie_vllm.policy.chunk import PROMPT_RESERVE
 from pie_vllm.policy.completions import Completions
 from pie_vllm.policy.decider import Decision
 from pie_vllm.policy.entries import PrefixEntries
@@ -41,7 +42,7 @@ class PieBlockSpaceManager(KVCacheManager):
 
     Attributes:
         residency: the policy that owns tiers, ledger and relocation.
-        chunk_blocks: blocks that one step may fill with prompt tokens.
+        chunk_blocks: blocks that prompts may fill in this step; the scheduler decides it.
         claims: asks the scheduler what running requests still need; asked once
             a step, when a waiting request is looked at.
         admissions: what they found in the prefix cache.
@@ -53,7 +54,6 @@ class PieBlockSpaceManager(KVCacheManager):
         self,
         *args: Any,
         geometry: Geometry,
-        chunk_blocks: int,
         parking: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -62,7 +62,6 @@ class PieBlockSpaceManager(KVCacheManager):
         Args:
             args: vLLM's.
             geometry: the sizes.
-            chunk_blocks: blocks that one step may fill with prompt tokens.
             parking: policy of eviction of parked KV; None parks nothing, as where there is no
                 prefix caching.
             kwargs: vLLM's.
@@ -92,7 +91,7 @@ class PieBlockSpaceManager(KVCacheManager):
         self._decision = Decision(0, geometry.pooled_blocks, 0)
         self.admissions = Admissions(geometry.resident_blocks)
         self.completions = Completions(self.block_size, self.residency)
-        self.chunk_blocks = chunk_blocks
+        self.chunk_blocks = geometry.resident_blocks
         self.claims: Callable[[], Claims] = Claims
         self._claims: Claims | None = None
         self._kept_back = 0
@@ -136,7 +135,7 @@ class PieBlockSpaceManager(KVCacheManager):
     def _room(self) -> Room:
         """What a waiting request may use of the blocks that are free."""
         queue, claims = self.residency.queue, self._claimed()
-        kept = claims.tails + (self.chunk_blocks + 1 if claims.prompts else 0)
+        kept = claims.tails + (PROMPT_RESERVE if claims.prompts else 0)
         pooled = queue.available_pooled - self._kept_back
         return Room(queue.free_residents - kept, pooled, self.chunk_blocks)
 
@@ -190,7 +189,7 @@ class PieBlockSpaceManager(KVCacheManager):
         claims = self._claimed()
         reserve = claims.tails
         if has_scheduled_reqs and (partial or claims.prompts):
-            reserve += self.chunk_blocks + 1
+            reserve += PROMPT_RESERVE
         most = restored_at_once(residency, self._decision.at_once)
         if has_scheduled_reqs and parked.residents > most:
             restore_part(residency, parked.found, len(hits), most)

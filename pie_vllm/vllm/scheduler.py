@@ -13,10 +13,11 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from pie_vllm.memory.host import available_host_bytes
+from pie_vllm.policy.chunk import Asked, Runs, decide_chunk, plenty
 from pie_vllm.policy.decider import Decider, Decision
 from pie_vllm.policy.detector import Observation
 from pie_vllm.policy.elastic import ElasticPool
-from pie_vllm.policy.geometry import cdiv, chunk_blocks_of
+from pie_vllm.policy.geometry import cdiv
 from pie_vllm.policy.plan import StepPlan
 from pie_vllm.policy.promotion import tail_room
 from pie_vllm.policy.rotation import Turns
@@ -43,26 +44,10 @@ class PieSchedulerMixin(_Mixed):
         if geometry is None:
             raise RuntimeError("the workers' geometry did not reach the scheduler")
         block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        budget = vllm_config.scheduler_config.max_num_batched_tokens
-        chunk_blocks = chunk_blocks_of(budget, block_size, geometry)
-        factory = partial(
-            PieBlockSpaceManager,
-            geometry=geometry,
-            chunk_blocks=chunk_blocks,
-            parking=config.parking,
-        )
+        factory = partial(PieBlockSpaceManager, geometry=geometry, parking=config.parking)
         with compat.own_block_manager(factory):
             super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
-        most = chunk_blocks * block_size
-        if most < self.max_num_scheduled_tokens:
-            logger.info(
-                "Pie: at most %d tokens a step (of --max-num-batched-tokens %d): %d resident "
-                "blocks hold no more while they are written.",
-                most,
-                self.max_num_scheduled_tokens,
-                geometry.resident_blocks,
-            )
-            self.max_num_scheduled_tokens = most
+        self._tokens_max = self.max_num_scheduled_tokens
         self.kv_cache_manager.claims = self._claims
         self.pie_decider = Decider(
             geometry.row_bytes,
@@ -104,6 +89,7 @@ class PieSchedulerMixin(_Mixed):
         for request_id in turns.begin_step(self.running, residency, decision, self._priority):
             # vLLM counts the step when it schedules it, and runs who is due in it or before.
             self.requests[request_id].next_decode_eligible_step = self.current_step + 2
+        self._set_chunk(decision)
         output: SchedulerOutput = super().schedule(*args, **kwargs)
         plan = output.pie_plan = self._plan(output, decision)
         output.pie_pool = pool.end_step(
@@ -120,7 +106,43 @@ class PieSchedulerMixin(_Mixed):
     def _prompt_tokens(self) -> int:
         """Prompt tokens that running requests will compute in the coming step, about."""
         left = sum(r.num_tokens - r.num_computed_tokens for r in self.running if r.is_prefill_chunk)
-        return int(min(left, self.max_num_scheduled_tokens))
+        room = self.kv_cache_manager.residency.queue.num_free_blocks
+        return int(min(left, self._tokens_max, room * self.kv_cache_manager.block_size))
+
+    def _set_chunk(self, decision: Decision) -> None:
+        """Decide how many tokens the coming step computes: vLLM reads it in ``schedule``.
+
+        v1/core/sched/scheduler.py:611 in 0.32, :719 in 0.33.
+        """
+        manager, queue = self.kv_cache_manager, self.kv_cache_manager.residency.queue
+        size, most = manager.block_size, self._tokens_max
+        waiting = bool(self.waiting or self.kv_holding_waiting)
+        self.max_num_scheduled_tokens = most
+        manager.chunk_blocks = cdiv(most, size)
+        if plenty(queue, most, len(self.running), size) or not (
+            waiting or self._prompts_under_way or self.pie_turns.taken
+        ):
+            return
+        manager.completions.catch_up()
+        asked = self._running_ask()
+        chunk = decide_chunk(queue, asked, waiting, decision.stores, most, size)
+        self.max_num_scheduled_tokens, manager.chunk_blocks = chunk
+
+    def _running_ask(self) -> Asked:
+        """What running requests ask of the coming step, whose number vLLM has not set yet."""
+        step = self.current_step + 1
+        return Asked.of(
+            (
+                Runs(
+                    r.num_computed_tokens,
+                    r.num_tokens - r.num_computed_tokens,
+                    r.is_prefill_chunk,
+                    step < r.next_decode_eligible_step,
+                )
+                for r in self.running
+            ),
+            self.kv_cache_manager.block_size,
+        )
 
     def _claims(self) -> Claims:
         step, block_size = self.current_step, self.kv_cache_manager.block_size
