@@ -115,13 +115,7 @@ class PieBlockSpaceManager(KVCacheManager):
             self.completions.catch_up()
 
     def get_computed_blocks(self, request: Request, *args: Any) -> tuple[KVCacheBlocks, int, int]:
-        """As vLLM's, which asks this of a waiting request just before it allocates for it.
-
-        The next ``allocate_slots`` is then ``_admit``. Running requests call
-        vLLM's own method without a detour: there are hundreds of them a step. (``args``: 0.33
-        passes the longest hit allowed.)
-        """
-        self.allocate_slots = self._admit
+        """As vLLM's, with what is parked behind its hits; ``args``: 0.33 caps their tokens."""
         blocks, tokens, boundary = super().get_computed_blocks(request, *args)
         self._parked.clear()
         parking = self.residency.parking
@@ -147,6 +141,19 @@ class PieBlockSpaceManager(KVCacheManager):
     def _put_entry(self, block: Any, key: Any, index: int) -> None:
         self.block_pool._insert_block_hash(key, block, (index + 1) * self.block_size)
 
+    def allocate_slots(
+        self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
+    ) -> KVCacheBlocks | None:
+        """As vLLM's; who does not run yet is admitted on pie's terms.
+
+        The request's own status says who that is, whatever way it came here: new, preempted, or a
+        streaming session that goes on with the blocks it has, for which vLLM looks up no prefix.
+        There are hundreds of running requests a step, so they pass at once.
+        """
+        if request.status is RequestStatus.RUNNING:
+            return super().allocate_slots(request, num_new_tokens, *args, **kwargs)
+        return self._admit(request, num_new_tokens, *args, **kwargs)
+
     def _admit(
         self,
         request: Request,
@@ -166,13 +173,12 @@ class PieBlockSpaceManager(KVCacheManager):
         and for those left out of this step at the end of a block. What was found
         parked gets its blocks here.
         """
-        del self.allocate_slots
-        if new_computed_blocks is None:  # vLLM passed the waiting request over
-            return super().allocate_slots(
-                request, num_new_tokens, num_lookahead_tokens=num_lookahead_tokens
-            )
+        request_id = request.request_id
+        if new_computed_blocks is None:
+            new_computed_blocks = self.empty_kv_cache_blocks
+        goes_on = request_id in self.residency.victims.holders
         residency, queue = self.residency, self.residency.queue
-        hits, parked = new_computed_blocks.blocks[0], self._parked.get(request.request_id)
+        hits, parked = new_computed_blocks.blocks[0], self._parked.pop(request_id, None)
         if parked is None:
             parked = ParkedHits.none(num_new_computed_tokens)
         elif parked.cut and has_scheduled_reqs:
@@ -193,16 +199,16 @@ class PieBlockSpaceManager(KVCacheManager):
         most = restored_at_once(residency, self._decision.at_once)
         if has_scheduled_reqs and parked.residents > most:
             restore_part(residency, parked.found, len(hits), most)
-            self.admissions.ahead(request.request_id, most)
+            self.admissions.ahead(request_id, most)
             return None
         if parked.parked:
             hits = [*hits, *restore(residency, parked.found, len(hits), parked.residents)]
             new_computed_blocks = self.create_kv_cache_blocks((hits,))
         tail = None
         if parked.tail_tokens:
-            tail = residency.parking.take_tail(request.request_id)
+            tail = residency.parking.take_tail(request_id)
             residency.withhold()
-        residency.admit(request.request_id, len(hits))
+        residency.admit(request_id, len(hits))
         # Restored residents are free blocks that the request takes: vLLM counts them rightly.
         idle = sum(block.ref_cnt == 0 for block in hits) - parked.residents
         queue.admission(idle, reserve)
@@ -220,19 +226,21 @@ class PieBlockSpaceManager(KVCacheManager):
         finally:
             queue.admission()
         if blocks is None:
-            residency.forget(request.request_id)
+            if not goes_on:
+                residency.forget(request_id)
             cancel(residency, hits)
             if tail is not None:
-                residency.parking.put_back(request.request_id, tail)
+                residency.parking.put_back(request_id, tail)
             residency.withhold()
             return None
-        residency.admitted(request.request_id)
-        self.admissions.count(request.request_id, hits, parked)
+        if not goes_on:
+            residency.admitted(request_id)
+            self.admissions.count(request_id, hits, parked)
         if tail is not None:
-            block = residency.tables[request.request_id][len(hits)]
+            block = residency.tables[request_id][len(hits)]
             residency.parking.restore_tail(tail, block.block_id)
         elif residency.parking.tails:
-            residency.parking.drop_tail(request.request_id)
+            residency.parking.drop_tail(request_id)
         if partial:
             self._claims = claims._replace(prompts=True)
         return blocks
