@@ -226,9 +226,7 @@ class Decider:
             *self._parking(prompt_tokens),
         )
 
-    def _parking(
-        self, prompt_tokens: int
-    ) -> tuple[int | None, bool, int, int | None, int | None]:
+    def _parking(self, prompt_tokens: int) -> tuple[int | None, bool, int, int | None, int | None]:
         """Of a decision, what is about parking, and what prompts may have demoted."""
         rate, slope = self._rate or 0.0, self.detector.slope
         step = self.detector.step_seconds or 0.0

@@ -43,6 +43,7 @@ class PieBlockSpaceManager(KVCacheManager):
     Attributes:
         residency: the policy that owns tiers, ledger and relocation.
         chunk_blocks: blocks that prompts may fill in this step; the scheduler decides it.
+        prompt_reserve: blocks that waiting requests leave to prompts under way.
         claims: asks the scheduler what running requests still need; asked once
             a step, when a waiting request is looked at.
         admissions: what they found in the prefix cache.
@@ -92,6 +93,7 @@ class PieBlockSpaceManager(KVCacheManager):
         self.admissions = Admissions(geometry.resident_blocks)
         self.completions = Completions(self.block_size, self.residency)
         self.chunk_blocks = geometry.resident_blocks
+        self.prompt_reserve = PROMPT_RESERVE
         self.claims: Callable[[], Claims] = Claims
         self._claims: Claims | None = None
         self._kept_back = 0
@@ -129,7 +131,7 @@ class PieBlockSpaceManager(KVCacheManager):
     def _room(self) -> Room:
         """What a waiting request may use of the blocks that are free."""
         queue, claims = self.residency.queue, self._claimed()
-        kept = claims.tails + (PROMPT_RESERVE if claims.prompts else 0)
+        kept = claims.tails + (self.prompt_reserve if claims.prompts else 0)
         pooled = queue.available_pooled - self._kept_back
         return Room(queue.free_residents - kept, pooled, self.chunk_blocks)
 
@@ -195,7 +197,7 @@ class PieBlockSpaceManager(KVCacheManager):
         claims = self._claimed()
         reserve = claims.tails
         if has_scheduled_reqs and (partial or claims.prompts):
-            reserve += PROMPT_RESERVE
+            reserve += self.prompt_reserve
         most = restored_at_once(residency, self._decision.at_once)
         if has_scheduled_reqs and parked.residents > most:
             restore_part(residency, parked.found, len(hits), most)

@@ -26,6 +26,7 @@ from pie_vllm.policy.write_through import Ahead
 from pie_vllm.vllm import compat, settings
 from pie_vllm.vllm.manager import Claims, PieBlockSpaceManager
 from pie_vllm.vllm.metrics import Control, Report, StepLog, Totals
+from pie_vllm.vllm.whole import whole_of
 
 logger = init_logger("vllm.pie")
 
@@ -48,6 +49,10 @@ class PieSchedulerMixin(_Mixed):
         with compat.own_block_manager(factory):
             super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
         self._tokens_max = self.max_num_scheduled_tokens
+        self._whole = whole_of(vllm_config)
+        if self._whole is not None:
+            # What is under way gets as much again in the next step.
+            self.kv_cache_manager.prompt_reserve = self._whole.blocks(block_size)
         self.kv_cache_manager.claims = self._claims
         self.pie_decider = Decider(
             geometry.row_bytes,
@@ -119,9 +124,8 @@ class PieSchedulerMixin(_Mixed):
         waiting = bool(self.waiting or self.kv_holding_waiting)
         self.max_num_scheduled_tokens = most
         manager.chunk_blocks = cdiv(most, size)
-        if plenty(queue, most, len(self.running), size) or not (
-            waiting or self._prompts_under_way or self.pie_turns.taken
-        ):
+        asks = waiting or self._prompts_under_way or self.pie_turns.taken
+        if not asks or self._whole is not None or plenty(queue, most, len(self.running), size):
             return
         manager.completions.catch_up()
         asked = self._running_ask()
