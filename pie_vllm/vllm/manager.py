@@ -14,11 +14,12 @@ from pie_vllm.policy.chunk import PROMPT_RESERVE
 from pie_vllm.policy.completions import Completions
 from pie_vllm.policy.decider import Decision
 from pie_vllm.policy.entries import PrefixEntries
-from pie_vllm.policy.geometry import Geometry
+from pie_vllm.policy.geometry import Geometry, cdiv
 from pie_vllm.policy.leaving import forget_unfilled, keep_tail
 from pie_vllm.policy.parked_hits import ParkedHits, Room
 from pie_vllm.policy.residency import Residency
 from pie_vllm.policy.restoring import cancel, restore, restore_part, restored_at_once
+from pie_vllm.policy.waits import short_at_once, short_of
 from pie_vllm.vllm import compat
 from pie_vllm.vllm.admissions import Admissions
 from pie_vllm.vllm.block_pool import PieBlockPool
@@ -47,6 +48,7 @@ class PieBlockSpaceManager(KVCacheManager):
         claims: asks the scheduler what running requests still need; asked once
             a step, when a waiting request is looked at.
         admissions: what they found in the prefix cache.
+        refused: why a waiting request was refused in this step, one of ``waits.REASONS``.
     """
 
     watermark_blocks: int
@@ -97,6 +99,7 @@ class PieBlockSpaceManager(KVCacheManager):
         self.claims: Callable[[], Claims] = Claims
         self._claims: Claims | None = None
         self._kept_back = 0
+        self.refused: str | None = None
 
     def begin_step(self, decision: Decision, most: int) -> None:
         """Before ``Scheduler.schedule``: set this step's terms of admission.
@@ -110,7 +113,7 @@ class PieBlockSpaceManager(KVCacheManager):
             decision: for the step.
             most: blocks that the running requests may take in this step.
         """
-        self._claims = None
+        self._claims = self.refused = None
         self._decision = decision
         self._kept_back = self.geometry.pooled_blocks - decision.limit
         if self.residency.queue.num_free_blocks < most:
@@ -184,6 +187,7 @@ class PieBlockSpaceManager(KVCacheManager):
         if parked is None:
             parked = ParkedHits.none(num_new_computed_tokens)
         elif parked.cut and has_scheduled_reqs:
+            self.refused = "restore"
             return None  # There will be room once others are done.
         cached = request.num_computed_tokens + len(hits) * self.block_size
         computed = request.num_computed_tokens + num_new_computed_tokens
@@ -202,6 +206,7 @@ class PieBlockSpaceManager(KVCacheManager):
         if has_scheduled_reqs and parked.residents > most:
             restore_part(residency, parked.found, len(hits), most)
             self.admissions.ahead(request_id, most)
+            self.refused = "restore"
             return None
         if parked.parked:
             hits = [*hits, *restore(residency, parked.found, len(hits), parked.residents)]
@@ -225,6 +230,11 @@ class PieBlockSpaceManager(KVCacheManager):
                 has_scheduled_reqs=has_scheduled_reqs,
                 **kwargs,
             )
+            if blocks is None:
+                used = sum(block.ref_cnt > 0 for block in hits)
+                used += len(residency.tables.get(request_id, ()))
+                total = cdiv(computed + num_new_tokens, self.block_size)
+                self.refused = short_at_once(queue, total - used)
         finally:
             queue.admission()
         if blocks is None:
@@ -273,9 +283,13 @@ class PieBlockSpaceManager(KVCacheManager):
             prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
         )
         waiting = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        kept_back = watermark = 0
         if has_scheduled_reqs and request.status in waiting:
-            needed += self.watermark_blocks + self._kept_back
-        return bool(needed <= self.residency.queue.available_in_all)
+            kept_back, watermark = self._kept_back, self.watermark_blocks
+        if needed + kept_back + watermark <= self.residency.queue.available_in_all:
+            return True
+        self.refused = short_of(self.residency.queue, needed, kept_back, watermark)
+        return False
 
     def free(self, request: Request) -> None:
         """Give a request's blocks back to their tiers; keep the tail of a preempted one."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -22,6 +23,7 @@ from pie_vllm.policy.plan import StepPlan
 from pie_vllm.policy.promotion import tail_room
 from pie_vllm.policy.rotation import Turns
 from pie_vllm.policy.stalls import AwaitedStalls, speed_of_finished
+from pie_vllm.policy.waits import HeadWaits
 from pie_vllm.policy.write_through import Ahead
 from pie_vllm.vllm import compat, settings
 from pie_vllm.vllm.manager import Claims, PieBlockSpaceManager
@@ -74,7 +76,10 @@ class PieSchedulerMixin(_Mixed):
         self.pie_decision = self.pie_decider.decide()
         by_priority = vllm_config.scheduler_config.policy == "priority"
         self._priority = (lambda name: self.requests[name].priority) if by_priority else None
-        self.pie_log = StepLog(self.kv_cache_manager.residency, self.pie_decider.detector)
+        self.pie_waits = HeadWaits()
+        self.pie_log = StepLog(
+            self.kv_cache_manager.residency, self.pie_decider.detector, self.pie_waits
+        )
         self.pie_report = Report(geometry)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -96,6 +101,7 @@ class PieSchedulerMixin(_Mixed):
             self.requests[request_id].next_decode_eligible_step = self.current_step + 2
         self._set_chunk(decision)
         output: SchedulerOutput = super().schedule(*args, **kwargs)
+        self._count_wait(output)
         plan = output.pie_plan = self._plan(output, decision)
         output.pie_pool = pool.end_step(
             residency.rows.chunks_held,
@@ -131,6 +137,24 @@ class PieSchedulerMixin(_Mixed):
         asked = self._running_ask()
         chunk = decide_chunk(queue, asked, waiting, decision.stores, most, size)
         self.max_num_scheduled_tokens, manager.chunk_blocks = chunk
+
+    def _count_wait(self, output: SchedulerOutput) -> None:
+        """Note why the head of the waiting queue was passed over, if one waits."""
+        waiting = len(self.waiting) + len(self.kv_holding_waiting)
+        if not waiting or self.pause_state != PauseState.UNPAUSED:
+            return
+        tokens, most = output.total_num_scheduled_tokens, self.max_num_scheduled_tokens
+        if self.kv_cache_manager.refused:
+            reason = self.kv_cache_manager.refused
+        elif len(self.deferred_waiting) >= waiting:
+            reason = "deferred"
+        elif len(self.running) + self.num_waiting_for_streaming_input >= self.max_num_active_reqs:
+            reason = "seqs"
+        elif tokens == most or not output.preempted_req_ids:
+            reason = "residents" if most < self._tokens_max else "tokens"
+        else:
+            reason = "preemption"
+        self.pie_waits.count(reason)
 
     def _running_ask(self) -> Asked:
         """What running requests ask of the coming step, whose number vLLM has not set yet."""
@@ -231,6 +255,7 @@ class PieSchedulerMixin(_Mixed):
                 self.pie_decider.detector.slowed_seconds,
                 self.kv_cache_manager.admissions.recomputed_tokens,
                 self.kv_cache_manager.admissions.hits,
+                self.pie_waits.steps,
             )
             residency = self.kv_cache_manager.residency
             changes = self.pie_report.changes(self.pie_log.totals, residency, control)

@@ -1,4 +1,4 @@
-"""What vLLM does not split: served whole, or refused with the size that works; nothing waits for ever."""
+"""What vLLM does not split: served whole, or refused with the size that works."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 @pytest.mark.parametrize("resident", [33, 40])
 def test_a_prompt_that_is_not_chunked_is_served(resident: int, asynchronous: bool) -> None:
     """Longer than half of the residents, beside others, and those behind it, too."""
-    driver = driver_of(
-        resident, 40, enable_chunked_prefill=False, async_scheduling=asynchronous
-    )
+    driver = driver_of(resident, 40, enable_chunked_prefill=False, async_scheduling=asynchronous)
     for name, length in (("a", 40), ("b", 200), ("long", LONGEST - 20), ("c", 20), ("d", 300)):
         driver.add(make_request(name, prompt_of(length, length), 12, BLOCK_SIZE))
     while driver.scheduler.has_requests() or driver.queue:
@@ -62,7 +60,7 @@ def test_a_prompt_that_is_not_chunked_is_served(resident: int, asynchronous: boo
     assert not driver.preemptions
 
 
-def with_images(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def with_images(driver: Driver) -> None:
     """Let a scheduler of a text model take requests with images."""
     scheduler = driver.scheduler
     scheduler.encoder_cache_manager = EncoderCacheManager(cache_size=4096)
@@ -84,7 +82,7 @@ def test_an_image_that_may_not_be_split_is_computed_at_once(
         max_num_batched_tokens=most,
         max_num_scheduled_tokens=most,
     )
-    with_images(driver, monkeypatch)
+    with_images(driver)
     rng = random.Random(seed)
     spans = {}
     for name in ("a", "b", "c", "d", "e"):
@@ -131,7 +129,11 @@ def config(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("changes", "tokens", "words"),
     [
-        ({"enable_chunked_prefill": False}, 1024, ["--no-enable-chunked-prefill", "--max-model-len"]),
+        (
+            {"enable_chunked_prefill": False},
+            1024,
+            ["--no-enable-chunked-prefill", "--max-model-len"],
+        ),
         ({"disable_chunked_mm_input": True}, 1024, ["--disable-chunked-mm-input"]),
         (
             {"is_mm_prefix_lm": True, "max_num_batched_tokens": 700},
@@ -144,7 +146,8 @@ def test_what_does_not_fit_is_refused_with_the_size_that_does(
     changes: dict[str, Any], tokens: int, words: list[str]
 ) -> None:
     whole = whole_of(config(**changes))
-    assert whole is not None and whole.tokens == tokens
+    assert whole is not None
+    assert whole.tokens == tokens
     needed = whole.blocks(16)
     whole.check(needed + 1, 16)
     with pytest.raises(ConfigError, match="device memory") as caught:

@@ -1,0 +1,75 @@
+"""What keeps the head of the queue waiting, by name."""
+
+from __future__ import annotations
+
+from pie_vllm.policy.tiers import TieredFreeBlockQueue
+
+REASONS = {
+    "link": "the link cannot feed more pooled blocks",
+    "rows": "CPU memory for more pooled blocks is not there",
+    "window": "the blocks of both tiers are in use",
+    "residents": "blocks that are being written fill the device's memory",
+    "watermark": "--watermark keeps blocks free",
+    "restore": "its KV is copied back first, or waits for the room",
+    "seqs": "--max-num-seqs requests run",
+    "tokens": "the step has --max-num-batched-tokens tokens",
+    "preemption": "a running request was preempted in the step",
+    "deferred": "vLLM defers it: for an adapter, a grammar, or input to come",
+}
+"""Reason: what it means."""
+
+
+def short_of(
+    queue: TieredFreeBlockQueue, wanted: int, kept_back: int = 0, watermark: int = 0
+) -> str:
+    """Why so many blocks of both tiers together are not to be had.
+
+    Args:
+        queue: the free blocks.
+        wanted: blocks of the request's whole sequence.
+        kept_back: pooled ids beyond the admission limit.
+        watermark: blocks that vLLM keeps free.
+    """
+    if wanted > queue.free_in_all:
+        return "window"
+    if wanted > queue.available_in_all:
+        return "rows"
+    return "link" if wanted + kept_back > queue.available_in_all or not watermark else "watermark"
+
+
+def short_at_once(queue: TieredFreeBlockQueue, wanted: int) -> str:
+    """Why so many blocks are not to be had in this step.
+
+    Args:
+        queue: the free blocks, on the terms of the request's admission.
+        wanted: new blocks, and idle ones that were found.
+    """
+    if wanted > queue.available_in_all:
+        return short_of(queue, wanted)
+    if wanted <= queue.num_free_blocks:
+        return "watermark"
+    return "link" if queue.frozen else "residents"
+
+
+class HeadWaits:
+    """Steps in which the head of the waiting queue was passed over.
+
+    Attributes:
+        steps: by reason, since the start.
+    """
+
+    def __init__(self) -> None:
+        """Nobody has waited."""
+        self.steps = dict.fromkeys(REASONS, 0)
+        self._told: dict[str, int] = {}
+
+    def count(self, reason: str) -> None:
+        """The head was passed over in a step."""
+        self.steps[reason] += 1
+
+    def news(self) -> str:
+        """Reasons and steps since the last call, the most frequent first."""
+        told, self._told = self._told, dict(self.steps)
+        new = {reason: count - told.get(reason, 0) for reason, count in self.steps.items()}
+        order = sorted((r for r, count in new.items() if count), key=new.__getitem__, reverse=True)
+        return ",".join(f"{reason}:{new[reason]}" for reason in order) or "none"
