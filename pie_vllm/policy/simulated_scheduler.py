@@ -21,6 +21,7 @@ from pie_vllm.policy.parked_hits import ParkedHits, ParkedLookup, Room
 from pie_vllm.policy.residency import Residency
 from pie_vllm.policy.restoring import cancel, restore, restore_part, restored_at_once
 from pie_vllm.policy.simulated_cache import PrefixBook, give_back
+from pie_vllm.policy.waits import Patience
 
 
 @dataclass(eq=False)
@@ -99,6 +100,7 @@ class SimulatedScheduler:
         self._residency, self._tables, self._book = residency, tables, book
         self._size, self._max_running, self._max_tokens = block_size, max_running, max_tokens
         self._lookup = ParkedLookup(residency, book.get, block_size)
+        self._patience = Patience()
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.chunk_blocks = cdiv(max_tokens, block_size)
@@ -196,14 +198,15 @@ class SimulatedScheduler:
         residency, parking = self._residency, self._residency.parking
         queue, size, name = residency.queue, self._size, request.request_id
         hits, parked = self._find(request, decision)
-        if parked.cut and others:
+        blocks = cdiv(request.known, size)
+        if parked.cut and others and self._patience.wait(name, blocks):
             return 0  # There will be room once others are done.
         kept_back = residency.window - decision.limit if others else 0
-        needed = cdiv(request.known, size) - sum(block.ref_cnt > 0 for block in hits)
+        needed = blocks - sum(block.ref_cnt > 0 for block in hits)
         if needed + kept_back > queue.available_in_all:
             return 0
         most = restored_at_once(residency, decision.at_once)
-        if others and parked.residents > most:
+        if others and parked.residents > most and self._patience.wait(name, blocks):
             restore_part(residency, parked.found, len(hits), most)
             self.restored += most
             return 0
@@ -235,6 +238,7 @@ class SimulatedScheduler:
             residency.withhold()
             return 0
         residency.admitted(name)
+        self._patience.forget(name)
         request.cached, request.computed = len(hits), parked.tokens
         self._cache(request, parked.tokens + tokens)
         if tail is None:

@@ -51,6 +51,31 @@ def short_at_once(queue: TieredFreeBlockQueue, wanted: int) -> str:
     return "link" if queue.frozen else "residents"
 
 
+class Patience:
+    """How long requests have waited for their own parked KV, while others run.
+
+    A copy back in parts brings at least one block a step, and a block that was stored in a step
+    can be copied back in the next. So who waits for longer than it has blocks loses them again as
+    fast as they come, and is admitted with what there is: the rest is copied at once, or computed.
+    """
+
+    def __init__(self) -> None:
+        """Nobody has waited."""
+        self._steps: dict[str, int] = {}
+
+    def wait(self, request_id: str, blocks: int) -> bool:
+        """Whether a request of so many blocks may wait in this step, too; counts it if so."""
+        steps = self._steps.get(request_id, 0)
+        if steps >= blocks:
+            return False
+        self._steps[request_id] = steps + 1
+        return True
+
+    def forget(self, request_id: str) -> None:
+        """A request was admitted, or has ended."""
+        self._steps.pop(request_id, None)
+
+
 class HeadWaits:
     """Steps in which the head of the waiting queue was passed over.
 

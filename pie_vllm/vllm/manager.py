@@ -19,7 +19,7 @@ from pie_vllm.policy.leaving import forget_unfilled, keep_tail
 from pie_vllm.policy.parked_hits import ParkedHits, Room
 from pie_vllm.policy.residency import Residency
 from pie_vllm.policy.restoring import cancel, restore, restore_part, restored_at_once
-from pie_vllm.policy.waits import short_at_once, short_of
+from pie_vllm.policy.waits import Patience, short_at_once, short_of
 from pie_vllm.vllm import compat
 from pie_vllm.vllm.admissions import Admissions
 from pie_vllm.vllm.block_pool import PieBlockPool
@@ -100,6 +100,7 @@ class PieBlockSpaceManager(KVCacheManager):
         self._claims: Claims | None = None
         self._kept_back = 0
         self.refused: str | None = None
+        self._patience = Patience()
 
     def begin_step(self, decision: Decision, most: int) -> None:
         """Before ``Scheduler.schedule``: set this step's terms of admission.
@@ -186,8 +187,7 @@ class PieBlockSpaceManager(KVCacheManager):
         hits, parked = new_computed_blocks.blocks[0], self._parked.pop(request_id, None)
         if parked is None:
             parked = ParkedHits.none(num_new_computed_tokens)
-        elif parked.cut and has_scheduled_reqs:
-            self.refused = "restore"
+        elif parked.cut and has_scheduled_reqs and self._may_wait(request):
             return None  # There will be room once others are done.
         cached = request.num_computed_tokens + len(hits) * self.block_size
         computed = request.num_computed_tokens + num_new_computed_tokens
@@ -203,10 +203,9 @@ class PieBlockSpaceManager(KVCacheManager):
         if has_scheduled_reqs and (partial or claims.prompts):
             reserve += self.prompt_reserve
         most = restored_at_once(residency, self._decision.at_once)
-        if has_scheduled_reqs and parked.residents > most:
+        if has_scheduled_reqs and parked.residents > most and self._may_wait(request):
             restore_part(residency, parked.found, len(hits), most)
             self.admissions.ahead(request_id, most)
-            self.refused = "restore"
             return None
         if parked.parked:
             hits = [*hits, *restore(residency, parked.found, len(hits), parked.residents)]
@@ -245,6 +244,7 @@ class PieBlockSpaceManager(KVCacheManager):
                 residency.parking.put_back(request_id, tail)
             residency.withhold()
             return None
+        self._patience.forget(request_id)
         if not goes_on:
             residency.admitted(request_id)
             self.admissions.count(request_id, hits, parked)
@@ -256,6 +256,13 @@ class PieBlockSpaceManager(KVCacheManager):
         if partial:
             self._claims = claims._replace(prompts=True)
         return blocks
+
+    def _may_wait(self, request: Request) -> bool:
+        """Whether a request waits for its parked KV in this step."""
+        if not self._patience.wait(request.request_id, cdiv(request.num_tokens, self.block_size)):
+            return False
+        self.refused = "restore"
+        return True
 
     def _fits(
         self,
@@ -299,6 +306,7 @@ class PieBlockSpaceManager(KVCacheManager):
             forget_unfilled(self.residency, table, request.num_computed_tokens // self.block_size)
         if request.is_finished():
             self.admissions.forget(request_id)
+            self._patience.forget(request_id)
             self.residency.parking.drop_tail(request_id)
         elif table:
             computed = min(request.num_computed_tokens, request.num_tokens)

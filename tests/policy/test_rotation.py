@@ -90,7 +90,7 @@ def test_no_priority_keeps_a_request_from_its_turn_for_ever() -> None:
 
 
 def test_a_large_request_does_not_wait_for_ever_for_a_spare_that_never_comes() -> None:
-    """It takes two budgets and a half: three times the wait, and a hundredth of the steps' loads."""
+    """It takes two budgets and a half: three times the wait, and a hundredth of the time."""
     turns = Turns()
     pooled = {"large": frozenset(range(10)), "small": frozenset({20})}
     ran = [step(turns, pooled, 4)[0] for _ in range(10 * LONGEST_WAIT)]
