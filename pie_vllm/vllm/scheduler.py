@@ -130,7 +130,7 @@ class PieSchedulerMixin(_Mixed):
         waiting = bool(self.waiting or self.kv_holding_waiting)
         self.max_num_scheduled_tokens = most
         manager.chunk_blocks = cdiv(most, size)
-        asks = waiting or self._prompts_under_way or self.pie_turns.taken
+        asks = waiting or self._prompts_under_way
         if not asks or self._whole is not None or plenty(queue, most, len(self.running), size):
             return
         manager.completions.catch_up()
@@ -192,9 +192,13 @@ class PieSchedulerMixin(_Mixed):
         if output.scheduled_new_reqs:
             fresh = {*fresh, *(r.req_id for r in output.scheduled_new_reqs)}
         several: Collection[str] = ()
-        self._prompts_under_way = tokens > len(scheduled) or bool(fresh)
-        if self._prompts_under_way:
+        prompts = tokens > len(scheduled) or bool(fresh)
+        if prompts:
             several = [r for r, count in scheduled.items() if count > 1 and r not in fresh]
+        # One that is left out of the step has prompt tokens left all the same.
+        self._prompts_under_way = prompts or (
+            self._prompts_under_way and any(r.is_prefill_chunk for r in self.running)
+        )
         manager.completions.next_step(self.requests, several, fresh)
         headroom = None
         if residency.reading.by_request and (
@@ -203,7 +207,7 @@ class PieSchedulerMixin(_Mixed):
             or residency.pooled_in_use > decision.limit
         ):
             headroom = tail_room(len(self.running), manager.block_size)
-        running, prompts = len(self.running), self._prompts_under_way
+        running = len(self.running)
         ahead = Ahead.of(decision, self.pie_turns.taken, running, manager.chunk_blocks, prompts)
         return residency.end_step(scheduled, fresh, tokens > 0, headroom, decision.budget, ahead)
 
