@@ -87,6 +87,22 @@ def plenty(queue: TieredFreeBlockQueue, tokens_max: int, running: int, block_siz
     return queue.free_residents > cdiv(tokens_max, block_size) + running + PROMPT_RESERVE
 
 
+def promised(queue: TieredFreeBlockQueue, tails: int, prompts: int) -> int:
+    """Resident blocks that a waiting request has to leave alone in this step.
+
+    Of its own blocks all but one are complete after the step, and can be demoted for those who were
+    promised a page. So these find theirs wherever one more is to be had now, and nothing is kept;
+    else all of it is.
+
+    Args:
+        queue: the free blocks; it knows of all complete blocks.
+        tails: requests left out of the step at the end of a block.
+        prompts: blocks that prompts under way must be able to have, its own among them.
+    """
+    kept = tails + prompts
+    return 0 if queue.free_residents + queue.demotable > kept else kept
+
+
 def decide_chunk(
     queue: TieredFreeBlockQueue,
     asked: Asked,
@@ -97,15 +113,14 @@ def decide_chunk(
 ) -> Chunk:
     """The tokens of the coming step, so that all of its new blocks find resident pages.
 
-    With ``F`` free residents and ``D`` that can be demoted, as far as pooled ids are free, the
-    prompts of a step may fill ``B = min(F + D - due, max(F - due, 0) + stores)`` blocks, at least
-    one: a running request has been promised a page, and where all memory of both tiers is in use
-    somebody has to be preempted, as in vLLM. Prompts under way take theirs first, each up to its
-    end; waiting requests may have what is left but ``tails`` and ``PROMPT_RESERVE``::
+    With ``F`` free residents and ``D`` that can be demoted, the prompts of a step may fill
+    ``B = min(F + D - due, max(F - due, 0) + stores)`` blocks, at least one: a running request has
+    been promised a page. ``D`` counts whether pooled ids are free or not: where the memory of both
+    tiers does not suffice, a request waits or somebody is preempted, just as in vLLM. Prompts under
+    way take theirs first, each up to its end; waiting requests may have what is left, unless that
+    is promised to the ``tails``::
 
-        tokens = decodes + sum(tokens of prompts) + block_size * (B left - tails - PROMPT_RESERVE)
-
-    Where one block is left, it is offered whole: a prompt that ends in it needs no further one.
+        tokens = decodes + sum(tokens of prompts) + block_size * (B left, if more than tails)
 
     Args:
         queue: the free blocks; it knows of all complete blocks.
@@ -115,8 +130,8 @@ def decide_chunk(
         tokens_max: vLLM's own bound.
         block_size: tokens of a block.
     """
-    free, had = queue.free_residents, queue.num_free_blocks
-    blocks = had - asked.due
+    free = queue.free_residents
+    blocks = free + (0 if queue.frozen else queue.demotable) - asked.due
     if stores is not None:
         blocks = min(blocks, max(free - asked.due, 0) + stores)
     left = blocks = max(blocks, 1)
@@ -131,7 +146,6 @@ def decide_chunk(
             tokens = max(tokens - asked.behind, 1)
             break
     else:
-        if waiting:
-            offered = left - asked.tails
-            tokens += block_size * max(offered - PROMPT_RESERVE, min(offered, 1), 0)
+        if waiting and left > asked.tails:
+            tokens += block_size * left
     return Chunk(max(min(asked.decodes + tokens, tokens_max), 1), blocks)

@@ -9,7 +9,6 @@ from pie_vllm.policy.decider import Decision
 from pie_vllm.policy.geometry import cdiv
 from pie_vllm.policy.residency import Residency
 
-
 LONGEST_WAIT = 100
 """Steps that a running request is left out in a row at most, for each budget that its blocks take,
 whatever priority others have and however little is spared. So a request that exceeds the budget

@@ -13,7 +13,7 @@ from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pie_vllm.policy.chunk import PROMPT_RESERVE, Asked, Runs, decide_chunk, plenty
+from pie_vllm.policy.chunk import PROMPT_RESERVE, Asked, Runs, decide_chunk, plenty, promised
 from pie_vllm.policy.decider import Decision
 from pie_vllm.policy.geometry import cdiv
 from pie_vllm.policy.leaving import keep_tail
@@ -221,7 +221,8 @@ class SimulatedScheduler:
         residency.admit(name, len(hits))
         self._tables[name] = request.table
         idle = sum(block.ref_cnt == 0 for block in hits)
-        queue.admission(idle - parked.residents, PROMPT_RESERVE if others and partial else 0)
+        prompts = PROMPT_RESERVE if others and partial else 0
+        queue.admission(idle - parked.residents, promised(queue, 0, prompts))
         try:
             new = cdiv(parked.tokens + tokens, size) - len(hits)
             admitted = new + idle <= queue.num_free_blocks

@@ -10,7 +10,7 @@ from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
 from vllm.v1.request import Request, RequestStatus
 
 from pie_vllm.errors import UnsupportedError
-from pie_vllm.policy.chunk import PROMPT_RESERVE
+from pie_vllm.policy.chunk import PROMPT_RESERVE, promised
 from pie_vllm.policy.completions import Completions
 from pie_vllm.policy.decider import Decision
 from pie_vllm.policy.entries import PrefixEntries
@@ -199,9 +199,8 @@ class PieBlockSpaceManager(KVCacheManager):
         self.completions.catch_up()
         partial = computed + num_new_tokens < request.num_tokens
         claims = self._claimed()
-        reserve = claims.tails
-        if has_scheduled_reqs and (partial or claims.prompts):
-            reserve += self.prompt_reserve
+        prompts = has_scheduled_reqs and (partial or claims.prompts)
+        reserve = promised(queue, claims.tails, self.prompt_reserve if prompts else 0)
         most = restored_at_once(residency, self._decision.at_once)
         if has_scheduled_reqs and parked.residents > most and self._may_wait(request):
             restore_part(residency, parked.found, len(hits), most)

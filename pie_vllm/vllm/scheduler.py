@@ -12,9 +12,10 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
 
 from pie_vllm.memory.host import available_host_bytes
-from pie_vllm.policy.chunk import Asked, Runs, decide_chunk, plenty
+from pie_vllm.policy.chunk import Asked, Chunk, Runs, decide_chunk, plenty
 from pie_vllm.policy.decider import Decider, Decision
 from pie_vllm.policy.detector import Observation
 from pie_vllm.policy.elastic import ElasticPool
@@ -50,7 +51,6 @@ class PieSchedulerMixin(_Mixed):
         factory = partial(PieBlockSpaceManager, geometry=geometry, parking=config.parking)
         with compat.own_block_manager(factory):
             super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
-        self._tokens_max = self.max_num_scheduled_tokens
         self._whole = whole_of(vllm_config)
         if self._whole is not None:
             # What is under way gets as much again in the next step.
@@ -99,9 +99,7 @@ class PieSchedulerMixin(_Mixed):
         for request_id in turns.begin_step(self.running, residency, decision, self._priority):
             # vLLM counts the step when it schedules it, and runs who is due in it or before.
             self.requests[request_id].next_decode_eligible_step = self.current_step + 2
-        self._set_chunk(decision)
-        output: SchedulerOutput = super().schedule(*args, **kwargs)
-        self._count_wait(output)
+        output = self._schedule(decision, *args, **kwargs)
         plan = output.pie_plan = self._plan(output, decision)
         output.pie_pool = pool.end_step(
             residency.rows.chunks_held,
@@ -118,59 +116,100 @@ class PieSchedulerMixin(_Mixed):
         """Prompt tokens that running requests will compute in the coming step, about."""
         left = sum(r.num_tokens - r.num_computed_tokens for r in self.running if r.is_prefill_chunk)
         room = self.kv_cache_manager.residency.queue.num_free_blocks
-        return int(min(left, self._tokens_max, room * self.kv_cache_manager.block_size))
+        return int(
+            min(left, self.max_num_scheduled_tokens, room * self.kv_cache_manager.block_size)
+        )
 
-    def _set_chunk(self, decision: Decision) -> None:
-        """Decide how many tokens the coming step computes: vLLM reads it in ``schedule``.
+    def _schedule(self, decision: Decision, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Schedule as vLLM does, with as many tokens as find resident pages.
 
-        v1/core/sched/scheduler.py:611 in 0.32, :719 in 0.33.
+        vLLM reads ``max_num_scheduled_tokens`` once a step: v1/core/sched/scheduler.py:611 in 0.32,
+        :719 in 0.33, and :1405, :1620 where it checks the result.
         """
+        most = self.max_num_scheduled_tokens
+        chunk = self._chunk(decision, most)
+        self.kv_cache_manager.chunk_blocks = chunk.blocks
+        self.max_num_scheduled_tokens = chunk.tokens
+        try:
+            output: SchedulerOutput = super().schedule(*args, **kwargs)
+        finally:
+            self.max_num_scheduled_tokens = most
+        self._count_wait(output, chunk.tokens)
+        return output
+
+    def _chunk(self, decision: Decision, most: int) -> Chunk:
+        """How many tokens the coming step computes, of so many at most."""
         manager, queue = self.kv_cache_manager, self.kv_cache_manager.residency.queue
-        size, most = manager.block_size, self._tokens_max
+        size = manager.block_size
         waiting = bool(self.waiting or self.kv_holding_waiting)
-        self.max_num_scheduled_tokens = most
-        manager.chunk_blocks = cdiv(most, size)
         asks = waiting or self._prompts_under_way
         if not asks or self._whole is not None or plenty(queue, most, len(self.running), size):
-            return
+            return Chunk(most, cdiv(most, size))
         manager.completions.catch_up()
-        asked = self._running_ask()
-        chunk = decide_chunk(queue, asked, waiting, decision.stores, most, size)
-        self.max_num_scheduled_tokens, manager.chunk_blocks = chunk
+        return decide_chunk(queue, self._running_ask(), waiting, decision.stores, most, size)
 
-    def _count_wait(self, output: SchedulerOutput) -> None:
-        """Note why the head of the waiting queue was passed over, if one waits."""
+    def _count_wait(self, output: SchedulerOutput, allowed: int) -> None:
+        """Note why the head of the waiting queue was passed over, if one waits.
+
+        Args:
+            output: of the step.
+            allowed: tokens that it was allowed.
+        """
         waiting = len(self.waiting) + len(self.kv_holding_waiting)
         if not waiting or self.pause_state != PauseState.UNPAUSED:
             return
-        tokens, most = output.total_num_scheduled_tokens, self.max_num_scheduled_tokens
         if self.kv_cache_manager.refused:
             reason = self.kv_cache_manager.refused
         elif len(self.deferred_waiting) >= waiting:
             reason = "deferred"
         elif len(self.running) + self.num_waiting_for_streaming_input >= self.max_num_active_reqs:
             reason = "seqs"
-        elif tokens == most or not output.preempted_req_ids:
-            reason = "residents" if most < self._tokens_max else "tokens"
+        elif output.total_num_scheduled_tokens == allowed or not output.preempted_req_ids:
+            reason = "residents" if allowed < self.max_num_scheduled_tokens else "tokens"
         else:
             reason = "preemption"
         self.pie_waits.count(reason)
 
     def _running_ask(self) -> Asked:
         """What running requests ask of the coming step, whose number vLLM has not set yet."""
-        step = self.current_step + 1
+        step, most = self.current_step + 1, self._prompt_tokens_max()
         return Asked.of(
             (
                 Runs(
                     r.num_computed_tokens,
-                    r.num_tokens - r.num_computed_tokens,
+                    min(r.num_tokens - r.num_computed_tokens, most),
                     r.is_prefill_chunk,
-                    step < r.next_decode_eligible_step,
+                    step < r.next_decode_eligible_step or self._has_all_tokens(r),
                 )
                 for r in self.running
             ),
             self.kv_cache_manager.block_size,
         )
+
+    def _has_all_tokens(self, request: Request) -> bool:
+        """Whether steps in flight sample all that a request may sample: vLLM skips it.
+
+        The first condition and the cap in the loop of ``schedule``, v1/core/sched/scheduler.py:667
+        and :717 in 0.32.
+        """
+        computed, ahead = request.num_computed_tokens, request.num_output_placeholders
+        if computed >= self.max_model_len - 1:
+            return True
+        end = request.num_prompt_tokens + request.max_tokens
+        return bool(ahead > 0 and computed + 2 - ahead >= end)
+
+    def _prompt_tokens_max(self) -> int:
+        """Tokens of one prompt in the coming step, by ``--long-prefill-token-threshold``.
+
+        As in ``schedule``, v1/core/sched/scheduler.py:645-657 in 0.32.
+        """
+        config, requests = self.scheduler_config, int(sum(self.get_request_counts()))
+        threshold: int = config.long_prefill_token_threshold
+        if threshold <= 0 or requests <= 1:
+            return int(self.max_model_len)
+        if self.adaptive_long_prefill_threshold:
+            threshold = max(threshold, config.max_num_batched_tokens // requests)
+        return int(threshold)
 
     def _claims(self) -> Claims:
         step, block_size = self.current_step, self.kv_cache_manager.block_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from pie_vllm.policy.chunk import Asked, Chunk, Runs, decide_chunk, plenty
+from pie_vllm.policy.chunk import Asked, Chunk, Runs, decide_chunk, plenty, promised
 from pie_vllm.policy.geometry import cdiv
 from pie_vllm.policy.simulated_cache import Block, Free
 from pie_vllm.policy.tiers import TieredFreeBlockQueue
@@ -44,20 +44,35 @@ def test_a_waiting_prompt_may_have_all_but_what_running_requests_need() -> None:
     ]
     asked = Asked.of(running, SIZE)
     assert asked == Asked(3, 2, 0, (), 1)
-    # 4 free, 6 to be demoted: 10 - 2 due - 1 left out - 1 in reserve.
-    assert decide(queue_of(4, 6, 50), asked) == Chunk(3 + 6 * SIZE, 8)
-    # As far as pooled ids are free.
-    assert decide(queue_of(4, 6, 3), asked) == Chunk(3 + 3 * SIZE, 5)
-    # And as far as the link stores behind the compute: what is free costs no store.
-    assert decide(queue_of(4, 6, 50), asked, stores=3) == Chunk(3 + 3 * SIZE, 5)
+    # 4 free, 6 to be demoted, 2 due.
+    assert decide(queue_of(4, 6, 50), asked) == Chunk(3 + 8 * SIZE, 8)
+    # As far as the link stores behind the compute: what is free costs no store.
+    assert decide(queue_of(4, 6, 50), asked, stores=3) == Chunk(3 + 5 * SIZE, 5)
     assert decide(queue_of(4, 6, 50), asked, waiting=False) == Chunk(3, 8)
+    # The last page is the one of who is left out.
+    assert decide(queue_of(3, 1, 50), asked) == Chunk(3 + 2 * SIZE, 2)
+    assert decide(queue_of(3, 0, 50), asked) == Chunk(3, 1)
+
+
+def test_nothing_is_demoted_while_those_who_wait_for_the_link_hold_too_much() -> None:
+    """What is free counts, and nothing else."""
+    queue = queue_of(3, 20, 50)
+    queue.frozen = True
+    assert decide(queue, Asked(2, 1)) == Chunk(2 + 2 * SIZE, 2)
+
+
+def test_nothing_is_kept_where_one_more_page_is_to_be_had() -> None:
+    """The newcomer's own blocks but one can be demoted for the others in the next step."""
+    assert promised(queue_of(1, 3, 9), tails=1, prompts=2) == 0
+    assert promised(queue_of(1, 2, 9), tails=1, prompts=2) == 3
+    assert promised(queue_of(1, 0, 9), tails=0, prompts=0) == 0
 
 
 def test_a_prompt_under_way_is_served_before_those_who_wait() -> None:
     """It fills the block that it began, and its end need not fill a block."""
     asked = Asked.of([Runs(20, 12 + 5, True, False)], SIZE)
-    # One block of its own, one in reserve, four for others.
-    assert decide(queue_of(6, 0, 9), asked) == Chunk(17 + 4 * SIZE, 6)
+    # One block of its own, five for others.
+    assert decide(queue_of(6, 0, 9), asked) == Chunk(17 + 5 * SIZE, 6)
     long = Asked.of([Runs(20, 500, True, False)], SIZE)
     assert decide(queue_of(6, 0, 9), long) == Chunk(12 + 6 * SIZE, 6)
     # It comes before decodes: it would take their tokens as well.
@@ -83,7 +98,7 @@ def test_the_blocks_of_any_step_are_there() -> None:
             for computed in rng.choices(range(200), k=rng.randint(0, 12))
         ]
         asked = Asked.of(running, SIZE)
-        least = asked.due + len(asked.prompts)
+        least = max(1, asked.due + len(asked.prompts))
         queue = queue_of(rng.randint(least, least + 20), rng.randint(0, 20), rng.randint(0, 20))
         stores = rng.choice([None, 1, 5])
         tokens, blocks = decide(queue, asked, rng.random() < 0.5, stores)
@@ -93,11 +108,10 @@ def test_the_blocks_of_any_step_are_there() -> None:
             count = 0 if out else min(wanted, left)
             left -= count
             used += cdiv(computed + count, SIZE) - cdiv(computed, SIZE)
-        assert used <= queue.num_free_blocks, (running, tokens)
+        # And the rest for one who waits.
+        used += cdiv(left, SIZE)
+        assert used <= queue.free_residents + queue.demotable, (running, tokens)
         assert used <= asked.due + blocks
-        if left > asked.decodes:
-            # What is left is for one who waits, and leaves the reserve.
-            assert used + cdiv(left, SIZE) + asked.tails < queue.num_free_blocks or left <= SIZE
 
 
 def test_plenty_is_more_than_any_step_asks_for() -> None:

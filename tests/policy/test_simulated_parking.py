@@ -255,7 +255,7 @@ def test_a_turn_continues_a_job_before_it(after: int) -> None:
         play([Job(0.0, 16, 1, after=after), Job(0.0, 16, 1)])
 
 
-@pytest.mark.parametrize(("seed", "restores", "gain"), [(1, 1, 1.02), (10, 1, 1.05), (18, 0, 1.01)])
+@pytest.mark.parametrize(("seed", "restores", "gain"), [(1, 1, 1.02), (10, 1, 1.05), (49, 0, 1.01)])
 def test_restore_or_compute_is_the_better_of_both(seed: int, restores: int, gain: float) -> None:
     """On a fast link it pays to restore, on a slow one to compute; `benchmarks.regret` plays more.
 

@@ -111,5 +111,7 @@ def test_two_tiers_serve_as_many_as_one(load: str, resident: int, pooled: int) -
 def test_a_chunk_of_half_of_the_residents_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: a constant chunk, kept free for the next one too, keeps requests out."""
     monkeypatch.setattr(pie_scheduler, "decide_chunk", lambda *_: Chunk(9 * BLOCK_SIZE, 9))
-    monkeypatch.setattr("pie_vllm.vllm.manager.PROMPT_RESERVE", 9 + 1)
+    monkeypatch.setattr(
+        "pie_vllm.vllm.manager.promised", lambda _, tails, prompts: tails + (prompts and 9 + 1)
+    )
     assert pie("mixed", 21, 80).steps > 1.5 * stock("mixed").steps

@@ -71,7 +71,11 @@ def with_images(driver: Driver) -> None:
 def test_an_image_that_may_not_be_split_is_computed_at_once(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever it stands in the prompt, with others running beside it."""
+    """Wherever it stands in the prompt, with others running beside it.
+
+    One prompt at a time: vLLM itself goes on with a part of an image where the prompt of another
+    takes the tokens that the whole needs.
+    """
     most = 14 * BLOCK_SIZE
     image = 12 * BLOCK_SIZE
     monkeypatch.setattr(pie_scheduler, "whole_of", lambda _: Whole(most, 1, "", ""))
@@ -85,6 +89,7 @@ def test_an_image_that_may_not_be_split_is_computed_at_once(
     with_images(driver)
     rng = random.Random(seed)
     spans = {}
+    coming = []
     for name in ("a", "b", "c", "d", "e"):
         first = rng.randint(0, LONGEST - image - 40)
         spans[name] = first, first + image
@@ -95,11 +100,15 @@ def test_an_image_that_may_not_be_split_is_computed_at_once(
             mm_position=PlaceholderRange(offset=first, length=image),
         )
         length = first + image + rng.randint(1, 20)
-        driver.add(
+        coming.append(
             make_request(name, prompt_of(length, length), 20, BLOCK_SIZE, mm_features=[feature])
         )
-    split = 0
-    while driver.scheduler.has_requests() or driver.queue:
+    split = beside = 0
+    while coming or driver.scheduler.has_requests() or driver.queue:
+        running = driver.scheduler.running
+        if coming and not driver.scheduler.waiting and not any(r.is_prefill_chunk for r in running):
+            beside += bool(running)
+            driver.add(coming.pop(0))
         driver.step()
         assert driver.idle <= 20, "no progress: the scheduler runs nothing"
         for name, count in driver.output.num_scheduled_tokens.items():
@@ -109,6 +118,7 @@ def test_an_image_that_may_not_be_split_is_computed_at_once(
                 begin, (first, last) = end - count, spans[name]
                 split += begin < last and end > first and not (begin <= first and last <= end)
     driver.verify()
+    assert beside == 4
     assert not split
 
 
