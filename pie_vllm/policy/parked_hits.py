@@ -70,6 +70,7 @@ class ParkedLookup:
         keys: Iterable[Hashable],
         hits: Sequence[Any],
         room: Room,
+        with_tail: bool = True,
     ) -> ParkedHits | None:
         """The parked blocks behind the ``hits`` that have blocks; None where there are none.
 
@@ -79,12 +80,14 @@ class ParkedLookup:
             keys: of its blocks after ``hits`` that are full without that token.
             hits: blocks that were found cached.
             room: for the admission as a whole.
+            with_tail: whether the hit may end within a block, with the request's tail.
         """
         parking = self._residency.parking
         size, count = self._block_size, len(hits)
         found, soon = self._search(keys)
         parked = sum(isinstance(block, ParkedKey) for block in found)
-        tail, full = parking.tail_of(request_id), (count + len(found)) * size
+        tail = parking.tail_of(request_id) if with_tail else None
+        full = (count + len(found)) * size
         tokens = full
         if tail is not None and tail.index * size == full:
             tokens = max(full, min(tail.tokens, num_tokens - 1))

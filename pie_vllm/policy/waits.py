@@ -19,22 +19,19 @@ REASONS = {
 """Reason: what it means."""
 
 
-def short_of(
-    queue: TieredFreeBlockQueue, wanted: int, kept_back: int = 0, watermark: int = 0
-) -> str:
+def short_of(queue: TieredFreeBlockQueue, wanted: int, within: int | None = None) -> str:
     """Why so many blocks of both tiers together are not to be had.
 
     Args:
         queue: the free blocks.
         wanted: blocks of the request's whole sequence.
-        kept_back: pooled ids beyond the admission limit.
-        watermark: blocks that vLLM keeps free.
+        within: free blocks within the admission limit; None is without one.
     """
     if wanted > queue.free_in_all:
         return "window"
     if wanted > queue.available_in_all:
         return "rows"
-    return "link" if wanted + kept_back > queue.available_in_all or not watermark else "watermark"
+    return "watermark" if within is not None and wanted <= within else "link"
 
 
 def short_at_once(queue: TieredFreeBlockQueue, wanted: int) -> str:
@@ -46,8 +43,6 @@ def short_at_once(queue: TieredFreeBlockQueue, wanted: int) -> str:
     """
     if wanted > queue.available_in_all:
         return short_of(queue, wanted)
-    if wanted <= queue.num_free_blocks:
-        return "watermark"
     return "link" if queue.frozen else "residents"
 
 

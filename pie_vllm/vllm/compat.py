@@ -94,10 +94,14 @@ def own_block_pool(pool_class: type) -> Any:
 def own_block_manager(factory: Callable[..., Any]) -> Any:
     """Make vLLM's scheduler build its KV cache manager by ``factory``.
 
-    Relies on ``self.kv_cache_manager = KVCacheManager(``, v1/core/sched/scheduler.py:328.
+    Relies on ``self.kv_cache_manager = KVCacheManager(``, v1/core/sched/scheduler.py:328, and on
+    the calls of methods that pie's scheduler overrides: for each waiting request that is looked
+    at, 929 there, and when a streaming session goes on, 2626 there.
     """
     from vllm.v1.core.sched import scheduler as module
 
+    expect(module.Scheduler.schedule, "= self._handle_blocked_waiting_request(request)")
+    expect(module.Scheduler.add_request, "self._update_request_as_session(existing, update)")
     caller = module.Scheduler.__init__
     line = "self.kv_cache_manager = KVCacheManager("
     return swapped(module, "KVCacheManager", factory, caller, line)

@@ -49,15 +49,15 @@ class PieBlockSpaceManager(KVCacheManager):
             a step, when a waiting request is looked at.
         admissions: what they found in the prefix cache.
         refused: why a waiting request was refused in this step, one of ``waits.REASONS``.
+        watermark: share of the blocks in both tiers that an admission leaves free.
     """
-
-    watermark_blocks: int
 
     def __init__(
         self,
         *args: Any,
         geometry: Geometry,
         parking: str | None = None,
+        watermark: float = 0.0,
         **kwargs: Any,
     ) -> None:
         """As vLLM's manager, over ``geometry.num_blocks`` blocks.
@@ -67,10 +67,12 @@ class PieBlockSpaceManager(KVCacheManager):
             geometry: the sizes.
             parking: policy of eviction of parked KV; None parks nothing, as where there is no
                 prefix caching.
+            watermark: vLLM's, which is held against both tiers here (``_headroom``). vLLM's own
+                manager gets 0, because it would hold it against what can be had at once.
             kwargs: vLLM's.
         """
         with compat.own_block_pool(PieBlockPool):
-            super().__init__(*args, **kwargs)
+            super().__init__(*args, watermark=0.0, **kwargs)
         managers = self.coordinator.single_type_managers
         if len(managers) != 1 or self.block_pool.num_gpu_blocks != geometry.num_blocks:
             raise UnsupportedError(
@@ -78,6 +80,7 @@ class PieBlockSpaceManager(KVCacheManager):
                 f"vLLM made {len(managers)} of {self.block_pool.num_gpu_blocks}."
             )
         pool = self.block_pool
+        self.watermark = watermark
         self.geometry = geometry
         self.residency = Residency(
             geometry,
@@ -107,8 +110,7 @@ class PieBlockSpaceManager(KVCacheManager):
 
         The limit applies as vLLM's watermark does, to waiting and preempted requests only and
         only while something runs, so it can neither preempt nor deadlock. What is pooled beyond it
-        has the first call on free residents. Not through the watermark itself: vLLM also holds
-        that against the blocks that can be had at once, which are fewer than those of both tiers.
+        has the first call on free residents.
 
         Args:
             decision: for the step.
@@ -120,13 +122,24 @@ class PieBlockSpaceManager(KVCacheManager):
         if self.residency.queue.num_free_blocks < most:
             self.completions.catch_up()
 
-    def get_computed_blocks(self, request: Request, *args: Any) -> tuple[KVCacheBlocks, int, int]:
-        """As vLLM's, with what is parked behind its hits; ``args``: 0.33 caps their tokens."""
-        blocks, tokens, boundary = super().get_computed_blocks(request, *args)
+    def get_computed_blocks(
+        self, request: Request, max_cache_hit_length: int | None = None
+    ) -> tuple[KVCacheBlocks, int, int]:
+        """As vLLM's, with what is parked behind its hits.
+
+        Args:
+            request: waiting.
+            max_cache_hit_length: tokens that may be hit at most, given by 0.33 where outputs
+                beside the KV are kept by block: a hit then ends with a block, too. None is all
+                but the last.
+        """
+        cap = () if max_cache_hit_length is None else (max_cache_hit_length,)
+        blocks, tokens, boundary = super().get_computed_blocks(request, *cap)
         self._parked.clear()
         parking = self.residency.parking
         if parking.any and self._decision.restores and self.prefix_cache_lookup_enabled(request):
-            parked = self._lookup.find(request, blocks.blocks[0], self._room())
+            hits = blocks.blocks[0]
+            parked = self._lookup.find(request, hits, self._room(), max_cache_hit_length)
             if parked is not None:
                 self._parked[request.request_id] = parked
                 tokens = parked.tokens
@@ -192,7 +205,8 @@ class PieBlockSpaceManager(KVCacheManager):
         cached = request.num_computed_tokens + len(hits) * self.block_size
         computed = request.num_computed_tokens + num_new_computed_tokens
         tokens = request.num_tokens if full_sequence_must_fit else computed + num_new_tokens
-        if (full_sequence_must_fit or self._kept_back) and not self._fits(
+        beyond_chunk = full_sequence_must_fit or self._kept_back or self.watermark
+        if beyond_chunk and not self._fits(
             request, tokens, new_computed_blocks, cached, has_scheduled_reqs
         ):
             return None
@@ -288,14 +302,30 @@ class PieBlockSpaceManager(KVCacheManager):
             apply_admission_cap=True,
             prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
         )
-        waiting = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-        kept_back = watermark = 0
-        if has_scheduled_reqs and request.status in waiting:
-            kept_back, watermark = self._kept_back, self.watermark_blocks
-        if needed + kept_back + watermark <= self.residency.queue.available_in_all:
+        queue = self.residency.queue
+        within, headroom = queue.available_in_all, 0
+        if has_scheduled_reqs:
+            pooled = min(queue.available_pooled, queue.free_pooled - self._kept_back)
+            within, headroom = queue.free_residents + pooled, self._headroom()
+        if needed + headroom <= within:
             return True
-        self.refused = short_of(self.residency.queue, needed, kept_back, watermark)
+        self.refused = short_of(queue, needed, within)
         return False
+
+    def _headroom(self) -> int:
+        """Blocks of both tiers that the watermark has an admission leave free.
+
+        A share of the blocks that requests may use now, without pooled ids beyond the limit or
+        without CPU memory. It leaves to use no less than the same share of the blocks that the
+        device's bytes would hold without a ring, which is what it would be without pie.
+        """
+        if not self.watermark:
+            return 0
+        geometry, withheld = self.geometry, self.residency.queue.withheld
+        usable = geometry.num_blocks - min(geometry.pooled_blocks, max(withheld, self._kept_back))
+        device = geometry.device_bytes // geometry.row_bytes
+        device_used = device - int(self.watermark * device)
+        return max(0, min(int(self.watermark * usable), usable - device_used))
 
     def free(self, request: Request) -> None:
         """Give a request's blocks back to their tiers; keep the tail of a preempted one."""
@@ -313,3 +343,18 @@ class PieBlockSpaceManager(KVCacheManager):
             keep_tail(self.residency, request_id, table, computed, self.block_size)
         self.residency.forget(request_id)
         super().free(request)
+
+    def pop_blocks_for_free(self, request: Request) -> Any:
+        """Not offered: the blocks would be in use without a request that holds them.
+
+        vLLM's scheduler takes them out where a KV connector may still write to them
+        (``defer_block_free``), and connectors are refused.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            f"--block-manager pie cannot defer giving back the blocks of {request.request_id}: no "
+            "tier would know who holds them. vLLM does so for KV connectors; remove "
+            "--kv-transfer-config, or use --block-manager default."
+        )

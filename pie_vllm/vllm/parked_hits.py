@@ -27,7 +27,9 @@ class ParkedLookup:
         self._lookup = parked_hits.ParkedLookup(residency, cached, block_size)
         self._block_size = block_size
 
-    def find(self, request: Request, hits: Sequence[Any], room: Room) -> ParkedHits | None:
+    def find(
+        self, request: Request, hits: Sequence[Any], room: Room, most: int | None = None
+    ) -> ParkedHits | None:
         """The parked blocks behind vLLM's own ``hits``; None where there are none.
 
         As ``FullAttentionManager.find_longest_cache_hit``, it stops at the first block that is
@@ -37,8 +39,12 @@ class ParkedLookup:
             request: waiting, with prefix caching.
             hits: blocks that vLLM found.
             room: for the admission as a whole.
+            most: tokens to find at most, in full blocks; None is all but the last token, with
+                those of a tail.
         """
-        end = (request.num_tokens - 1) // self._block_size
+        last = request.num_tokens - 1
+        end = (last if most is None else min(most, last)) // self._block_size
         hashes = islice(request.block_hashes, len(hits), end)
         keys = (make_block_hash_with_group_id(block_hash, 0) for block_hash in hashes)
-        return self._lookup.find(request.request_id, request.num_tokens, keys, hits, room)
+        tail = most is None
+        return self._lookup.find(request.request_id, request.num_tokens, keys, hits, room, tail)

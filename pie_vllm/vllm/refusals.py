@@ -141,6 +141,13 @@ def check_config(config: Any, device: str) -> None:
             "Remove --enable-dbo",
         ),
         (
+            bool(config.aux_output_config.enabled),
+            "--enable-return-routed-experts (--aux-output-config)",
+            "vLLM keeps experts of full blocks, as many as it evicts in its own order, and a "
+            "request may resume within a block or on KV that is kept longer",
+            "Remove it",
+        ),
+        (
             config.attention_config.hisparse_config is not None,
             "HiSparse",
             "it keeps KV in a pool of its own",

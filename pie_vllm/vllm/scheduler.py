@@ -73,6 +73,7 @@ class PieSchedulerMixin(_Mixed):
         self.pie_turns = Turns()
         self._stalls = AwaitedStalls()
         self._prompts_under_way = False
+        self._adapters: tuple[tuple[int, int], set[int]] = (-1, -1), set()
         self.pie_decision = self.pie_decider.decide()
         by_priority = vllm_config.scheduler_config.policy == "priority"
         self._priority = (lambda name: self.requests[name].priority) if by_priority else None
@@ -98,7 +99,8 @@ class PieSchedulerMixin(_Mixed):
             residency.use_chunks(pool.usable)
         for request_id in turns.begin_step(self.running, residency, decision, self._priority):
             # vLLM counts the step when it schedules it, and runs who is due in it or before.
-            self.requests[request_id].next_decode_eligible_step = self.current_step + 2
+            request, due = self.requests[request_id], self.current_step + 2
+            request.next_decode_eligible_step = max(request.next_decode_eligible_step, due)
         output = self._schedule(decision, *args, **kwargs)
         plan = output.pie_plan = self._plan(output, decision)
         output.pie_pool = pool.end_step(
@@ -111,6 +113,32 @@ class PieSchedulerMixin(_Mixed):
         output.pie_blocks = residency.residents_in_use + residency.reading.num_blocks
         turns.end_step(output.num_scheduled_tokens, residency)
         return output
+
+    def _handle_blocked_waiting_request(self, request: Any) -> bool:
+        """As vLLM's: whether a waiting request may go on, or is passed over in this step.
+
+        It is passed over, too, while its adapter would be one too many among the running requests.
+        0.32 counts the adapters of those that run in the step, v1/core/sched/scheduler.py:892, and
+        asserts a step later that those left out of it fit, too.
+        """
+        ready = bool(super()._handle_blocked_waiting_request(request))
+        return ready and (self.lora_config is None or self._adapter_fits(request))
+
+    def _adapter_fits(self, request: Any) -> bool:
+        if request.lora_request is None:
+            return True
+        key = self.current_step, len(self.running)  # While requests wait, others only join.
+        if self._adapters[0] != key:
+            adapters = {r.lora_request.lora_int_id for r in self.running if r.lora_request}
+            self._adapters = key, adapters
+        adapters = self._adapters[1]
+        fits = len(adapters) < self.lora_config.max_loras
+        return fits or request.lora_request.lora_int_id in adapters
+
+    def _update_request_as_session(self, session: Any, update: Any) -> None:
+        """As vLLM's; the tail of a session preempted meanwhile has other tokens than it goes on."""
+        self.kv_cache_manager.residency.parking.drop_tail(session.request_id)
+        super()._update_request_as_session(session, update)
 
     def _prompt_tokens(self) -> int:
         """Prompt tokens that running requests will compute in the coming step, about."""

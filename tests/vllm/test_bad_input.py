@@ -139,6 +139,7 @@ CHANGES: list[tuple[str, str, Any, str]] = [
     ("parallel_config", "decode_context_parallel_size", 2, "context parallelism"),
     ("parallel_config", "prefill_context_parallel_size", 2, "context parallelism"),
     ("parallel_config", "use_ubatching", True, "--enable-dbo"),
+    ("aux_output_config", "enabled", True, "--enable-return-routed-experts"),
     ("attention_config", "hisparse_config", object(), "HiSparse"),
     ("compilation_config", "use_inductor_graph_partition", True, "use_inductor_graph_partition"),
     (
@@ -176,6 +177,7 @@ def plain_config() -> SimpleNamespace:
             prefill_context_parallel_size=1,
             use_ubatching=False,
         ),
+        aux_output_config=SimpleNamespace(enabled=False),
         attention_config=SimpleNamespace(hisparse_config=None),
         compilation_config=SimpleNamespace(
             use_inductor_graph_partition=False,

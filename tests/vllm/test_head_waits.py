@@ -79,8 +79,8 @@ def residents() -> Driver:
 
 def watermark() -> Driver:
     driver = driver_of(12, 10, watermark=0.3)
-    holds(driver, 100)
-    driver.add(make_request("waits", tokens(100, 2), 5, BLOCK_SIZE))
+    holds(driver, 120)
+    driver.add(make_request("waits", tokens(120, 2), 5, BLOCK_SIZE))
     return driver
 
 
