@@ -53,6 +53,8 @@ class Decision(NamedTuple):
         restores: whether parked KV is copied back, which is quicker than to compute it again.
         ahead: blocks, of ``parks``, that the step may store ahead of eviction.
         at_once: blocks that the link can copy back behind the step's compute; None is without end.
+        stores: blocks that prompts may have demoted in the step, so that the link stores them
+            behind its compute; None is without end.
     """
 
     budget: int
@@ -63,6 +65,7 @@ class Decision(NamedTuple):
     restores: bool = True
     ahead: int = 0
     at_once: int | None = None
+    stores: int | None = None
 
 
 class Decider:
@@ -79,6 +82,7 @@ class Decider:
     many. Where a turn of all pooled blocks takes more than ``LONGEST_TURN`` steps, nothing more is
     pooled.
 
+    A prompt may have so many blocks demoted in a step as the link stores while it computes them.
     For parking a step may store as many blocks as the link takes while it computes; the other
     direction is not counted against it. A tenth of them may be stored ahead of eviction, but none
     while the budget was just cut. A parked block is restored if that takes the link less time than
@@ -222,18 +226,24 @@ class Decider:
             *self._parking(prompt_tokens),
         )
 
-    def _parking(self, prompt_tokens: int) -> tuple[int | None, bool, int, int | None]:
-        """Of a decision, what is about parking."""
+    def _parking(self, prompt_tokens: int) -> tuple[int | None, bool, int, int | None, int | None]:
+        """Of a decision, what is about parking, and what prompts may have demoted."""
         rate, slope = self._rate or 0.0, self.detector.slope
-        taken = rate * ((self.detector.step_seconds or 0.0) + slope * prompt_tokens)
-        restores = not slope or rate * slope * self._block_tokens >= 1.0
+        step = self.detector.step_seconds or 0.0
+        taken = rate * (step + slope * prompt_tokens)
+        # Of a block, the part whose copy the compute of its own tokens hides.
+        hidden = rate * slope * self._block_tokens
+        restores = not slope or hidden >= 1.0
         if not isfinite(taken):
-            return None, restores, self._window, None
+            return None, restores, self._window, None, None
+        stores = None
+        if self._target is not None and hidden < 1.0:
+            stores = max(1, int(MARGIN * rate * step / (1.0 - hidden)))
         if not restores:
-            return 0, False, 0, 0
+            return 0, False, 0, 0, stores
         ahead = 0 if self._cool else int(AHEAD_SHARE * taken)
         at_once = None if self._target is None else max(1, int(self._gain * taken))
-        return max(1, int(MARGIN * taken)), restores, ahead, at_once
+        return max(1, int(MARGIN * taken)), restores, ahead, at_once, stores
 
     def _in_bursts(self, hidden: float, spare: float, prompt_tokens: int) -> Decision:
         self._carried += hidden

@@ -174,6 +174,7 @@ def plan_geometry(
     ring_fraction: float | None = None,
     fed_blocks: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    whole_blocks: int = 0,
 ) -> Geometry:
     """Divide ``device_bytes`` into resident pages and a ring.
 
@@ -182,7 +183,9 @@ def plan_geometry(
     at most ``fed_blocks``; where ``R + W`` would then be below
     ``needed_blocks``, ``W`` grows to the least value that reaches it.
     ``R`` is what the rest of the device bytes holds:
-    ``L * roundup(R * p, g) + B * roundup(W * p, g) <= device_bytes``.
+    ``L * roundup(R * p, g) + B * roundup(W * p, g) <= device_bytes``. Where
+    that is not above ``whole_blocks``, ``W`` shrinks as far as it takes, and
+    where that cannot be, the caller finds fewer residents than it asked for.
 
     Args:
         num_layers: attention layers with KV, at least 1.
@@ -196,6 +199,7 @@ def plan_geometry(
             ``MOST_RING_FRACTION`` with ``fed_blocks``.
         fed_blocks: what the link can make use of; see ``pie_vllm.policy.window``.
         chunk_bytes: aim for the size of one chunk of the pool.
+        whole_blocks: blocks that one step must be able to write, all of them resident.
 
     Raises:
         ConfigError: the sizes cannot work; says the least that would.
@@ -237,6 +241,10 @@ def plan_geometry(
     if resident + window < need or window < 1:
         window, resident = _widen(
             need, max(window, 1), rows, num_layers, page_bytes, slots, granularity, device_bytes
+        )
+    if resident <= whole_blocks:
+        window, resident = _narrow(
+            whole_blocks + 1, need, window, num_layers, page_bytes, slots, granularity, device_bytes
         )
     if resident < MIN_RESIDENT_BLOCKS:
         least = _device_bytes(*sizes, MIN_RESIDENT_BLOCKS, window, slots, granularity)
@@ -322,12 +330,31 @@ def _widen(
     return low, resident(low)
 
 
-def chunk_blocks_of(max_batched_tokens: int, block_size: int, geometry: Geometry) -> int:
-    """Blocks that one step may fill with tokens.
+def _narrow(
+    wanted: int,
+    need: int,
+    window: int,
+    num_layers: int,
+    page_bytes: int,
+    slots: int,
+    granularity: int,
+    device_bytes: int,
+) -> tuple[int, int]:
+    """The largest W (and its R) up to ``window`` with ``R >= wanted``, else the least W.
 
-    vLLM's token budget, unless that is more than half of the residents: a block
-    that is being written cannot be pooled, so a chunk that filled all residents
-    would leave no room for the tails of the other requests.
+    As far as ``R + W >= need``; bisection, since R does not grow with W.
     """
-    usable = geometry.resident_blocks - 1
-    return max(1, min(cdiv(max_batched_tokens, block_size), (usable - 1) // 2))
+
+    def resident(w: int) -> int:
+        return _most_resident(num_layers, page_bytes, w, slots, granularity, device_bytes)
+
+    low, high = 1, window
+    while low < high:
+        middle = (low + high + 1) // 2
+        if resident(middle) >= wanted:
+            low = middle
+        else:
+            high = middle - 1
+    if resident(low) + low < need:
+        return window, resident(window)
+    return low, resident(low)

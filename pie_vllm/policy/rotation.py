@@ -6,7 +6,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from pie_vllm.policy.decider import Decision
+from pie_vllm.policy.geometry import cdiv
 from pie_vllm.policy.residency import Residency
+
+LONGEST_WAIT = 100
+"""Steps that a running request is left out in a row at most, for each budget that its blocks take,
+whatever priority others have and however little is spared. So a request that exceeds the budget
+alone slows the others by a hundredth at most."""
 
 
 class Turns:
@@ -15,6 +21,7 @@ class Turns:
     Those whose blocks fit the budget run in strict order, so each of ``n`` of them runs at least
     once in ``n`` steps; a newcomer queues behind all others. A request whose blocks alone exceed
     the budget is passed over until the ``spare`` blocks saved up cover it, or nobody else runs.
+    Who was left out for ``LONGEST_WAIT`` steps, for each budget that its blocks take, comes first.
 
     Attributes:
         left_out: requests left out of steps so far; one may count often.
@@ -87,6 +94,9 @@ class Turns:
         order = sorted(pooled, key=self._last.__getitem__)
         if priority is not None:
             order.sort(key=priority)
+        overdue = {r for r in order if budget and self._overdue(r, cdiv(len(pooled[r]), budget))}
+        if overdue:
+            order.sort(key=lambda r: (r not in overdue, self._last[r] if r in overdue else 0))
         loaded: set[int] = set()
         out: list[str] = []
         exceeds = full = False
@@ -94,7 +104,8 @@ class Turns:
         for request_id in order:
             blocks = pooled[request_id]
             if len(blocks) > budget:
-                if not loaded and not exceeds and len(blocks) <= budget + spare:
+                may = request_id in overdue or len(blocks) <= budget + spare
+                if may and not loaded and not exceeds:
                     exceeds = True
                     loaded.update(blocks)
                 else:
@@ -109,6 +120,10 @@ class Turns:
             out.remove(large)
             exceeds = True
         return out, exceeds
+
+    def _overdue(self, request_id: str, budgets: int) -> bool:
+        # The clock goes on by two in each step.
+        return self._clock - self._last[request_id] > 2 * LONGEST_WAIT * budgets
 
     def ran(self, requests: Iterable[str]) -> None:
         """These requests with pooled blocks were scheduled."""

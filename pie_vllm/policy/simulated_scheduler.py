@@ -13,6 +13,7 @@ from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from pie_vllm.policy.chunk import PROMPT_RESERVE, Asked, Runs, decide_chunk, plenty, promised
 from pie_vllm.policy.decider import Decision
 from pie_vllm.policy.geometry import cdiv
 from pie_vllm.policy.leaving import keep_tail
@@ -20,6 +21,7 @@ from pie_vllm.policy.parked_hits import ParkedHits, ParkedLookup, Room
 from pie_vllm.policy.residency import Residency
 from pie_vllm.policy.restoring import cancel, restore, restore_part, restored_at_once
 from pie_vllm.policy.simulated_cache import PrefixBook, give_back
+from pie_vllm.policy.waits import Patience
 
 
 @dataclass(eq=False)
@@ -71,6 +73,7 @@ class SimulatedScheduler:
 
     Attributes:
         waiting, running: requests, the first to be served first.
+        chunk_blocks: blocks that prompts may fill in the newest step.
         preemptions: so far.
         restored: parked blocks and tails that came back to requests so far.
     """
@@ -82,7 +85,7 @@ class SimulatedScheduler:
         book: PrefixBook,
         block_size: int,
         max_running: int,
-        chunk_blocks: int,
+        max_tokens: int,
     ) -> None:
         """Before the first request.
 
@@ -92,18 +95,20 @@ class SimulatedScheduler:
             book: the prefix cache; its entries are the residency's.
             block_size: tokens of a block.
             max_running: requests at once.
-            chunk_blocks: blocks that one step may fill with tokens.
+            max_tokens: tokens that one step may compute.
         """
         self._residency, self._tables, self._book = residency, tables, book
-        self._size, self._max_running, self._chunk = block_size, max_running, chunk_blocks
+        self._size, self._max_running, self._max_tokens = block_size, max_running, max_tokens
         self._lookup = ParkedLookup(residency, book.get, block_size)
+        self._patience = Patience()
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.chunk_blocks = cdiv(max_tokens, block_size)
         self.preemptions = self.restored = 0
 
     def schedule(self, decision: Decision, left_out: Collection[str]) -> Scheduled:
         """Schedule a step, in which these requests do not run; counts no token as computed."""
-        budget = self._chunk * self._size
+        budget = self._tokens(decision, left_out)
         ran: dict[str, tuple[Request, int]] = {}
         fresh: set[str] = set()
         preempted = False
@@ -134,6 +139,23 @@ class SimulatedScheduler:
             budget -= tokens
         return Scheduled(ran, fresh)
 
+    def _tokens(self, decision: Decision, left_out: Collection[str]) -> int:
+        """How many tokens the step may compute."""
+        queue, size, most = self._residency.queue, self._size, self._max_tokens
+        self.chunk_blocks = cdiv(most, size)
+        if plenty(queue, most, len(self.running), size):
+            return most
+        asked = Asked.of(
+            (
+                Runs(r.computed, r.known - r.computed, self._works(r), r.request_id in left_out)
+                for r in self.running
+            ),
+            size,
+        )
+        chunk = decide_chunk(queue, asked, bool(self.waiting), decision.stores, most, size)
+        self.chunk_blocks = chunk.blocks
+        return chunk.tokens
+
     def finish(self, request: Request) -> None:
         """A running request has its answer."""
         self.running.remove(request)
@@ -149,7 +171,12 @@ class SimulatedScheduler:
 
     def _prompts(self) -> bool:
         """Whether a running request has prompt tokens left."""
-        return any(r.known > r.computed + 1 for r in self.running)
+        return any(self._works(r) for r in self.running)
+
+    @staticmethod
+    def _works(request: Request) -> bool:
+        """Whether a request has prompt tokens left."""
+        return request.known > request.computed + 1
 
     def _find(self, request: Request, decision: Decision) -> tuple[list[Any], ParkedHits]:
         """What a waiting request need not compute: cached blocks, and parked ones behind them."""
@@ -159,9 +186,9 @@ class SimulatedScheduler:
         found = None
         if residency.parking.any and decision.restores:
             queue = residency.queue
-            kept = self._chunk + 1 if self._prompts() else 0
+            kept = PROMPT_RESERVE if self._prompts() else 0
             pooled = queue.available_pooled - (residency.window - decision.limit)
-            room = Room(queue.free_residents - kept, pooled, self._chunk)
+            room = Room(queue.free_residents - kept, pooled, self.chunk_blocks)
             after = keys[len(hits) :]
             found = self._lookup.find(request.request_id, request.known, after, hits, room)
         return hits, found or ParkedHits.none(len(hits) * size)
@@ -171,14 +198,15 @@ class SimulatedScheduler:
         residency, parking = self._residency, self._residency.parking
         queue, size, name = residency.queue, self._size, request.request_id
         hits, parked = self._find(request, decision)
-        if parked.cut and others:
+        blocks = cdiv(request.known, size)
+        if parked.cut and others and self._patience.wait(name, blocks):
             return 0  # There will be room once others are done.
         kept_back = residency.window - decision.limit if others else 0
-        needed = cdiv(request.known, size) - sum(block.ref_cnt > 0 for block in hits)
+        needed = blocks - sum(block.ref_cnt > 0 for block in hits)
         if needed + kept_back > queue.available_in_all:
             return 0
         most = restored_at_once(residency, decision.at_once)
-        if others and parked.residents > most:
+        if others and parked.residents > most and self._patience.wait(name, blocks):
             restore_part(residency, parked.found, len(hits), most)
             self.restored += most
             return 0
@@ -193,7 +221,8 @@ class SimulatedScheduler:
         residency.admit(name, len(hits))
         self._tables[name] = request.table
         idle = sum(block.ref_cnt == 0 for block in hits)
-        queue.admission(idle - parked.residents, self._chunk + 1 if others and partial else 0)
+        prompts = PROMPT_RESERVE if others and partial else 0
+        queue.admission(idle - parked.residents, promised(queue, 0, prompts))
         try:
             new = cdiv(parked.tokens + tokens, size) - len(hits)
             admitted = new + idle <= queue.num_free_blocks
@@ -210,6 +239,7 @@ class SimulatedScheduler:
             residency.withhold()
             return 0
         residency.admitted(name)
+        self._patience.forget(name)
         request.cached, request.computed = len(hits), parked.tokens
         self._cache(request, parked.tokens + tokens)
         if tail is None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pie_vllm.policy.decider import Decision
 from pie_vllm.policy.detector import Observation
-from pie_vllm.policy.geometry import Geometry, chunk_blocks_of
+from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import StepPlan, num_copied
 from pie_vllm.policy.promotion import tail_room
 from pie_vllm.policy.residency import Residency
@@ -63,7 +63,7 @@ class Simulation:
         """
         self._geometry, self._profile, self._decider = geometry, profile, decider
         self._size = block_size
-        self._chunk = chunk_blocks_of(max_tokens, block_size, geometry)
+        self._max_tokens = max_tokens
         self._jobs = jobs
         self._keys: list[list[Hashable]] = []
         self._history: list[int] = []  # Tokens of the turns before each job.
@@ -80,7 +80,7 @@ class Simulation:
         )
         self.residency.queue.popleft().is_null = True
         self._scheduler = SimulatedScheduler(
-            self.residency, tables, book, block_size, max_running, self._chunk
+            self.residency, tables, book, block_size, max_running, max_tokens
         )
         self._changes = deque(changes)
         self._turns = Turns()
@@ -154,7 +154,8 @@ class Simulation:
         scheduler, residency, size = self._scheduler, self.residency, self._size
         running, parking = scheduler.running, residency.parking
         prompts = sum(max(0, r.known - r.computed - 1) for r in running)
-        decision = self._decider.decide(min(prompts, self._chunk * size))
+        room = residency.queue.num_free_blocks * size
+        decision = self._decider.decide(min(prompts, self._max_tokens, room))
         parking.allowance = decision.parks
         restored = parking.restored_blocks
         left_out = self._turns.begin_step(running, residency, decision)
@@ -166,7 +167,7 @@ class Simulation:
         over = residency.pooled_in_use > decision.limit
         headroom = tail_room(len(running), size) if over or not scheduler.waiting else None
         several = any(tokens > 1 for _, tokens in ran.values())
-        ahead = Ahead.of(decision, self._turns.taken, len(running), self._chunk, several)
+        ahead = Ahead.of(decision, self._turns.taken, len(running), scheduler.chunk_blocks, several)
         plan = residency.end_step(ran, fresh, bool(ran), headroom, decision.budget, ahead)
         self._turns.end_step(ran, residency)
         self._pass_time(ran, plan, restored=parking.restored_blocks != restored)

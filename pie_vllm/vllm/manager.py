@@ -10,14 +10,16 @@ from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
 from vllm.v1.request import Request, RequestStatus
 
 from pie_vllm.errors import UnsupportedError
+from pie_vllm.policy.chunk import PROMPT_RESERVE, promised
 from pie_vllm.policy.completions import Completions
 from pie_vllm.policy.decider import Decision
 from pie_vllm.policy.entries import PrefixEntries
-from pie_vllm.policy.geometry import Geometry
+from pie_vllm.policy.geometry import Geometry, cdiv
 from pie_vllm.policy.leaving import forget_unfilled, keep_tail
 from pie_vllm.policy.parked_hits import ParkedHits, Room
 from pie_vllm.policy.residency import Residency
 from pie_vllm.policy.restoring import cancel, restore, restore_part, restored_at_once
+from pie_vllm.policy.waits import Patience, short_at_once, short_of
 from pie_vllm.vllm import compat
 from pie_vllm.vllm.admissions import Admissions
 from pie_vllm.vllm.block_pool import PieBlockPool
@@ -42,11 +44,13 @@ class PieBlockSpaceManager(KVCacheManager):
 
     Attributes:
         residency: the policy that owns tiers, ledger and relocation.
-        chunk_blocks: blocks that one step may fill with prompt tokens.
+        chunk_blocks: blocks that prompts may fill in this step; the scheduler decides it.
+        prompt_reserve: blocks that waiting requests leave to prompts under way.
         claims: asks the scheduler what running requests still need; asked once
             a step, when a waiting request is looked at.
         admissions: what they found in the prefix cache.
         stale: keeps KV of old weights out of prefix cache and pool.
+        refused: why a waiting request was refused in this step, one of ``waits.REASONS``.
         watermark: share of the blocks in both tiers that an admission leaves free.
     """
 
@@ -54,7 +58,6 @@ class PieBlockSpaceManager(KVCacheManager):
         self,
         *args: Any,
         geometry: Geometry,
-        chunk_blocks: int,
         parking: str | None = None,
         watermark: float = 0.0,
         **kwargs: Any,
@@ -64,7 +67,6 @@ class PieBlockSpaceManager(KVCacheManager):
         Args:
             args: vLLM's.
             geometry: the sizes.
-            chunk_blocks: blocks that one step may fill with prompt tokens.
             parking: policy of eviction of parked KV; None parks nothing, as where there is no
                 prefix caching.
             watermark: vLLM's, which is held against both tiers here (``_headroom``). vLLM's own
@@ -98,10 +100,13 @@ class PieBlockSpaceManager(KVCacheManager):
         self._decision = Decision(0, geometry.pooled_blocks, 0)
         self.admissions = Admissions(geometry.resident_blocks)
         self.completions = Completions(self.block_size, self.residency)
-        self.chunk_blocks = chunk_blocks
+        self.chunk_blocks = geometry.resident_blocks
+        self.prompt_reserve = PROMPT_RESERVE
         self.claims: Callable[[], Claims] = Claims
         self._claims: Claims | None = None
         self._kept_back = 0
+        self.refused: str | None = None
+        self._patience = Patience()
 
     def begin_step(self, decision: Decision, most: int) -> None:
         """Before ``Scheduler.schedule``: set this step's terms of admission.
@@ -114,7 +119,7 @@ class PieBlockSpaceManager(KVCacheManager):
             decision: for the step.
             most: blocks that the running requests may take in this step.
         """
-        self._claims = None
+        self._claims = self.refused = None
         self._decision = decision
         self._kept_back = self.geometry.pooled_blocks - decision.limit
         if self.residency.queue.num_free_blocks < most:
@@ -146,7 +151,7 @@ class PieBlockSpaceManager(KVCacheManager):
     def _room(self) -> Room:
         """What a waiting request may use of the blocks that are free."""
         queue, claims = self.residency.queue, self._claimed()
-        kept = claims.tails + (self.chunk_blocks + 1 if claims.prompts else 0)
+        kept = claims.tails + (self.prompt_reserve if claims.prompts else 0)
         pooled = queue.available_pooled - self._kept_back
         return Room(queue.free_residents - kept, pooled, self.chunk_blocks)
 
@@ -200,7 +205,7 @@ class PieBlockSpaceManager(KVCacheManager):
         hits, parked = new_computed_blocks.blocks[0], self._parked.pop(request_id, None)
         if parked is None:
             parked = ParkedHits.none(num_new_computed_tokens)
-        elif parked.cut and has_scheduled_reqs:
+        elif parked.cut and has_scheduled_reqs and self._may_wait(request):
             return None  # There will be room once others are done.
         cached = request.num_computed_tokens + len(hits) * self.block_size
         computed = request.num_computed_tokens + num_new_computed_tokens
@@ -213,11 +218,10 @@ class PieBlockSpaceManager(KVCacheManager):
         self.completions.catch_up()
         partial = computed + num_new_tokens < request.num_tokens
         claims = self._claimed()
-        reserve = claims.tails
-        if has_scheduled_reqs and (partial or claims.prompts):
-            reserve += self.chunk_blocks + 1
+        prompts = has_scheduled_reqs and (partial or claims.prompts)
+        reserve = promised(queue, claims.tails, self.prompt_reserve if prompts else 0)
         most = restored_at_once(residency, self._decision.at_once)
-        if has_scheduled_reqs and parked.residents > most:
+        if has_scheduled_reqs and parked.residents > most and self._may_wait(request):
             restore_part(residency, parked.found, len(hits), most)
             self.admissions.ahead(request_id, most)
             return None
@@ -243,6 +247,11 @@ class PieBlockSpaceManager(KVCacheManager):
                 has_scheduled_reqs=has_scheduled_reqs,
                 **kwargs,
             )
+            if blocks is None:
+                used = sum(block.ref_cnt > 0 for block in hits)
+                used += len(residency.tables.get(request_id, ()))
+                total = cdiv(computed + num_new_tokens, self.block_size)
+                self.refused = short_at_once(queue, total - used)
         finally:
             queue.admission()
         if blocks is None:
@@ -253,6 +262,7 @@ class PieBlockSpaceManager(KVCacheManager):
                 residency.parking.put_back(request_id, tail)
             residency.withhold()
             return None
+        self._patience.forget(request_id)
         if not goes_on:
             residency.admitted(request_id)
             self.admissions.count(request_id, hits, parked)
@@ -264,6 +274,13 @@ class PieBlockSpaceManager(KVCacheManager):
         if partial:
             self._claims = claims._replace(prompts=True)
         return blocks
+
+    def _may_wait(self, request: Request) -> bool:
+        """Whether a request waits for its parked KV in this step."""
+        if not self._patience.wait(request.request_id, cdiv(request.num_tokens, self.block_size)):
+            return False
+        self.refused = "restore"
+        return True
 
     def _fits(
         self,
@@ -290,11 +307,15 @@ class PieBlockSpaceManager(KVCacheManager):
             apply_admission_cap=True,
             prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
         )
-        if not has_scheduled_reqs:
-            return bool(needed <= self.residency.queue.available_in_all)
         queue = self.residency.queue
-        pooled = min(queue.available_pooled, queue.free_pooled - self._kept_back)
-        return bool(needed + self._headroom() <= queue.free_residents + pooled)
+        within, headroom = queue.available_in_all, 0
+        if has_scheduled_reqs:
+            pooled = min(queue.available_pooled, queue.free_pooled - self._kept_back)
+            within, headroom = queue.free_residents + pooled, self._headroom()
+        if needed + headroom <= within:
+            return True
+        self.refused = short_of(queue, needed, within)
+        return False
 
     def _headroom(self) -> int:
         """Blocks of both tiers that the watermark has an admission leave free.
@@ -319,6 +340,7 @@ class PieBlockSpaceManager(KVCacheManager):
             forget_unfilled(self.residency, table, request.num_computed_tokens // self.block_size)
         if request.is_finished():
             self.admissions.forget(request_id)
+            self._patience.forget(request_id)
             self.residency.parking.drop_tail(request_id)
         elif table and not self.stale.holds_old_kv(request_id):
             computed = min(request.num_computed_tokens, request.num_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vllm.logger import init_logger
@@ -10,6 +11,7 @@ from vllm.logger import init_logger
 from pie_vllm.policy.detector import Detector
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.residency import Residency
+from pie_vllm.policy.waits import HeadWaits
 
 logger = init_logger("vllm.pie")
 
@@ -69,6 +71,7 @@ class Control(NamedTuple):
         slowed_seconds: by which loads slowed the compute beside them, as estimated.
         recomputed_tokens: that preempted requests computed again.
         hits: of the prefix cache, since the start.
+        head_waits: steps in which the head of the queue was passed over, by reason.
     """
 
     limit: int
@@ -80,9 +83,13 @@ class Control(NamedTuple):
     slowed_seconds: float
     recomputed_tokens: int
     hits: Hits
+    head_waits: Mapping[str, int] = {}
 
 
 MICROSECONDS = 1e6
+
+HEAD_WAITS = "pie_head_waits"
+"""Name of the counter by reason, which travels as ``name:reason``."""
 
 
 class Report:
@@ -139,6 +146,7 @@ class Report:
             "pie_pooled_hits": control.hits.pooled,
             "pie_parked_hits": control.hits.parked,
         }
+        counters |= {f"{HEAD_WAITS}:{why}": steps for why, steps in control.head_waits.items()}
         changed = {**self._sizes}
         self._sizes = {}
         if gauges != self._gauges:
@@ -158,10 +166,11 @@ class StepLog:
         totals: the newest.
     """
 
-    def __init__(self, residency: Residency, detector: Detector) -> None:
+    def __init__(self, residency: Residency, detector: Detector, waits: HeadWaits) -> None:
         """Nothing has happened."""
         self._residency = residency
         self._detector = detector
+        self._waits = waits
         self._due = time.monotonic() + LOG_SECONDS
         self.totals = self._told = Totals()
 
@@ -181,7 +190,8 @@ class StepLog:
         logger.info(
             "Pie: steps=%d pooled=%d pooled_peak=%d pooled_blocks=%d bytes_loaded=%d "
             "bytes_stored=%d load_seconds=%.3f store_seconds=%.3f stall_seconds=%.3f "
-            "slowed_seconds=%.3f graph_steps=%d parked=%d parked_stores=%d ahead=%d restored=%d",
+            "slowed_seconds=%.3f graph_steps=%d parked=%d parked_stores=%d ahead=%d restored=%d "
+            "head_waits=%s",
             totals.steps,
             residency.pooled_in_use,
             totals.pooled_peak,
@@ -197,6 +207,7 @@ class StepLog:
             residency.parking.parked_blocks,
             residency.parking.ahead_blocks,
             residency.parking.restored_blocks,
+            self._waits.news(),
         )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from pie_vllm.policy.waits import REASONS
 from pie_vllm.vllm import compat, settings
-from pie_vllm.vllm.metrics import MICROSECONDS
+from pie_vllm.vllm.metrics import HEAD_WAITS, MICROSECONDS
 
 GAUGES = {
     "pie_resident_blocks": "KV cache blocks in device memory, the null block included.",
@@ -53,6 +54,13 @@ COUNTERS = {
 }
 """As GAUGES. Increments travel; those of seconds as whole microseconds."""
 
+BY_REASON = {
+    HEAD_WAITS: "Engine steps in which the first waiting request was passed over, by what kept it: "
+    + "; ".join(f"{reason}: {text}" for reason, text in REASONS.items())
+    + ".",
+}
+"""As COUNTERS, with a label ``reason``."""
+
 
 class PieMetrics:
     """The gauges and counters of one PrometheusStatLogger."""
@@ -76,6 +84,14 @@ class PieMetrics:
                 name=f"vllm:{name}", documentation=text, labelnames=labels
             )
             self._counters[name] = {i: counter.labels(*found) for i, found in values.items()}
+        for name, text in BY_REASON.items():
+            counter = logger._counter_cls(
+                name=f"vllm:{name}", documentation=text, labelnames=[*labels, "reason"]
+            )
+            for reason in REASONS:
+                self._counters[f"{name}:{reason}"] = {
+                    i: counter.labels(*found, reason) for i, found in values.items()
+                }
 
     def record(self, carried: dict[str, int], engine: int) -> None:
         """Take pie's numbers out of ``carried``, and note them for an engine."""

@@ -9,22 +9,27 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
 
 from pie_vllm.memory.host import available_host_bytes
+from pie_vllm.policy.chunk import Asked, Chunk, Runs, decide_chunk, plenty
 from pie_vllm.policy.decider import Decider, Decision
 from pie_vllm.policy.detector import Observation
 from pie_vllm.policy.elastic import ElasticPool
-from pie_vllm.policy.geometry import cdiv, chunk_blocks_of
+from pie_vllm.policy.geometry import cdiv
 from pie_vllm.policy.plan import StepPlan
 from pie_vllm.policy.promotion import tail_room
 from pie_vllm.policy.rotation import Turns
 from pie_vllm.policy.stalls import AwaitedStalls, speed_of_finished
+from pie_vllm.policy.waits import HeadWaits
 from pie_vllm.policy.write_through import Ahead
 from pie_vllm.vllm import compat, settings
 from pie_vllm.vllm.manager import Claims, PieBlockSpaceManager
 from pie_vllm.vllm.metrics import Control, Report, StepLog, Totals
+from pie_vllm.vllm.whole import whole_of
 
 logger = init_logger("vllm.pie")
 
@@ -43,26 +48,13 @@ class PieSchedulerMixin(_Mixed):
         if geometry is None:
             raise RuntimeError("the workers' geometry did not reach the scheduler")
         block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        budget = vllm_config.scheduler_config.max_num_batched_tokens
-        chunk_blocks = chunk_blocks_of(budget, block_size, geometry)
-        factory = partial(
-            PieBlockSpaceManager,
-            geometry=geometry,
-            chunk_blocks=chunk_blocks,
-            parking=config.parking,
-        )
+        factory = partial(PieBlockSpaceManager, geometry=geometry, parking=config.parking)
         with compat.own_block_manager(factory):
             super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
-        most = chunk_blocks * block_size
-        if most < self.max_num_scheduled_tokens:
-            logger.info(
-                "Pie: at most %d tokens a step (of --max-num-batched-tokens %d): %d resident "
-                "blocks hold no more while they are written.",
-                most,
-                self.max_num_scheduled_tokens,
-                geometry.resident_blocks,
-            )
-            self.max_num_scheduled_tokens = most
+        self._whole = whole_of(vllm_config)
+        if self._whole is not None:
+            # What is under way gets as much again in the next step.
+            self.kv_cache_manager.prompt_reserve = self._whole.blocks(block_size)
         self.kv_cache_manager.claims = self._claims
         self.pie_stale = self.kv_cache_manager.stale
         self.pie_stale.requests = self.requests
@@ -87,7 +79,10 @@ class PieSchedulerMixin(_Mixed):
         self.pie_decision = self.pie_decider.decide()
         by_priority = vllm_config.scheduler_config.policy == "priority"
         self._priority = (lambda name: self.requests[name].priority) if by_priority else None
-        self.pie_log = StepLog(self.kv_cache_manager.residency, self.pie_decider.detector)
+        self.pie_waits = HeadWaits()
+        self.pie_log = StepLog(
+            self.kv_cache_manager.residency, self.pie_decider.detector, self.pie_waits
+        )
         self.pie_report = Report(geometry)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -108,7 +103,7 @@ class PieSchedulerMixin(_Mixed):
             # vLLM counts the step when it schedules it, and runs who is due in it or before.
             request, due = self.requests[request_id], self.current_step + 2
             request.next_decode_eligible_step = max(request.next_decode_eligible_step, due)
-        output: SchedulerOutput = super().schedule(*args, **kwargs)
+        output = self._schedule(decision, *args, **kwargs)
         if self.pie_stale.reloads:
             self.pie_stale.scheduled()
         plan = output.pie_plan = self._plan(output, decision)
@@ -157,7 +152,101 @@ class PieSchedulerMixin(_Mixed):
     def _prompt_tokens(self) -> int:
         """Prompt tokens that running requests will compute in the coming step, about."""
         left = sum(r.num_tokens - r.num_computed_tokens for r in self.running if r.is_prefill_chunk)
-        return int(min(left, self.max_num_scheduled_tokens))
+        room = self.kv_cache_manager.residency.queue.num_free_blocks
+        return int(
+            min(left, self.max_num_scheduled_tokens, room * self.kv_cache_manager.block_size)
+        )
+
+    def _schedule(self, decision: Decision, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Schedule as vLLM does, with as many tokens as find resident pages.
+
+        vLLM reads ``max_num_scheduled_tokens`` once a step: v1/core/sched/scheduler.py:611 in 0.32,
+        :719 in 0.33, and :1405, :1620 where it checks the result.
+        """
+        most = self.max_num_scheduled_tokens
+        chunk = self._chunk(decision, most)
+        self.kv_cache_manager.chunk_blocks = chunk.blocks
+        self.max_num_scheduled_tokens = chunk.tokens
+        try:
+            output: SchedulerOutput = super().schedule(*args, **kwargs)
+        finally:
+            self.max_num_scheduled_tokens = most
+        self._count_wait(output, chunk.tokens)
+        return output
+
+    def _chunk(self, decision: Decision, most: int) -> Chunk:
+        """How many tokens the coming step computes, of so many at most."""
+        manager, queue = self.kv_cache_manager, self.kv_cache_manager.residency.queue
+        size = manager.block_size
+        waiting = bool(self.waiting or self.kv_holding_waiting)
+        asks = waiting or self._prompts_under_way
+        if not asks or self._whole is not None or plenty(queue, most, len(self.running), size):
+            return Chunk(most, cdiv(most, size))
+        manager.completions.catch_up()
+        return decide_chunk(queue, self._running_ask(), waiting, decision.stores, most, size)
+
+    def _count_wait(self, output: SchedulerOutput, allowed: int) -> None:
+        """Note why the head of the waiting queue was passed over, if one waits.
+
+        Args:
+            output: of the step.
+            allowed: tokens that it was allowed.
+        """
+        waiting = len(self.waiting) + len(self.kv_holding_waiting)
+        if not waiting or self.pause_state != PauseState.UNPAUSED:
+            return
+        if self.kv_cache_manager.refused:
+            reason = self.kv_cache_manager.refused
+        elif len(self.deferred_waiting) >= waiting:
+            reason = "deferred"
+        elif len(self.running) + self.num_waiting_for_streaming_input >= self.max_num_active_reqs:
+            reason = "seqs"
+        elif output.total_num_scheduled_tokens == allowed or not output.preempted_req_ids:
+            reason = "residents" if allowed < self.max_num_scheduled_tokens else "tokens"
+        else:
+            reason = "preemption"
+        self.pie_waits.count(reason)
+
+    def _running_ask(self) -> Asked:
+        """What running requests ask of the coming step, whose number vLLM has not set yet."""
+        step, most = self.current_step + 1, self._prompt_tokens_max()
+        return Asked.of(
+            (
+                Runs(
+                    r.num_computed_tokens,
+                    min(r.num_tokens - r.num_computed_tokens, most),
+                    r.is_prefill_chunk,
+                    step < r.next_decode_eligible_step or self._has_all_tokens(r),
+                )
+                for r in self.running
+            ),
+            self.kv_cache_manager.block_size,
+        )
+
+    def _has_all_tokens(self, request: Request) -> bool:
+        """Whether steps in flight sample all that a request may sample: vLLM skips it.
+
+        The first condition and the cap in the loop of ``schedule``, v1/core/sched/scheduler.py:667
+        and :717 in 0.32.
+        """
+        computed, ahead = request.num_computed_tokens, request.num_output_placeholders
+        if computed >= self.max_model_len - 1:
+            return True
+        end = request.num_prompt_tokens + request.max_tokens
+        return bool(ahead > 0 and computed + 2 - ahead >= end)
+
+    def _prompt_tokens_max(self) -> int:
+        """Tokens of one prompt in the coming step, by ``--long-prefill-token-threshold``.
+
+        As in ``schedule``, v1/core/sched/scheduler.py:645-657 in 0.32.
+        """
+        config, requests = self.scheduler_config, int(sum(self.get_request_counts()))
+        threshold: int = config.long_prefill_token_threshold
+        if threshold <= 0 or requests <= 1:
+            return int(self.max_model_len)
+        if self.adaptive_long_prefill_threshold:
+            threshold = max(threshold, config.max_num_batched_tokens // requests)
+        return int(threshold)
 
     def _claims(self) -> Claims:
         step, block_size = self.current_step, self.kv_cache_manager.block_size
@@ -179,9 +268,13 @@ class PieSchedulerMixin(_Mixed):
         if output.scheduled_new_reqs:
             fresh = {*fresh, *(r.req_id for r in output.scheduled_new_reqs)}
         several: Collection[str] = ()
-        self._prompts_under_way = tokens > len(scheduled) or bool(fresh)
-        if self._prompts_under_way:
+        prompts = tokens > len(scheduled) or bool(fresh)
+        if prompts:
             several = [r for r, count in scheduled.items() if count > 1 and r not in fresh]
+        # One that is left out of the step has prompt tokens left all the same.
+        self._prompts_under_way = prompts or (
+            self._prompts_under_way and any(r.is_prefill_chunk for r in self.running)
+        )
         manager.completions.next_step(self.requests, several, fresh)
         headroom = None
         if residency.reading.by_request and (
@@ -190,7 +283,7 @@ class PieSchedulerMixin(_Mixed):
             or residency.pooled_in_use > decision.limit
         ):
             headroom = tail_room(len(self.running), manager.block_size)
-        running, prompts = len(self.running), self._prompts_under_way
+        running = len(self.running)
         ahead = Ahead.of(decision, self.pie_turns.taken, running, manager.chunk_blocks, prompts)
         return residency.end_step(scheduled, fresh, tokens > 0, headroom, decision.budget, ahead)
 
@@ -242,6 +335,7 @@ class PieSchedulerMixin(_Mixed):
                 self.pie_decider.detector.slowed_seconds,
                 self.kv_cache_manager.admissions.recomputed_tokens,
                 self.kv_cache_manager.admissions.hits,
+                self.pie_waits.steps,
             )
             residency = self.kv_cache_manager.residency
             changes = self.pie_report.changes(self.pie_log.totals, residency, control)

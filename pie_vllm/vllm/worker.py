@@ -16,6 +16,7 @@ from pie_vllm.vllm import compat, ranks, refusals, settings
 from pie_vllm.vllm.cache_engine import PieCacheEngine
 from pie_vllm.vllm.failures import end_rank, said_once
 from pie_vllm.vllm.outputs import HostTimer, Tag, Timer, tagged
+from pie_vllm.vllm.whole import whole_of
 
 logger = init_logger("vllm.pie")
 
@@ -68,6 +69,7 @@ class PieWorkerMixin(_Mixed):
         taken = number * device_bytes if self.pie_device_is_host else 0
         pool_bytes = ranks.share_of_pool(config.pool_gib, number, device_bytes, taken)
         needed = self._pie_needed_blocks(spec.block_size)
+        whole = whole_of(self.vllm_config)
         plan = partial(
             plan_geometry,
             num_layers=len(specs),
@@ -77,6 +79,7 @@ class PieWorkerMixin(_Mixed):
             granularity=self.pie_granularity,
             needed_blocks=needed,
             ring_slots=config.ring_slots,
+            whole_blocks=whole.blocks(spec.block_size) if whole else 0,
         )
         plan(ring_fraction=config.ring_fraction, fed_blocks=1)  # Refuses early what cannot work.
         row_bytes = len(specs) * spec.page_size_bytes
@@ -91,6 +94,8 @@ class PieWorkerMixin(_Mixed):
             elif prior.step_seconds is not None:
                 fed = blocks_fed(prior.bandwidth, prior.step_seconds, row_bytes)
         geometry = self._pie_geometry = plan(ring_fraction=share, fed_blocks=fed)
+        if whole:
+            whole.check(geometry.resident_blocks, spec.block_size)
         logger.info(
             "Pie: %d resident blocks, %d pooled blocks, ring %d slots %.1f MiB (costs %.1f "
             "resident blocks), host pool up to %.2f GiB in %d rows%s, longest context served %d "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pie_vllm.policy.rotation import Turns
+from pie_vllm.policy.rotation import LONGEST_WAIT, Turns
 
 BLOCKS = st.frozensets(st.integers(0, 40), min_size=1, max_size=12)
 POOLED = st.dictionaries(st.sampled_from([f"r{i}" for i in range(8)]), BLOCKS, min_size=1)
@@ -71,6 +71,34 @@ def test_a_large_request_waits_for_the_spare_and_is_then_first() -> None:
     assert step(turns, pooled, 3, spare=2) == (["small"], False)
     assert step(turns, pooled, 3, spare=7) == (["large"], True)
     assert step(turns, pooled, 3, spare=7)[0] == ["small"]
+
+
+def test_no_priority_keeps_a_request_from_its_turn_for_ever() -> None:
+    """Two of high priority fill the link; those of low one wait for a bounded time, in order."""
+    turns, waited = Turns(), dict.fromkeys("abcd", 0)
+    pooled = {name: frozenset({2 * i, 2 * i + 1}) for i, name in enumerate("abcd")}
+    longest = dict(waited)
+    for _ in range(5 * LONGEST_WAIT):
+        out, exceeds = turns.choose(pooled, 4, 0, True, lambda name: int(name in "cd"))
+        assert not exceeds
+        turns.ran(name for name in pooled if name not in out)
+        waited = {name: waited[name] + 1 if name in out else 0 for name in pooled}
+        longest = {name: max(longest[name], waited[name]) for name in pooled}
+    assert max(longest["a"], longest["b"]) <= 2
+    assert LONGEST_WAIT <= longest["c"] <= LONGEST_WAIT + 4
+    assert LONGEST_WAIT <= longest["d"] <= LONGEST_WAIT + 4
+
+
+def test_a_large_request_does_not_wait_for_ever_for_a_spare_that_never_comes() -> None:
+    """It takes two budgets and a half: three times the wait, and a hundredth of the time."""
+    turns = Turns()
+    pooled = {"large": frozenset(range(10)), "small": frozenset({20})}
+    ran = [step(turns, pooled, 4)[0] for _ in range(10 * LONGEST_WAIT)]
+    at = [number for number, names in enumerate(ran) if "large" in names]
+    assert all(ran[number] == ["large"] for number in at)
+    waits = [later - before for before, later in zip([0, *at], at, strict=False)]
+    assert all(3 * LONGEST_WAIT <= wait <= 3 * LONGEST_WAIT + 3 for wait in waits)
+    assert len(at) == 3
 
 
 def test_large_requests_take_turns_when_nobody_else_runs() -> None:

@@ -20,7 +20,7 @@ SIZES = Geometry(8, 65536, 41, 8, 2, 120, 8, 4096)
 MACHINE = Profile(1e10, 0.01, 0.0, 1e-4, 0.0, 1 / 8, store_link=1e10)
 
 RETURNING = [Job(0.0, 64, 17), Job(1.0, 608, 1), Job(3.0, 16, 1, after=0)]
-"""A chat of 5 full blocks, a prompt of 38 that takes the place of 3, in the second of two steps,
+"""A chat of 5 full blocks, a prompt of 38 that takes the place of 3, in one step,
 and the chat comes back."""
 PROMPTS = 64 + 608 + 17
 """Tokens to compute, if all full blocks of the chat are had."""
@@ -96,7 +96,7 @@ def test_stores_are_waited_for_in_the_other_direction() -> None:
     """Three blocks in the step that takes their place, and later five; restores cost nothing."""
     times = play(RETURNING, replace(MACHINE, link=1e15, store_link=1e7)).times
     stored = [3 * SIZES.row_bytes / 1e7, 5 * SIZES.row_bytes / 1e7]
-    beside = [MACHINE.step_seconds(1, count - 1, 0) for count in (304, 17)]
+    beside = [MACHINE.step_seconds(1, count - 1, 0) for count in (608, 17)]
     waited = [time.stall for time in times if time.stall > 1e-6]
     assert waited == pytest.approx([s - c for s, c in zip(stored, beside, strict=True)])
 
@@ -255,7 +255,7 @@ def test_a_turn_continues_a_job_before_it(after: int) -> None:
         play([Job(0.0, 16, 1, after=after), Job(0.0, 16, 1)])
 
 
-@pytest.mark.parametrize(("seed", "restores", "gain"), [(1, 1, 1.02), (10, 1, 1.05), (15, 0, 1.01)])
+@pytest.mark.parametrize(("seed", "restores", "gain"), [(1, 1, 1.02), (10, 1, 1.05), (49, 0, 1.01)])
 def test_restore_or_compute_is_the_better_of_both(seed: int, restores: int, gain: float) -> None:
     """On a fast link it pays to restore, on a slow one to compute; `benchmarks.regret` plays more.
 

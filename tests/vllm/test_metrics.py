@@ -20,9 +20,10 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 import pie_vllm
 from pie_vllm.memory.keeper import PoolKeeper
 from pie_vllm.policy.plan import Copy
+from pie_vllm.policy.waits import REASONS
 from pie_vllm.vllm import compat
 from pie_vllm.vllm.metrics import Control, Hits, Report, Totals
-from pie_vllm.vllm.prometheus import COUNTERS, GAUGES
+from pie_vllm.vllm.prometheus import BY_REASON, COUNTERS, GAUGES
 from pie_vllm.vllm.worker import PieWorkerMixin
 from tests.helpers import scheduling
 from tests.helpers.engine import Engines, Setup, request, round_
@@ -31,7 +32,8 @@ from tests.helpers.engine_model import LAYERS
 
 pytestmark = pytest.mark.vllm
 
-CONTROL = Control(7, 5, 3_000_000_000, 11, 2, 0.75, 0.006, 17, Hits(4, 5, 6))
+WAITS = {"link": 3, "residents": 2}
+CONTROL = Control(7, 5, 3_000_000_000, 11, 2, 0.75, 0.006, 17, Hits(4, 5, 6), WAITS)
 
 
 def config(model: Path, **more: Any) -> VllmConfig:
@@ -48,6 +50,17 @@ def exported() -> dict[str, float]:
             if sample.name.startswith("vllm:pie_") and not sample.name.endswith("_created"):
                 found[sample.name] = found.get(sample.name, 0.0) + sample.value
     return found
+
+
+def head_waits(reason: str) -> tuple[str, dict[str, str]]:
+    """Name and labels of the steps in which the head of the queue waited for a reason."""
+    (name,) = {
+        sample.labels["model_name"]
+        for metric in REGISTRY.collect()
+        for sample in metric.samples
+        if sample.name == "vllm:pie_head_waits_total"
+    }
+    return "vllm:pie_head_waits_total", {"model_name": name, "engine": "0", "reason": reason}
 
 
 def over_the_wire(stats: SchedulerStats) -> SchedulerStats:
@@ -89,10 +102,12 @@ def test_increments_add_up_and_gauges_follow(model: Path) -> None:
     assert found["vllm:pie_left_out_requests_total"] == 11
     assert found["vllm:pie_recomputed_tokens_total"] == 17
     assert [found[f"vllm:pie_{tier}_hits_total"] for tier in Hits._fields] == [4, 5, 6]
+    waits = {reason: REGISTRY.get_sample_value(*head_waits(reason)) for reason in REASONS}
+    assert waits == {reason: WAITS.get(reason, 0) for reason in REASONS}
     assert found["vllm:pie_pool_bytes"] == geometry.bytes_of_chunks(2)
     assert found["vllm:pie_pool_ceiling_bytes"] == geometry.host_bytes
     wanted = {f"vllm:{name}" for name in GAUGES}
-    wanted |= {f"vllm:{name}_total" for name in COUNTERS}
+    wanted |= {f"vllm:{name}_total" for name in (*COUNTERS, *BY_REASON)}
     assert set(found) == wanted
 
 

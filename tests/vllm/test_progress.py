@@ -11,6 +11,7 @@ import pytest
 
 from pie_vllm.policy.elastic import FREE_MARGIN, ElasticPool
 from pie_vllm.policy.geometry import Geometry
+from pie_vllm.policy.parked_hits import ParkedLookup
 from pie_vllm.vllm.manager import Claims
 from pie_vllm.vllm.scheduler import PieSchedulerMixin
 from tests.helpers import fuzz, scheduling
@@ -140,6 +141,70 @@ def test_the_smallest_tiers_serve_many_requests(asynchronous: bool) -> None:
     driver.run()
     driver.verify()
     assert all(len(answer) == 30 for answer in driver.answers.values())
+
+
+def waits_for_its_parked_kv() -> Driver:
+    """A request that runs for long, and a chat that comes back, whose seven blocks are parked."""
+    driver = make_driver(
+        scheduling.geometry(16, 10),
+        decider=Fixed(10, at_once=1),
+        max_model_len=200,
+        enable_prefix_caching=True,
+    )
+    chat = [random.Random(1).randrange(997) for _ in range(112)]
+    driver.add(make_request("before", chat, 2, BLOCK_SIZE))
+    driver.run()
+    driver.add(make_request("other", [random.Random(2).randrange(997)] * 180, 2, BLOCK_SIZE))
+    driver.run()
+    driver.add(make_request("beside", [5, 6, 7], 150, BLOCK_SIZE))
+    driver.step()
+    driver.add(make_request("again", [*chat, 5], 3, BLOCK_SIZE))
+    assert len(driver.scheduler.kv_cache_manager.residency.parking) >= 4
+    return driver
+
+
+def steps_of_waiting(driver: Driver) -> int:
+    """Until the chat that came back runs."""
+    began = driver.steps
+    while not driver.answers["again"]:
+        driver.step()
+        assert "beside" in driver.scheduler.requests, "it waited for the other's end"
+    driver.run()
+    driver.verify()
+    return driver.steps - began
+
+
+def test_parked_kv_comes_back_a_block_a_step_beside_others() -> None:
+    """As many steps as blocks are parked, about."""
+    driver = waits_for_its_parked_kv()
+    restored = driver.scheduler.kv_cache_manager.residency.parking.restored_blocks
+    driver.step()
+    assert not driver.answers["again"]
+    waited = driver.scheduler.pie_waits.steps["restore"]
+    steps_of_waiting(driver)
+    found = driver.scheduler.kv_cache_manager.residency.parking.restored_blocks - restored
+    assert found >= 4
+    assert waited == 1
+    assert driver.scheduler.pie_waits.steps["restore"] <= found
+
+
+@pytest.mark.parametrize("path", ["part", "cut"])
+def test_no_restore_keeps_a_request_waiting_for_ever(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its blocks lose their places as fast as they come, or the next one is always on its way.
+
+    It waits for as many steps as it has blocks, and is then admitted beside the other.
+    """
+    driver = waits_for_its_parked_kv()
+    if path == "part":
+        monkeypatch.setattr("pie_vllm.vllm.manager.restore_part", lambda *_: None)
+    else:
+        search = ParkedLookup._search
+        monkeypatch.setattr(ParkedLookup, "_search", lambda *args: (search(*args)[0], True))
+    blocks = -(-113 // BLOCK_SIZE)
+    steps_of_waiting(driver)
+    assert driver.scheduler.pie_waits.steps["restore"] == blocks
 
 
 def test_usage_counts_both_tiers_and_a_reset_waits_for_all_blocks() -> None:

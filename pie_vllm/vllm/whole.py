@@ -1,0 +1,79 @@
+"""What vLLM computes in one step or not at all, so that its blocks must be resident together."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from pie_vllm.errors import ConfigError
+from pie_vllm.policy.geometry import cdiv
+
+
+class Whole(NamedTuple):
+    """Tokens that one step computes together.
+
+    Attributes:
+        tokens: at most.
+        spare: resident blocks needed beside theirs: one for a prompt's block that is begun.
+        what: computes them in one step.
+        way_out: how to have fewer of them, with a place for a number of tokens.
+    """
+
+    tokens: int
+    spare: int
+    what: str
+    way_out: str
+
+    def blocks(self, block_size: int) -> int:
+        """Resident blocks that the step must find, the null block apart."""
+        return cdiv(self.tokens, block_size) + self.spare
+
+    def check(self, resident_blocks: int, block_size: int) -> None:
+        """Refuse a device that does not hold them.
+
+        Raises:
+            ConfigError: says how many tokens it holds.
+        """
+        needed, usable = self.blocks(block_size), resident_blocks - 1
+        if needed > usable:
+            way_out = self.way_out.format((usable - self.spare) * block_size)
+            raise ConfigError(
+                f"{self.what} in one step, whose {needed} KV blocks must be in device memory "
+                f"together, and {usable} are all that fit there. Raise --kv-cache-memory-bytes or "
+                f"--gpu-memory-utilization, {way_out}."
+            )
+
+
+def whole_of(config: Any) -> Whole | None:
+    """What a finished VllmConfig does not split; None where all prompts may be split anywhere.
+
+    Two places of ``Scheduler.schedule`` do not: a waiting request's prompt without chunked prefill
+    (v1/core/sched/scheduler.py:1161 in 0.32, :1338 in 0.33) breaks the loop where the step has
+    fewer tokens left, and ``_try_schedule_encoder_inputs`` (:1870, :2099) goes back to the token
+    before an image, a part of which the model cannot attend to. Encoder-decoder models, pooling
+    models, alignment to state blocks and speculation, the others, are refused by name.
+    """
+    scheduler, model = config.scheduler_config, config.model_config
+    if not scheduler.enable_chunked_prefill:
+        return Whole(
+            model.max_model_len,
+            0,
+            f"--no-enable-chunked-prefill computes a prompt of --max-model-len "
+            f"{model.max_model_len} tokens",
+            "lower --max-model-len to {}, or remove --no-enable-chunked-prefill",
+        )
+    if model.supports_multimodal_inputs and (
+        scheduler.disable_chunked_mm_input or model.is_mm_prefix_lm
+    ):
+        most = min(scheduler.max_num_batched_tokens, model.max_model_len)
+        what = (
+            "--disable-chunked-mm-input computes"
+            if not model.is_mm_prefix_lm
+            else "a model that attends to images as a whole computes"
+        )
+        return Whole(
+            most,
+            1,
+            f"{what} an image of up to --max-num-batched-tokens, here {most} tokens,",
+            "lower --max-num-batched-tokens to {}, if that is at least the largest image",
+        )
+    return None
