@@ -28,8 +28,10 @@ LEFT_OUT = (".so", ".h", ".hpp", ".cuh", ".cu", ".inl", ".cpp", ".js", ".css", "
 def download(release: str, folder: Path) -> Path:
     """Fetch vLLM's wheel of a release with pip."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
+    command += ["--retries", "1"]
     command += ["--only-binary", "vllm", "--dest", str(folder), f"vllm=={release}"]
-    subprocess.run(command, check=True)
+    if subprocess.run(command, check=False).returncode:
+        sys.exit(1)  # pip has said why.
     (wheel,) = folder.glob("vllm-*.whl")
     return wheel
 
