@@ -185,8 +185,12 @@ def before_inputs(runner: Any, then: Callable[[Any], None]) -> None:
     call_before(runner, "_update_states", then)
 
 
-def after_kv_caches(then: Callable[[Any, Any], None]) -> None:
+def after_kv_caches(
+    then: Callable[[Any, Any], None], first: Callable[[Any], None] | None = None
+) -> None:
     """Call ``then(engine_core, vllm_config)`` once the workers have their KV caches.
+
+    And ``first(vllm_config)`` before they get them.
 
     The scheduler needs the sizes that the workers chose; vLLM hands it the
     number of blocks only. Relies on ``kv_cache_config = self._initialize_kv_caches(
@@ -196,6 +200,8 @@ def after_kv_caches(then: Callable[[Any, Any], None]) -> None:
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         def initialize(self: Any, vllm_config: Any) -> Any:
+            if first is not None:
+                first(vllm_config)
             result = original(self, vllm_config)
             then(self, vllm_config)
             return result

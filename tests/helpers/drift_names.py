@@ -83,10 +83,10 @@ ATTRIBUTES = {
     "vllm.engine.arg_utils:EngineArgs": "additional_config scheduler_cls worker_cls "
     "kv_cache_memory_bytes tensor_parallel_size",
     "vllm.config:VllmConfig": "additional_config model_config cache_config parallel_config "
-    "scheduler_config attention_config compilation_config speculative_config kv_transfer_config "
-    "kv_events_config use_v2_model_runner",
-    "vllm.config:ModelConfig": "use_mla runner_type is_encoder_decoder enable_sleep_mode "
-    "max_model_len original_max_model_len",
+    "scheduler_config attention_config compilation_config speculative_config diffusion_config "
+    "kv_transfer_config kv_events_config use_v2_model_runner",
+    "vllm.config:ModelConfig": "use_mla is_diffusion runner_type is_encoder_decoder "
+    "enable_sleep_mode max_model_len original_max_model_len",
     "vllm.config:CacheConfig": "cache_dtype kv_offloading_size num_gpu_blocks_override "
     "kv_sharing_fast_prefill",
     "vllm.config:ParallelConfig": "tensor_parallel_size pipeline_parallel_size data_parallel_size "
