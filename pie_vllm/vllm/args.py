@@ -90,6 +90,42 @@ class _Switch(argparse.BooleanOptionalAction):
         _merge(namespace)
 
 
+class _Off(argparse.Action):
+    """A ``--no-`` form, as vLLM gives on ``off``, ``no`` and ``false`` of a YAML file.
+
+    It drops such a line where there is no flag of that form (utils/argparse_utils.py:620), and
+    with it what the user asked for. ``type`` says what false means for the setting, or refuses it.
+    """
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,  # noqa: ARG002
+        option_string: str | None = None,  # noqa: ARG002
+    ) -> None:
+        means: Any = self.type
+        try:
+            setattr(namespace, self.dest, means(False))
+        except ConfigError as error:
+            parser.error(f"{error} (A YAML file's off, no and false are false.)")
+        _merge(namespace)
+
+
+def _add_off(group: Any, flag: str, parse: Callable[[object], Any], spellings: str = "-_") -> None:
+    """Add the hidden form of a flag that says false, as a YAML file may spell it."""
+    name = flag.removeprefix("--")
+    group.add_argument(
+        *(f"--no-{name.replace('-', dash)}" for dash in spellings),
+        dest=name.replace("-", "_"),
+        type=parse,
+        nargs=0,
+        default=None,
+        action=_Off,
+        help=argparse.SUPPRESS,
+    )
+
+
 def _merge(namespace: argparse.Namespace) -> None:
     """Write the flags that were given into ``namespace.additional_config``."""
     before = getattr(namespace, "additional_config", None)
@@ -122,6 +158,8 @@ def _add_flags(parser: Any) -> None:
         "ahead. 'default' is vLLM's own.",
     )
 
+    _add_off(group, "--block-manager", lambda _: "default")
+
     def add(key: str, parse: Callable[[object], Any], metavar: str, text: str) -> None:
         group.add_argument(
             FLAGS[key],
@@ -131,6 +169,7 @@ def _add_flags(parser: Any) -> None:
             action=_Setting,
             help=text,
         )
+        _add_off(group, FLAGS[key], parse)
 
     add(
         "pool_gib",
@@ -187,6 +226,7 @@ def _add_flags(parser: Any) -> None:
         "graph when they load KV, with the copies inside the graph (default: such steps run "
         "piecewise).",
     )
+    _add_off(group, FLAGS["full_graphs"], lambda _: False, "_")
 
 
 def _configure(args: Any) -> None:
