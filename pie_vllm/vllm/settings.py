@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pie_vllm.config import SETTINGS_KEY, PieConfig
+from pie_vllm.errors import UnsupportedError
 from pie_vllm.policy.detector import Prior
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.vllm.wanted import wants_pie
@@ -52,7 +53,17 @@ def take(additional_config: dict[str, Any]) -> PieSettings:
 
 
 def of(vllm_config: Any) -> PieSettings:
-    """The checked settings in a finished VllmConfig."""
-    settings = vllm_config.additional_config[SETTINGS_KEY]
-    assert isinstance(settings, PieSettings)
+    """The checked settings in a finished VllmConfig.
+
+    Raises:
+        UnsupportedError: they are gone, though pie's classes are there.
+    """
+    settings = (vllm_config.additional_config or {}).get(SETTINGS_KEY)
+    if not isinstance(settings, PieSettings):
+        raise UnsupportedError(
+            f'additional_config["{SETTINGS_KEY}"] is {settings!r} in the finished configuration, '
+            "where --block-manager pie had put its checked settings: another plugin has replaced "
+            "them. Remove it (VLLM_PLUGINS names the plugins that are loaded), or use "
+            "--block-manager default."
+        )
     return settings

@@ -62,6 +62,19 @@ def test_another_plugins_class_is_refused(
             assert word in str(error.value)
 
 
+@pytest.mark.parametrize("config", [None, {}, {"block_manager": "pie", "pie": {}}])
+def test_settings_that_another_plugin_has_replaced_are_missed(model: Path, config: Any) -> None:
+    """By name, where the finished configuration is looked at."""
+    made = pie_arguments(model).create_engine_config()
+
+    def theirs(_: Any) -> Any:
+        made.additional_config = config
+        return made
+
+    with pytest.raises(UnsupportedError, match=r"additional_config\[.*another plugin"):
+        pie_args._with_pie(theirs)(pie_arguments(model))
+
+
 class Stock:
     """A worker that answers every step."""
 
