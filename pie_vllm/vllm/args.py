@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
-
-from vllm.engine.arg_utils import EngineArgs
-from vllm.platforms import current_platform
 
 from pie_vllm.config import (
     BLOCK_MANAGER_KEY,
@@ -24,9 +23,9 @@ from pie_vllm.config import (
     parse_target_slowdown,
 )
 from pie_vllm.errors import ConfigError, PieError, UnsupportedError
-from pie_vllm.memory.pool_size import check_pool_fits
-from pie_vllm.transfer.native import load_library
-from pie_vllm.vllm import cautions, compat, compat_weights, refusals, settings
+from pie_vllm.vllm.wanted import wants_pie
+
+logger = logging.getLogger("vllm.pie")
 
 SCHEDULER = "pie_vllm.vllm.scheduler.make_scheduler"
 WORKERS = {
@@ -91,18 +90,57 @@ class _Switch(argparse.BooleanOptionalAction):
         _merge(namespace)
 
 
+class _Off(argparse.Action):
+    """A ``--no-`` form, as vLLM gives on ``off``, ``no`` and ``false`` of a YAML file.
+
+    It drops such a line where there is no flag of that form (utils/argparse_utils.py:620), and
+    with it what the user asked for. ``type`` says what false means for the setting, or refuses it.
+    """
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,  # noqa: ARG002
+        option_string: str | None = None,  # noqa: ARG002
+    ) -> None:
+        means: Any = self.type
+        try:
+            setattr(namespace, self.dest, means(False))
+        except ConfigError as error:
+            parser.error(f"{error} (A YAML file's off, no and false are false.)")
+        _merge(namespace)
+
+
+def _add_off(group: Any, flag: str, parse: Callable[[object], Any], spellings: str = "-_") -> None:
+    """Add the hidden form of a flag that says false, as a YAML file may spell it."""
+    name = flag.removeprefix("--")
+    group.add_argument(
+        *(f"--no-{name.replace('-', dash)}" for dash in spellings),
+        dest=name.replace("-", "_"),
+        type=parse,
+        nargs=0,
+        default=None,
+        action=_Off,
+        help=argparse.SUPPRESS,
+    )
+
+
 def _merge(namespace: argparse.Namespace) -> None:
     """Write the flags that were given into ``namespace.additional_config``."""
-    config = dict(getattr(namespace, "additional_config", None) or {})
+    before = getattr(namespace, "additional_config", None)
+    config = dict(before or {})
     manager = getattr(namespace, "block_manager", None)
-    if manager is not None:
+    if manager == "default":
+        config.pop(BLOCK_MANAGER_KEY, None)  # vLLM hashes what is there for its compile cache.
+    elif manager is not None:
         config[BLOCK_MANAGER_KEY] = manager
     given = {
         key: value for key in FLAGS if (value := getattr(namespace, f"pie_{key}", None)) is not None
     }
     if given:
         config[SETTINGS_KEY] = {**config.get(SETTINGS_KEY, {}), **given}
-    if config:
+    if config != (before or {}):
         namespace.additional_config = config
 
 
@@ -120,6 +158,8 @@ def _add_flags(parser: Any) -> None:
         "ahead. 'default' is vLLM's own.",
     )
 
+    _add_off(group, "--block-manager", lambda _: "default")
+
     def add(key: str, parse: Callable[[object], Any], metavar: str, text: str) -> None:
         group.add_argument(
             FLAGS[key],
@@ -129,6 +169,7 @@ def _add_flags(parser: Any) -> None:
             action=_Setting,
             help=text,
         )
+        _add_off(group, FLAGS[key], parse)
 
     add(
         "pool_gib",
@@ -185,10 +226,17 @@ def _add_flags(parser: Any) -> None:
         "graph when they load KV, with the copies inside the graph (default: such steps run "
         "piecewise).",
     )
+    _add_off(group, FLAGS["full_graphs"], lambda _: False, "_")
 
 
-def _configure(args: EngineArgs) -> None:
+def _configure(args: Any) -> None:
     """Set the classes that pie needs in the engine arguments, after checks."""
+    from vllm.platforms import current_platform
+
+    from pie_vllm.transfer.native import load_library
+    from pie_vllm.vllm import compat, compat_weights, refusals, settings
+    from pie_vllm.vllm.plugin import engage
+
     compat.check_version()
     compat.check_engine_core()
     compat.check_metrics()
@@ -197,10 +245,24 @@ def _configure(args: EngineArgs) -> None:
     taken = settings.take(args.additional_config)
     worker = worker_class(device_of(current_platform))
     refusals.check_engine_args(args, SCHEDULER, worker)
-    _check_pool(args, taken)
+    _check_pool(args, taken.config.pool_gib, current_platform)
+    engage()
     args.scheduler_cls = SCHEDULER
     args.worker_cls = worker
     args.additional_config = {**args.additional_config, SETTINGS_KEY: taken}
+
+
+def _check(config: Any) -> None:
+    """Refuse what a finished configuration asks for beside pie, or has in place of it."""
+    from vllm.platforms import current_platform
+
+    from pie_vllm.vllm import cautions, refusals, settings
+
+    device = device_of(current_platform)
+    refusals.check_classes(config, SCHEDULER, worker_class(device))
+    refusals.check_config(config, device)
+    refusals.check_full_graphs(settings.of(config).config.full_graphs, device)
+    cautions.caution(config)
 
 
 def device_of(platform: Any) -> str:
@@ -222,58 +284,78 @@ def worker_class(device_type: str) -> str:
     )
 
 
-def _check_pool(args: EngineArgs, taken: settings.PieSettings) -> None:
-    """Refuse a pool that cannot fit, before the model loads."""
-    size = taken.config.pool_gib
+def _check_pool(args: Any, size: float | None, platform: Any) -> None:
+    """Refuse a pool of so many GiB that cannot fit, before the model loads."""
+    from pie_vllm.memory.pool_size import check_pool_fits
+
     if size is not None:
-        device = args.kv_cache_memory_bytes if current_platform.is_cpu() else 0
+        device = args.kv_cache_memory_bytes if platform.is_cpu() else 0
         check_pool_fits(int(size * 2**30), args.tensor_parallel_size * int(device or 0))
 
 
-def install() -> None:
+def install(module: ModuleType) -> None:
     """Wrap vLLM's argument handling; calling it again changes nothing.
 
     Relies on ``EngineArgs.add_cli_args`` being looked up by
     ``AsyncEngineArgs.add_cli_args`` after plugins were loaded
     (engine/arg_utils.py:3202), and on ``from_cli_args`` copying the namespace's
-    ``additional_config`` (:1933).
+    ``additional_config`` (:1933). What a vLLM does not have is left alone: without
+    pie it runs as it is, and pie says what it supports when it is asked for.
     """
-    if getattr(EngineArgs, "_pie_installed", False):
+    owner: Any = getattr(module, "EngineArgs", None)
+    if owner is None or "_pie_installed" in vars(owner):
         return
-    EngineArgs._pie_installed = True
-    add_cli_args = EngineArgs.add_cli_args
-    from_cli_args = EngineArgs.from_cli_args.__func__
-    create_engine_config = EngineArgs.create_engine_config
+    owner._pie_installed = True
+    for name, wrap in (
+        ("add_cli_args", _with_flags),
+        ("from_cli_args", _with_merge),
+        ("create_engine_config", _with_pie),
+    ):
+        found = vars(owner).get(name)
+        if found is None:
+            logger.debug("Pie: vLLM's EngineArgs has no %s", name)
+            continue
+        original = getattr(found, "__func__", found)
+        wrapped = functools.wraps(original)(wrap(original))
+        setattr(owner, name, wrapped if original is found else type(found)(wrapped))
 
-    @functools.wraps(add_cli_args)
-    def add(parser: Any) -> Any:
-        parser = add_cli_args(parser)
-        _add_flags(parser)
-        return parser
 
-    @functools.wraps(from_cli_args)
-    def from_cli(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
+def _with_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
+    def add(parser: Any, *args: Any, **kwargs: Any) -> Any:
+        result = add_cli_args(parser, *args, **kwargs)
+        try:
+            _add_flags(result)
+        except Exception as error:  # Stock vLLM starts, whatever its parser has become.
+            logger.warning("Pie: no flags of --block-manager pie with this vLLM: %s", error)
+        return result
+
+    return add
+
+
+def _with_merge(from_cli_args: Callable[..., Any]) -> Callable[..., Any]:
+    def from_cli(cls: Any, args: argparse.Namespace, *more: Any, **kwargs: Any) -> Any:
         try:
             _merge(args)
-            settings.wants_pie(getattr(args, "additional_config", None))
+            wants_pie(getattr(args, "additional_config", None))
         except PieError as error:
             print(f"vllm: error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
-        result: EngineArgs = from_cli_args(cls, args)
-        return result
+        return from_cli_args(cls, args, *more, **kwargs)
 
-    @functools.wraps(create_engine_config)
-    def create(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
-        if not settings.wants_pie(self.additional_config):
-            return create_engine_config(self, *args, **kwargs)
-        _configure(self)
-        config = create_engine_config(self, *args, **kwargs)
-        device = device_of(current_platform)
-        refusals.check_config(config, device)
-        refusals.check_full_graphs(settings.of(config).config.full_graphs, device)
-        cautions.caution(config)
-        return config
+    return from_cli
 
-    EngineArgs.add_cli_args = staticmethod(add)
-    EngineArgs.from_cli_args = classmethod(from_cli)
-    EngineArgs.create_engine_config = create
+
+def _with_pie(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
+    def create(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = getattr(self, "additional_config", None)
+        if wants_pie(given):
+            _configure(self)
+            config = create_engine_config(self, *args, **kwargs)
+            _check(config)
+            return config
+        if isinstance(given, dict) and BLOCK_MANAGER_KEY in given:
+            # vLLM hashes it for its compile cache, where the default must change nothing.
+            self.additional_config = {k: v for k, v in given.items() if k != BLOCK_MANAGER_KEY}
+        return create_engine_config(self, *args, **kwargs)
+
+    return create

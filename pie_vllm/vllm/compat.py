@@ -7,6 +7,7 @@ with a clear error instead of a wrong answer.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -44,6 +45,45 @@ def expect(obj: Any, *fragments: str) -> None:
                 f"vLLM {vllm.__version__}: {name} has no '{fragment}', which pie_vllm relies "
                 "on. Use a supported vLLM version or --block-manager default."
             )
+
+
+def expect_in_order(obj: Any, *fragments: str) -> None:
+    """As ``expect``, where each fragment comes after the one before; others may stand between."""
+    source, end = inspect.getsource(obj), 0
+    for fragment in fragments:
+        begin = source.find(fragment, end)
+        if begin < 0:
+            name = getattr(obj, "__qualname__", repr(obj))
+            raise UnsupportedError(
+                f"vLLM {vllm.__version__}: {name} has no '{fragment}' after what pie_vllm expects "
+                "before it. Use a supported vLLM version or --block-manager default."
+            )
+        end = begin + len(fragment)
+
+
+_classes: dict[tuple[type, str], type] = {}
+
+
+def call_before(target: Any, name: str, then: Callable[..., None]) -> None:
+    """Have ``then`` called with the arguments of a method of one object, before each call of it.
+
+    The object's class becomes a subclass, as for ``gate.install``: whoever looks the method up
+    finds it, and calls of the base class are not touched.
+    """
+    base = type(target)
+    key = (base, name)
+    if key not in _classes:
+        original = getattr(base, name)
+        noted = f"_pie_before_{name}"
+
+        @functools.wraps(original)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            getattr(self, noted)(*args, **kwargs)
+            return original(self, *args, **kwargs)
+
+        _classes[key] = type("Pie" + base.__name__, (base,), {name: method})
+    target.__class__ = _classes[key]
+    setattr(target, f"_pie_before_{name}", then)
 
 
 @contextmanager
@@ -134,6 +174,8 @@ def own_allocation(runner: Any, allocate: Callable[..., Any]) -> AbstractContext
 def before_inputs(runner: Any, then: Callable[[Any], None]) -> None:
     """Call ``then(scheduler_output)`` when a model runner updates its states for a step.
 
+    The runner becomes one of a subclass once it is made: ``Worker._make_model_runner`` exists on
+    CUDA alone, vLLM's CPU worker makes its runner in ``init_device`` (v1/worker/cpu_worker.py:168).
     Relies on ``_update_states(scheduler_output)`` at the start of ``execute_model``,
     v1/worker/gpu_model_runner.py:3979, inside the region that is ordered with the
     previous step's input copies.
@@ -144,17 +186,15 @@ def before_inputs(runner: Any, then: Callable[[Any], None]) -> None:
         compat_v2.before_inputs(runner, then)
         return
     expect(type(runner).execute_model, "self._update_states(scheduler_output)")
-    update_states = runner._update_states
-
-    def update(scheduler_output: Any) -> Any:
-        then(scheduler_output)
-        return update_states(scheduler_output)
-
-    runner._update_states = update
+    call_before(runner, "_update_states", then)
 
 
-def after_kv_caches(then: Callable[[Any, Any], None]) -> None:
+def after_kv_caches(
+    then: Callable[[Any, Any], None], first: Callable[[Any], None] | None = None
+) -> None:
     """Call ``then(engine_core, vllm_config)`` once the workers have their KV caches.
+
+    And ``first(vllm_config)`` before they get them.
 
     The scheduler needs the sizes that the workers chose; vLLM hands it the
     number of blocks only. Relies on ``kv_cache_config = self._initialize_kv_caches(
@@ -164,6 +204,8 @@ def after_kv_caches(then: Callable[[Any, Any], None]) -> None:
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         def initialize(self: Any, vllm_config: Any) -> Any:
+            if first is not None:
+                first(vllm_config)
             result = original(self, vllm_config)
             then(self, vllm_config)
             return result

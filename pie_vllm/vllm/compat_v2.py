@@ -1,6 +1,6 @@
 """What depends on vLLM's V2 model runner, the default on CUDA (v1/worker/gpu/model_runner.py).
 
-Read in vLLM 0.32.0; checked as everything in ``compat``, which
+Read in vLLM 0.32.0 and 0.33.0; checked as everything in ``compat``, which
 chooses between this and the V1 runner. Imported only where a V2 runner is.
 """
 
@@ -33,24 +33,17 @@ def own_allocation(allocate: Callable[..., Any]) -> AbstractContextManager[None]
 def before_inputs(runner: Any, then: Callable[[Any], None]) -> None:
     """Call ``then(scheduler_output)`` when the V2 runner updates its states.
 
-    After requests that are done gave back their slots and new ones took theirs,
-    before the block tables' staged writes are applied: relies on
-    ``self.update_requests(scheduler_output)`` and, right after it,
-    ``self.block_tables.apply_staged_writes()``, v1/worker/gpu/model_runner.py:1709.
+    After requests that are done gave back their slots and new ones took theirs, before the block
+    tables' staged writes are applied, whatever else stands between (0.33 updates the encoder's
+    inputs there). Relies on these three in ``execute_model``, v1/worker/gpu/model_runner.py:1735.
     """
-    compat.expect(
+    compat.expect_in_order(
         type(runner).execute_model,
-        "            self.add_requests(scheduler_output)\n"
-        "            self.update_requests(scheduler_output)\n"
-        "            self.block_tables.apply_staged_writes()\n",
+        "self.add_requests(scheduler_output)",
+        "self.update_requests(scheduler_output)",
+        "self.block_tables.apply_staged_writes()",
     )
-    update_requests = runner.update_requests
-
-    def update(scheduler_output: Any) -> Any:
-        then(scheduler_output)
-        return update_requests(scheduler_output)
-
-    runner.update_requests = update
+    compat.call_before(runner, "update_requests", then)
 
 
 def relabel_rows(runner: Any, relabels: Any) -> None:

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from pie_vllm.vllm import settings
+from vllm.platforms import current_platform
+
+from pie_vllm.vllm import args, refusals, settings
+
+
+def check_classes(vllm_config: Any) -> None:
+    """Refuse an engine whose scheduler or workers another plugin has replaced, before it starts.
+
+    Raises:
+        UnsupportedError: names the class found.
+    """
+    if settings.wants_pie(vllm_config.additional_config):
+        worker = args.worker_class(args.device_of(current_platform))
+        refusals.check_classes(vllm_config, args.SCHEDULER, worker)
 
 
 def give_geometry_to_scheduler(engine_core: Any, vllm_config: Any) -> None:

@@ -1,14 +1,61 @@
-"""Entry point of ``vllm.general_plugins``: called in every vLLM process."""
+"""Entry point of ``vllm.general_plugins``: called in every vLLM process.
+
+Most of them never use pie: what is loaded here adds the flags and the check whether pie is asked
+for, and imports nothing for it. All else is put in place by ``engage``, once pie is asked for.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from functools import wraps
+from types import ModuleType
+from typing import Any
 
+from pie_vllm.vllm.loading import once_loaded
+
+ENGINE_ARGS = "vllm.engine.arg_utils"
+"""The module of vLLM that is patched for those who may ask for pie."""
+
+
+def _never_raises(function: Callable[..., None]) -> Callable[..., None]:
+    """So that nothing here can keep vLLM from starting: it then runs without pie, and says so."""
+
+    @wraps(function)
+    def guarded(*args: Any) -> None:
+        try:
+            function(*args)
+        except Exception as error:
+            logging.getLogger("vllm.pie").warning(
+                "Pie: --block-manager pie cannot be had (%s: %s); vLLM runs as without the plugin.",
+                type(error).__name__,
+                error,
+            )
+
+    return guarded
+
+
+@_never_raises
 def register() -> None:
-    """Add ``--block-manager`` and the ``--pie-*`` flags to vLLM; twice is once."""
-    from pie_vllm.vllm import args, compat, compat_weights, handshake, prometheus
+    """Add ``--block-manager`` and the ``--pie-*`` flags to vLLM; twice is once. Never raises."""
+    once_loaded(ENGINE_ARGS, _install)
 
-    args.install()
-    compat.after_kv_caches(handshake.give_geometry_to_scheduler)
+
+@_never_raises
+def _install(module: ModuleType) -> None:
+    from pie_vllm.vllm.args import install
+
+    install(module)
+
+
+def engage() -> None:
+    """Put in place what an engine with pie needs of vLLM, in this process; twice is once.
+
+    Called where pie is configured, and where its settings arrive from another process.
+    """
+    from pie_vllm.vllm import compat, compat_weights, handshake, prometheus
+
+    compat.after_kv_caches(handshake.give_geometry_to_scheduler, handshake.check_classes)
     compat_weights.after_new_weights(handshake.forget_kv_of_old_weights)
     compat_weights.after_new_adapter("add_lora", handshake.adapter_added)
     compat_weights.after_new_adapter("remove_lora", handshake.adapter_removed)

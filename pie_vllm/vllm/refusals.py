@@ -48,6 +48,48 @@ def check_engine_args(args: Any, scheduler: str, worker: str) -> None:
         )
 
 
+def check_classes(config: Any, scheduler: str, worker: str) -> None:
+    """Refuse a finished VllmConfig with other classes than pie's: tokens would be wrong.
+
+    Args:
+        config: vLLM's.
+        scheduler: name of pie's own scheduler class.
+        worker: name of pie's own worker class.
+
+    Raises:
+        UnsupportedError: names the class found.
+    """
+    for what, found, own in (
+        ("scheduler class", config.scheduler_config.scheduler_cls, scheduler),
+        ("worker class", config.parallel_config.worker_cls, worker),
+    ):
+        if found != own:
+            raise _refuse(
+                f"the {what} {_name(found)}",
+                f"another plugin, or vLLM itself, put it in place of {own}",
+                "Remove what sets it (VLLM_PLUGINS names the plugins that are loaded)",
+            )
+
+
+def _name(found: Any) -> str:
+    return f"{found.__module__}.{found.__qualname__}" if isinstance(found, type) else repr(found)
+
+
+def check_step(scheduler_output: Any) -> None:
+    """Refuse a step that pie's scheduler did not make; in warm-up vLLM makes its own.
+
+    Raises:
+        UnsupportedError: it has no plan, not even an empty one.
+    """
+    if not hasattr(scheduler_output, "pie_plan"):
+        raise UnsupportedError(
+            "a step reached the worker of --block-manager pie without a plan: it comes from "
+            "another scheduler, or something copied it without its attributes, and its tokens "
+            "would be wrong. Remove what schedules in place of pie (VLLM_PLUGINS names the "
+            "plugins that are loaded), or use --block-manager default."
+        )
+
+
 def check_config(config: Any, device: str) -> None:
     """Refuse what a finished VllmConfig asks for, before the model loads.
 
@@ -73,6 +115,12 @@ def check_config(config: Any, device: str) -> None:
             "encoder-decoder models",
             "cross attention keeps KV in a second group",
             "Choose a decoder-only model",
+        ),
+        (
+            config.diffusion_config is not None or bool(model.is_diffusion),
+            "diffusion models (--diffusion-config)",
+            "they need a scheduler of their own, whose steps compute blocks of tokens anew",
+            "Choose another model",
         ),
         (
             config.speculative_config is not None,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from pie_vllm.config import BLOCK_MANAGER_KEY, BLOCK_MANAGERS, SETTINGS_KEY, PieConfig
-from pie_vllm.errors import ConfigError
+from pie_vllm.config import SETTINGS_KEY, PieConfig
+from pie_vllm.errors import UnsupportedError
 from pie_vllm.policy.detector import Prior
 from pie_vllm.policy.geometry import Geometry
+from pie_vllm.vllm.wanted import wants_pie
+
+__all__ = ["PieSettings", "of", "take", "wants_pie"]
 
 
 class PieSettings(dict[str, Any]):
@@ -30,29 +33,15 @@ class PieSettings(dict[str, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the attributes, which a dict subclass would otherwise lose."""
-        return (PieSettings, (self.config,), {"geometry": self.geometry, "prior": self.prior})
+        return (_arrived, (self.config,), {"geometry": self.geometry, "prior": self.prior})
 
 
-def wants_pie(additional_config: Any) -> bool:
-    """Whether the pie block manager is asked for.
+def _arrived(config: PieConfig) -> PieSettings:
+    """Settings that come from another process: this one is a part of an engine with pie."""
+    from pie_vllm.vllm.plugin import engage
 
-    Raises:
-        ConfigError: an unknown block manager, or pie's settings without pie.
-    """
-    if not isinstance(additional_config, dict):
-        return False
-    manager = additional_config.get(BLOCK_MANAGER_KEY, "default")
-    if manager not in BLOCK_MANAGERS:
-        raise ConfigError(
-            f"--block-manager is {manager!r}; valid block managers are {', '.join(BLOCK_MANAGERS)}."
-        )
-    if manager != "pie" and additional_config.get(SETTINGS_KEY):
-        raise ConfigError(
-            "settings of the pie block manager were given (--pie-* or "
-            f'additional_config["{SETTINGS_KEY}"]) without --block-manager pie. Add '
-            "--block-manager pie, or leave them out."
-        )
-    return bool(manager == "pie")
+    engage()
+    return PieSettings(config)
 
 
 def take(additional_config: dict[str, Any]) -> PieSettings:
@@ -64,7 +53,17 @@ def take(additional_config: dict[str, Any]) -> PieSettings:
 
 
 def of(vllm_config: Any) -> PieSettings:
-    """The checked settings in a finished VllmConfig."""
-    settings = vllm_config.additional_config[SETTINGS_KEY]
-    assert isinstance(settings, PieSettings)
+    """The checked settings in a finished VllmConfig.
+
+    Raises:
+        UnsupportedError: they are gone, though pie's classes are there.
+    """
+    settings = (vllm_config.additional_config or {}).get(SETTINGS_KEY)
+    if not isinstance(settings, PieSettings):
+        raise UnsupportedError(
+            f'additional_config["{SETTINGS_KEY}"] is {settings!r} in the finished configuration, '
+            "where --block-manager pie had put its checked settings: another plugin has replaced "
+            "them. Remove it (VLLM_PLUGINS names the plugins that are loaded), or use "
+            "--block-manager default."
+        )
     return settings

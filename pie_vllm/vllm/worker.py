@@ -45,6 +45,7 @@ class PieWorkerMixin(_Mixed):
     _pie_prior: Prior
     _pie_timer: Timer | None = None
     _pie_gather_below = 0
+    _pie_warming_up = False
 
     def pie_stream(self) -> int:
         """The stream that the model runs on; 0 is the calling thread."""
@@ -212,8 +213,12 @@ class PieWorkerMixin(_Mixed):
         """Warm up and capture graphs as vLLM does, then zero the ring."""
         if self.pie is None:
             return super().compile_or_warm_up_model()
-        with self.pie.warm_up(self.model_runner, self.pie_capturing, self.pie_stream):
-            return super().compile_or_warm_up_model()
+        self._pie_warming_up = True
+        try:
+            with self.pie.warm_up(self.model_runner, self.pie_capturing, self.pie_stream):
+                return super().compile_or_warm_up_model()
+        finally:
+            self._pie_warming_up = False
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run a step with its plan; ``pie_stats`` travels back with the result.
@@ -222,6 +227,8 @@ class PieWorkerMixin(_Mixed):
         the tokens of a step before it runs the next one.
         """
         assert self.pie is not None
+        if not self._pie_warming_up:
+            refusals.check_step(scheduler_output)
         timer = self.pie_timer() if scheduler_output.total_num_scheduled_tokens else None
         try:
             with self.pie.step(getattr(scheduler_output, "pie_plan", None), self.pie_stream()):

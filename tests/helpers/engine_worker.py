@@ -97,6 +97,8 @@ class Engine:
 
     def run(self, round_: dict[str, Any]) -> dict[str, Any]:
         """Answer the requests of a round; see ``Round`` in tests/helpers/engine.py."""
+        import vllm
+
         if round_.get("fail"):
             standin.load().fail(*round_["fail"])
         if round_["reset_prefix_cache"]:
@@ -146,6 +148,7 @@ class Engine:
             "counters": after,
             "metrics": self.metrics(),
             "left_out": self.turns_left_out(),
+            "vllm": vllm.__version__,
             "v2_runner": self.core.vllm_config.use_v2_model_runner,
             "most_in_flight": self.core.batch_queue_size,
             "cuda": cuda_on_cpu.report() if cuda_on_cpu.enabled() else None,

@@ -128,6 +128,8 @@ CHANGES: list[tuple[str, str, Any, str]] = [
     ("model_config", "runner_type", "pooling", "pooling models"),
     ("model_config", "is_encoder_decoder", True, "encoder-decoder"),
     ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
+    ("model_config", "is_diffusion", True, "--diffusion-config"),
+    ("", "diffusion_config", object(), "--diffusion-config"),
     ("cache_config", "kv_offloading_size", 1.0, "--kv-offloading-size"),
     ("", "kv_transfer_config", object(), "--kv-transfer-config"),
     (
@@ -162,7 +164,11 @@ def plain_config() -> SimpleNamespace:
     """The part of a VllmConfig that the refusals look at, with nothing to refuse."""
     return SimpleNamespace(
         model_config=SimpleNamespace(
-            use_mla=False, runner_type="generate", is_encoder_decoder=False, enable_sleep_mode=False
+            use_mla=False,
+            runner_type="generate",
+            is_encoder_decoder=False,
+            is_diffusion=False,
+            enable_sleep_mode=False,
         ),
         cache_config=SimpleNamespace(
             kv_offloading_size=None,
@@ -189,6 +195,7 @@ def plain_config() -> SimpleNamespace:
             splitting_ops=None,
             splitting_ops_contain_kv_cache_update=lambda: True,
         ),
+        diffusion_config=None,
         speculative_config=None,
         kv_transfer_config=None,
         kv_events_config=None,

@@ -108,6 +108,62 @@ def test_flags_work_in_a_yaml_file(tmp_path: Path) -> None:
     assert found["pie"] == {"pool_gib": 0.5, "ring_slots": 2}
 
 
+def from_yaml(tmp_path: Path, text: str, *flags: str) -> Any:
+    """`additional_config` of `vllm serve --config FILE FLAGS`."""
+    path = tmp_path / "serve.yaml"
+    path.write_text(text)
+    return settings_of(["--config", str(path), *flags])
+
+
+@pytest.mark.parametrize("dash", ["-", "_"])
+@pytest.mark.parametrize("word", ["off", "no", "false", "'off'"])
+def test_off_in_a_yaml_file_is_off(tmp_path: Path, word: str, dash: str) -> None:
+    """YAML reads the bare words as false, and vLLM drops such a line where no flag says no."""
+    keys = ("pie-parking", "pie-target-slowdown")
+    if word == "'off'":
+        dash = "-"
+    lines = [f"{key.replace('-', dash)}: {word}" for key in keys]
+    found = from_yaml(tmp_path, "\n".join(["block-manager: pie", *lines]))["pie"]
+    config = PieConfig.from_mapping(found)
+    assert (config.parking, config.target_slowdown) == (None, None)
+    nested = "\n  ".join(["pie:", *(f"  {key[4:].replace('-', '_')}: {word}" for key in keys)])
+    found = from_yaml(tmp_path, f"additional-config:\n  block_manager: pie\n  {nested}")
+    assert settings.take(found).config == config
+    # A flag of the command line has the last word.
+    text = "block-manager: pie\npie-parking: off"
+    assert from_yaml(tmp_path, text, "--pie-parking", "arc")["pie"]["parking"] == "arc"
+
+
+@pytest.mark.parametrize("word", ["off", "on"])
+@pytest.mark.parametrize(
+    "key", ["pie-pool-gib", "pie-ring-slots", "pie-ring-fraction", "pie-link-gbps", "pie_pool_gib"]
+)
+def test_a_boolean_in_a_yaml_file_is_no_number(
+    tmp_path: Path, key: str, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error that names the flag; and what has only an off, has no on."""
+    for name in (key, "pie-parking") if word == "on" else (key,):
+        with pytest.raises(SystemExit):
+            from_yaml(tmp_path, f"block-manager: pie\n{name}: {word}")
+        text = capsys.readouterr().err
+        assert f"--{name.replace('_', '-')}" in text
+        assert ("is False; it must be" in text) == (word == "off")
+
+
+def test_switches_in_a_yaml_file(tmp_path: Path) -> None:
+    """The block manager itself, and the one setting that is a boolean."""
+    for name in ("block-manager", "block_manager"):
+        assert not from_yaml(tmp_path, f"{name}: off")
+    with pytest.raises(SystemExit):
+        from_yaml(tmp_path, "block-manager: off\npie-parking: off")
+    for name in ("pie-full-graphs", "pie_full_graphs"):
+        found = from_yaml(
+            tmp_path,
+            f"block-manager: pie\n{name}: off\nadditional-config:\n  pie:\n    full_graphs: true",
+        )
+        assert found["pie"]["full_graphs"] is False
+
+
 def test_settings_reach_a_process_that_has_no_plugin_yet() -> None:
     """API server processes read the pickled namespace before plugins are loaded."""
     namespace = pickle.dumps(parse(PIE))

@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import WorkerBase
 
 from pie_vllm.vllm import compat_weights
-from pie_vllm.vllm.plugin import register
+from pie_vllm.vllm.plugin import engage
 from tests.helpers.fuzz import BLOCK_SIZE
 from tests.helpers.parked_chats import cached_tokens, chat_then_others, driver, parking
 from tests.helpers.scheduling import Driver, make_request
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.vllm
 
 def core_of(made: Driver, workers: Callable[..., Any]) -> Any:
     """vLLM's engine core over a driver's scheduler; ``workers`` take the calls."""
-    register()
+    engage()
     core = EngineCore.__new__(EngineCore)
     core.scheduler = made.scheduler
     core.model_executor = SimpleNamespace(collective_rpc=workers)  # type: ignore[assignment]
@@ -144,5 +144,5 @@ def test_weights_that_failed_to_load_count_as_new() -> None:
 
 def test_the_line_of_vllm_is_there() -> None:
     """Also once it is patched."""
-    register()
+    engage()
     compat_weights.check_weights()

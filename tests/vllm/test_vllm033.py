@@ -1,0 +1,77 @@
+"""vLLM 0.33: its Python runs pie over 0.32's libraries for CPUs, with the V1 and the V2 runner.
+
+0.33 has no build for CPUs. With V2 two steps are in flight and the CUDA driver is pie's, on its
+stand-in: what a GPU has by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import cuda_on_cpu, other_vllm, v2_on_cpu
+from tests.helpers.engine import Engines, Setup, request, round_
+from tests.helpers.engine_load import chats, check_diverse, check_traffic, tokens
+from tests.helpers.engine_model import LAYERS
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, other_vllm.needed]
+
+ASKED = round_([request(text, max_tokens=24) for text in chats(10, 4, 8)])
+
+
+@pytest.fixture(scope="module", params=["V1", "V2"])
+def runner(request: pytest.FixtureRequest) -> str:
+    """One of vLLM's two model runners."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def newer(runner: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    """Engines of vLLM 0.33."""
+    folder = tmp_path_factory.mktemp("vllm033")
+    environment = other_vllm.environment(folder / "cache")
+    if runner == "V2":
+        environment |= {**v2_on_cpu.ENVIRONMENT, v2_on_cpu.ASYNC: "1"}
+        environment |= cuda_on_cpu.environment(folder / "report")
+    shared = Engines(folder, environment)
+    yield shared
+    shared.close()
+    if runner == "V2":
+        assert cuda_on_cpu.found_wrong(folder / "report") == []
+
+
+@pytest.fixture(scope="module")
+def setup(few: Path) -> Setup:
+    """Few residents for ten chats."""
+    other: dict[str, Any] = {"max_num_seqs": 16, "max_num_batched_tokens": 128}
+    return Setup(few, len(LAYERS), 24, 60, dtype="float32", other=other)
+
+
+def test_tokens_are_stocks(newer: Engines, setup: Setup, runner: str) -> None:
+    """Blocks move between the tiers while requests run, and no token changes."""
+    (pie,), (stock,) = newer.both(setup, [ASKED])
+    for record in (pie, stock):
+        assert record["vllm"] == other_vllm.RELEASE
+        assert record["v2_runner"] == (runner == "V2")
+        assert record["most_in_flight"] == (2 if runner == "V2" else 1)
+    assert pie["schedule"] == stock["schedule"]
+    assert tokens(pie) == tokens(stock)
+    check_diverse(stock)
+    check_traffic(pie, setup.page * setup.layers)
+
+
+@pytest.mark.parametrize("runner", ["V1"], indirect=True)
+def test_parked_chats_answer_as_stock(newer: Engines, setup: Setup) -> None:
+    """Preempted and asked again: nothing is computed twice, and no token changes."""
+    other = {"enable_prefix_caching": True, "max_num_batched_tokens": 128}
+    parked = replace(setup, resident=26, pooled=6, rows=200, other=other)
+    (stock,) = newer.run(setup, [ASKED], "stock")
+    first, again = newer.run(parked, [ASKED, ASKED])
+    assert first["preempted"]
+    assert tokens(first) == tokens(again) == tokens(stock)
+    assert first["recomputed_tokens"] == 0
+    assert again["hits"]["parked"] > 10
