@@ -1,10 +1,16 @@
 #include "pool.h"
 
+#include <string>
+
 namespace pie {
 
 Pool::Pool(Driver& driver, const Geometry& geometry, int64_t chunks)
     : driver_(driver), geometry_(geometry), chunks_(static_cast<size_t>(geometry.num_chunks)) {
   for (int64_t c = 0; c < chunks; ++c) commit(c);
+}
+
+void Pool::throw_not_held(int64_t row) {
+  throw Error(PIE_ERR_PLAN, "row " + std::to_string(row) + ": its chunk of the pool is not there");
 }
 
 void Pool::commit(int64_t chunk) {

@@ -34,12 +34,15 @@ class Pool {
   // Commits the first `chunks` chunks.
   Pool(Driver& driver, const Geometry& geometry, int64_t chunks);
 
-  // Pages of neighbouring rows of one chunk and layer follow one another. The row is held.
+  // Pages of neighbouring rows of one chunk and layer follow one another. Throws PIE_ERR_PLAN where
+  // the row is not held: the address would be a small number.
   Address page(int64_t row, int64_t layer) const {
     const int64_t chunk = row / geometry_.chunk_rows;
+    const Address base = at(chunk);
+    if (base == 0) throw_not_held(row);
     const int64_t inside = row - chunk * geometry_.chunk_rows;
     const int64_t index = layer * geometry_.rows_of_chunk(chunk) + inside;
-    return at(chunk) + static_cast<Address>(index * geometry_.page);
+    return base + static_cast<Address>(index * geometry_.page);
   }
   bool holds(int64_t row) const { return at(row / geometry_.chunk_rows) != 0; }
 
@@ -55,6 +58,7 @@ class Pool {
     std::atomic<Address> address{0};  // 0: not to be used
     std::optional<HostBlock> block;
   };
+  [[noreturn]] static void throw_not_held(int64_t row);
   Address at(int64_t chunk) const {
     return chunks_[static_cast<size_t>(chunk)].address.load(std::memory_order_acquire);
   }
