@@ -1,8 +1,8 @@
 """Builds the engine with a C++17 compiler alone: the library, or a C++ test program.
 
 ``python csrc/build.py --out DIR`` writes ``DIR/libpie.so``, with ``--sanitize address|thread``
-under that sanitizer; ``--test`` builds ``DIR/random_plans``, ``--test gather`` ``DIR/gather``. The
-compiler is ``$CXX`` or g++.
+under that sanitizer; ``--test`` builds ``DIR/random_plans``, ``--test gather`` ``DIR/gather``,
+``--test placement`` ``DIR/placement``. The compiler is ``$CXX`` or g++.
 
 The CUDA driver is part of it where cuda.h of CUDA 12.8 or newer is found, in ``$CUDA_HOME``, in
 the package nvidia-cuda-runtime or under /usr/local/cuda. No library of CUDA is linked. Where there
@@ -30,6 +30,7 @@ TEST_SOURCES = sorted(CSRC.glob("test/*"))
 TESTS = {
     "random_plans": [*SOURCES, CSRC / "test" / "random_plans.cpp"],
     "gather": [CSRC / "test" / "gather.cpp"],
+    "placement": [CSRC / "drivers" / "placement.cpp", CSRC / "test" / "placement.cpp"],
 }
 GATHER = CSRC / "gather.cu"
 GATHER_FILES = ("gather.cu", "gather.fatbin")  # beside the library
