@@ -64,8 +64,12 @@ def taking(
 
 def _locked(path: Path, seconds: float) -> int | None:
     """A descriptor that holds the lock; None where this process may not open the file."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW  # Another user's file can be locked, too.
     try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            lock = os.open(path, flags)
+        except FileNotFoundError:
+            lock = os.open(path, flags | os.O_CREAT, 0o644)
     except OSError:
         return None
     end = time.monotonic() + seconds
