@@ -32,6 +32,7 @@ TESTS = {
     "free_memory": [CSRC / "drivers" / "free_memory.cpp", CSRC / "test" / "free_memory.cpp"],
     "fuzz_interface": [*SOURCES, CSRC / "test" / "fuzz_interface.cpp"],
     "gather": [CSRC / "test" / "gather.cpp"],
+    "placement": [CSRC / "drivers" / "placement.cpp", CSRC / "test" / "placement.cpp"],
 }
 GATHER = CSRC / "gather.cu"
 GATHER_FILES = ("gather.cu", "gather.fatbin")  # beside the library

@@ -154,7 +154,7 @@ class PieSide(Side):
         )
         result.pie_stats = self.totals
         result.pie_seconds = 1.0
-        result.pie_pool = PoolState(output.pie_pool.chunks)
+        result.pie_pool = PoolState(output.pie_pool.chunks, number=output.pie_pool.number)
 
     @property
     def residency(self) -> Any:

@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from benchmarks.harness.in_process import scheduler_of
 from benchmarks.harness.load import Load
 from benchmarks.harness.machine import private_bytes
 from benchmarks.harness.one_run import add_chats, pie_counters
@@ -28,8 +29,8 @@ class Sample:
         seconds: that the step took; 0 without one.
         memory: bytes of the process; see `private_bytes`.
         pool: bytes that the pool holds.
-        waits: steps so far that waited for the pool's memory.
-        waited: seconds that they waited.
+        waits: times so far that the schedule paused for the pool's memory.
+        waited: seconds that it paused.
     """
 
     at: float
@@ -53,8 +54,9 @@ def run_wave(llm: Any, load: Load, longer: list[int], idle: float) -> Wave:
         counters = pie_counters(llm)
         now = time.perf_counter() - begin
         memory, pool = private_bytes(), counters["pool_bytes"]
-        waits, waited = counters["pool_waits"], counters["pool_waited_seconds"]
-        samples.append(Sample(now, phase, seconds, memory, int(pool), int(waits), waited))
+        pauses = scheduler_of(llm).pie_pool
+        waits, waited = pauses.pauses, pauses.paused_seconds
+        samples.append(Sample(now, phase, seconds, memory, int(pool), waits, waited))
 
     look("before", 0.0)
     engine = llm.llm_engine

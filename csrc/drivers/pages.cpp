@@ -13,12 +13,16 @@
 #include <thread>
 #include <vector>
 
+#include "placement.h"
+
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
 
 namespace pie::pages {
 namespace {
+
+const std::string kNodes = "/sys/devices/system/node/";
 
 constexpr size_t kHuge = size_t{2} << 20;
 
@@ -49,7 +53,7 @@ int populate_slices(char* address, size_t bytes, unsigned threads) {
 // Bytes that the node can give: free ones, and those of cached files but for what lies in memory
 // only. -1: not known.
 int64_t node_bytes(int node) {
-  std::ifstream text("/sys/devices/system/node/node" + std::to_string(node) + "/meminfo");
+  std::ifstream text(kNodes + "node" + std::to_string(node) + "/meminfo");
   int64_t found = -1;
   for (std::string word; text >> word;) {  // "Node 0 MemFree:  123 kB"
     if (word != "MemFree:" && word != "FilePages:" && word != "Shmem:") continue;
@@ -60,19 +64,26 @@ int64_t node_bytes(int node) {
   return found;
 }
 
+std::string line_of(const std::string& file) {
+  std::ifstream text(kNodes + file);
+  std::string line;
+  std::getline(text, line);
+  return line;
+}
+
 void bind(void* address, size_t bytes, int node) {
-  const int64_t free = node_bytes(node);
-  // A bound node that runs empty ends in the kernel killing the process.
-  if (free >= 0 && free < static_cast<int64_t>(bytes)) {
-    throw Error(PIE_ERR_TRANSFER, "allocate host memory of " + size_text(bytes) + ": NUMA node " +
-                                      std::to_string(node) + " of the GPU has " +
-                                      size_text(static_cast<size_t>(free)) + " left");
-  }
+  const Placement where = placement(bytes, node, numbers(line_of("has_memory")),
+                                    numbers(line_of("has_cpu")), node_bytes(node));
+  if (where.nodes.empty()) return;
   constexpr int kBits = 8 * sizeof(unsigned long);
-  std::vector<unsigned long> mask(static_cast<size_t>(node / kBits) + 1);
-  mask[static_cast<size_t>(node / kBits)] = 1UL << (node % kBits);
+  std::vector<unsigned long> mask;
+  for (const int n : where.nodes) {
+    mask.resize(std::max(mask.size(), static_cast<size_t>(n / kBits) + 1));
+    mask[static_cast<size_t>(n / kBits)] |= 1UL << (n % kBits);
+  }
   // Containers often forbid it; memory from elsewhere is slower, not wrong.
-  syscall(SYS_mbind, address, bytes, MPOL_BIND, mask.data(), mask.size() * kBits + 1, 0);
+  syscall(SYS_mbind, address, bytes, where.strict ? MPOL_BIND : MPOL_PREFERRED, mask.data(),
+          mask.size() * kBits + 1, 0);
 }
 
 }  // namespace
@@ -123,7 +134,7 @@ void* take(size_t bytes, int numa_node, unsigned threads) {
     }
     madvise(at, bytes, MADV_HUGEPAGE);  // A kernel without huge pages refuses; no harm.
     madvise(at, bytes, MADV_DONTFORK);  // A child would get a copy of all that is pinned.
-    if (numa_node >= 0) bind(at, bytes, numa_node);
+    bind(at, bytes, numa_node);
     populate(at, bytes, "host memory", threads);
   } catch (...) {
     unreserve(address, bytes);

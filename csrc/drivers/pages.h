@@ -16,8 +16,8 @@ void unreserve(Address address, size_t bytes) noexcept;
 // Puts a page behind every address, so that no step pays for faults. Contents do not change.
 void populate(void* address, size_t bytes, const char* what, unsigned threads = 1);
 
-// Zeroed, populated, with huge pages where the kernel has them. numa_node < 0: anywhere; else of
-// that node alone, and an error when the node has not so much free.
+// Zeroed, populated, with huge pages where the kernel has them. numa_node < 0: anywhere; else near
+// that node. Never on a node without CPUs; see placement.h.
 void* take(size_t bytes, int numa_node = -1, unsigned threads = 1);
 void give_back(void* pointer, size_t bytes) noexcept;
 

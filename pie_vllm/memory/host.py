@@ -12,7 +12,10 @@ _UNLIMITED_V1 = 1 << 60
 
 
 def mem_available_bytes(root: Path = Path("/")) -> int:
-    """``MemAvailable`` of ``/proc/meminfo`` in bytes.
+    """``MemAvailable`` of ``/proc/meminfo`` in bytes, without that of NUMA nodes without CPUs.
+
+    The memory of a GPU can be such a node (GH200), which the kernel counts as its own. Not the sum
+    over the other nodes: memory that a virtual machine gets when it touches it is in no node yet.
 
     Args:
         root: the directory that stands for ``/``; for tests.
@@ -21,11 +24,52 @@ def mem_available_bytes(root: Path = Path("/")) -> int:
         OSError: there is no such file.
         ValueError: it has no ``MemAvailable`` line.
     """
-    for line in (root / "proc/meminfo").read_text().splitlines():
+    found = _meminfo(root / "proc/meminfo").get("MemAvailable")
+    if found is None:
+        raise ValueError(f"{root / 'proc/meminfo'} has no MemAvailable line")
+    return max(0, found - sum(map(_node_available, _nodes_without_cpus(root))))
+
+
+def attainable_bytes(root: Path = Path("/")) -> int:
+    """Bytes that this process can take now or once its host gives the virtual machine more.
+
+    What a balloon has taken from the machine (``Balloon`` of ``/proc/meminfo``) comes back when it
+    is wanted; a limit of the cgroup stands.
+
+    Args:
+        root: the directory that stands for ``/``; for tests.
+    """
+    machine = mem_available_bytes(root) + _meminfo(root / "proc/meminfo").get("Balloon", 0)
+    group = cgroup_available_bytes(root)
+    return machine if group is None else min(machine, group)
+
+
+def _meminfo(path: Path) -> dict[str, int]:
+    """Bytes by name, of the machine's file or that of a node, whose lines begin with its name."""
+    found = {}
+    for line in path.read_text().splitlines():
         name, _, rest = line.partition(":")
-        if name == "MemAvailable":
-            return int(rest.split()[0]) * 1024
-    raise ValueError(f"{root / 'proc/meminfo'} has no MemAvailable line")
+        words = rest.split()
+        if words[1:] == ["kB"]:
+            found[name.split()[-1]] = int(words[0]) * 1024
+    return found
+
+
+def _nodes_without_cpus(root: Path) -> list[Path]:
+    nodes = sorted((root / "sys/devices/system/node").glob("node[0-9]*"))
+    try:
+        return [node for node in nodes if not (node / "cpulist").read_text().strip()]
+    except OSError:  # A container may hide it.
+        return []
+
+
+def _node_available(node: Path) -> int:
+    """Bytes of a node that ``MemAvailable`` counts: free ones, and cached files."""
+    try:
+        found = _meminfo(node / "meminfo")
+    except OSError:
+        return 0
+    return max(0, found.get("MemFree", 0) + found.get("FilePages", 0) - found.get("Shmem", 0))
 
 
 def cgroup_available_bytes(root: Path = Path("/")) -> int | None:

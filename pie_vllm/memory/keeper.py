@@ -8,11 +8,13 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
-from pie_vllm.errors import PieError, TransferError
-from pie_vllm.policy.elastic import PoolOrder, PoolState
+from pie_vllm.errors import IntegrityError, PieError
+from pie_vllm.memory.board import Board
+from pie_vllm.policy.elastic import RETRY_SECONDS, PoolOrder, PoolState
 from pie_vllm.policy.plan import Copy
 
 logger = logging.getLogger("vllm.pie")
@@ -20,6 +22,9 @@ logger = logging.getLogger("vllm.pie")
 
 NICENESS = 10
 """Of the thread beside the process's own: filling fresh memory must not take a core from a step."""
+
+LONGEST_WAIT = 3600.0
+"""Seconds that the thread sleeps in one piece; a longer idle time takes several."""
 
 
 class Chunks(Protocol):
@@ -35,80 +40,101 @@ class Chunks(Protocol):
 class PoolKeeper:
     """Holds the first chunks of the pool: as many as were ordered last.
 
-    The engine's thread calls ``prepare`` and ``follow``; they take microseconds
-    unless a step needs a chunk that is not there yet. A chunk that cannot be
-    had is no error then: it is said once, and the scheduler is told.
+    The engine's thread calls ``prepare`` and ``follow``; they take microseconds and wait for no
+    memory. Nothing is given back but by an order: fewer chunks, or leave to give back all but the
+    first when no other order comes for the idle time (``PoolOrder.idle``). What is released by
+    leave is reported before the scheduler names a row of it again, so this clock may be as early
+    or as late as it likes. A chunk that cannot be had is no error: it is said once, the scheduler
+    is told, and it is tried again later while the order stands.
 
-    Attributes:
-        waits: steps that waited for a chunk.
-        waited_seconds: how long, in all.
+    Several ranks share a board. One of them leads: its reports speak for all, and the others
+    release by leave only where it has.
     """
 
-    def __init__(self, engine: Chunks, chunk_rows: int, *, idle_seconds: float) -> None:
+    def __init__(
+        self,
+        engine: Chunks,
+        chunk_rows: int,
+        *,
+        idle_seconds: float,
+        budget: Callable[[], AbstractContextManager[object]] = nullcontext,
+        board: Board | None = None,
+    ) -> None:
         """Start the thread.
 
         Args:
             engine: whose chunks these are; it holds the first one.
             chunk_rows: rows of a chunk.
-            idle_seconds: as the scheduler's; see ``ElasticPool``.
+            idle_seconds: time without an order after which the leave to give back is used; ``inf``
+                is never.
+            budget: entered around the taking of one chunk; raises PieError to refuse it.
+            board: what the ranks tell each other; None is a single rank.
         """
         self._engine = engine
         self._chunk_rows = chunk_rows
         self._idle_seconds = idle_seconds
+        self._budget = budget
+        self._board = board
         self._ready = self._wanted = 1
-        self._refused = 0
-        self._order: PoolOrder | None = None
-        self._expires = math.inf
+        self._refused = self._released = 0
+        self._order = PoolOrder(1)
+        self._unheard = -1
+        self._expires = self._retry = math.inf
         self._closing = False
         self._changed = threading.Condition()
-        self.waits = 0
-        self.waited_seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="pie-pool", daemon=True)
         self._thread.start()
 
     @property
     def state(self) -> PoolState:
-        """What there is now."""
-        return PoolState(self._ready, self._refused)
+        """What can be counted on, of all ranks if this one leads."""
+        with self._changed:
+            own = self._own()
+            return own if self._board is None else self._board.least(own)
 
-    def prepare(self, stores: Sequence[Copy]) -> None:
-        """Before a step that stores: return when the rows are there.
+    @property
+    def held(self) -> int:
+        """Chunks whose memory this rank has now."""
+        return self._ready
+
+    @property
+    def refused(self) -> int:
+        """How often memory could not be had here."""
+        return self._refused
+
+    def prepare(self, *runs: Sequence[Copy]) -> None:
+        """Before a step: refuse it if it names a row whose memory is not held.
+
+        Args:
+            runs: all copies of its plan.
 
         Raises:
-            TransferError: the memory cannot be had.
+            IntegrityError: there is such a row. The scheduler never plans one.
         """
-        if not stores:
-            return
         # No run crosses a chunk.
-        chunks = max(copy.row for copy in stores) // self._chunk_rows + 1
-        start = time.perf_counter()
-        with self._changed:
-            self._expires = math.inf  # Not before the order that comes with this step.
-            self._wanted = max(self._wanted, chunks)
-            if chunks <= self._ready:
-                return
-            refused = self._refused
-            self._changed.notify_all()
-            self._changed.wait_for(
-                lambda: self._ready >= chunks or self._refused > refused or self._closing
+        row = max((copy.row for copies in runs for copy in copies), default=-1)
+        held = min(self._ready, self._wanted)
+        if row >= held * self._chunk_rows:
+            raise IntegrityError(
+                f"a step names row {row} of the CPU pool, of whose chunks of {self._chunk_rows} "
+                f"rows the first {held} are held. This is an error of pie_vllm: please report it, "
+                "and use --block-manager default until then."
             )
-            if self._ready < chunks:
-                raise TransferError(
-                    f"chunk {self._ready} of the CPU pool cannot be had, and a step needs "
-                    f"{chunks}. Free CPU memory, or lower --pie-pool-gib."
-                )
-        self.waits += 1
-        self.waited_seconds += time.perf_counter() - start
 
     def follow(self, order: PoolOrder) -> None:
         """Note the order of a step, after the step's copies were submitted."""
-        if order.idle:  # Set without the lock: the thread looks again when the old time is up.
-            self._expires = time.monotonic() + 2 * self._idle_seconds
-        if order is self._order:
+        if order == self._order and not order.idle:
             return
         with self._changed:
-            self._order = order
-            self._wanted = order.chunks
+            if order.chunks != self._order.chunks:
+                self._retry = -math.inf
+            if self._order.idle and self._wanted < self._order.chunks:
+                self._unheard = order.number
+            # What was given back by leave is not taken again before the scheduler has heard of it.
+            self._order, self._wanted = order, order.chunks if order.number != self._unheard else 1
+            self._expires = time.monotonic() + self._idle_seconds if order.idle else math.inf
+            if self._board is not None:
+                self._board.follow(order)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -118,39 +144,61 @@ class PoolKeeper:
             self._changed.notify_all()
         self._thread.join()
 
+    def _own(self) -> PoolState:
+        sure = min(self._ready, self._wanted)
+        return PoolState(sure, self._refused, self._order.number, self._released)
+
     def _run(self) -> None:
         _step_back()
-        try:
-            while (chunk := self._next()) is not None:
-                if chunk < self._ready:
-                    self._shrink(chunk)
-                else:
-                    self._grow(chunk)
-        finally:  # Whoever waits must not wait for a thread that is gone.
-            with self._changed:
-                self._closing = True
-                self._changed.notify_all()
+        while not self._closing:
+            wait = LONGEST_WAIT
+            if self._board is not None:
+                with self._changed:
+                    own, idle = self._own(), self._order.idle
+                wait = self._board.exchange(own, idle=idle)
+            chunk = self._next(wait)
+            if chunk is None:
+                continue
+            if chunk < self._ready:
+                self._shrink(chunk)
+            else:
+                self._grow(chunk)
 
-    def _next(self) -> int | None:
-        """The chunk to release (below ``_ready``) or commit next; None to end."""
+    def _next(self, wait: float) -> int | None:
+        """The chunk to release (below ``_ready``) or commit next; None after waiting for one."""
         with self._changed:
-            while not self._closing:
-                idle = self._order is not None and self._order.idle
-                left = self._expires - time.monotonic() if idle and self._ready > 1 else math.inf
-                if left <= 0:
+            if self._may_release() and not self._closing:
+                if self._ready > 1:
                     logger.info(
                         "Pie: idle for %.0f s, so %d of %d chunks of the CPU pool go back",
-                        2 * self._idle_seconds,
+                        self._idle_seconds,
                         self._ready - 1,
                         self._ready,
                     )
-                    self._wanted, self._expires = 1, math.inf
-                if self._wanted < self._ready:
-                    return self._ready - 1
-                if self._wanted > self._ready:
-                    return self._ready
-                self._changed.wait(None if left == math.inf else left)
+                self._wanted, self._expires = 1, math.inf
+                self._released += 1
+                if self._board is not None:
+                    self._board.release(self._order)
+            if self._closing:
+                return None
+            if self._wanted < self._ready:
+                return self._ready - 1
+            now = time.monotonic()
+            if self._wanted > self._ready and now >= self._retry:
+                return self._ready
+            if self._board is None or not self._board.news(self._own()):
+                retry = self._retry - now if self._wanted > self._ready else math.inf
+                left = self._expires - now if self._wanted > 1 else math.inf
+                self._changed.wait(max(0.0, min(wait, left, retry, LONGEST_WAIT)))
             return None
+
+    def _may_release(self) -> bool:
+        """Whether the leave of the newest order is used now."""
+        if not self._order.idle or self._wanted == 1:
+            return False
+        if self._board is not None and not self._board.leads:
+            return self._board.released(self._order)
+        return time.monotonic() >= self._expires
 
     def _shrink(self, chunk: int) -> None:
         with self._changed:
@@ -161,23 +209,23 @@ class PoolKeeper:
 
     def _grow(self, chunk: int) -> None:
         try:
-            self._engine.commit_chunk(chunk)
+            with self._budget():
+                self._engine.commit_chunk(chunk)
         except PieError as error:
             with self._changed:
                 self._refused += 1
-                self._wanted = self._ready
-                self._changed.notify_all()
+                self._retry = time.monotonic() + RETRY_SECONDS
             if self._refused == 1:
                 logger.warning(
-                    "Pie: the CPU pool stays at %d chunks, because memory for one more cannot be "
-                    "had: %s",
+                    "Pie: the CPU pool stays at %d chunks for now, because memory for one more "
+                    "cannot be had: %s Requests wait or are preempted for what is missing. Free "
+                    "CPU memory, or lower --pie-pool-gib.",
                     self._ready,
                     error,
                 )
             return
         with self._changed:
             self._ready = chunk + 1
-            self._changed.notify_all()
 
 
 def _step_back() -> None:

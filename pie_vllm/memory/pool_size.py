@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pie_vllm.errors import ConfigError
-from pie_vllm.memory.host import auto_pool_bytes, available_host_bytes
+from pie_vllm.memory.host import attainable_bytes, auto_pool_bytes, available_host_bytes
 
 GIB = 2**30
 
@@ -22,7 +22,10 @@ def resolve_pool_bytes(pool_gib: float | None, device_bytes: int, taken: int) ->
 
 
 def check_pool_fits(pool_bytes: int, taken: int) -> None:
-    """Refuse a pool that free CPU memory does not hold, before anything is allocated.
+    """Refuse a pool that free CPU memory cannot hold, before anything is allocated.
+
+    What a virtual machine's balloon can give back counts as free: the pool grows as it is needed,
+    and is smaller where memory does not come.
 
     Args:
         pool_bytes: bytes of the pool.
@@ -31,7 +34,7 @@ def check_pool_fits(pool_bytes: int, taken: int) -> None:
     Raises:
         ConfigError: states the amounts.
     """
-    available = available_host_bytes()
+    available = attainable_bytes()
     if pool_bytes > available - taken:
         room = max(0, available - taken)
         raise ConfigError(

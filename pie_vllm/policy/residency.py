@@ -40,6 +40,7 @@ class Residency:
         boundary: ids below it are resident.
         window: pooled ids in all.
         chunks_usable: of the pool, whose rows are handed out; see ``use_chunks``.
+        chunks_expected: of the pool, whose rows whoever is admitted may count on.
         demoted: whether a block was demoted in the step that is planned.
         demotions, promotions: counts since the start.
         catch_up: called before a demotion; tells of blocks that are complete by then.
@@ -80,7 +81,7 @@ class Residency:
         self.demoted = False
         self._relabels = RelabelLog()
         self._step = 0
-        self.chunks_usable = geometry.num_chunks
+        self.chunks_usable = self.chunks_expected = geometry.num_chunks
         self.demotions = 0
         self.promotions = 0
         self.catch_up: Callable[[], None] = lambda: None
@@ -201,15 +202,23 @@ class Residency:
         self.parking.clear()
         self.withhold()
 
-    def use_chunks(self, chunks: int) -> None:
-        """Hand out rows of the first ``chunks`` chunks only, at least ``rows.chunks_held``."""
+    def use_chunks(self, chunks: int, expected: int | None = None) -> None:
+        """Hand out rows of the first ``chunks`` chunks only, at least ``rows.chunks_held``.
+
+        Args:
+            chunks: whose rows are there.
+            expected: chunks that will be there soon; None is no more than those.
+        """
         self.chunks_usable = chunks
+        self.chunks_expected = chunks if expected is None else max(chunks, expected)
         self.rows.usable = min(chunks * self.geometry.chunk_rows, self.geometry.rows)
         self.withhold()
 
     def withhold(self) -> None:
         """Keep back pooled ids for which there is no row."""
+        coming = min(self.chunks_expected * self.geometry.chunk_rows, self.geometry.rows)
         withheld = max(0, self.window - self.rows.usable + self.parking.held)
+        self.queue.missing = max(0, self.window - coming + self.parking.held)
         if withheld != self.queue.withheld:
             self.queue.withheld = withheld
             self.queue.refresh()

@@ -92,6 +92,7 @@ class TieredFreeBlockQueue:
         demotable: ``D``, as far as it is known.
         withheld: pooled ids that may not be used now, for want of CPU memory;
             they are no part of ``FP``. Call ``refresh`` after a change.
+        missing: of these, those whose memory is not on its way either.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class TieredFreeBlockQueue:
         self._blank_set = set(self._blank)
         self.demotable = 0
         self.frozen = False
-        self.withheld = 0
+        self.withheld = self.missing = 0
         self.num_free_blocks = self.free_pooled = self.available_pooled = 0
         self._hits = 0
         self._reserve = 0
@@ -136,8 +137,9 @@ class TieredFreeBlockQueue:
 
     @property
     def available_in_all(self) -> int:
-        """Free blocks of both tiers, without those that are withheld."""
-        return self.free_residents + self.available_pooled
+        """Free blocks of both tiers, without those that are missing."""
+        there = len(self._blank) - self.missing
+        return self.free_residents + self._cached.num_free_blocks + max(there, 0)
 
     def refresh(self) -> None:
         """Recompute ``num_free_blocks`` and the counts of pooled ids after a change."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 from vllm.logger import init_logger
 
 from pie_vllm.config import PieConfig
-from pie_vllm.errors import GateError, UnsupportedError
+from pie_vllm.errors import GateError, TransferError, UnsupportedError
+from pie_vllm.memory.board import Board
+from pie_vllm.memory.budget import taking
 from pie_vllm.memory.keeper import PoolKeeper
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import StepPlan
@@ -22,6 +25,9 @@ from pie_vllm.vllm.graphs import FullGraphs, use_graphs
 from pie_vllm.vllm.metrics import Totals
 
 logger = init_logger("vllm.pie")
+
+START_SECONDS = 600.0
+"""Longest wait at start for other engines of the host that take their memory just then."""
 
 STANDS_FOR = 8
 """Steps whose stall the newest known one is taken for, at most: the engine times one in four."""
@@ -41,7 +47,12 @@ class PieCacheEngine:
     """
 
     def __init__(
-        self, config: PieConfig, geometry: Geometry, driver: str, gather_below: int = 0
+        self,
+        config: PieConfig,
+        geometry: Geometry,
+        driver: str,
+        gather_below: int = 0,
+        board: Board | None = None,
     ) -> None:
         """Reserve arena and pool and test the hand-over on this machine.
 
@@ -50,6 +61,7 @@ class PieCacheEngine:
             geometry: the sizes.
             driver: of the transfer engine.
             gather_below: bytes of a piece below which loads were faster by the gather kernel.
+            board: what the ranks tell each other of their pools; None is a single rank.
 
         Raises:
             TransferError: memory cannot be had, or the self-test fails.
@@ -61,15 +73,13 @@ class PieCacheEngine:
         self._switch = gate.GateSwitch()
         self._full_graphs = config.full_graphs
         self._graphs: FullGraphs | None = None
-        self._engine = TransferEngine(
-            geometry,
-            driver=driver,
-            link_bytes_per_s=config.emulated_link,
-            debug=config.debug,
-            chunks=1,
-        )
+        self._engine = _open(config, geometry, driver)
         self.keeper = PoolKeeper(
-            self._engine, geometry.chunk_rows, idle_seconds=config.pool_idle_seconds
+            self._engine,
+            geometry.chunk_rows,
+            idle_seconds=config.pool_idle_seconds,
+            budget=partial(taking, geometry.bytes_of_chunks(1)),
+            board=board,
         )
         if driver != "host":
             logger.info("Pie: %s", use_gather(self._engine, gather_below))
@@ -192,7 +202,7 @@ class PieCacheEngine:
             yield
             return
         engine, graphs = self._engine, self._graphs
-        self.keeper.prepare(plan.stores)
+        self.keeper.prepare(plan.stores, plan.promotions, plan.loads or ())
         if not plan.forward:
             yield
             self._count(plan, engine.run_idle(plan, compute_stream))
@@ -279,3 +289,29 @@ class PieCacheEngine:
         """Give all memory back. No tensor over the arena may be used after."""
         self.keeper.close()
         self._engine.close()
+
+
+def _open(config: PieConfig, geometry: Geometry, driver: str) -> TransferEngine:
+    """The engine with the pool's first chunk; refused before anything is taken that is not free.
+
+    Raises:
+        TransferError: the memory cannot be had.
+    """
+    first = geometry.bytes_of_chunks(1)
+    device = geometry.device_bytes if driver == "host" else 0
+    try:
+        with taking(first + device, seconds=START_SECONDS):
+            return TransferEngine(
+                geometry,
+                driver=driver,
+                link_bytes_per_s=config.emulated_link,
+                debug=config.debug,
+                chunks=1,
+            )
+    except TransferError as error:
+        raise TransferError(
+            f"--block-manager pie cannot start: it takes {device / 2**20:.0f} MiB for KV on the "
+            f"device and {first / 2**20:.0f} MiB for the first chunk of its pool from CPU memory. "
+            f"{error} Free CPU memory, lower --kv-cache-memory-bytes, or use --block-manager "
+            "default."
+        ) from error

@@ -219,7 +219,6 @@ def counters(llm: Any) -> dict[str, Any]:
         ``pooled_blocks``, ``ring_slots``, ``ring_bytes``, ``host_bytes`` (what
         the pool may hold; ``pool_bytes`` is what it holds), ``device_bytes``,
         ``idle_cost_blocks``, ``page_bytes``, ``num_layers``, ``rows``. Further
-        ``pool_waits`` and ``pool_waited_seconds``: steps that waited for the
-        pool's memory, and how long in all.
+        ``pool_refused``: how often memory for the pool could not be had.
     """
     return dict(llm.collective_rpc("pie_counters")[0])

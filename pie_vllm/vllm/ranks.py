@@ -6,12 +6,16 @@ pool of its own, so sizes must be equal and the slowest link counts.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.distributed import distributed_c10d
 from vllm.logger import init_logger
 
+from pie_vllm.errors import UnsupportedError
+from pie_vllm.memory.board import Board
 from pie_vllm.memory.pool_size import check_pool_fits, resolve_pool_bytes
 from pie_vllm.policy.detector import Prior
 
@@ -33,6 +37,30 @@ def least(*values: float) -> tuple[float, ...]:
 def least_bytes(*sizes: int) -> Sequence[int]:
     """As ``least``; whole numbers up to 2**53 stay exact."""
     return [int(size) for size in least(*sizes)]
+
+
+def pool_board() -> Board | None:
+    """Where the ranks note what their pools hold; all ranks call it together. None for one rank.
+
+    vLLM returns the output of the first rank of the tensor-parallel group
+    (v1/executor/multiproc_executor.py:548, ``_get_output_rank``).
+
+    Raises:
+        UnsupportedError: this torch does not show the store that its ranks share.
+    """
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group: Any = get_tp_group()
+    if group.world_size == 1:
+        return None
+    store_of = getattr(distributed_c10d, "_get_default_store", None)
+    if store_of is None:
+        raise UnsupportedError(
+            f"--block-manager pie on several ranks needs torch's default store, which torch "
+            f"{torch.__version__} does not show. Use one rank, or --block-manager default."
+        )
+    (name,) = least_bytes(secrets.randbelow(2**50))  # No engine before this one had it.
+    return Board(store_of(), group.rank_in_group, group.world_size, f"pie-pool-{name}")
 
 
 def slowest(prior: Prior) -> Prior:

@@ -65,12 +65,18 @@ class PieSchedulerMixin(_Mixed):
             given.prior,
             block_size,
         )
+        # A step may compute more where residents are free: then it demotes less.
+        self._step_blocks = min(
+            cdiv(self.max_num_scheduled_tokens, block_size), geometry.resident_blocks // 2
+        )
         self.pie_pool = ElasticPool(
             geometry,
             cdiv(vllm_config.model_config.max_model_len, block_size) + 1 - geometry.resident_blocks,
             available_host_bytes,
             monotonic,
             config.pool_idle_seconds,
+            step_blocks=self._step_blocks,
+            ranks=vllm_config.parallel_config.tensor_parallel_size,
         )
         self.pie_turns = Turns()
         self._stalls = AwaitedStalls()
@@ -89,16 +95,14 @@ class PieSchedulerMixin(_Mixed):
         """Schedule as vLLM does, then plan what the step stores, loads and relabels."""
         manager, turns = self.kv_cache_manager, self.pie_turns
         prompts = self._prompt_tokens() if self._prompts_under_way else 0
-        decision = self.pie_decision = self.pie_decider.decide(prompts)
         most = len(self.running) + prompts // manager.block_size
+        if self._begin_pool(most):
+            return self._schedule_nothing(*args, **kwargs)
+        decision = self.pie_decision = self.pie_decider.decide(prompts)
         manager.begin_step(decision, most)
-        residency, pool = manager.residency, self.pie_pool
+        residency = manager.residency
         residency.parking.allowance = decision.parks
         restored = residency.parking.restored_blocks
-        if pool.begin_step():
-            self.pie_forget_idle()
-        if pool.usable != residency.chunks_usable:
-            residency.use_chunks(pool.usable)
         for request_id in turns.begin_step(self.running, residency, decision, self._priority):
             # vLLM counts the step when it schedules it, and runs who is due in it or before.
             request, due = self.requests[request_id], self.current_step + 2
@@ -106,16 +110,53 @@ class PieSchedulerMixin(_Mixed):
         output = self._schedule(decision, *args, **kwargs)
         if self.pie_stale.reloads:
             self.pie_stale.scheduled()
-        plan = output.pie_plan = self._plan(output, decision)
-        output.pie_pool = pool.end_step(
+        output.pie_plan = self._plan(output, decision)
+        self._end_step(output, restored)
+        turns.end_step(output.num_scheduled_tokens, residency)
+        return output
+
+    def _end_step(self, output: SchedulerOutput, restored: int) -> None:
+        residency, queue = self.kv_cache_manager.residency, self.kv_cache_manager.residency.queue
+        in_use, ran = bool(residency.reading.by_request), bool(output.num_scheduled_tokens)
+        output.pie_pool = self.pie_pool.end_step(
             residency.rows.chunks_held,
-            in_use=bool(residency.reading.by_request),
-            changed=bool(plan and plan.stores) or not output.num_scheduled_tokens,
+            changed=bool(output.pie_plan and output.pie_plan.stores),
+            idle=not (ran or in_use or self.get_num_unfinished_requests()),
+            short=queue.free_residents < 2 * self._step_blocks + len(self.running),
         )
         output.pie_restored = residency.parking.restored_blocks != restored
-        output.pie_within_budget = not turns.exceeds
+        output.pie_within_budget = not self.pie_turns.exceeds
         output.pie_blocks = residency.residents_in_use + residency.reading.num_blocks
-        turns.end_step(output.num_scheduled_tokens, residency)
+
+    def _begin_pool(self, most: int) -> bool:
+        """Use the rows that are there; whether the step waits for others, or to hear of them.
+
+        Args:
+            most: blocks that the running requests may take in this step.
+        """
+        manager, pool = self.kv_cache_manager, self.pie_pool
+        residency, queue = manager.residency, manager.residency.queue
+        if pool.begin_step(residency.rows.chunks_held):
+            self.pie_forget_idle()
+        now = pool.usable, pool.expected
+        if not pool.asking and now != (residency.chunks_usable, residency.chunks_expected):
+            residency.use_chunks(*now)
+        if self.waiting:
+            most += self._step_blocks + 1
+        short = queue.withheld > queue.missing and queue.num_free_blocks < most
+        return pool.paused(short and not queue.frozen and queue.available_pooled < queue.demotable)
+
+    def _schedule_nothing(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """An empty step, which brings back what the pool holds."""
+        tokens, prompts = self.max_num_scheduled_tokens, self._prompts_under_way
+        self.max_num_scheduled_tokens = 0
+        try:
+            output: SchedulerOutput = super().schedule(*args, **kwargs)
+        finally:
+            self.max_num_scheduled_tokens = tokens
+        output.pie_plan = self._plan(output, self.pie_decision)
+        self._prompts_under_way = prompts
+        self._end_step(output, self.kv_cache_manager.residency.parking.restored_blocks)
         return output
 
     def add_request(self, request: Any) -> None:
@@ -294,8 +335,12 @@ class PieSchedulerMixin(_Mixed):
         stats = getattr(model_runner_output, "pie_stats", None)
         if stats is not None:
             self._observe(scheduler_output, stats, model_runner_output.pie_seconds)
-            self.pie_pool.report(model_runner_output.pie_pool)
             self.pie_log.record(stats)
+        state = getattr(model_runner_output, "pie_pool", None)
+        if state is None:
+            self.pie_pool.unanswered(scheduler_output.pie_pool)
+        else:
+            self.pie_pool.report(state)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def _observe(self, output: Any, totals: Totals, seconds: float) -> None:

@@ -192,7 +192,11 @@ class PieWorkerMixin(_Mixed):
         """Allocate arena and pool, give the runner its views, put up the gates."""
         config = settings.of(self.vllm_config).config
         self.pie = PieCacheEngine(
-            config, self._pie_geometry, self.pie_driver, self._pie_gather_below
+            config,
+            self._pie_geometry,
+            self.pie_driver,
+            self._pie_gather_below,
+            ranks.pool_board(),
         )
         shaped = self.pie.shape(kv_cache_config)
         with compat.own_allocation(self.model_runner, self.pie.allocate):
@@ -281,9 +285,8 @@ class PieWorkerMixin(_Mixed):
         sizes = {name: getattr(geometry, name) for name in names}
         keeper = self.pie.keeper if self.pie is not None else None
         pool = {
-            "pool_bytes": geometry.bytes_of_chunks(keeper.state.chunks) if keeper else 0,
-            "pool_waits": keeper.waits if keeper else 0,
-            "pool_waited_seconds": keeper.waited_seconds if keeper else 0.0,
+            "pool_bytes": geometry.bytes_of_chunks(keeper.held) if keeper else 0,
+            "pool_refused": keeper.refused if keeper else 0,
         }
         return {**totals, **sizes, **pool}
 

@@ -146,10 +146,17 @@ def request(
 
 
 def round_(
-    requests: list[dict[str, Any]], reset_prefix_cache: bool = False, idle: float = 0.0
+    requests: list[dict[str, Any]],
+    reset_prefix_cache: bool = False,
+    idle: float = 0.0,
+    late: float = 0.0,
 ) -> dict[str, Any]:
-    """Requests that are all added before the first step, after some idle seconds."""
-    return {"requests": requests, "reset_prefix_cache": reset_prefix_cache, "idle": idle}
+    """Requests that are all added before the first step, after some idle seconds.
+
+    Pie's worker gets to that step ``late`` seconds after it was planned.
+    """
+    more = {"late": late} if late else {}
+    return {"requests": requests, "reset_prefix_cache": reset_prefix_cache, "idle": idle, **more}
 
 
 class _Lane:

@@ -50,7 +50,7 @@ class EngineMemory:
         engine = self.engine
         if plan is not None:
             self._expect(plan)
-            self.keeper.prepare(plan.stores)
+            self.keeper.prepare(plan.stores, plan.promotions, plan.loads or ())
         if plan is None or not plan.forward:
             if plan is not None:
                 self.stats.append(engine.run_idle(plan, self.compute.id))

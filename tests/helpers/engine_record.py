@@ -29,7 +29,7 @@ class Recorder:
         """Begin a record; it fills while steps run.
 
         Returns:
-            ``schedule``: for each step, tokens by request, requests numbered by
+            ``schedule``: for each step that runs something, tokens by request, requests numbered by
             their first appearance; ``plans``; ``preempted``: priority of
             each request preempted; ``most_running``; ``blocks``: for each step,
             pooled blocks in use and all in use.
@@ -49,7 +49,8 @@ class Recorder:
         for request_id in tokens:
             self._numbers.setdefault(request_id, len(self._numbers))
         record = self._record
-        record["schedule"].append([[self._numbers[r], count] for r, count in tokens.items()])
+        if tokens:  # Pie pauses for rows of its pool that are on their way.
+            record["schedule"].append([[self._numbers[r], count] for r, count in tokens.items()])
         record["plans"].append(getattr(output, "pie_plan", None))
         record["most_running"] = max(record["most_running"], len(tokens))
         manager = self._scheduler.kv_cache_manager

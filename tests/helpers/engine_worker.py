@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import cuda_on_cpu, graphs_on_cpu, standin
+from tests.helpers import cuda_on_cpu, graphs_on_cpu, pool_faults, standin
 from tests.helpers.engine_record import Recorder, copy_bytes
 from tests.helpers.process import resident_bytes
 from tests.helpers.v2_on_cpu import enable
@@ -109,6 +109,8 @@ class Engine:
             self.recorder.start()
             engine.step()  # As an engine process does, to tell the workers who is done.
             time.sleep(round_["idle"])
+        if round_.get("late") and self.settings["pie"]:
+            self._late(round_["late"])
         before, began = self.counters(), time.process_time()
         began_with = resident_bytes()
         record = self.recorder.start()
@@ -156,6 +158,18 @@ class Engine:
             **record,
             **copy_bytes(plans, after),
         }
+
+    def _late(self, seconds: float) -> None:
+        """The worker gets to its next step so much later."""
+        worker = self.core.model_executor.driver_worker.worker
+        run = worker.execute_model
+
+        def late(*args: Any, **kwargs: Any) -> Any:
+            worker.execute_model = run
+            time.sleep(seconds)
+            return run(*args, **kwargs)
+
+        worker.execute_model = late
 
     def close(self) -> None:
         """Give everything back, so that the next engine can start in this process."""
@@ -215,6 +229,7 @@ def main() -> None:
     enable()
     cuda_on_cpu.enable()
     graphs_on_cpu.enable()
+    pool_faults.enable()
     engine: Engine | None = None
     for line in sys.stdin:
         job = json.loads(line)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pie_vllm.policy.elastic import FREE_MARGIN, ElasticPool, PoolOrder
@@ -35,23 +34,14 @@ def make_driver(
 
 
 class WatchedPool(ElasticPool):
-    """Checks that no row is used beyond the memory there is, and says when all counts as gone.
+    """Checks that no row is used beyond the memory there is."""
 
-    Attributes:
-        expired: called when the workers may have given back all but the first chunk.
-    """
-
-    expired: Callable[[], None] | None = None
-
-    def begin_step(self) -> bool:
-        gone = super().begin_step()
-        if gone and self.expired is not None:
-            self.expired()
-        return gone
-
-    def end_step(self, held: int, *, in_use: bool, changed: bool) -> PoolOrder:
-        assert held <= self.usable, "a row is used for which there is no memory"
-        return super().end_step(held, in_use=in_use, changed=changed)
+    def end_step(
+        self, held: int, *, changed: bool, idle: bool = False, short: bool = False
+    ) -> PoolOrder:
+        known = not (self.asking or self.order.idle)
+        assert held <= self.usable or not known, "a row is used for which there is no memory"
+        return super().end_step(held, changed=changed, idle=idle, short=short)
 
 
 class Case(NamedTuple):
@@ -137,7 +127,13 @@ class Case(NamedTuple):
             lambda: FREE_MARGIN + chunk * rng.randint(-3, 5),
             clock,
             idle_seconds=3.0,
+            step_blocks=rng.choice([0, 4]),
         )
+
+    def memory(self) -> DictMemory:
+        """What holds the pool: where memory is short, a worker of its own pace."""
+        restless = None if self.memory_seed is None else random.Random(self.memory_seed + 1)
+        return DictMemory(self.geometry, BLOCK_SIZE, restless)
 
 
 def random_case(seed: int, *, asynchronous: bool | None = None, **sizes: int) -> Case:

@@ -17,10 +17,17 @@ WINDOW = Fixed(POOLED, POOLED)
 
 
 def driver(
-    memory: Memory | None = None, rows: int = ROWS, decider: Fixed = WINDOW, **options: Any
+    memory: Memory | None = None,
+    rows: int = ROWS,
+    decider: Fixed = WINDOW,
+    chunk_rows: int | None = None,
+    **options: Any,
 ) -> Driver:
-    """A few residents, hardly any pooled ids, and rows for much more."""
-    sizes = scheduling.geometry(RESIDENT, POOLED, rows)
+    """A few residents, hardly any pooled ids, and rows for much more, all there from the start.
+
+    With ``chunk_rows`` the rows beyond so many come and go.
+    """
+    sizes = scheduling.geometry(RESIDENT, POOLED, rows, chunk_rows=chunk_rows or rows)
     options = {"max_model_len": 320, "max_num_batched_tokens": 64, **options}
     return make_driver(sizes, memory, decider, **options)
 

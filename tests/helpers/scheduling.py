@@ -190,7 +190,7 @@ class Driver:
             self.preemptions.append(
                 Preemption(
                     request.request_id,
-                    queue.available_in_all,
+                    queue.free_residents + queue.available_pooled,
                     self.asked,
                     queue.frozen,
                 )
@@ -252,7 +252,6 @@ class Driver:
     def _take(self) -> None:
         output, result, step = self.queue.popleft()
         self.runner.memory.finish(step)
-        self.scheduler.pie_pool.report(self.runner.memory.state)
         for outputs in self.scheduler.update_from_output(output, result).values():
             for one in outputs.outputs:
                 if one.request_id in self.answers:

@@ -12,6 +12,7 @@ weights or of another salt is noticed, too, though the tokens are the same.
 
 from __future__ import annotations
 
+import random
 from typing import Any, NamedTuple, Protocol
 from zlib import crc32
 
@@ -78,18 +79,31 @@ class Memory(Protocol):
 class DictMemory:
     """One layer of tags in Python, the plan carried out in order. The ring forgets every step."""
 
-    def __init__(self, geometry: Geometry, block_size: int) -> None:
+    def __init__(
+        self, geometry: Geometry, block_size: int, restless: random.Random | None = None
+    ) -> None:
+        """The first chunk is there.
+
+        Args:
+            geometry: sizes.
+            block_size: tokens of a block.
+            restless: draws when a worker of its own pace takes a chunk, is refused one, or uses the
+                leave to give all but one back; None takes all at once and gives nothing back.
+        """
         self.boundary = geometry.resident_blocks
         self.pages = np.zeros((geometry.num_blocks, block_size), np.int64)
         self.rows = np.zeros((geometry.rows, block_size), np.int64)
         self.chunk_rows = geometry.chunk_rows
         self.chunks = 1
-        self.waits = 0
+        self.order = PoolOrder(1)
+        self.refused = self.released = 0
+        self.restless = restless
         self.loads: tuple[Any, ...] = ()
         self.blocks_loaded = 0
         self.blocks_stored = 0
 
     def run(self, plan: StepPlan | None, work: Work) -> None:
+        self.take_and_give()
         self.pages[self.boundary :] = -1
         if plan is not None:
             read = {
@@ -101,9 +115,7 @@ class DictMemory:
             for block, row, count in plan.stores:
                 assert block + count <= self.boundary
                 assert not read & set(range(row, row + count)), "a row is stored over and promoted"
-                if row // self.chunk_rows >= self.chunks:
-                    self.chunks = row // self.chunk_rows + 1
-                    self.waits += 1
+                assert row // self.chunk_rows < self.chunks, "a row of a chunk that is not there"
                 self.rows[row : row + count] = self.pages[block : block + count]
                 self.blocks_stored += count
             if plan.loads is not None:
@@ -118,18 +130,41 @@ class DictMemory:
         check(work, self.pages)
 
     def expire(self) -> None:
-        """Lose all but the first chunk, as a worker does that had no step for long."""
-        self.hold(PoolOrder(1, idle=True))
+        """Use the leave of the newest order: all chunks but the first go."""
+        if self.order.idle and self.chunks > 1:
+            self._keep(1)
+            self.released += 1
 
     @property
     def state(self) -> PoolState:
         """What the pool holds."""
-        return PoolState(self.chunks)
+        return PoolState(self.chunks, self.refused, self.order.number, self.released)
 
     def hold(self, order: PoolOrder) -> None:
         """Hold as many chunks as ordered; what a chunk held is lost when it goes."""
-        self.chunks = order.chunks
-        self.rows[order.chunks * self.chunk_rows :] = -2
+        self.order = order
+        self._keep(min(self.chunks, order.chunks))
+        self.take_and_give()
+
+    def take_and_give(self) -> None:
+        """What the worker does beside the steps, as far as it comes."""
+        rng = self.restless
+        if rng is None:
+            self.chunks = self.order.chunks
+            return
+        if rng.random() < 0.3:
+            self.expire()
+        elif self.order.idle:
+            return
+        while self.chunks < self.order.chunks and rng.random() < 0.6:
+            if rng.random() < 0.1:
+                self.refused += 1
+                return
+            self.chunks += 1
+
+    def _keep(self, chunks: int) -> None:
+        self.chunks = chunks
+        self.rows[chunks * self.chunk_rows :] = -2
 
     def finish(self, step: int) -> None:
         """Every step is done when ``run`` returns."""
@@ -227,11 +262,13 @@ class TagRunner:
         self.memory.run(plan, work)
         self.memory.hold(output.pie_pool)
         ids = list(scheduled)
-        return ModelRunnerOutput(
+        result: Any = ModelRunnerOutput(
             req_ids=ids,
             req_id_to_index={r: i for i, r in enumerate(ids)},
             sampled_token_ids=sampled,
         )
+        result.pie_pool = self.memory.state
+        return result
 
     def _add(self, work: Work, request_id: str, state: _State, start: int, end: int) -> None:
         size = self.block_size

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pie_vllm.memory.host import (
+    attainable_bytes,
     auto_pool_bytes,
     available_host_bytes,
     cgroup_available_bytes,
@@ -98,6 +99,41 @@ def test_the_least_counts(tmp_path: Path) -> None:
     files = {"proc/self/cgroup": "0::/\n", **v2("", str(8 * GIB), GIB)}
     assert available_host_bytes(make(tmp_path, files)) == 7 * GIB
     assert available_host_bytes(make(tmp_path, files, available=5 * GIB)) == 5 * GIB
+
+
+def node(number: int, cpus: str, **kib: int) -> dict[str, str]:
+    base = f"sys/devices/system/node/node{number}"
+    lines = [f"Node {number} {name}:  {value} kB\n" for name, value in kib.items()]
+    return {f"{base}/cpulist": f"{cpus}\n", f"{base}/meminfo": "".join(lines)}
+
+
+def test_memory_of_nodes_without_cpus_does_not_count(tmp_path: Path) -> None:
+    """As on a GH200, whose GPU's memory is such a node; its files in memory are no free memory."""
+    kib = GIB >> 10
+    files = {
+        **node(0, "0-71", MemTotal=480 * kib, MemFree=5 * kib, FilePages=2 * kib, Shmem=kib),
+        **node(1, "", MemTotal=96 * kib, MemFree=8 * kib, FilePages=3 * kib, Shmem=kib),
+        **node(2, "", MemTotal=0),
+    }
+    root = make(tmp_path, files)
+    assert mem_available_bytes(root) == available_host_bytes(root) == (16 - 10) * GIB
+    (root / "sys/devices/system/node/node0/cpulist").unlink()
+    assert mem_available_bytes(root) == 16 * GIB, "nothing is known of the nodes"
+
+
+def test_memory_in_no_node_yet_counts(tmp_path: Path) -> None:
+    """A virtual machine whose memory grows when it is touched shows the node less than all."""
+    root = make(tmp_path, node(0, "0-1", MemFree=GIB >> 10, FilePages=0, Shmem=0))
+    assert mem_available_bytes(root) == 16 * GIB
+
+
+def test_a_balloon_can_give_back_what_it_took(tmp_path: Path) -> None:
+    """But not more than the cgroup may have."""
+    meminfo = f"MemAvailable: {2 * GIB // 1024} kB\nBalloon: {5 * GIB // 1024} kB\n"
+    root = make(tmp_path, {"proc/meminfo": meminfo})
+    assert (available_host_bytes(root), attainable_bytes(root)) == (2 * GIB, 7 * GIB)
+    make(root, {"proc/meminfo": meminfo, "proc/self/cgroup": "0::/\n", **v2("", str(4 * GIB), GIB)})
+    assert attainable_bytes(root) == 3 * GIB
 
 
 def test_no_mem_available_line(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""PoolKeeper: chunks come and go beside the steps, and a step never finds one missing."""
+"""PoolKeeper: chunks come and go by order alone, beside the steps, and no step waits for one."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
-from pie_vllm.errors import TransferError
+from pie_vllm.config import PieConfig
+from pie_vllm.errors import IntegrityError, TransferError
+from pie_vllm.memory import keeper as keeper_module
 from pie_vllm.memory.keeper import PoolKeeper
-from pie_vllm.policy.elastic import PoolOrder
+from pie_vllm.policy.elastic import PoolOrder, PoolState
 from pie_vllm.policy.plan import Copy
 
 ROWS = 4
@@ -67,8 +71,8 @@ def make() -> Iterator[Callable[..., PoolKeeper]]:
     """Makes keepers, and ends them."""
     keepers: list[PoolKeeper] = []
 
-    def made(chunks: Chunks, idle_seconds: float = 60.0) -> PoolKeeper:
-        keepers.append(PoolKeeper(chunks, ROWS, idle_seconds=idle_seconds))
+    def made(chunks: Chunks, idle_seconds: float = 60.0, **options: Any) -> PoolKeeper:
+        keepers.append(PoolKeeper(chunks, ROWS, idle_seconds=idle_seconds, **options))
         return keepers[-1]
 
     yield made
@@ -81,11 +85,10 @@ def test_it_follows_orders_in_a_thread_of_its_own(make: Callable[..., PoolKeeper
     chunks = Chunks()
     keeper = make(chunks)
     for count in (5, 2, 7, 1):
-        keeper.follow(PoolOrder(count, idle=False))
+        keeper.follow(PoolOrder(count))
         until(lambda count=count: chunks.held == set(range(count)))
         assert keeper.state.chunks == count
     assert chunks.threads == {"pie-pool"}
-    assert keeper.waits == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities on Linux")
@@ -98,66 +101,146 @@ def test_growing_takes_no_core_from_a_step(make: Callable[..., PoolKeeper]) -> N
     assert chunks.niceness > niceness()
 
 
-def test_a_step_waits_for_the_chunk_that_it_stores_to(make: Callable[..., PoolKeeper]) -> None:
-    """And for no other reason."""
-    chunks = Chunks(seconds=0.01)
-    keeper = make(chunks)
-    keeper.prepare([])
-    keeper.prepare(stores(0))
-    assert keeper.waits == 0
-    keeper.prepare([*stores(3), *stores(1)])
-    assert chunks.held >= {0, 1, 2, 3}
-    assert keeper.waits == 1
-    assert keeper.waited_seconds >= 0.03
-
-
-def test_following_and_waiting_at_random_never_misses_a_chunk(
+def test_a_step_that_names_a_row_which_is_not_held_is_refused_at_once(
     make: Callable[..., PoolKeeper],
 ) -> None:
-    """A chunk on its way out is taken again before a step names it."""
+    """Whatever copies it: stores, promotions or loads. It waits for nothing."""
+    keeper = make(Chunks(seconds=0.3))
+    keeper.prepare([], [], ())
+    keeper.prepare(stores(0), stores(0), stores(0))
+    keeper.follow(PoolOrder(3))
+    for runs in ((stores(2), [], []), ([], stores(1), []), ([], [], [*stores(0), *stores(1)])):
+        with pytest.raises(IntegrityError, match=r"row \d+ of the CPU pool.*first 1 are held"):
+            keeper.prepare(*runs)
+    until(lambda: keeper.state.chunks == 3)
+    keeper.prepare(stores(2), stores(1))
+    keeper.follow(PoolOrder(2, number=1))
+    with pytest.raises(IntegrityError, match="first 2 are held"):
+        keeper.prepare(stores(2))
+
+
+def test_what_is_reported_is_held_until_an_order_of_a_higher_number(
+    make: Callable[..., PoolKeeper],
+) -> None:
+    """Orders at random: between two that take something back, what was reported stays."""
     rng = random.Random(0)
     chunks = Chunks()
     keeper = make(chunks)
+    order = PoolOrder(1)
     for _ in range(2000):
-        wanted = rng.randrange(8)
-        keeper.prepare(stores(wanted))
-        assert wanted in chunks.held
-        keeper.follow(PoolOrder(rng.randint(wanted + 1, 9), idle=False))
+        wanted = rng.randint(1, 9)
+        order = PoolOrder(wanted, number=order.number + (wanted < order.chunks))
+        keeper.follow(order)
+        state = keeper.state
+        assert state.number == order.number
+        time.sleep(rng.choice([0, 0, 0.0005]))
+        assert chunks.held >= set(range(state.chunks))
 
 
-def test_memory_that_cannot_be_had_is_said_once(
-    make: Callable[..., PoolKeeper], caplog: pytest.LogCaptureFixture
+def test_memory_that_cannot_be_had_is_said_once_and_tried_again(
+    make: Callable[..., PoolKeeper],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An order is followed as far as it goes; only a step that needs the chunk fails."""
-    keeper = make(Chunks(most=3))
+    """An order is followed as far as it goes, and further once there is memory."""
+    monkeypatch.setattr(keeper_module, "RETRY_SECONDS", 0.05)
+    chunks = Chunks(most=3)
+    keeper = make(chunks)
     with caplog.at_level(logging.WARNING, logger="vllm.pie"):
         logging.getLogger("vllm.pie").propagate = True
-        for count in (6, 7):
-            refused = keeper.state.refused
-            keeper.follow(PoolOrder(count, idle=False))
-            until(lambda refused=refused: keeper.state.refused > refused)
+        keeper.follow(PoolOrder(6))
+        until(lambda: keeper.state.refused > 2)
     assert keeper.state.chunks == 3
     assert [r.getMessage() for r in caplog.records] == [
-        "Pie: the CPU pool stays at 3 chunks, because memory for one more cannot be had: no memory"
+        "Pie: the CPU pool stays at 3 chunks for now, because memory for one more cannot be had: "
+        "no memory Requests wait or are preempted for what is missing. Free CPU memory, or lower "
+        "--pie-pool-gib."
     ]
     keeper.prepare(stores(2))
-    with pytest.raises(TransferError, match="lower --pie-pool-gib"):
-        keeper.prepare(stores(3))
+    chunks.most = 100
+    until(lambda: keeper.state.chunks == 6)
+    assert chunks.held == set(range(6))
+
+
+def test_the_budget_refuses_a_chunk(make: Callable[..., PoolKeeper]) -> None:
+    """It is asked around each chunk, and nothing is taken that it refuses."""
+    left = [2]
+
+    @contextmanager
+    def budget() -> Iterator[None]:
+        if not left[0]:
+            raise TransferError("no budget")
+        yield
+        left[0] -= 1
+
+    chunks = Chunks()
+    keeper = make(chunks, budget=budget)
+    keeper.follow(PoolOrder(5))
+    until(lambda: keeper.state.refused == 1)
+    assert chunks.held == {0, 1, 2}
+
+
+def test_nothing_goes_without_leave(make: Callable[..., PoolKeeper]) -> None:
+    """However long no order comes, and however late a step is."""
+    chunks = Chunks()
+    keeper = make(chunks, idle_seconds=0.01)
+    keeper.follow(PoolOrder(4))
+    until(lambda: keeper.state.chunks == 4)
+    time.sleep(0.3)
+    assert keeper.state == PoolState(4)
+    keeper.prepare(stores(3))
 
 
 @pytest.mark.alone
-def test_an_idle_pool_goes_after_twice_the_idle_time(make: Callable[..., PoolKeeper]) -> None:
-    """All but the first chunk, without any step; steps put it off, live requests forbid it."""
+def test_with_leave_all_but_the_first_go_after_the_idle_time(
+    make: Callable[..., PoolKeeper],
+) -> None:
+    """An order without leave takes it back; once used, every later report says so."""
     chunks = Chunks()
     keeper = make(chunks, idle_seconds=0.8)  # A busy machine may hold a thread up for a second.
-    keeper.follow(PoolOrder(4, idle=False))
-    time.sleep(2.0)
+    keeper.follow(PoolOrder(4))
+    until(lambda: keeper.state.chunks == 4)
+    for number in range(6):
+        keeper.follow(PoolOrder(4, idle=True, number=number))
+        time.sleep(0.2)
+        keeper.follow(PoolOrder(4, number=number + 1))
+    time.sleep(1.2)
     assert chunks.held == {0, 1, 2, 3}
-    order = PoolOrder(4, idle=True)
-    for _ in range(8):
-        keeper.follow(order)
-        time.sleep(0.25)
-        assert chunks.held == {0, 1, 2, 3}
+    assert keeper.state == PoolState(4, number=6)
+    keeper.follow(PoolOrder(4, idle=True, number=6))
     until(lambda: chunks.held == {0})
-    keeper.prepare(stores(2))
-    assert chunks.held == {0, 1, 2}
+    assert keeper.state == PoolState(1, number=6, released=1)
+    for _ in range(2):
+        keeper.follow(PoolOrder(4, number=7))
+        time.sleep(0.05)
+        assert keeper.state == PoolState(1, number=7, released=1), "the scheduler has not heard yet"
+    keeper.follow(PoolOrder(2, number=8))
+    until(lambda: keeper.state == PoolState(2, number=8, released=1))
+
+
+def test_an_idle_time_is_heard_of_whenever_it_begins(make: Callable[..., PoolKeeper]) -> None:
+    """Also while a chunk is being taken, and while steps that store come with the same order."""
+    chunks = Chunks(seconds=0.02)
+    keeper = make(chunks, idle_seconds=0.1)
+    keeper.follow(PoolOrder(3))
+    for _ in range(20):
+        keeper.prepare(stores(0))
+        time.sleep(0.01)
+        keeper.follow(PoolOrder(3))
+    keeper.follow(PoolOrder(5))
+    keeper.follow(PoolOrder(5, idle=True))
+    until(lambda: chunks.held == {0} and keeper.state.released == 1)
+
+
+@pytest.mark.parametrize("seconds", [4.7e9, 1e10, 9.3e18, float("inf")])
+def test_an_idle_time_longer_than_a_thread_can_wait(
+    make: Callable[..., PoolKeeper], seconds: float
+) -> None:
+    """It is waited for in pieces, and the thread goes on with orders."""
+    idle = PieConfig.from_mapping({"pool_idle_seconds": seconds}).pool_idle_seconds
+    keeper = make(Chunks(), idle_seconds=idle)
+    keeper.follow(PoolOrder(3, idle=True))
+    until(lambda: keeper.state.chunks == 3)
+    time.sleep(0.05)
+    keeper.follow(PoolOrder(5, number=1))
+    until(lambda: keeper.state.chunks == 5)

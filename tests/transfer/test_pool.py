@@ -68,6 +68,22 @@ def test_a_plan_that_names_a_row_of_a_chunk_that_is_not_there_is_refused(
         small.begin_step(plan(4, loads=None))
 
 
+def test_a_chunk_that_goes_in_the_middle_of_a_step_fails_the_step(small: TransferEngine) -> None:
+    """By name, in the layer whose copies are submitted next; a page of it has no address."""
+    view = View(small)
+    view.write_all(0, 1)
+    small.commit_chunk(1)
+    run_step(small, plan(1, stores=((0, 5, 1),), loads=((8, 5, 1),)))
+    small.begin_step(plan(2, loads=None))
+    small.before_write(0)
+    small.before_attention(0)
+    small.release_chunk(1)
+    with pytest.raises(IntegrityError, match="row 5: its chunk of the pool is not there"):
+        small.after_attention(0)
+    small.abort_step()
+    run_step(small, plan(3, loads=((8, 0, 1),)))
+
+
 def test_a_chunk_taken_again_is_empty(small: TransferEngine) -> None:
     """Nobody finds what was there before."""
     view = View(small)

@@ -18,8 +18,9 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 import pie_vllm
+from pie_vllm.errors import TransferError
 from pie_vllm.memory.keeper import PoolKeeper
-from pie_vllm.policy.plan import Copy
+from pie_vllm.policy.elastic import PoolOrder
 from pie_vllm.policy.waits import REASONS
 from pie_vllm.vllm import compat
 from pie_vllm.vllm.metrics import Control, Hits, Report, Totals
@@ -117,21 +118,24 @@ def test_without_pie_there_are_no_such_metrics(model: Path) -> None:
     assert exported() == {}
 
 
-def test_steps_that_waited_for_the_pool_are_counted() -> None:
-    """One step needs a chunk that is not there yet; Python users are told of it."""
+def test_memory_that_the_pool_could_not_have_is_counted() -> None:
+    """Python users are told of it, and of what the pool has."""
     engine = Mock()
-    engine.commit_chunk.side_effect = lambda _: time.sleep(0.01)
-    geometry = scheduling.geometry(8, 12)
+    engine.commit_chunk.side_effect = [None, TransferError("no memory")]
+    geometry = scheduling.geometry(8, 40)
     keeper = PoolKeeper(engine, geometry.chunk_rows, idle_seconds=60)
     worker = PieWorkerMixin()
     worker._pie_geometry = geometry
     worker.pie = SimpleNamespace(totals=Totals(), keeper=keeper)  # type: ignore[assignment]
-    assert worker.pie_counters()["pool_waits"] == 0
-    keeper.prepare([Copy(0, geometry.chunk_rows, 1)])
+    assert worker.pie_counters()["pool_refused"] == 0
+    keeper.follow(PoolOrder(4))
+    deadline = time.monotonic() + 10
+    while not worker.pie_counters()["pool_refused"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
     keeper.close()
     found = worker.pie_counters()
-    assert found["pool_waits"] == 1
-    assert found["pool_waited_seconds"] == keeper.waited_seconds >= 0.01
+    assert found["pool_refused"] == 1
     assert found["pool_bytes"] == geometry.bytes_of_chunks(2)
 
 

@@ -12,8 +12,7 @@ import pytest
 
 from pie_vllm.policy.parked import ParkedIndex
 from pie_vllm.policy.parking import Parking, Tail
-from tests.helpers.fuzz import BLOCK_SIZE, make_driver, play, random_case
-from tests.helpers.tagrunner import DictMemory
+from tests.helpers.fuzz import make_driver, play, random_case
 
 pytestmark = pytest.mark.vllm
 
@@ -111,7 +110,7 @@ def test_a_broken_policy_is_noticed(
     control(monkeypatch)
     for seed in range(SEEDS):
         case = random_case(seed)
-        memory = DictMemory(case.geometry, BLOCK_SIZE)
+        memory = case.memory()
         driver = make_driver(
             case.geometry, memory, case.decider(), case.pool(), check=False, **case.options
         )
@@ -131,7 +130,8 @@ def test_a_row_without_a_store_is_noticed_before_it_is_read(
     lost_stores(monkeypatch)
     for seed in range(SEEDS):
         case = random_case(seed)
-        driver = make_driver(case.geometry, None, case.decider(), case.pool(), **case.options)
+        memory = case.memory()
+        driver = make_driver(case.geometry, memory, case.decider(), case.pool(), **case.options)
         try:
             play(driver, case)
         except AssertionError as error:

@@ -237,7 +237,8 @@ class _TearsStores(DictMemory):
 @pytest.mark.parametrize("memory", [_SkipsStores, _SkipsRestores, _RestoresWrongRows, _TearsStores])
 def test_wrong_copies_are_noticed(memory: Callable[..., DictMemory]) -> None:
     """Negative control: a row that is stale, foreign or torn, a page that is not filled."""
-    made = driver(memory(scheduling.geometry(RESIDENT, POOLED, ROWS), BLOCK_SIZE))
+    sizes = scheduling.geometry(RESIDENT, POOLED, ROWS, chunk_rows=ROWS)
+    made = driver(memory(sizes, BLOCK_SIZE))
     crowd(made)
     with pytest.raises(AssertionError, match="foreign KV"):
         made.run()

@@ -25,11 +25,8 @@ pytestmark = pytest.mark.vllm
 
 def driver_of(case: Case, memory: DictMemory | None = None) -> Driver:
     """The driver of a random case."""
-    memory = memory or DictMemory(case.geometry, BLOCK_SIZE)
-    pool = case.pool()
-    if pool is not None:
-        pool.expired = memory.expire
-    return make_driver(case.geometry, memory, case.decider(), pool, **case.options)
+    memory = memory or case.memory()
+    return make_driver(case.geometry, memory, case.decider(), case.pool(), **case.options)
 
 
 @pytest.mark.fuzz
