@@ -69,6 +69,7 @@ class Control(NamedTuple):
         slowed_seconds: by which loads slowed the compute beside them, as estimated.
         recomputed_tokens: that preempted requests computed again.
         hits: of the prefix cache, since the start.
+        failed_copies: steps in which a copy failed, since the start.
     """
 
     limit: int
@@ -80,6 +81,7 @@ class Control(NamedTuple):
     slowed_seconds: float
     recomputed_tokens: int
     hits: Hits
+    failed_copies: int = 0
 
 
 MICROSECONDS = 1e6
@@ -138,6 +140,7 @@ class Report:
             "pie_resident_hits": control.hits.resident,
             "pie_pooled_hits": control.hits.pooled,
             "pie_parked_hits": control.hits.parked,
+            "pie_failed_copies": control.failed_copies,
         }
         changed = {**self._sizes}
         self._sizes = {}
