@@ -137,15 +137,17 @@ class Flight:
     def _forget(self, spoilt: _Spoilt) -> None:
         residency = self._residency
         for block, cell in zip(residency.blocks, self._cells(residency.blocks), strict=True):
-            if spoilt.has(cell) or block.block_id in spoilt.ids:
+            if spoilt.has(cell):
                 residency.discard(block)
         residency.parking.forget(spoilt.keys, spoilt.rows, spoilt.good)
         residency.withhold()
-        residency.reading.send_again()
 
 
 class _Spoilt:
-    """What is not to be trusted: pages and rows of copies, and blocks that stand on them."""
+    """What is not to be trusted: pages and rows of copies, and keys of what stands on them.
+
+    What has no key is in the tables of one request only.
+    """
 
     def __init__(self, steps: Sequence[Flown], block_size: int) -> None:
         """Take the copies of the first step, and follow them through those of the others."""
@@ -165,7 +167,6 @@ class _Spoilt:
                 stores, promotions = _pairs(step.plan.stores), _pairs(step.plan.promotions)
                 self.rows.update(row for page, row in stores if page in self.pages)
                 self.pages.update(page for page, row in promotions if row in self.rows)
-        self.ids: set[int] = set()
         self.keys: set[Hashable] = set()
         self.good: dict[str, int] = {}
 
@@ -179,12 +180,7 @@ class _Spoilt:
 
     def reaches(self, holder: Holder) -> bool:
         """Take in what a request computed upon such a block; whether it was not known before."""
-        has_it = holder.until is None
-        found = (
-            index
-            for index, cell in enumerate(holder.cells)
-            if self.has(cell) or (has_it and cell.block_id in self.ids)
-        )
+        found = (index for index, cell in enumerate(holder.cells) if self.has(cell))
         first = next(found, None)
         name = holder.request_id
         since = self._since.get(name)
@@ -195,14 +191,11 @@ class _Spoilt:
         good = good if since is None else min(good, since)
         before = self.good.get(name)
         self.good[name] = good if before is None else min(good, before)
-        known = len(self.ids) + len(self.keys)
+        known = len(self.keys)
         if since is not None:
-            for cell in holder.cells[since // self._block_size :]:
-                if has_it:
-                    self.ids.add(cell.block_id)
-                if cell.key is not None:
-                    self.keys.add(cell.key)
-        return self.good[name] != before or len(self.ids) + len(self.keys) > known
+            cells = holder.cells[since // self._block_size :]
+            self.keys.update(cell.key for cell in cells if cell.key is not None)
+        return self.good[name] != before or len(self.keys) > known
 
 
 def _pairs(copies: Sequence[Copy]) -> Iterator[tuple[int, int]]:

@@ -68,9 +68,11 @@ class Recovery:
 
     def lost(self) -> None:
         """No results of the steps in flight will come: forget all KV, which nobody uses."""
+        residency = self._scheduler.kv_cache_manager.residency
         self._flight.clear()
+        residency.parking.restores.clear()  # Of a step whose planning was interrupted.
         self._scheduler.reset_prefix_cache()
-        self._scheduler.kv_cache_manager.residency.reading.send_again()
+        residency.reading.send_again()
 
     def report(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         """Add the ends of requests that are not tried any more to vLLM's outputs."""

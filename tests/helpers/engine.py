@@ -143,10 +143,17 @@ def request(
 
 
 def round_(
-    requests: list[dict[str, Any]], reset_prefix_cache: bool = False, idle: float = 0.0
+    requests: list[dict[str, Any]],
+    reset_prefix_cache: bool = False,
+    idle: float = 0.0,
+    failing: list[tuple[str, int, str, int]] | None = None,
 ) -> dict[str, Any]:
-    """Requests that are all added before the first step, after some idle seconds."""
-    return {"requests": requests, "reset_prefix_cache": reset_prefix_cache, "idle": idle}
+    """Requests that are all added before the first step, after some idle seconds.
+
+    ``failing`` are copies that fail, see ``FailingCopies``.
+    """
+    more = {"failing": failing} if failing else {}
+    return {"requests": requests, "reset_prefix_cache": reset_prefix_cache, "idle": idle, **more}
 
 
 class _Lane:

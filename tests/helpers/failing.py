@@ -12,7 +12,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import Copy, StepPlan
-from tests.helpers.tagrunner import MASK, VOCABULARY, DictMemory, TagRunner, Work
+from tests.helpers.tagrunner import MASK, VOCABULARY, DictMemory, TagRunner
 
 SPOILT = 0x2AAAAAAA
 
@@ -35,9 +35,6 @@ class FailingMemory(DictMemory):
         self.failed = False
         self.failures = 0
         self._rng = random.Random(seed)
-
-    def run(self, plan: StepPlan | None, work: Work) -> None:
-        raise AssertionError("the runner copies and computes by itself")
 
     def copy(self, plan: StepPlan | None) -> None:
         """Carry out a plan, or a part of it."""
@@ -104,7 +101,7 @@ class HonestRunner(TagRunner):
             req_id_to_index={r: i for i, r in enumerate(names)},
             sampled_token_ids=sampled,
         )
-        result.pie_failure = "injected" if self.memory.failed else ""  # type: ignore[attr-defined]
+        result.pie_failure = "injected" if self.memory.failed else ""
         return result
 
     def _compute(self, name: str, start: int, end: int) -> bool:

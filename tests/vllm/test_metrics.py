@@ -31,7 +31,7 @@ from tests.helpers.engine_model import LAYERS
 
 pytestmark = pytest.mark.vllm
 
-CONTROL = Control(7, 5, 3_000_000_000, 11, 2, 0.75, 0.006, 17, Hits(4, 5, 6))
+CONTROL = Control(7, 5, 3_000_000_000, 11, 2, 0.75, 0.006, 17, Hits(4, 5, 6), 3)
 
 
 def config(model: Path, **more: Any) -> VllmConfig:
@@ -88,6 +88,7 @@ def test_increments_add_up_and_gauges_follow(model: Path) -> None:
     assert found["vllm:pie_link_bytes_per_second"] == 3e9
     assert found["vllm:pie_left_out_requests_total"] == 11
     assert found["vllm:pie_recomputed_tokens_total"] == 17
+    assert found["vllm:pie_failed_copies_total"] == 3
     assert [found[f"vllm:pie_{tier}_hits_total"] for tier in Hits._fields] == [4, 5, 6]
     assert found["vllm:pie_pool_bytes"] == geometry.bytes_of_chunks(2)
     assert found["vllm:pie_pool_ceiling_bytes"] == geometry.host_bytes
