@@ -86,10 +86,9 @@ class Flight:
     def landed(self, token: object) -> None:
         """The results of a step are there, and of all before it."""
         steps = self._steps
-        while steps:
-            step = steps.popleft()
-            if step.token is token:
-                break
+        if any(step.token is token for step in steps):
+            while steps.popleft().token is not token:
+                pass
         if self._left:
             first = steps[0].number if steps else self._number + 1
             self._left = [h for h in self._left if h.until is not None and h.until >= first]
@@ -100,17 +99,16 @@ class Flight:
         self._left.clear()
 
     def _leave(self, request_id: str) -> None:
-        if any(step.plan is not None for step in self._steps):
-            table = self._residency.tables.get(request_id, ())
+        table = self._residency.tables.get(request_id)
+        if table and any(step.plan is not None for step in self._steps):
             self._left.append(Holder(request_id, self._cells(table), self._number))
 
     def _cells(self, table: Sequence[Any]) -> list[Cell]:
-        rows = self._residency.rows
-        return [
-            Cell(b.block_id, rows.row_of(b.block_id) if rows.holds(b.block_id) else None,
-                 b.block_hash)
-            for b in table
-        ]  # fmt: skip
+        rows, cells = self._residency.rows, []
+        for block in table:
+            row = rows.row_of(block.block_id) if rows.holds(block.block_id) else None
+            cells.append(Cell(block.block_id, row, block.block_hash))
+        return cells
 
     def failed(self, token: object) -> dict[str, int]:
         """Copies of a step failed: forget what it spoilt; before ``landed``.
