@@ -23,6 +23,14 @@ class TransferError(PieError, RuntimeError):
     """A copy, an allocation or a driver call failed."""
 
 
+class CopyError(TransferError):
+    """A copy, or another call of the device's driver, failed while a step ran.
+
+    What the step copied is not known to be right; the engine goes on after ``abort_step`` where
+    the device can.
+    """
+
+
 class GateError(PieError, RuntimeError):
     """A layer ran without its gate, so it may have read another layer's bytes."""
 

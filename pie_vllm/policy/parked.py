@@ -152,6 +152,23 @@ class ParkedIndex(Generic[K]):
         del self._pins[row]
         self._order.release(row)
 
+    def drop(self, key: K) -> int:
+        """Forget an entry, whose KV is wrong; returns the row.
+
+        Raises:
+            IntegrityError: the key is not parked, or it is pinned.
+        """
+        row = self._find(key)
+        if row in self._pins:
+            raise IntegrityError(f"row {row} is pinned: somebody else counts on it")
+        self._order.drop(row)
+        self._remove(row)
+        return row
+
+    def key_of(self, row: int) -> K | None:
+        """The key whose KV a row holds, if it is parked."""
+        return self._keys[row]
+
     def drop_rows_from(self, row: int) -> list[int]:
         """Forget all entries whose row is ``row`` or above; returns their rows.
 

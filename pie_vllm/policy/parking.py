@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from typing import Any, NamedTuple
 
 from pie_vllm.errors import IntegrityError
@@ -289,6 +289,25 @@ class Parking:
             self.stores.pop(row, None)
             self._rows.free_parked(row)
         self.tails.clear()
+
+    def forget(
+        self, keys: Collection[Hashable], rows: Collection[int], requests: Collection[str]
+    ) -> None:
+        """Forget what is parked under these keys or in these rows, and tails of these requests.
+
+        Raises:
+            IntegrityError: some of it is to be copied back in the coming step.
+        """
+        index = self._index
+        if index is None:
+            return
+        found = {key for row in rows if (key := index.key_of(row)) is not None}
+        for key in found.union(key for key in keys if key in index):
+            row = index.drop(key)
+            self.stores.pop(row, None)
+            self._rows.free_parked(row)
+        for name in [n for n, t in self.tails.items() if n in requests or t.row in rows]:
+            self.drop_tail(name)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless rows and index agree; costs a pass over the index."""

@@ -30,12 +30,17 @@ class ReadSet:
         self._running: set[str] = set()
         self.readers: dict[int, int] = {}
         self._loads = RunSet(chunk_rows)
-        self._sent: tuple[Copy, ...] = ()
+        self._sent: tuple[Copy, ...] | None = ()
 
     @property
     def num_blocks(self) -> int:
         """Blocks that the step loads; a shared one counts once."""
         return len(self.readers)
+
+    @property
+    def running(self) -> Collection[str]:
+        """The requests that ran in the last step followed and have pooled blocks; read only."""
+        return self._running
 
     def pooled(self, request_id: str) -> Collection[int]:
         """The pooled blocks of a request."""
@@ -111,6 +116,10 @@ class ReadSet:
             return None
         self._sent = runs
         return runs
+
+    def send_again(self) -> None:
+        """Have the next ``take`` return the runs, though they may be those taken last."""
+        self._sent = None
 
     def _read(self, block_id: int) -> None:
         readers = self.readers.get(block_id, 0)

@@ -44,6 +44,7 @@ class Residency:
         demoted: whether a block was demoted in the step that is planned.
         demotions, promotions: counts since the start.
         catch_up: called before a demotion; tells of blocks that are complete by then.
+        on_leave: called with a request that is about to give its blocks back.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Residency:
         self.demotions = 0
         self.promotions = 0
         self.catch_up: Callable[[], None] = lambda: None
+        self.on_leave: Callable[[str], None] = lambda _: None
 
     # What vLLM's block manager tells.
 
@@ -120,6 +122,7 @@ class Residency:
 
     def forget(self, request_id: str) -> None:
         """A request is about to give its blocks back."""
+        self.on_leave(request_id)
         if self.victims.forget(request_id):
             self.reading.forget(request_id)
 
@@ -172,6 +175,14 @@ class Residency:
         target.ref_cnt = block.ref_cnt
         block.ref_cnt = 0
         self.entries.move(block, target)
+
+    def discard(self, block: Any) -> None:
+        """The KV of a block is wrong: nobody may find it any more."""
+        self.entries.drop(block)
+        idle = block.ref_cnt == 0 and block.block_id >= self.boundary
+        if idle and not self.queue.is_blank(block.block_id):
+            self.queue.remove(block)
+            self.queue.prepend_n([block])
 
     # A step.
 
@@ -270,6 +281,11 @@ class Residency:
             return None
         loads, pooled = reading.take(), self.pooled_in_use
         return StepPlan(self._step, stores, promotions, loads, relabels, forward, pooled)
+
+    @property
+    def blocks(self) -> Sequence[Any]:
+        """All blocks, by id."""
+        return self._blocks
 
     @property
     def pooled_in_use(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pie_vllm.errors import (
     ConfigError,
+    CopyError,
     GateError,
     IntegrityError,
     NativeLibraryError,
@@ -43,7 +44,7 @@ DEBUG_FLAGS = {
 _ERRORS: dict[int, type[PieError]] = {
     1: ConfigError,
     2: IntegrityError,
-    3: TransferError,
+    3: CopyError,
     4: GateError,
     5: TransferError,
     6: UnsupportedError,

@@ -11,12 +11,12 @@ from typing import Any
 from vllm.logger import init_logger
 
 from pie_vllm.config import PieConfig
-from pie_vllm.errors import GateError, TransferError, UnsupportedError
+from pie_vllm.errors import CopyError, GateError, TransferError, UnsupportedError
 from pie_vllm.memory.board import Board
 from pie_vllm.memory.budget import taking
 from pie_vllm.memory.keeper import PoolKeeper
 from pie_vllm.policy.geometry import Geometry
-from pie_vllm.policy.plan import StepPlan
+from pie_vllm.policy.plan import Copy, StepPlan
 from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.gather import use_gather
 from pie_vllm.transfer.stats import StepStats
@@ -44,6 +44,7 @@ class PieCacheEngine:
         totals: sums over all steps.
         keeper: holds the pool's memory.
         allocated: whether vLLM has taken its KV tensors from here.
+        failure: of the newest step, where a copy of it failed; see ``step``.
     """
 
     def __init__(
@@ -70,7 +71,10 @@ class PieCacheEngine:
         self.geometry = geometry
         self.totals = Totals()
         self.allocated = False
-        self._switch = gate.GateSwitch()
+        self.failure: TransferError | None = None
+        self._switch = gate.GateSwitch(self._fail)
+        self._loads: tuple[Copy, ...] = ()
+        self._resend = False
         self._full_graphs = config.full_graphs
         self._graphs: FullGraphs | None = None
         self._engine = _open(config, geometry, driver)
@@ -189,6 +193,10 @@ class PieCacheEngine:
     def step(self, plan: StepPlan | None, compute_stream: int = 0) -> Iterator[None]:
         """Carry out ``plan`` around the model's forward pass.
 
+        A copy that fails is no error here: the rest of the pass runs without gates, and
+        ``failure`` is set. Rows that the plan stores to, pages that it fills, and all that
+        requests computed which read its loads are not to be trusted then.
+
         Args:
             plan: of this very step; None runs it without gates.
             compute_stream: stream that the model runs on.
@@ -196,36 +204,89 @@ class PieCacheEngine:
         Raises:
             GateError: a layer ran without its gate; the step's tokens are not
                 returned.
-            TransferError: a copy failed.
+            TransferError: a copy failed, and the device cannot go on.
         """
+        self.failure = None
         if plan is None:
             yield
             return
-        engine, graphs = self._engine, self._graphs
-        self.keeper.prepare(plan.stores, plan.promotions, plan.loads or ())
+        if plan.loads is not None:
+            self._loads = plan.loads
+        elif self._resend:  # The engine may not have heard of those of the step before.
+            plan = plan._replace(loads=self._loads)
         if not plan.forward:
             yield
-            self._count(plan, engine.run_idle(plan, compute_stream))
+            self._run_idle(plan, compute_stream)
             return
-        if graphs is None:
-            engine.begin_step(plan, compute_stream)
-        else:
-            graphs.begin_step(plan, compute_stream)
-        self._switch.engine = engine
+        if not self._begin(plan, compute_stream):
+            yield
+            return
         in_graph = False
         try:
             yield
-            stats = engine.end_step()
+            stats = self._end()
         except BaseException:
-            engine.abort_step()
+            self._engine.abort_step()
             raise
         finally:
             self._switch.engine = None
-            if graphs is not None:
-                in_graph = graphs.end_step()
+            if self._graphs is not None:
+                in_graph = self._graphs.end_step()
+        if stats is None:
+            return
         if stats.gates != self.geometry.num_layers:
             raise GateError(f"{stats.gates} of {self.geometry.num_layers} layers passed a gate")
         self._count(plan, stats, in_graph)
+
+    def _begin(self, plan: StepPlan, compute_stream: int) -> bool:
+        """Submit the first copies of a step that runs the model; whether none of them failed."""
+        self.keeper.prepare(plan.stores, plan.promotions, plan.loads or ())
+        try:
+            if self._graphs is None:
+                self._engine.begin_step(plan, compute_stream)
+            else:
+                self._graphs.begin_step(plan, compute_stream)
+        except CopyError as error:
+            self._fail(error)
+            return False
+        self._resend = False
+        self._switch.engine = self._engine
+        return True
+
+    def _run_idle(self, plan: StepPlan, compute_stream: int) -> None:
+        self.keeper.prepare(plan.stores, plan.promotions, plan.loads or ())
+        try:
+            stats = self._engine.run_idle(plan, compute_stream)
+        except CopyError as error:
+            self._fail(error)
+            return
+        self._resend = False
+        self._count(plan, stats)
+
+    def _end(self) -> StepStats | None:
+        """Close the step; None where a copy of it failed."""
+        if self.failure is None:
+            try:
+                return self._engine.end_step()
+            except CopyError as error:
+                self._fail(error)
+        return None
+
+    def _fail(self, error: TransferError) -> None:
+        """Note that a copy of the step failed, and make the engine ready for the next step.
+
+        Raises:
+            TransferError: the device cannot go on.
+        """
+        self._switch.engine = None
+        try:
+            self._engine.abort_step()
+        except TransferError as lost:
+            raise TransferError(
+                f"a copy of KV failed, and the device cannot go on: {error}; then {lost}. Start "
+                "the server anew."
+            ) from error
+        self.failure, self._resend = error, True
 
     def _count(self, plan: StepPlan, stats: StepStats, in_graph: bool = False) -> None:
         t = self.totals
@@ -280,7 +341,7 @@ class PieCacheEngine:
         refusals.check_graph_mode(mode)
         if self._full_graphs and mode.has_full_cudagraphs():
             logger.warning("Pie: %s", use_graphs(self._engine))
-            self._graphs = FullGraphs(self._engine, self.geometry.num_layers)
+            self._graphs = FullGraphs(self._engine, self.geometry.num_layers, self._fail)
         elif self._full_graphs:
             logger.warning("Pie: cudagraph_mode %s: --pie-full-graphs changes nothing", mode)
         compat_graphs.veto_full_graphs(runner, self.needs_gates)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
+
+from pie_vllm.errors import CopyError
 
 
 class Gates(Protocol):
@@ -19,12 +22,20 @@ class Gates(Protocol):
 
 
 class GateSwitch:
-    """The engine while a step with a plan runs, else None; shared by all gates."""
+    """The engine while a step with a plan runs, else None; shared by all gates.
 
-    __slots__ = ("engine",)
+    Attributes:
+        engine: that the gates tell.
+        failed: told of a copy that failed. It sets ``engine`` to None, so that the pass goes on
+            without gates: an error in the middle of a pass would leave the requests that the copy
+            does not concern without their tokens, and other ranks in a collective operation.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("engine", "failed")
+
+    def __init__(self, failed: Callable[[CopyError], None]) -> None:
         self.engine: Gates | None = None
+        self.failed = failed
 
 
 _classes: dict[type, type] = {}
@@ -42,16 +53,27 @@ def _gated(base: type[Any]) -> type[Any]:
         def do_kv_cache_update(self, *args: Any, **kwargs: Any) -> Any:
             engine = self._pie_switch.engine
             if engine is not None:
-                engine.before_write(self._pie_layer)
+                try:
+                    engine.before_write(self._pie_layer)
+                except CopyError as error:
+                    self._pie_switch.failed(error)
             return super().do_kv_cache_update(*args, **kwargs)
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            engine = self._pie_switch.engine
+            switch = self._pie_switch
+            engine = switch.engine
             if engine is None:
                 return super().forward(*args, **kwargs)
-            engine.before_attention(self._pie_layer)
+            try:
+                engine.before_attention(self._pie_layer)
+            except CopyError as error:
+                switch.failed(error)
+                return super().forward(*args, **kwargs)
             result = super().forward(*args, **kwargs)
-            engine.after_attention(self._pie_layer)
+            try:
+                engine.after_attention(self._pie_layer)
+            except CopyError as error:
+                switch.failed(error)
             return result
 
     Gated.__name__ = Gated.__qualname__ = "Pie" + base.__name__

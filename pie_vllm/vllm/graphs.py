@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pie_vllm.errors import GateError, PieError
+from pie_vllm.errors import CopyError, GateError, PieError
 from pie_vllm.transfer.gather import Images, NoGather, gather_image, install_image
 from pie_vllm.vllm import compat_graphs, refusals
 
@@ -129,14 +129,17 @@ class FullGraphs:
         entered: whether it does: its graph has been, or is about to be, launched.
     """
 
-    def __init__(self, engine: TransferEngine, num_layers: int) -> None:
+    def __init__(
+        self, engine: TransferEngine, num_layers: int, failed: Callable[[CopyError], None]
+    ) -> None:
         """Nothing is open.
 
         Args:
             engine: prepared by ``use_graphs``.
             num_layers: that pass the gates.
+            failed: told of a copy that failed; the graph, launched all the same, copies nothing.
         """
-        self._engine, self._layers = engine, num_layers
+        self._engine, self._layers, self._failed = engine, num_layers, failed
         self._open = False
         self.fits = self.entered = False
 
@@ -156,13 +159,18 @@ class FullGraphs:
 
         Raises:
             GateError: a graph was launched in this step before.
-            TransferError: the step does not fit a graph, or a call failed.
+            TransferError: the step does not fit a graph, or the device cannot go on.
         """
         if not self._open:
             return
         if self.entered:
             raise GateError("two FULL CUDA graphs were launched in one step")
-        self._engine.enter_graph()
+        try:
+            self._engine.enter_graph()
+        except CopyError as error:
+            self._open = self.fits = False
+            self._failed(error)
+            return
         self.entered = True
 
     @contextmanager

@@ -72,6 +72,7 @@ class Control(NamedTuple):
         recomputed_tokens: that preempted requests computed again.
         hits: of the prefix cache, since the start.
         head_waits: steps in which the head of the queue was passed over, by reason.
+        failed_copies: steps in which a copy failed, since the start.
     """
 
     limit: int
@@ -84,6 +85,7 @@ class Control(NamedTuple):
     recomputed_tokens: int
     hits: Hits
     head_waits: Mapping[str, int] = {}
+    failed_copies: int = 0
 
 
 MICROSECONDS = 1e6
@@ -145,6 +147,7 @@ class Report:
             "pie_resident_hits": control.hits.resident,
             "pie_pooled_hits": control.hits.pooled,
             "pie_parked_hits": control.hits.parked,
+            "pie_failed_copies": control.failed_copies,
         }
         counters |= {f"{HEAD_WAITS}:{why}": steps for why, steps in control.head_waits.items()}
         changed = {**self._sizes}

@@ -71,11 +71,13 @@ class Tag(NamedTuple):
         totals: once the step was submitted, so that steps in flight do not mix.
         pool: what the pool held then.
         timer: of the step; None if it ran no model.
+        failure: what failed of its copies; empty if nothing did.
     """
 
     totals: Totals
     pool: PoolState
     timer: Timer | None
+    failure: str = ""
 
     def on(self, output: ModelRunnerOutput) -> ModelRunnerOutput:
         """A copy with the tag: vLLM shares one empty output between steps."""
@@ -83,6 +85,7 @@ class Tag(NamedTuple):
         output.pie_stats = self.totals
         output.pie_seconds = 0.0 if self.timer is None else self.timer.seconds()
         output.pie_pool = self.pool
+        output.pie_failure = self.failure
         return output
 
 

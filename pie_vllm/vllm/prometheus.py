@@ -51,6 +51,8 @@ COUNTERS = {
     "pie_resident_hits": "Blocks found in the prefix cache in device memory.",
     "pie_pooled_hits": "Blocks found in the prefix cache that were pooled.",
     "pie_parked_hits": "Blocks found in the prefix cache that were parked in CPU memory.",
+    "pie_failed_copies": "Engine steps in which a copy of KV failed; the requests concerned were "
+    "computed again.",
 }
 """As GAUGES. Increments travel; those of seconds as whole microseconds."""
 

@@ -29,6 +29,7 @@ from pie_vllm.policy.write_through import Ahead
 from pie_vllm.vllm import compat, settings
 from pie_vllm.vllm.manager import Claims, PieBlockSpaceManager
 from pie_vllm.vllm.metrics import Control, Report, StepLog, Totals
+from pie_vllm.vllm.recovery import Recovery
 from pie_vllm.vllm.whole import whole_of
 
 logger = init_logger("vllm.pie")
@@ -90,6 +91,7 @@ class PieSchedulerMixin(_Mixed):
             self.kv_cache_manager.residency, self.pie_decider.detector, self.pie_waits
         )
         self.pie_report = Report(geometry)
+        self.pie_recovery = Recovery(self)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule as vLLM does, then plan what the step stores, loads and relabels."""
@@ -127,6 +129,7 @@ class PieSchedulerMixin(_Mixed):
         output.pie_restored = residency.parking.restored_blocks != restored
         output.pie_within_budget = not self.pie_turns.exceeds
         output.pie_blocks = residency.residents_in_use + residency.reading.num_blocks
+        self.pie_recovery.submitted(output)
 
     def _begin_pool(self, most: int) -> bool:
         """Use the rows that are there; whether the step waits for others, or to hear of them.
@@ -333,15 +336,32 @@ class PieSchedulerMixin(_Mixed):
     ) -> Any:
         """Take vLLM's results, and the engine's counters that came with them."""
         stats = getattr(model_runner_output, "pie_stats", None)
+        failure = getattr(model_runner_output, "pie_failure", "")
         if stats is not None:
-            self._observe(scheduler_output, stats, model_runner_output.pie_seconds)
+            if not failure:
+                self._observe(scheduler_output, stats, model_runner_output.pie_seconds)
             self.pie_log.record(stats)
         state = getattr(model_runner_output, "pie_pool", None)
         if state is None:
             self.pie_pool.unanswered(scheduler_output.pie_pool)
         else:
             self.pie_pool.report(state)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        self.pie_recovery.landed(scheduler_output, failure)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self.pie_recovery.report(outputs)
+        return outputs
+
+    def finish_requests(self, request_ids: Any, finished_status: Any) -> Any:
+        """Finish requests as vLLM does.
+
+        All at once is what ``--enable-fault-tolerance`` does after an error in a step, before it
+        goes on (v1/fault_tolerance/engine_core_sentinel.py:87): KV of steps in flight is not to be
+        trusted then.
+        """
+        finished = super().finish_requests(request_ids, finished_status)
+        if request_ids is None and self.parallel_config.enable_fault_tolerance:
+            self.pie_recovery.lost()
+        return finished
 
     def _observe(self, output: Any, totals: Totals, seconds: float) -> None:
         before, plan = self.pie_log.totals, output.pie_plan
@@ -381,6 +401,7 @@ class PieSchedulerMixin(_Mixed):
                 self.kv_cache_manager.admissions.recomputed_tokens,
                 self.kv_cache_manager.admissions.hits,
                 self.pie_waits.steps,
+                self.pie_recovery.failures,
             )
             residency = self.kv_cache_manager.residency
             changes = self.pie_report.changes(self.pie_log.totals, residency, control)

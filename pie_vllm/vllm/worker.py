@@ -234,13 +234,16 @@ class PieWorkerMixin(_Mixed):
         if not self._pie_warming_up:
             refusals.check_step(scheduler_output)
         timer = self.pie_timer() if scheduler_output.total_num_scheduled_tokens else None
+        several = self.vllm_config.parallel_config.world_size > 1
         try:
             with self.pie.step(getattr(scheduler_output, "pie_plan", None), self.pie_stream()):
                 output = super().execute_model(scheduler_output)
         except PieError as error:
-            if self.vllm_config.parallel_config.world_size > 1:
+            if several:
                 end_rank(self.rank, error)
             raise
+        if several and self.pie.failure is not None:
+            end_rank(self.rank, self.pie.failure)  # vLLM hears of one rank's outputs only.
         if timer is not None:
             timer.stop()
         self._pie_timer = timer
@@ -256,7 +259,8 @@ class PieWorkerMixin(_Mixed):
     def _tag(self, output: Any) -> Any:
         if self.pie is None:
             return output
-        return tagged(output, Tag(self.pie.totals, self.pie.keeper.state, self._pie_timer))
+        failure = "" if self.pie.failure is None else str(self.pie.failure)
+        return tagged(output, Tag(self.pie.totals, self.pie.keeper.state, self._pie_timer, failure))
 
     def pie_geometry(self) -> Geometry:
         """The sizes, for the scheduler."""

@@ -150,12 +150,16 @@ def round_(
     reset_prefix_cache: bool = False,
     idle: float = 0.0,
     late: float = 0.0,
+    failing: list[tuple[str, int, str, int]] | None = None,
 ) -> dict[str, Any]:
     """Requests that are all added before the first step, after some idle seconds.
 
-    Pie's worker gets to that step ``late`` seconds after it was planned.
+    Pie's worker gets to that step ``late`` seconds after it was planned. ``failing`` are copies
+    that fail, see ``FailingCopies``.
     """
-    more = {"late": late} if late else {}
+    more: dict[str, Any] = {"late": late} if late else {}
+    if failing:
+        more["failing"] = failing
     return {"requests": requests, "reset_prefix_cache": reset_prefix_cache, "idle": idle, **more}
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from tests.helpers import cuda_on_cpu, graphs_on_cpu, pool_faults, standin
 from tests.helpers.engine_record import Recorder, copy_bytes
+from tests.helpers.failing_engine import FailingCopies
 from tests.helpers.process import resident_bytes
 from tests.helpers.v2_on_cpu import enable
 
@@ -59,6 +60,7 @@ class Engine:
             context = self.core.vllm_config.compilation_config.static_forward_context
             _fuse_write(context, settings["fused_write"])
         self.recorder = Recorder(self.core.scheduler)
+        self.failing = FailingCopies(self.core)
         self._encode = _encoder(Path(settings["llm"]["model"]))
         self._numbers = 0
 
@@ -103,6 +105,7 @@ class Engine:
             standin.load().fail(*round_["fail"])
         if round_["reset_prefix_cache"]:
             assert self.llm.reset_prefix_cache()
+        self.failing.order(round_.get("failing", []))
         requests = round_["requests"]
         engine = self.llm.llm_engine
         if round_["idle"]:
@@ -151,6 +154,7 @@ class Engine:
             "metrics": self.metrics(),
             "left_out": self.turns_left_out(),
             "vllm": vllm.__version__,
+            "failed": self.failing.failed(),
             "v2_runner": self.core.vllm_config.use_v2_model_runner,
             "most_in_flight": self.core.batch_queue_size,
             "cuda": cuda_on_cpu.report() if cuda_on_cpu.enabled() else None,
@@ -177,7 +181,7 @@ class Engine:
 
         compat.relabel_rows = self._relabel
         self.llm.llm_engine.engine_core.shutdown()
-        del self.llm, self.core, self.recorder
+        del self.llm, self.core, self.recorder, self.failing
         gc.unfreeze()  # vLLM froze its own objects.
         gc.collect()
 

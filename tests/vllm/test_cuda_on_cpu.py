@@ -19,6 +19,7 @@ from tests.helpers.engine_load import (
     check_diverse,
     check_mostly_pooled,
     check_traffic,
+    tokens,
 )
 from tests.helpers.engine_model import LAYERS
 
@@ -92,14 +93,19 @@ def test_a_load_that_is_not_waited_for_is_found(cuda_engines: Open, small: Setup
     assert any("unordered" in line for line in pie["cuda"]["violations"])
 
 
-def test_a_call_that_fails_in_service_ends_the_engine_clearly(
+def test_a_call_that_fails_in_service_costs_a_recompute(
     cuda_engines: Open, small: Setup, report: Path
 ) -> None:
-    """No token of that step is returned; nothing stays behind."""
+    """No token of that step is returned to those concerned; nothing stays behind."""
     engines = cuda_engines()
     (round_,) = SMALL
-    with pytest.raises(EngineError, match="cuMemcpyBatchAsync: CUDA_ERROR_OUT_OF_MEMORY"):
-        engines.run(small, [{**round_, "fail": ["cuMemcpyBatchAsync", 150, 2]}])
+    failing = [{**round_, "fail": ["cuMemcpyBatchAsync", 150, 2]}, round_]
+    pie, stock = engines.both(small, failing, small, SMALL)
+    assert [tokens(one) == tokens(stock[0]) for one in pie] == [True, True]
+    assert pie[1]["failed"] == 1
+    assert pie[0]["preempted"]
+    assert "cuMemcpyBatchAsync: CUDA_ERROR_OUT_OF_MEMORY" in engines.log("pie")
+    assert pie[1]["cuda"]["violations"] == []
     engines.close()
     assert cuda_on_cpu.found_wrong(report) == []
 

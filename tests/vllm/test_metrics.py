@@ -34,7 +34,7 @@ from tests.helpers.engine_model import LAYERS
 pytestmark = pytest.mark.vllm
 
 WAITS = {"link": 3, "residents": 2}
-CONTROL = Control(7, 5, 3_000_000_000, 11, 2, 0.75, 0.006, 17, Hits(4, 5, 6), WAITS)
+CONTROL = Control(7, 5, 3_000_000_000, 11, 2, 0.75, 0.006, 17, Hits(4, 5, 6), WAITS, 3)
 
 
 def config(model: Path, **more: Any) -> VllmConfig:
@@ -102,6 +102,7 @@ def test_increments_add_up_and_gauges_follow(model: Path) -> None:
     assert found["vllm:pie_link_bytes_per_second"] == 3e9
     assert found["vllm:pie_left_out_requests_total"] == 11
     assert found["vllm:pie_recomputed_tokens_total"] == 17
+    assert found["vllm:pie_failed_copies_total"] == 3
     assert [found[f"vllm:pie_{tier}_hits_total"] for tier in Hits._fields] == [4, 5, 6]
     waits = {reason: REGISTRY.get_sample_value(*head_waits(reason)) for reason in REASONS}
     assert waits == {reason: WAITS.get(reason, 0) for reason in REASONS}

@@ -52,6 +52,9 @@ def test_an_output_is_tagged_on_a_copy() -> None:
     """vLLM shares its empty output between steps."""
     found = tagged(EMPTY_MODEL_RUNNER_OUTPUT, Tag(Totals(steps=5), POOL, None))
     assert (found.pie_stats.steps, found.pie_seconds, found.pie_pool) == (5, 0.0, POOL)
+    assert found.pie_failure == ""
+    failed = tagged(EMPTY_MODEL_RUNNER_OUTPUT, Tag(Totals(), POOL, None, "a copy failed"))
+    assert failed.pie_failure == "a copy failed"
     assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, "pie_stats")
     assert tagged(None, Tag(Totals(), POOL, None)) is None
 

@@ -73,6 +73,21 @@ def test_tokens_are_stocks(v2_engines: Engines, setup: Setup, in_flight: int) ->
     check_traffic(pie, setup.page * setup.layers)
 
 
+def test_a_copy_that_fails_costs_a_recompute(
+    v2_engines: Engines, setup: Setup, in_flight: int
+) -> None:
+    """Also with a step in flight behind the failed one, whose results are dropped, too."""
+    (round_,) = ROUNDS
+    if in_flight == 2:
+        failing = {**round_, "fail": ["cuMemcpyBatchAsync", 100, 2]}
+    else:
+        failing = {**round_, "failing": [("loads", 3, "load", 5)]}
+    (pie,), (stock,) = v2_engines.both(setup, [failing], setup, ROUNDS)
+    assert pie["failed"] == 1
+    assert pie["preempted"]
+    assert tokens(pie) == tokens(stock)
+
+
 def test_without_relabels_tokens_differ(v2_engines: Engines, setup: Setup) -> None:
     """The test above can fail: where the block tables keep the old ids, answers are others."""
     (pie,), (stock,) = v2_engines.both(replace(setup, lost_relabels=True), ROUNDS, setup)

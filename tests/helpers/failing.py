@@ -1,0 +1,122 @@
+"""Copies that fail at random, and a made-up model that answers wrong where it read wrong KV."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from vllm.v1.outputs import ModelRunnerOutput
+
+from pie_vllm.policy.geometry import Geometry
+from pie_vllm.policy.plan import Copy, StepPlan
+from tests.helpers.tagrunner import MASK, VOCABULARY, DictMemory, TagRunner
+
+SPOILT = 0x2AAAAAAA
+
+
+class FailingMemory(DictMemory):
+    """As its base, but in some steps copies fail.
+
+    Those of one direction, or all, stop at a random one, which may be torn; so do the loads where
+    a store failed, as on a stream that waits for the one that failed.
+
+    Attributes:
+        share: of the steps with a plan, that fail.
+        failed: whether the newest step did.
+        failures: that there were.
+    """
+
+    def __init__(self, geometry: Geometry, block_size: int, share: float, seed: int) -> None:
+        super().__init__(geometry, block_size)
+        self.share = share
+        self.failed = False
+        self.failures = 0
+        self._rng = random.Random(seed)
+
+    def copy(self, plan: StepPlan | None) -> None:
+        """Carry out a plan, or a part of it."""
+        self.pages[self.boundary :] = -1
+        self.failed = plan is not None and self._rng.random() < self.share
+        self.failures += self.failed
+        if plan is None:
+            return
+        if plan.loads is not None:
+            self.loads = plan.loads
+        for block, row in self._until_failure(plan.stores):
+            self.chunks = max(self.chunks, row // self.chunk_rows + 1)
+            self.rows[row] = self.pages[block]
+        for block, row in self._until_failure((*plan.promotions, *self.loads)):
+            self.pages[block] = self.rows[row]
+
+    def _until_failure(self, copies: Sequence[Copy]) -> Iterator[tuple[int, int]]:
+        pairs = [(block + i, row + i) for block, row, count in copies for i in range(count)]
+        if self.failed:
+            del pairs[self._rng.randint(0, len(pairs)) :]
+        yield from pairs
+
+
+class HonestRunner(TagRunner):
+    """A model that reads what is there: from wrong KV it makes wrong KV and a wrong token.
+
+    So an answer is right only where every step counted whose context was right.
+    """
+
+    memory: FailingMemory
+
+    def execute(self, output: Any) -> ModelRunnerOutput:
+        """As the base; a request that comes back knows the tokens that were delivered, no more."""
+        cached = output.scheduled_cached_reqs
+        for i, name in enumerate(cached.req_ids):
+            if name in cached.resumed_req_ids:
+                state = self.requests[name]
+                known = state.prompt + cached.num_output_tokens[i]
+                del state.tokens[known:], state.tags[known:]
+        return super().execute(output)
+
+    def _forward(
+        self, output: Any, plan: StepPlan | None, due: dict[str, tuple[int, int]]
+    ) -> ModelRunnerOutput:
+        self.memory.copy(plan)
+        sampled: list[list[int]] = []
+        names = list(output.num_scheduled_tokens)
+        for name, count in output.num_scheduled_tokens.items():
+            state = self.requests[name]
+            start, known = due[name]
+            end = start + count
+            right = self._compute(name, start, end)
+            if end < known:
+                sampled.append([])
+                continue
+            if end == len(state.tokens):
+                token = (state.tags[-1] * 31 + 7 + (not right)) % VOCABULARY
+                state.tokens.append(token)
+                state.extend_tags()
+            sampled.append([state.tokens[end]])
+        self.memory.hold(output.pie_pool)
+        result = ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={r: i for i, r in enumerate(names)},
+            sampled_token_ids=sampled,
+        )
+        result.pie_failure = "injected" if self.memory.failed else ""
+        return result
+
+    def _compute(self, name: str, start: int, end: int) -> bool:
+        """Write the KV of new tokens, which is right where that before them is."""
+        state, size, pages = self.requests[name], self.block_size, self.memory.pages
+        mark = crc32(f"{self.weights} {state.salt}".encode()) & MASK
+        tags = np.array(state.tags[:end], np.int64) ^ mark
+        blocks = state.blocks
+        right = all(
+            np.array_equal(pages[blocks[i], : len(part)], part)
+            for i in range(-(-start // size))
+            for part in [tags[i * size : min(start, (i + 1) * size)]]
+        )
+        for position in range(start, end):
+            block = blocks[position // size]
+            assert block < self.memory.boundary, "a token is written into a pooled block"
+            pages[block, position % size] = tags[position] ^ (0 if right else SPOILT)
+        return right
