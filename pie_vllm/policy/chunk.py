@@ -53,8 +53,8 @@ class Asked(NamedTuple):
     tails: int = 0
 
     @classmethod
-    def of(cls, running: Iterable[Runs], block_size: int) -> Asked:
-        """Count over the running requests, in the order in which they are served."""
+    def of(cls, running: Iterable[tuple[int, int, bool, bool]], block_size: int) -> Asked:
+        """Count over the running requests, each as ``Runs``, in the order they are served in."""
         decodes = due = behind = tails = 0
         prompts: list[tuple[int, int]] = []
         for computed, left, prompt, out in running:
