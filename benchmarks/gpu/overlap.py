@@ -17,6 +17,7 @@ import torch
 from benchmarks.gpu.harness.compute import Compute, compute_of, granularity, middle, shape
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.decode import SMALL, WRITTEN, LayerShape, Model
+from benchmarks.gpu.harness.stepping import TIMED_EVERY
 from pie_vllm.policy.plan import Copy, StepPlan
 from pie_vllm.transfer.calibration import measure_link
 from pie_vllm.transfer.engine import TransferEngine
@@ -192,7 +193,9 @@ class Bench:
         count, compute, model = self.sizes.steps, self._compute, self._model
         wrong_before = model.wrong.clone()
         stats, copies = [], []
-        self._step += 4  # The engine times one step in four: the same ones of each run.
+        # The engine times every fourth of its steps, so a run has as many as another.
+        assert count % TIMED_EVERY == 0
+        self._step += 1  # There were steps without a plan, perhaps.
         start, begin = compute.mark(), time.perf_counter()
         for index in range(count):
             rows = self._sets[index % 2][:blocks]
