@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.gpu.harness.compute import granularity, middle, shape
+from benchmarks.gpu.harness.compute import granularity, in_chunks, middle, shape
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.stepping import TIMED_EVERY
 from pie_vllm.policy.plan import Copy, StepPlan
@@ -177,7 +177,7 @@ def real_plans(context: Context, sizes: Sizes, peak: float) -> None:
         with TransferEngine(plain, driver=context.driver) as engine:
             mover = Mover(engine)
             for longest in (16, 1):
-                runs = mixed_runs(blocks, 4, 2 * blocks, longest)
+                runs = in_chunks(mixed_runs(blocks, 4, 2 * blocks, longest), plain.chunk_rows)
                 moved = [mover.forward(runs) for _ in range(sizes.repeats)]
                 shares[tokens, longest] = _plan_row(
                     context,

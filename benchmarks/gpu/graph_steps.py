@@ -16,7 +16,14 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.gpu.harness.captured import Capture, CapturedModel, cuda_capture
-from benchmarks.gpu.harness.compute import Compute, compute_of, granularity, middle, shape
+from benchmarks.gpu.harness.compute import (
+    Compute,
+    compute_of,
+    granularity,
+    in_chunks,
+    middle,
+    shape,
+)
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.decode import SMALL, WRITTEN, LayerShape
 from pie_vllm.errors import PieError
@@ -140,17 +147,18 @@ class Steps:
             kind: "store" or "promote" also some blocks.
         """
         self._number += 1
-        block = self.engine.geometry.resident_blocks
-        runs = tuple(
-            Copy(block + at, first + at, min(16, loads - at)) for at in range(0, loads, 16)
-        )
-        stores: tuple[Copy, ...] = ()
-        promotions: tuple[Copy, ...] = ()
+        geometry = self.engine.geometry
+        block = geometry.resident_blocks
+        runs = [Copy(block + at, first + at, min(16, loads - at)) for at in range(0, loads, 16)]
+        stores: list[Copy] = []
+        promotions: list[Copy] = []
         if kind == "store":
-            stores = (Copy(1, 2 * self.sizes.most + WRITTEN * (self._number % 4), WRITTEN),)
+            stores = [Copy(1, 2 * self.sizes.most + WRITTEN * (self._number % 4), WRITTEN)]
         if kind == "promote":
-            promotions = (Copy(1 + WRITTEN, first + loads, PROMOTED),)
-        return StepPlan(self._number, stores, promotions, runs, (), forward=True)
+            promotions = [Copy(1 + WRITTEN, first + loads, PROMOTED)]
+        chunk = geometry.chunk_rows
+        out, home, ring = (tuple(in_chunks(each, chunk)) for each in (stores, promotions, runs))
+        return StepPlan(self._number, out, home, ring, (), forward=True)
 
     def step(self, loads: int, first: int, kind: str = "", in_graph: bool = True) -> None:
         """One step; what it stored or promoted is looked at when it is over."""

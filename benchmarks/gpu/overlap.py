@@ -14,7 +14,14 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.gpu.harness.compute import Compute, compute_of, granularity, middle, shape
+from benchmarks.gpu.harness.compute import (
+    Compute,
+    compute_of,
+    granularity,
+    in_chunks,
+    middle,
+    shape,
+)
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.decode import SMALL, WRITTEN, LayerShape, Model
 from benchmarks.gpu.harness.stepping import TIMED_EVERY
@@ -225,10 +232,12 @@ class Bench:
     def _plan(self, loads: int, index: int) -> StepPlan:
         """Loads of one set of rows, in runs of up to 16 as from several requests, and stores."""
         self._step += 1
-        most, first_block = self.sizes.most_blocks, self._engine.geometry.resident_blocks
+        geometry = self._engine.geometry
+        most, first_block = self.sizes.most_blocks, geometry.resident_blocks
         base = most * (index % 2)
-        runs = tuple(
+        runs = [
             Copy(first_block + at, base + at, min(16, loads - at)) for at in range(0, loads, 16)
-        )
-        stores = (Copy(1, 2 * most + WRITTEN * (self._step % 4), WRITTEN),)
-        return StepPlan(self._step, stores, (), runs, (), forward=True)
+        ]
+        stores = [Copy(1, 2 * most + WRITTEN * (self._step % 4), WRITTEN)]
+        out, back = (tuple(in_chunks(each, geometry.chunk_rows)) for each in (stores, runs))
+        return StepPlan(self._step, out, (), back, (), forward=True)

@@ -1,4 +1,4 @@
-"""The stage `copies` of the GPU check over the stand-in for libcuda: real plans have a rate."""
+"""Plans of the GPU check: real ones have a rate, and pools are registered in pieces."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu.copy_plans import QUICK, Mover, Sizes, mixed_runs, real_plans
-from benchmarks.gpu.harness.compute import granularity, shape
+from benchmarks.gpu import overlap
+from benchmarks.gpu.copy_plans import PIECES, QUICK, Mover, Sizes, mixed_runs, real_plans
+from benchmarks.gpu.harness import compute
+from benchmarks.gpu.harness.compute import MOST_CHUNK, granularity, in_chunks, shape
 from benchmarks.gpu.harness.context import Context
-from benchmarks.gpu.harness.records import Reporter, collect
+from benchmarks.gpu.harness.records import Reporter, collect, failed_checks
 from pie_vllm.transfer.engine import TransferEngine
 from tests.helpers import standin as builds
 from tests.helpers.standin import Standin, load
@@ -58,3 +60,51 @@ def test_each_repeat_of_a_real_plan_is_timed(standin: Standin) -> None:
         for speed in (1e8, 8e8, 2e8):
             standin.link(speed)
             assert 0.4 * speed < mover.forward(runs).rate < 1.2 * speed
+
+
+GIB2 = 2 << 30
+"""Bytes that Linux 6.11 to 6.13 fail to register in one piece."""
+
+
+@pytest.mark.parametrize("page", PIECES)
+@pytest.mark.parametrize("layers", [1, 32])
+def test_no_chunk_of_the_check_is_too_large_to_register(layers: int, page: int) -> None:
+    """Whatever the pool."""
+    sizes = shape(layers, page, 4, 1, 1, 4096, 2 << 20)
+    assert sizes.chunk_rows * sizes.row_bytes <= MOST_CHUNK < GIB2
+    full = overlap.Sizes()
+    sizes = shape(full.layers, full.page, 5, full.most_blocks, 3, 2 * full.most_blocks, 2 << 20)
+    assert sizes.num_chunks > 1
+
+
+def test_runs_are_divided_where_chunks_end() -> None:
+    """All of them are there, in order, and none crosses."""
+    runs = mixed_runs(256, 4, 512, 16)
+    found = in_chunks(runs, 7)
+    for copy in found:
+        assert copy.row // 7 == (copy.row + copy.count - 1) // 7
+
+    def pages(copies: list[Any]) -> list[tuple[int, int]]:
+        return [(c.block + i, c.row + i) for c in copies for i in range(c.count)]
+
+    assert pages(found) == pages(runs)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a row or some: plans name many of them."""
+    monkeypatch.setattr(compute, "MOST_CHUNK", 3 << 20)
+
+
+@pytest.mark.usefixtures("small_chunks", "standin")
+def test_stages_run_over_several_chunks(tmp_path: Path) -> None:
+    """The engine refuses runs that cross from one to the next."""
+    assert len(measured(tmp_path, QUICK)) == 6
+    compute.MOST_CHUNK = 7 * 6 * 8192
+    report = Reporter(tmp_path / "overlap.jsonl")
+    deadline = time.monotonic() + 100
+    context = Context("host", True, ("ring2",), 100, deadline, tmp_path, report)
+    overlap.run(context)
+    found = collect(tmp_path / "overlap.jsonl")
+    assert failed_checks(found) == []
+    assert found["tables"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.graph_steps import QUICK, Steps, opened, rounds
+from benchmarks.gpu.harness import compute
 from benchmarks.gpu.harness.captured import CapturedModel
 from benchmarks.gpu.harness.compute import Compute
 from pie_vllm.memory.arena import DeviceArena
@@ -59,12 +60,12 @@ def steps_of(debug: tuple[str, ...] = ()) -> Iterator[Steps]:
     cuda_on_cpu.prepare()
     GatherKernel(standin.load())
     device = Device()
-    compute = Compute()
-    compute.stream = device.stream
-    compute.synchronize = device.synchronize  # type: ignore[method-assign]
+    where = Compute()
+    where.stream = device.stream
+    where.synchronize = device.synchronize  # type: ignore[method-assign]
     with opened(SIZES, cuda_on_cpu.driver_granularity(), "cuda", debug) as engine:
         engine.use_graphs(IMAGE, engine.geometry.pooled_blocks)
-        model = Model(engine, compute, SIZES.layer, SIZES.requests, SIZES.most)
+        model = Model(engine, where, SIZES.layer, SIZES.requests, SIZES.most)
         model.device = device
 
         def capture(body: Callable[[], None]) -> Any:
@@ -75,15 +76,17 @@ def steps_of(debug: tuple[str, ...] = ()) -> Iterator[Steps]:
             model.wrong.zero_()
             return graph
 
-        yield Steps(engine, compute, model, SIZES, capture)
-        compute.synchronize()
+        yield Steps(engine, where, model, SIZES, capture)
+        where.synchronize()
         model.close()
         device.forget_graphs()
     device.close()
 
 
-def test_pages_are_right_with_changing_plans() -> None:
+@pytest.mark.parametrize("chunk", [1 << 30, 7 * SIZES.layers * SIZES.page])
+def test_pages_are_right_with_changing_plans(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loads, stores, promotions and steps without a plan; nothing is out of order."""
+    monkeypatch.setattr(compute, "MOST_CHUNK", chunk)
     with steps_of() as steps:
         rounds(steps, 60)
         steps.engine.drain()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pie_vllm.policy.plan import StepPlan
 from pie_vllm.transfer.engine import TransferEngine
 
-
 TIMED_EVERY = 4
 """Among an engine's steps that run the model, the CUDA driver times the copies of every fourth, in
 the order of their calls and whatever their numbers (`kSampleEvery`, csrc/engine_step.cpp)."""
