@@ -58,10 +58,16 @@ Run prepare(const Launch& captured, const Actor& actor) {
       fail_context(CUDA_ERROR_ILLEGAL_ADDRESS);
       return nullptr;
     }
+    if (range.pageable) {
+      violate("cuLaunchKernel: " + range_text(touch.address, touch.bytes) + " is not registered");
+      fail_context(CUDA_ERROR_ILLEGAL_ADDRESS);
+      return nullptr;
+    }
     accesses.add(range, touch.address, touch.write);
     add_areas(launch->areas, range);
   }
-  return [launch](Lock& lock) {
+  return [launch, id = actor.id](Lock& lock) {
+    leave_engines(id);
     if (!pin(launch->areas, "cuLaunchKernel")) return;
     lock.unlock();
     launch->call(launch->kernel.run);
