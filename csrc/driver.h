@@ -92,6 +92,8 @@ class Driver {
   virtual Counters counters(Direction direction) const = 0;
   // Whether copies from now on are timed; a driver may time all, and estimates what it does not.
   virtual void sample(bool on);
+  // Whether batches ask for copies that overlap with compute, where the device knows of that.
+  virtual void prefer_overlap(bool on);
   // The device's architecture as compilers call it ("sm_90"); empty: it runs no kernels.
   virtual std::string arch() const;
   // From now on batches to the device whose pieces are below the threshold on average are copied by

@@ -15,6 +15,8 @@ from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import StepPlan
 from pie_vllm.transfer.graph_steps import GraphSteps
 from pie_vllm.transfer.native import (
+    OPTION_HEAD_FIRST,
+    OPTION_OVERLAP,
     PlanArrays,
     StatsStruct,
     debug_flags,
@@ -105,16 +107,17 @@ class TransferEngine(GraphSteps):
         return host.value, device.value
 
     def begin_step(self, plan: StepPlan, compute_stream: int = 0, *, graph: bool = False) -> bool:
-        """Submit the plan's stores, and its promotions and loads of the first B layers.
+        """Submit the plan's copies of the first layer; the first gate submits what can follow.
+
+        These are the stores of all layers, and promotions and loads of the first B layers.
 
         Args:
             plan: ``relabels`` and ``forward`` are not looked at. ``loads=None``
                 means the loads of step ``plan.step - 1``.
             compute_stream: stream that the model runs on; 0 is the calling
                 thread on the host driver and the default stream on CUDA.
-            graph: the step may run in a captured graph. If it fits one, only the first
-                layer's copies to the device are submitted here; the first gate submits
-                the others of the first B layers, if ``enter_graph`` is not called.
+            graph: the step may run in a captured graph, whose launch follows ``enter_graph``;
+                without that call it has gates like any other.
 
         Returns:
             Whether it fits a graph: not without ``graph`` and ``use_graphs``, with more runs to
@@ -189,8 +192,8 @@ class TransferEngine(GraphSteps):
     def abort_step(self) -> None:
         """End an open step early, or recover after a ``TransferError``.
 
-        Promotions of layers not reached are still copied, so rows and resident
-        pages agree with the tables; then copies drain and errors are cleared.
+        Stores and promotions of layers not reached are still copied, so rows and
+        resident pages agree with the tables; then copies drain and errors are cleared.
         After a failed copy some pages of that step hold old bytes. A step that
         entered a graph may have been launched or not.
 
@@ -256,6 +259,26 @@ class TransferEngine(GraphSteps):
         """
         size, library = len(image), self._library
         self._check(library.pie_use_gather(self._open(), image, size, threshold_bytes, blocks))
+
+    def submit_head_first(self, on: bool) -> None:
+        """Whether ``begin_step`` submits the copies of one layer alone, which is so at start.
+
+        Copies that the caller submits before the first gate, such as the step's inputs, then
+        have at most these ahead of them in the device's copy engines. False: ``begin_step``
+        submits the stores of all layers and the loads of the first B.
+
+        Raises:
+            TransferError: a step is open.
+        """
+        self._check(self._library.pie_set_option(self._open(), OPTION_HEAD_FIRST, on))
+
+    def prefer_overlap(self, on: bool) -> None:
+        """Whether batches ask a CUDA device for copies that overlap with compute; so at start.
+
+        Raises:
+            TransferError: a step is open.
+        """
+        self._check(self._library.pie_set_option(self._open(), OPTION_OVERLAP, on))
 
     def commit_chunk(self, chunk: int) -> None:
         """Take the memory of a chunk of the pool; one other thread may call it beside steps.

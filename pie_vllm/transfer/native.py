@@ -22,7 +22,7 @@ from pie_vllm.errors import (
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import Copy, StepPlan
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 """What this package expects of ``pie_abi_version()``."""
 
 DEFAULT_LIBRARY = Path(__file__).resolve().parent.parent / "_native" / "libpie.so"
@@ -111,6 +111,9 @@ class CountersStruct(ctypes.Structure):
     _fields_ = [("bytes", c_int64), ("copies", c_int64), ("seconds", c_double)]
 
 
+OPTION_HEAD_FIRST, OPTION_OVERLAP = 0, 1
+"""As in ``pie.h``."""
+
 HOST_FN = ctypes.CFUNCTYPE(None, c_void_p)
 """A callback on a stream; takes the interpreter lock itself."""
 
@@ -124,6 +127,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pie_commit_chunk": (_E, c_int64),
     "pie_release_chunk": (_E, c_int64),
     "pie_row_page": (_E, c_int64, c_int64, POINTER(c_uint64)),
+    "pie_set_option": (_E, c_int, c_int),
     "pie_begin_step": (_E, POINTER(PlanStruct), c_uint64),
     "pie_begin_graph_step": (_E, POINTER(PlanStruct), c_uint64, POINTER(c_int)),
     "pie_enter_graph": (_E,),
