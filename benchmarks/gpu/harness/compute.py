@@ -105,9 +105,9 @@ class CudaCompute(Compute):
 _cuda: Any = torch.cuda  # Its classes are not annotated.
 
 
-def new_stream() -> Any:
-    """A CUDA stream of torch's."""
-    return _cuda.Stream()
+def new_stream(priority: int = 0) -> Any:
+    """A CUDA stream of torch's; those below 0 come first."""
+    return _cuda.Stream(priority=priority)
 
 
 def external_stream(number: int) -> Any:

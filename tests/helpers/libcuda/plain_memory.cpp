@@ -134,5 +134,7 @@ CUresult cuMemGetInfo(size_t* free, size_t* total) {
   if (free == nullptr || total == nullptr) return CUDA_ERROR_INVALID_VALUE;
   *total = static_cast<size_t>(setting("device_memory"));
   *free = *total - state().memory.device_bytes;
+  const auto share = static_cast<size_t>(setting("page_table_share"));
+  if (share > 0) *free -= state().memory.host_bytes / share;
   return CUDA_SUCCESS;
 }

@@ -33,6 +33,7 @@ std::map<std::string, int64_t> default_settings() {
       {"can_use_host_pointer", 1},
       {"register_limit", 0},    // bytes in all; 0: none
       {"register_most", 0},     // bytes in one piece that are too many; 0: none are
+      {"page_table_share", 0},  // bytes registered that take one of the device; 0: none do
       {"copy_engines", 0},      // 1: one a direction, shared by all streams
       {"descriptor_ns", 0},     // time of the link for each copy, beside that of its bytes
       {"submit_ns", 0},         // time of the caller's processor for each copy of a batch
