@@ -141,7 +141,8 @@ PIE_API int pie_zero_ring(pie_engine* engine);
 /* The device's architecture as compilers call it ("sm_90"), cut to size; empty: no kernels. */
 PIE_API int pie_device_arch(pie_engine* engine, char* arch, int64_t size);
 /* From now on batches to the device of 16 pieces or more, below threshold_bytes on average, are
- * copied by the kernel pie_gather in the image, with a grid of 1 to 12 blocks. threshold_bytes 0:
+ * copied by the kernel pie_gather in the image, with a grid of 1 to 12 blocks. image NULL: by the
+ * one in use. threshold_bytes 0:
  * none are, and the image is not looked at. PIE_ERR_UNSUPPORTED: no kernels, or the image is for
  * other devices. An error changes nothing. */
 PIE_API int pie_use_gather(pie_engine* engine, const void* image, int64_t size,

@@ -163,7 +163,11 @@ void CudaDriver::copy_batch(Stream stream, Direction direction, const CopyOp* op
 void CudaDriver::use_gather(const void* image, size_t size, size_t threshold_bytes, int blocks) {
   device_.use();
   if (threshold_bytes == 0) return gather_.reset();
-  gather_ = std::make_unique<Gather>(device_, image, size, blocks);
+  if (image == nullptr && gather_ != nullptr) {
+    gather_->set_blocks(blocks);
+  } else {
+    gather_ = std::make_unique<Gather>(device_, image, size, blocks);
+  }
   gather_below_ = threshold_bytes;
 }
 

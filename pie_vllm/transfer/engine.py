@@ -243,11 +243,12 @@ class TransferEngine(GraphSteps):
         """Zero all ring slots; only while the device is idle, such as after warm-up."""
         self._check(self._library.pie_zero_ring(self._open()))
 
-    def use_gather(self, image: bytes, threshold_bytes: int, blocks: int = 8) -> None:
+    def use_gather(self, image: bytes | None, threshold_bytes: int, blocks: int = 8) -> None:
         """Have a kernel load small pieces from now on; an error changes nothing.
 
         Args:
-            image: with the kernel of ``gather.cu``; see ``pie_vllm.transfer.gather``.
+            image: with the kernel of ``gather.cu``; see ``pie_vllm.transfer.gather``. None is
+                the one in use.
             threshold_bytes: a layer's loads of smaller pieces, on average, are the kernel's
                 if they are 16 or more. 0 is no kernel, whatever the image.
             blocks: of the kernel's grid, 1 to 12; each takes an SM while it runs.
@@ -257,7 +258,7 @@ class TransferEngine(GraphSteps):
             ConfigError: a size or a number that cannot work.
             TransferError: a call failed, or the kernel copied wrong bytes when tried.
         """
-        size, library = len(image), self._library
+        size, library = len(image or b""), self._library
         self._check(library.pie_use_gather(self._open(), image, size, threshold_bytes, blocks))
 
     def submit_head_first(self, on: bool) -> None:

@@ -14,6 +14,7 @@ from pie_vllm.errors import GateError, UnsupportedError
 from pie_vllm.memory.keeper import PoolKeeper
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import StepPlan
+from pie_vllm.transfer.calibration import UNMEASURED_CTAS
 from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.gather import use_gather
 from pie_vllm.transfer.stats import StepStats
@@ -41,7 +42,12 @@ class PieCacheEngine:
     """
 
     def __init__(
-        self, config: PieConfig, geometry: Geometry, driver: str, gather_below: int = 0
+        self,
+        config: PieConfig,
+        geometry: Geometry,
+        driver: str,
+        gather_below: int = 0,
+        gather_blocks: int = UNMEASURED_CTAS,
     ) -> None:
         """Reserve arena and pool and test the hand-over on this machine.
 
@@ -50,6 +56,7 @@ class PieCacheEngine:
             geometry: the sizes.
             driver: of the transfer engine.
             gather_below: bytes of a piece below which loads were faster by the gather kernel.
+            gather_blocks: CTAs of that kernel, in graphs too.
 
         Raises:
             TransferError: memory cannot be had, or the self-test fails.
@@ -60,6 +67,7 @@ class PieCacheEngine:
         self.allocated = False
         self._switch = gate.GateSwitch()
         self._full_graphs = config.full_graphs
+        self._gather_blocks = gather_blocks
         self._graphs: FullGraphs | None = None
         self._engine = TransferEngine(
             geometry,
@@ -72,7 +80,7 @@ class PieCacheEngine:
             self._engine, geometry.chunk_rows, idle_seconds=config.pool_idle_seconds
         )
         if driver != "host":
-            logger.info("Pie: %s", use_gather(self._engine, gather_below))
+            logger.info("Pie: %s", use_gather(self._engine, gather_below, blocks=gather_blocks))
         if config.debug:
             logger.warning(
                 "Pie: debug switches %s are on: answers may be wrong on purpose, and the self-test "
@@ -269,7 +277,7 @@ class PieCacheEngine:
         mode = compat_graphs.graph_mode(runner)
         refusals.check_graph_mode(mode)
         if self._full_graphs and mode.has_full_cudagraphs():
-            logger.warning("Pie: %s", use_graphs(self._engine))
+            logger.warning("Pie: %s", use_graphs(self._engine, blocks=self._gather_blocks))
             self._graphs = FullGraphs(self._engine, self.geometry.num_layers)
         elif self._full_graphs:
             logger.warning("Pie: cudagraph_mode %s: --pie-full-graphs changes nothing", mode)

@@ -11,7 +11,7 @@ from pie_vllm.errors import PieError, TransferError, UnsupportedError
 from pie_vllm.policy.detector import Prior
 from pie_vllm.policy.geometry import UNKNOWN_LINK_FRACTION, Geometry, cdiv, plan_geometry
 from pie_vllm.policy.window import blocks_fed
-from pie_vllm.transfer.calibration import measure_link
+from pie_vllm.transfer.calibration import UNMEASURED_CTAS, measure_link
 from pie_vllm.vllm import compat, ranks, refusals, settings
 from pie_vllm.vllm.cache_engine import PieCacheEngine
 from pie_vllm.vllm.failures import end_rank, said_once
@@ -44,6 +44,7 @@ class PieWorkerMixin(_Mixed):
     _pie_prior: Prior
     _pie_timer: Timer | None = None
     _pie_gather_below = 0
+    _pie_gather_blocks = UNMEASURED_CTAS
 
     def pie_stream(self) -> int:
         """The stream that the model runs on; 0 is the calling thread."""
@@ -140,6 +141,7 @@ class PieWorkerMixin(_Mixed):
             return prior
         logger.info("Pie: link %s", link)
         self._pie_gather_below = link.gather_below
+        self._pie_gather_blocks = link.gather_blocks
         return prior._replace(bandwidth=link.load)
 
     def _pie_measure_steps(self, prior: Prior, requests: int) -> Prior:
@@ -186,7 +188,11 @@ class PieWorkerMixin(_Mixed):
         """Allocate arena and pool, give the runner its views, put up the gates."""
         config = settings.of(self.vllm_config).config
         self.pie = PieCacheEngine(
-            config, self._pie_geometry, self.pie_driver, self._pie_gather_below
+            config,
+            self._pie_geometry,
+            self.pie_driver,
+            self._pie_gather_below,
+            self._pie_gather_blocks,
         )
         shaped = self.pie.shape(kv_cache_config)
         with compat.own_allocation(self.model_runner, self.pie.allocate):

@@ -105,6 +105,9 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
 CUresult cuModuleUnload(CUmodule module) {
   Call call("cuModuleUnload", kEnd | kUnsafe);
   if (call.failed()) return call.code();
+  if (!state().executables.empty()) {
+    call.wrong(CUDA_SUCCESS, "a graph that can be launched may hold one of its kernels");
+  }
   if (state().modules.erase(reinterpret_cast<uint64_t>(module)) == 0) {
     return call.wrong(CUDA_ERROR_INVALID_HANDLE, "no such module");
   }
