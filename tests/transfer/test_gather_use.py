@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from pie_vllm.errors import ConfigError, TransferError, UnsupportedError
+from pie_vllm.policy.geometry import Geometry
+from pie_vllm.transfer import calibration
 from pie_vllm.transfer.calibration import (
-    BATCH_SECONDS,
-    MOST_BLOCKS,
+    GATHER_CTAS,
     UNMEASURED_CTAS,
     LinkSpeed,
+    fewest_ctas,
     measure_link,
 )
 from pie_vllm.transfer.engine import TransferEngine
@@ -264,8 +267,8 @@ def test_calibration_says_why_there_is_no_kernel(standin: Standin) -> None:
 @pytest.mark.parametrize(
     ("by_ctas", "chosen"),
     [
-        ({1: 4.0, 2: 2.0, 4: 1.0, 8: 1.0}, 4),
-        ({1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0}, 1),
+        ({1: 8.0, 2: 4.0, 4: 1.0, 8: 2.0}, 4),
+        ({1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0}, 1),
         ({1: 8.0, 2: 4.0, 4: 2.0, 8: 1.0}, 8),
     ],
 )
@@ -274,13 +277,23 @@ def test_calibration_takes_as_few_ctas_as_do(
 ) -> None:
     """Each width is tried, and the engine that is measured goes on with the one that was chosen."""
     standin.link(1e8)
-    kernel.wait_by({grid: 2.0 * times for grid, times in by_ctas.items()})
-    found = measure()
+    kernel.wait_by({grid: 8.0 * times for grid, times in by_ctas.items()})
+    found = measure_link(1, 4096, granularity=PAGE, driver="cuda", gather=any_image)
     assert found.gather_blocks == chosen
     assert [ctas for ctas, _ in found.by_ctas] == [1, 2, 4, 8]
     assert kernel.grid == chosen
     assert f"; {chosen} CTAs (" in str(found)
     assert standin.violations() == []
+
+
+@pytest.mark.parametrize(
+    ("rates", "chosen"),
+    [((10, 20, 39, 40), 4), ((39, 40, 40, 38), 1), ((1, 2, 38.7, 40), 8), ((1, 40, 30, 20), 2)],
+)
+def test_the_fewest_ctas_within_three_percent_are_taken(
+    rates: tuple[float, ...], chosen: int
+) -> None:
+    assert fewest_ctas(list(zip(GATHER_CTAS, rates, strict=True))) == chosen
 
 
 def test_without_a_measurement_the_kernel_has_eight_ctas() -> None:
@@ -299,24 +312,36 @@ def test_the_cost_of_submitting_bounds_a_rate(standin: Standin) -> None:
     assert "to submit a copy takes" in str(found)
 
 
-@pytest.mark.alone
-def test_a_fast_link_is_measured_with_batches_that_last(standin: Standin) -> None:
+def test_a_fast_link_is_measured_with_batches_that_last(
+    standin: Standin, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their start is little of their time, and the kernel is tried with runs of 16 pages too."""
     standin.set(race_check=0)
-    page = 65_536
-    found = measure_link(8, page, granularity=PAGE, driver="cuda", gather=any_image)
-    copies, moved = standin.copied(0)
-    speed = found.pieces[-1].load
-    assert moved / copies >= page
-    if speed * BATCH_SECONDS > MOST_BLOCKS * page:
-        assert found.pieces[-1].gather is not None
-        assert found.pieces[-1].piece_bytes == 16 * page
+    sizes = []
+
+    def noted(geometry: Geometry, **other: Any) -> TransferEngine:
+        sizes.append(geometry)
+        return TransferEngine(geometry, **other)
+
+    monkeypatch.setattr(calibration, "TransferEngine", noted)
+    monkeypatch.setattr(calibration, "BATCH_SECONDS", 1.0)  # For any link here.
+    monkeypatch.setattr(calibration, "FAST_SCRATCH_BYTES", 96 << 20)
+    found = measure_link(8, 65_536, granularity=PAGE, driver="cuda", gather=any_image)
+    small, large = sizes
+    assert small.rows == 2 * calibration.MOST_BLOCKS
+    assert large.rows >= 2 * 16 * 16
+    assert large.device_bytes - large.ring_bytes <= 96 << 20
+    assert [piece.piece_bytes // 65_536 for piece in found.pieces] == [1, 4, 16]
+    assert None not in [piece.gather for piece in found.pieces]
 
 
 @pytest.mark.alone
-def test_a_fast_link_without_memory_is_measured_all_the_same(standin: Standin) -> None:
+def test_a_fast_link_without_memory_is_measured_all_the_same(
+    standin: Standin, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the small scratch."""
     standin.set(race_check=0, register_limit=64 << 20)
+    monkeypatch.setattr(calibration, "BATCH_SECONDS", 1.0)
     found = measure_link(8, 1024, granularity=PAGE, driver="cuda", gather=None)
     assert found.load > 0
 
