@@ -8,7 +8,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from pie_vllm.errors import PieError, TransferError
@@ -32,6 +33,21 @@ class Chunks(Protocol):
         """Give it back once its copies are over."""
 
 
+class _OneCall:
+    """An engine's calls, each of which holds a lock."""
+
+    def __init__(self, engine: Chunks, lock: threading.Lock) -> None:
+        self._engine, self._lock = engine, lock
+
+    def commit_chunk(self, chunk: int) -> None:
+        with self._lock:
+            self._engine.commit_chunk(chunk)
+
+    def release_chunk(self, chunk: int) -> None:
+        with self._lock:
+            self._engine.release_chunk(chunk)
+
+
 class PoolKeeper:
     """Holds the first chunks of the pool: as many as were ordered last.
 
@@ -52,7 +68,8 @@ class PoolKeeper:
             chunk_rows: rows of a chunk.
             idle_seconds: as the scheduler's; see ``ElasticPool``.
         """
-        self._engine = engine
+        self._calls = threading.Lock()
+        self._engine: Chunks = _OneCall(engine, self._calls)
         self._chunk_rows = chunk_rows
         self._idle_seconds = idle_seconds
         self._ready = self._wanted = 1
@@ -110,6 +127,16 @@ class PoolKeeper:
             self._order = order
             self._wanted = order.chunks
             self._changed.notify_all()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No chunk comes or goes meanwhile: what is under way ends first.
+
+        For captures of CUDA graphs: registering memory and waiting for streams, by whatever thread,
+        break one that is under way. Steps that need another chunk must not run in it.
+        """
+        with self._calls:
+            yield
 
     def close(self) -> None:
         """End the thread; the engine keeps what it holds."""

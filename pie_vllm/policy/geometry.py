@@ -56,6 +56,22 @@ def page_table_bytes(pool_bytes: int) -> int:
     return cdiv(pool_bytes, PAGE_TABLE_SHARE)
 
 
+def check_device_bytes(left: int, tables: int, pool_bytes: int) -> int:
+    """The device bytes that are left for KV beside the pool's page tables.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if left > 0:
+        return left
+    raise ConfigError(
+        f"--pie-pool-gib {pool_bytes / 2**30:.3f} is too large for the device: page tables of such "
+        f"a pool may take {tables / 2**20:.1f} MiB of its memory, and "
+        f"{(left + tables) / 2**20:.1f} MiB are there for KV. Lower --pie-pool-gib, or raise --gpu-memory-utilization or "
+        "--kv-cache-memory-bytes."
+    )
+
+
 def cdiv(a: int, b: int) -> int:
     """``ceil(a / b)`` for positive integers."""
     return -(-a // b)

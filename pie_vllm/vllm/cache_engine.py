@@ -162,7 +162,7 @@ class PieCacheEngine:
     ) -> Iterator[None]:
         """Around vLLM's warm-up and its capture of graphs; then the ring is zero again.
 
-        Warm-up writes to pages that kernels may load later.
+        Warm-up writes to pages that kernels may load later. The pool's thread rests meanwhile.
 
         Args:
             runner: vLLM's model runner, with its KV cache.
@@ -172,15 +172,16 @@ class PieCacheEngine:
         Raises:
             UnsupportedError: the graphs do not hold the copies of all layers.
         """
-        if self._graphs is None:
-            yield
-        else:
-            with self._graphs.captured(runner, capturing, stream) as capture:
-                self._switch.engine = capture
-                try:
-                    yield
-                finally:
-                    self._switch.engine = None
+        with self.keeper.paused():
+            if self._graphs is None:
+                yield
+            else:
+                with self._graphs.captured(runner, capturing, stream) as capture:
+                    self._switch.engine = capture
+                    try:
+                        yield
+                    finally:
+                        self._switch.engine = None
         self._engine.zero_ring()
 
     @contextmanager

@@ -209,6 +209,7 @@ def counters(llm: Any) -> dict[str, Any]:
         the pool may hold; ``pool_bytes`` is what it holds), ``device_bytes``,
         ``idle_cost_blocks``, ``page_bytes``, ``num_layers``, ``rows``. Further
         ``pool_waits`` and ``pool_waited_seconds``: steps that waited for the
-        pool's memory, and how long in all.
+        pool's memory, and how long in all; ``pool_table_bytes``: device memory
+        that is kept for page tables of the pool.
     """
     return dict(llm.collective_rpc("pie_counters")[0])

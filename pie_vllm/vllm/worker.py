@@ -9,7 +9,14 @@ from vllm.logger import init_logger
 
 from pie_vllm.errors import PieError, TransferError, UnsupportedError
 from pie_vllm.policy.detector import Prior
-from pie_vllm.policy.geometry import UNKNOWN_LINK_FRACTION, Geometry, cdiv, plan_geometry
+from pie_vllm.policy.geometry import (
+    UNKNOWN_LINK_FRACTION,
+    Geometry,
+    cdiv,
+    check_device_bytes,
+    page_table_bytes,
+    plan_geometry,
+)
 from pie_vllm.policy.window import blocks_fed
 from pie_vllm.transfer.calibration import UNMEASURED_CTAS, measure_link
 from pie_vllm.vllm import compat, ranks, refusals, settings
@@ -33,15 +40,18 @@ class PieWorkerMixin(_Mixed):
         pie_driver: name of the engine's driver.
         pie_granularity: bytes that the driver maps in one piece.
         pie_device_is_host: whether the device's KV memory is CPU memory too.
+        pie_pool_has_tables: whether the device's memory holds page tables of the CPU pool.
     """
 
     pie_device: str
     pie_driver: str
     pie_granularity: int
     pie_device_is_host: bool
+    pie_pool_has_tables: bool = False
     pie: PieCacheEngine | None = None
     _pie_geometry: Geometry
     _pie_prior: Prior
+    _pie_tables = 0
     _pie_timer: Timer | None = None
     _pie_gather_below = 0
     _pie_gather_blocks = UNMEASURED_CTAS
@@ -68,6 +78,7 @@ class PieWorkerMixin(_Mixed):
         number = self.vllm_config.parallel_config.tensor_parallel_size
         taken = number * device_bytes if self.pie_device_is_host else 0
         pool_bytes = ranks.share_of_pool(config.pool_gib, number, device_bytes, taken)
+        device_bytes = self._pie_without_tables(device_bytes, pool_bytes)
         needed = self._pie_needed_blocks(spec.block_size)
         plan = partial(
             plan_geometry,
@@ -111,6 +122,27 @@ class PieWorkerMixin(_Mixed):
             self.pie_driver,
         )
         return geometry.num_blocks * geometry.row_bytes
+
+    def _pie_without_tables(self, device_bytes: int, pool_bytes: int) -> int:
+        """What is left for KV beside the page tables that a pool of this size may take.
+
+        The driver takes them when memory is registered, while KV is in use: what was not kept for
+        them would be missing then.
+
+        Raises:
+            ConfigError: nothing is left.
+        """
+        if not self.pie_pool_has_tables:
+            return device_bytes
+        tables = self._pie_tables = page_table_bytes(pool_bytes)
+        logger.info(
+            "Pie: %.1f MiB of the device's %.1f MiB for KV are kept for page tables of a CPU pool "
+            "of %.2f GiB",
+            tables / 2**20,
+            device_bytes / 2**20,
+            pool_bytes / 2**30,
+        )
+        return check_device_bytes(device_bytes - tables, tables, pool_bytes)
 
     def _pie_measure(self, num_layers: int, page_bytes: int, requests: int) -> Prior:
         """How fast the link is, and how long a step with so many requests takes.
@@ -277,6 +309,7 @@ class PieWorkerMixin(_Mixed):
         pool = {
             "pool_bytes": geometry.bytes_of_chunks(keeper.state.chunks) if keeper else 0,
             "pool_waits": keeper.waits if keeper else 0,
+            "pool_table_bytes": self._pie_tables,
             "pool_waited_seconds": keeper.waited_seconds if keeper else 0.0,
         }
         return {**totals, **sizes, **pool}

@@ -161,3 +161,23 @@ def test_an_idle_pool_goes_after_twice_the_idle_time(make: Callable[..., PoolKee
     until(lambda: chunks.held == {0})
     keeper.prepare(stores(2))
     assert chunks.held == {0, 1, 2}
+
+
+def test_nothing_comes_or_goes_while_it_is_paused() -> None:
+    """What is under way ends first; what was ordered meanwhile follows."""
+    chunks = Chunks(seconds=0.05)
+    keeper = PoolKeeper(chunks, ROWS, idle_seconds=100)
+    keeper.follow(PoolOrder(4, False))
+    until(lambda: bool(chunks.threads))  # The first is on its way.
+    with keeper.paused():
+        held = set(chunks.held)
+        assert len(held) > 1
+        time.sleep(0.2)
+        assert chunks.held == held != {0, 1, 2, 3}
+    until(lambda: chunks.held == {0, 1, 2, 3})
+    with keeper.paused():
+        keeper.follow(PoolOrder(2, False))
+        time.sleep(0.1)
+        assert chunks.held == {0, 1, 2, 3}
+    until(lambda: chunks.held == {0, 1})
+    keeper.close()
