@@ -67,8 +67,8 @@ def check_device_bytes(left: int, tables: int, pool_bytes: int) -> int:
     raise ConfigError(
         f"--pie-pool-gib {pool_bytes / 2**30:.3f} is too large for the device: page tables of such "
         f"a pool may take {tables / 2**20:.1f} MiB of its memory, and "
-        f"{(left + tables) / 2**20:.1f} MiB are there for KV. Lower --pie-pool-gib, or raise --gpu-memory-utilization or "
-        "--kv-cache-memory-bytes."
+        f"{(left + tables) / 2**20:.1f} MiB are there for KV. Lower --pie-pool-gib, or raise "
+        "--gpu-memory-utilization or --kv-cache-memory-bytes."
     )
 
 
