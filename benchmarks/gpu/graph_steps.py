@@ -180,6 +180,8 @@ class Steps:
         if not self._has_bare:
             self.model.capture_bare(self._capture)
             self._has_bare = True
+        self._number += 1
+        self.model.set_inputs(self._number, torch.arange(0))
         self.model.replay_bare()
 
     def without_plan(self) -> None:

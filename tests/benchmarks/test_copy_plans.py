@@ -41,6 +41,7 @@ def measured(tmp_path: Path, sizes: Sizes) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.alone
 def test_real_plans_have_a_rate_with_few_repeats(standin: Standin, tmp_path: Path) -> None:
     """Of the device's clock, near that of the link."""
     standin.link(2e9)
@@ -50,6 +51,7 @@ def test_real_plans_have_a_rate_with_few_repeats(standin: Standin, tmp_path: Pat
         assert 0.2 < row["GBps"] <= 2.1
 
 
+@pytest.mark.alone
 def test_each_repeat_of_a_real_plan_is_timed(standin: Standin) -> None:
     """A median is one of as many measurements as it says, and none is an estimate."""
     layers, blocks = 3, 8

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu.graph_steps import QUICK, Steps, opened, rounds
+from benchmarks.gpu.graph_steps import QUICK, Steps, measure_idle, opened, rounds
 from benchmarks.gpu.harness import compute
 from benchmarks.gpu.harness.captured import CapturedModel
 from benchmarks.gpu.harness.compute import Compute
+from benchmarks.gpu.harness.context import Context
+from benchmarks.gpu.harness.records import Reporter, collect
 from pie_vllm.memory.arena import DeviceArena
 from tests.helpers import cuda_on_cpu, standin
 from tests.helpers.cuda_on_cpu import Touch
@@ -103,3 +107,19 @@ def test_wrong_pages_are_seen() -> None:
     with steps_of(("skip_loads",)) as steps:
         rounds(steps, 12)
         assert int(steps.model.wrong) > 0
+
+
+def test_idle_steps_are_compared_with_a_graph_without_copies(tmp_path: Path) -> None:
+    """The same model, captured without gates; a graph with copies is another one."""
+    report = Reporter(tmp_path / "records.jsonl")
+    context = Context("cuda", True, (), 100, time.monotonic() + 100, tmp_path, report)
+    with steps_of() as steps:
+        measure_idle(context, steps)
+        steps.step(8, 0)
+        steps.engine.drain()
+        assert int(steps.model.wrong) == 0
+    (row,) = collect(tmp_path / "records.jsonl")["tables"][
+        "engine: idle steps, a graph with copies beside one without"
+    ]
+    assert row["ratio"] > 0
+    assert row["layers"] == SIZES.layers
