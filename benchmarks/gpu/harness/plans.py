@@ -13,6 +13,10 @@ CLOSING_SECONDS = 4.0
 """At the end of a call, in which no stage runs any more: results are written and go home."""
 
 
+DRY_STRETCH = 4
+"""Times as long as its limits that a dry run may take."""
+
+
 class Entry(NamedTuple):
     """Stages that share a limit.
 
@@ -106,12 +110,15 @@ def jobs_of(plan: Plan, options: Options, begin: float) -> Iterator[Job]:
     Args:
         plan: of the call.
         begin: of the call, of `time.monotonic`.
-        options: of the command; a dry run is always quick, for its figures mean nothing.
+        options: of the command; a dry run is always quick, for its figures mean nothing, and has
+            more time, for a few cores run what a GPU would.
     """
-    call_ends = begin + plan.limit - CLOSING_SECONDS
+    dry = options.driver != "cuda"
+    stretch = DRY_STRETCH if dry else 1
+    call_ends = begin + stretch * plan.limit - CLOSING_SECONDS
     for entry in plan.entries:
-        ends = min(call_ends, time.monotonic() + entry.limit)
-        quick = entry.quick or options.driver != "cuda"
+        ends = min(call_ends, time.monotonic() + stretch * entry.limit)
+        quick = entry.quick or dry
         for wanted in parse_stages(entry.stages):
             left = max(0.0, ends - time.monotonic())
             yield Job(wanted, wanted.text, options._replace(limit=left, quick=quick))
