@@ -39,6 +39,7 @@ void throw_errno(const std::string& what) {
 }
 
 void Driver::sample(bool) {}
+void Driver::prefer_overlap(bool) {}
 
 std::string Driver::arch() const { return {}; }
 

@@ -93,11 +93,13 @@ class Driver {
   virtual Counters counters(Direction direction) const = 0;
   // Whether copies from now on are timed; a driver may time all, and estimates what it does not.
   virtual void sample(bool on);
+  // Whether batches ask for copies that overlap with compute, where the device knows of that.
+  virtual void prefer_overlap(bool on);
   // The device's architecture as compilers call it ("sm_90"); empty: it runs no kernels.
   virtual std::string arch() const;
   // From now on batches to the device whose pieces are below the threshold on average are copied by
-  // the kernel in the image (gather.cu), with a grid of `blocks`. 0: none are. An error changes
-  // nothing.
+  // the kernel in the image (gather.cu), with a grid of `blocks`. Null: the image in use. 0: none
+  // are. An error changes nothing.
   virtual void use_gather(const void* image, size_t size, size_t threshold_bytes, int blocks);
 
   // For captured steps; only a device with kernels has them.

@@ -83,21 +83,31 @@ bool Engine::begin_step(const pie_plan& plan, Stream compute, bool graph) {
   step_.fits = graph && fits_graph();
   or_abort([&] {
     submit_barrier();
-    if (!step_.stores.empty()) {
-      for (int64_t l = 0; l < geometry_.layers; ++l) submit_store(l);
-    }
-    if (!step_.fits) {
-      submit_first_loads();
-    } else if (step_.streams_in) {
-      for (int64_t l = 0; l < kHead; ++l) submit_load(l);
-    }
+    submit_first(head_first_ ? kHead : geometry_.layers,
+                 head_first_ || step_.fits ? kHead : geometry_.slots);
   });
   return step_.fits;
 }
 
-void Engine::submit_first_loads() {
+void Engine::set_option(int option, bool on) {
+  if (step_.open) throw Error(PIE_ERR_STATE, "an option is set inside a step");
+  if (option == PIE_OPTION_HEAD_FIRST) {
+    head_first_ = on;
+  } else if (option == PIE_OPTION_OVERLAP) {
+    driver_->prefer_overlap(on);
+  } else {
+    throw Error(PIE_ERR_CONFIG, "no option " + std::to_string(option));
+  }
+}
+
+// Rule 21: what is not submitted yet of the first layers, stores first: a load means the newest
+// record of its layer's store.
+void Engine::submit_first(int64_t stores, int64_t loads) {
+  if (!step_.stores.empty()) {
+    while (step_.next_store < stores) submit_store(step_.next_store);
+  }
   if (!step_.streams_in || debug(PIE_DEBUG_LATE_SUBMIT)) return;
-  while (step_.next_load < geometry_.slots) submit_load(step_.next_load);
+  while (step_.next_load < loads) submit_load(step_.next_load);
 }
 
 // Rule 4: a layer's KV write comes after the store that reads the same pages, and after the copy
@@ -105,7 +115,7 @@ void Engine::submit_first_loads() {
 void Engine::before_write(int64_t layer) {
   check_layer(layer);
   if (capturing()) return graphs_->capture.before_write(layer);
-  submit_first_loads();
+  submit_rest();
   step_.gates.write(layer);
   wait_for_stores(layer);
   if (!step_.promotions.empty()) wait_on_compute(events_->ready[static_cast<size_t>(layer)]);
@@ -123,7 +133,7 @@ void Engine::before_attention(int64_t layer) {
   check_layer(layer);
   if (debug(PIE_DEBUG_SKIP_GATE) && layer == geometry_.layers / 2) return;
   if (capturing()) return graphs_->capture.before_attention(layer);
-  submit_first_loads();
+  submit_rest();
   step_.gates.enter(layer);
   if (!step_.streams_in) return;
   wait_on_compute(events_->ready[static_cast<size_t>(layer)]);
@@ -134,7 +144,7 @@ void Engine::before_attention(int64_t layer) {
 void Engine::after_attention(int64_t layer) {
   check_layer(layer);
   if (capturing()) return graphs_->capture.after_attention(layer);
-  submit_first_loads();
+  submit_rest();
   step_.gates.leave(layer);
   driver_->event_record(events_->done[static_cast<size_t>(layer)], step_.compute);
   const int64_t next = layer + geometry_.slots;
@@ -196,8 +206,10 @@ void Engine::abort_step() {
   // Rule 18: a replay may be under way, or there may be none: its promotions are made again, after
   // it.
   if (step_.open && step_.in_graph) wait_for_compute();
-  std::exception_ptr lost;  // promotions that cannot be made: said when all else is in order
+  std::exception_ptr lost;  // copies that cannot be made: said when all else is in order
   try {
+    // Rule 21: no gate was passed, perhaps. Stores first: a promotion may fill a page they read.
+    if (step_.open && driver_->stream_error(d2h_).empty()) submit_first(geometry_.layers, 0);
     if (step_.open && driver_->stream_error(h2d_).empty()) finish_promotions();
   } catch (const Error&) {
     lost = std::current_exception();

@@ -53,9 +53,13 @@ class Engine {
   const Pool& pool() const { return pool_; }
   Driver& driver() { return *driver_; }
 
-  // Submits all stores, and promotions and loads of the first B layers. A bad plan throws
-  // PIE_ERR_PLAN and changes nothing; a submission that fails throws and aborts the step. `graph`:
-  // true where the step fits a graph; then only the head is loaded, the rest by the first gate.
+  // Throws PIE_ERR_STATE inside a step, PIE_ERR_CONFIG for an unknown option.
+  void set_option(int option, bool on);
+
+  // Submits the stores, promotions and loads of the head; the first gate submits all other stores,
+  // and promotions and loads of the first B layers (rule 21). A bad plan throws PIE_ERR_PLAN and
+  // changes nothing; a submission that fails throws and aborts the step. `graph`: true where the
+  // step fits a graph.
   bool begin_step(const pie_plan& plan, Stream compute, bool graph = false);
   // The launch of a graph follows: the step has no gates.
   void enter_graph();
@@ -66,8 +70,8 @@ class Engine {
   pie_stats end_step();
   // Stores and promotions of a step that runs no model; later compute comes after them.
   pie_stats run_idle(const pie_plan& plan, Stream compute);
-  // Ends an open step: remaining promotions are still copied (rows and pages stay consistent),
-  // streams drain, errors that can be cleared are. Also without an open step.
+  // Ends an open step: remaining stores and promotions are still copied (rows and pages stay
+  // consistent), streams drain, errors that can be cleared are. Also without an open step.
   void abort_step();
   // Waits for the copies submitted so far. Throws PIE_ERR_TRANSFER when one failed.
   void drain();
@@ -92,7 +96,8 @@ class Engine {
 
  private:
   friend class SelfTest;
-  // Layers that a step in a graph loads ahead of it, in the gap between two steps.
+  // Layers whose copies go ahead of what the caller submits before the first gate, such as the
+  // inputs of the step, or the launch of a graph.
   static constexpr int64_t kHead = 1;
   struct Step {
     bool open = false;
@@ -102,6 +107,7 @@ class Engine {
     bool streams_in = false;  // has loads or promotions: the gates wait
     bool barrier = false;     // what the compute did before is not known
     Stream before = 0;        // compute stream of the step before
+    int64_t next_store = 0;   // the first layer whose stores are not submitted
     int64_t next_load = 0;    // the first layer whose loads are not submitted
     bool fits = false;        // a graph
     bool in_graph = false;
@@ -116,7 +122,8 @@ class Engine {
   void submit_barrier();
   void submit_store(int64_t layer);
   void submit_load(int64_t layer);
-  void submit_first_loads();
+  void submit_first(int64_t stores, int64_t loads);
+  void submit_rest() { submit_first(geometry_.layers, geometry_.slots); }
   void finish_promotions();
   bool fits_graph() const;
   bool capturing() const { return graphs_ != nullptr && graphs_->capture.on(); }
@@ -145,6 +152,7 @@ class Engine {
   std::unique_ptr<LayerEvents> events_;
   std::unique_ptr<Graphs> graphs_;  // null: use_graphs() was not called
 
+  bool head_first_ = true;
   Step step_;
   Runs loads_;  // of the newest step
   int64_t last_step_ = 0;

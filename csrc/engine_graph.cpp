@@ -62,6 +62,7 @@ void Engine::enter_graph() {
   if (step_.in_graph || !step_.gates.none()) {
     throw Error(PIE_ERR_STATE, "enter_graph: " + step + " has begun to run otherwise");
   }
+  submit_first(geometry_.layers, kHead);  // Rule 21: no gate does.
   step_.in_graph = true;
   stall_.leave();
   const Stream compute = step_.compute;

@@ -102,6 +102,7 @@ void Engine::submit_store(int64_t layer) {
   }
   driver_->event_record(events_->stored[l], d2h_);
   store_pending_[l] = true;
+  step_.next_store = layer + 1;
 }
 
 // Rule 2: after the last user of the slot, after the last compute on the layer's own pages (for

@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define PIE_ABI_VERSION 5
+#define PIE_ABI_VERSION 6
 #define PIE_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -34,6 +34,15 @@ enum {
   PIE_DEBUG_SKIP_GATE = 4,   /* before_attention of layer L / 2 does nothing, uncounted */
   PIE_DEBUG_LATE_SUBMIT = 8, /* a layer's load is submitted after the wait for it */
   PIE_DEBUG_POISON = 16,     /* pooled pages are filled with 0xFF before each ring fill */
+};
+
+/* What can be done in two ways, for pie_set_option. */
+enum {
+  PIE_OPTION_HEAD_FIRST = 0, /* 1 (at start): begin_step submits the copies of layer 0 alone, the
+                                first gate the others: copies that the caller submits in between
+                                do not wait for these. 0: begin_step submits all it can. */
+  PIE_OPTION_OVERLAP = 1,    /* 1 (at start): batches ask the device to prefer copies that overlap
+                                with compute. 0: they do not. */
 };
 
 enum { PIE_HOST_TO_DEVICE = 0, PIE_DEVICE_TO_HOST = 1 };
@@ -106,6 +115,9 @@ PIE_API int pie_release_chunk(pie_engine* engine, int64_t chunk);
 /* Host address of a row's page of one layer. */
 PIE_API int pie_row_page(pie_engine* engine, int64_t row, int64_t layer, uint64_t* address);
 
+/* Between steps. */
+PIE_API int pie_set_option(pie_engine* engine, int option, int value);
+
 PIE_API int pie_begin_step(pie_engine* engine, const pie_plan* plan, uint64_t compute_stream);
 /* As pie_begin_step; *fits says whether the step may run in a captured graph. Then only the loads
  * of the head are submitted; the first gate submits the others, if no graph is entered. */
@@ -130,7 +142,8 @@ PIE_API int pie_zero_ring(pie_engine* engine);
 /* The device's architecture as compilers call it ("sm_90"), cut to size; empty: no kernels. */
 PIE_API int pie_device_arch(pie_engine* engine, char* arch, int64_t size);
 /* From now on batches to the device of 16 pieces or more, below threshold_bytes on average, are
- * copied by the kernel pie_gather in the image, with a grid of 1 to 12 blocks. threshold_bytes 0:
+ * copied by the kernel pie_gather in the image, with a grid of 1 to 12 blocks. image NULL: by the
+ * one in use. threshold_bytes 0:
  * none are, and the image is not looked at. PIE_ERR_UNSUPPORTED: no kernels, or the image is for
  * other devices. An error changes nothing. */
 PIE_API int pie_use_gather(pie_engine* engine, const void* image, int64_t size,

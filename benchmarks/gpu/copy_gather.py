@@ -7,12 +7,13 @@ It is launched here through the CUDA driver's own functions, as any module; the 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.copy_plans import KIB, Sizes
-from benchmarks.gpu.harness.compute import Compute, middle, timed_event
+from benchmarks.gpu.harness.compute import Compute, middle, new_stream, timed_event
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.machine import load_cuda
 from pie_vllm.transfer.gather import ENTRY, GatherImage, gather_image
@@ -20,6 +21,11 @@ from pie_vllm.transfer.gather import ENTRY, GatherImage, gather_image
 CTAS = (1, 2, 4, 8, 12)
 THREADS = 512
 MOST_PIECE = 256 * KIB
+WEIGHT_SETS, PASSES = 4, 8
+BESIDE_PIECE = 64 * KIB
+BESIDE_ROWS = (32, 256)
+BESIDE_REPEATS = 5
+BESIDE = "gather kernel: compute beside it"
 TABLE = "gather kernel: pieces from pinned memory in one launch"
 
 
@@ -59,6 +65,82 @@ def gather(context: Context, compute: Compute, sizes: Sizes, peak: float) -> Non
                 wrong += int((there != source.view(-1, 2, piece)[:count, 0]).sum())
                 wrong += int(target.view(-1, 2, piece)[:count, 1].count_nonzero())
     context.report.check("bytes that the gather kernel left wrong", wrong, "0", wrong == 0)
+    table = pieces(target, source, BESIDE_PIECE, area // BESIDE_PIECE).to(compute.device)
+    stream = new_stream(-1)
+
+    def launch(ctas: int) -> Callable[[], float]:
+        return kernel.start(table, ctas, stream)
+
+    for rows in BESIDE_ROWS:
+        beside(context, compute, Products(compute, rows), launch, area)
+
+
+class Products:
+    """Products of matrices as large as a decode step's, the largest of an 8B model's layers.
+
+    Args:
+        compute: where.
+        rows: requests of the step.
+    """
+
+    def __init__(self, compute: Compute, rows: int, hidden: int = 4096, gated: int = 28672) -> None:
+        options: Any = {"dtype": compute.dtype, "device": compute.device}
+        self.rows = rows
+        self._input = torch.randn(rows, hidden, **options)
+        self._weights = [torch.randn(hidden, gated, **options) for _ in range(WEIGHT_SETS)]
+
+    def run(self) -> None:
+        """Submit all of them."""
+        for _ in range(PASSES):
+            for weights in self._weights:
+                self._input @ weights
+
+
+def beside(
+    context: Context,
+    compute: Compute,
+    products: Products,
+    launch: Callable[[int], Callable[[], float]],
+    size: int,
+) -> None:
+    """What the kernel takes from compute, by its CTAs, and what it copies meanwhile.
+
+    Args:
+        context: of the stage.
+        compute: where the products run.
+        products: the compute.
+        launch: a kernel of so many CTAs on a stream of its own; what it returns waits for it.
+        size: bytes that a launch copies.
+    """
+
+    def seconds() -> float:
+        start = compute.mark()
+        products.run()
+        return compute.seconds(start, compute.mark())
+
+    with compute.on():
+        seconds()
+        for ctas in CTAS:
+            if not context.has_time(3, f"compute beside {ctas} CTAs and more"):
+                return
+            ratios, rates, alone = [], [], []
+            for _ in range(BESIDE_REPEATS):
+                alone.append(seconds())
+                compute.synchronize()
+                copied = [launch(ctas) for _ in range(2)]
+                together = seconds()
+                taken = [each() for each in copied]
+                ratios.append(together / alone[-1])
+                rates.append(size * len(taken) / sum(taken))
+            context.report.row(
+                BESIDE,
+                requests=products.rows,
+                ctas=ctas,
+                alone_ms=1e3 * middle(alone),
+                slowdown=middle(ratios),
+                GBps=middle(rates) / 1e9,
+                covered=min(1.0, size * 2 / middle(rates) / middle(alone)),
+            )
 
 
 def load(context: Context, arch: str) -> Kernel | None:
@@ -102,13 +184,19 @@ class Kernel:
 
     def seconds(self, table: torch.Tensor, ctas: int) -> float:
         """One launch over a table, on torch's current stream."""
+        stream: Any = torch.cuda.current_stream()
+        return self.start(table, ctas, stream)()
+
+    def start(self, table: torch.Tensor, ctas: int, stream: Any) -> Callable[[], float]:
+        """Launch over a table; what is returned waits for it, and tells its seconds."""
         count = torch.tensor([len(table)], dtype=torch.int64, device=table.device)
+        stream.wait_stream(torch.cuda.current_stream())
         counted = 0  # Nobody counts the launches.
         numbers = table.data_ptr(), count.data_ptr(), counted
         arguments = [ctypes.c_uint64(number) for number in numbers]
         addresses = (ctypes.c_void_p * 3)(*(ctypes.addressof(each) for each in arguments))
-        stream: Any = torch.cuda.current_stream()
         start, end = timed_event(), timed_event()
+        held = [table, count]  # Until it is over.
         start.record(stream)
         self._call(
             "cuLaunchKernel",
@@ -119,8 +207,13 @@ class Kernel:
             None,
         )
         end.record(stream)
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
+
+        def taken() -> float:
+            end.synchronize()
+            held.clear()
+            return float(start.elapsed_time(end)) / 1e3
+
+        return taken
 
     def _call(self, name: str, *arguments: Any) -> None:
         code = getattr(self._library, name)(*arguments)

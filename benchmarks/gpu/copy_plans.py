@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.gpu.harness.compute import granularity, middle, shape
+from benchmarks.gpu.harness.compute import granularity, in_chunks, middle, shape
 from benchmarks.gpu.harness.context import Context
+from benchmarks.gpu.harness.stepping import TIMED_EVERY
 from pie_vllm.policy.plan import Copy, StepPlan
 from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.streams import counters
@@ -97,7 +98,7 @@ class Mover:
 
     def __init__(self, engine: TransferEngine) -> None:
         self._engine = engine
-        self._step = 0
+        self._step = self._forwards = 0
 
     def idle(self, stores: Sequence[Copy], promotions: Sequence[Copy]) -> Moved:
         """A step that runs no model."""
@@ -107,19 +108,25 @@ class Mover:
         return self._timed(lambda: self._engine.run_idle(plan))
 
     def forward(self, loads: Sequence[Copy]) -> Moved:
-        """A step that loads ring pages for a model that computes nothing; its copies are timed."""
-        self._step = (self._step // 4 + 1) * 4
+        """A step that loads ring pages for a model that computes nothing; its copies are timed.
+
+        The same step runs before it until the engine's next one is one that it times.
+        """
+        while (self._forwards + 1) % TIMED_EVERY:
+            self._one(loads)
+        self._engine.drain()
+        return self._timed(lambda: self._one(loads))
+
+    def _one(self, loads: Sequence[Copy]) -> None:
+        self._step += 1
+        self._forwards += 1
         engine, plan = self._engine, StepPlan(self._step, (), (), tuple(loads), (), forward=True)
-
-        def step() -> None:
-            engine.begin_step(plan)
-            for layer in range(engine.geometry.num_layers):
-                engine.before_write(layer)
-                engine.before_attention(layer)
-                engine.after_attention(layer)
-            engine.end_step()
-
-        return self._timed(step)
+        engine.begin_step(plan)
+        for layer in range(engine.geometry.num_layers):
+            engine.before_write(layer)
+            engine.before_attention(layer)
+            engine.after_attention(layer)
+        engine.end_step()
 
     def _timed(self, body: Callable[[], object]) -> Moved:
         engine = self._engine
@@ -170,8 +177,7 @@ def real_plans(context: Context, sizes: Sizes, peak: float) -> None:
         with TransferEngine(plain, driver=context.driver) as engine:
             mover = Mover(engine)
             for longest in (16, 1):
-                runs = mixed_runs(blocks, 4, 2 * blocks, longest)
-                mover.forward(runs)
+                runs = in_chunks(mixed_runs(blocks, 4, 2 * blocks, longest), plain.chunk_rows)
                 moved = [mover.forward(runs) for _ in range(sizes.repeats)]
                 shares[tokens, longest] = _plan_row(
                     context,

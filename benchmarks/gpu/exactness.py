@@ -24,8 +24,11 @@ from benchmarks.gpu.harness.models import TINY, Shape, small_model, write_random
 from pie_vllm.policy.geometry import round_up
 
 REFUSED = "--block-manager pie does not support"
-ENGINE_SECONDS = 75
+ENGINE_SECONDS, DRY_SECONDS = 75, 15
 """That one engine is counted on for, start and answers."""
+
+ENGINE_SHARE = 0.25
+"""At most, of a limit: a comparison of two engines is begun under any."""
 
 AT_ONCE = 4
 FACETS = (
@@ -157,13 +160,19 @@ def choose(context: Context) -> list[Setting]:
     return found[:QUICK] if context.quick else found
 
 
+def engine_seconds(context: Context) -> float:
+    """That an engine is counted on for under this stage's limit."""
+    known = DRY_SECONDS if context.dry else ENGINE_SECONDS
+    return min(known, ENGINE_SHARE * context.limit)
+
+
 def compare(job: Job, setting: Setting) -> int:
     """Run pie, then stock, and report; returns 1 where the comparison shows something."""
     report, begin = job.context.report, time.monotonic()
     if setting.backend == "flashinfer" and importlib.util.find_spec("flashinfer") is None:
         report.note(f"{setting.name}: FlashInfer is not installed")
         return 0
-    if not job.context.has_time(2 * ENGINE_SECONDS if not job.context.dry else 30, setting.name):
+    if not job.context.has_time(2 * engine_seconds(job.context), setting.name):
         return 0
     pie = attempt(job, setting, "pie")
     # Where pie does not start, does stock?
@@ -180,7 +189,9 @@ def compare(job: Job, setting: Setting) -> int:
     equal = pie["answers"] == stock["answers"]
     same = pie["schedule"] == stock["schedule"]
     itself: bool | None = None
-    if not equal and job.context.has_time(ENGINE_SECONDS, f"stock once more, {setting.name}"):
+    if not equal and job.context.has_time(
+        engine_seconds(job.context), f"stock once more, {setting.name}"
+    ):
         mode = "piecewise" if setting.mode in DEFAULT_GRAPHS else setting.mode
         again = attempt(job, setting._replace(mode=mode), "stock", pie["num_blocks"])
         itself = again.get("answers") == stock["answers"]
@@ -222,7 +233,7 @@ def compare(job: Job, setting: Setting) -> int:
 
 def control(job: Job, setting: Setting) -> int:
     """Without its loads pie must answer otherwise."""
-    if not job.context.has_time(ENGINE_SECONDS if not job.context.dry else 30, "the control"):
+    if not job.context.has_time(2 * engine_seconds(job.context), "the control"):
         return 0
     good, bad = (attempt(job, setting, "pie", debug=debug) for debug in ((), ("skip_loads",)))
     if "error" in good or "error" in bad:

@@ -38,9 +38,9 @@ def modes_of(turns: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return found
 
 
-def report_idle(context: Context, found: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Steps of idle pie beside stock's."""
-    ratio = paired_ratio(medians(found["pie_idle"]), medians(found["stock_all"]))
+def report_idle(context: Context, found: Mapping[str, list[dict[str, Any]]], side: str) -> None:
+    """Steps of a side of idle pie beside stock's."""
+    ratio = paired_ratio(medians(found[side]), medians(found["stock_all"]))
     for name, turns in found.items():
         steps = [seconds for seconds, _ in steps_of(turns)]
         context.report.row(
@@ -52,16 +52,16 @@ def report_idle(context: Context, found: Mapping[str, list[dict[str, Any]]]) -> 
             stored_MiB=sum(turn.get("bytes_stored", 0) for turn in turns) / 2**20,
         )
     context.report.check(
-        "idle step of pie beside stock's",
+        f"idle step of {side} beside stock's",
         ratio.text(4),
         f"<= {IDLE}",
         ratio.median <= IDLE,
         target=True,
     )
-    ours, theirs = modes_of(found["pie_idle"]), modes_of(found["stock_all"])
+    ours, theirs = modes_of(found[side]), modes_of(found["stock_all"])
     if theirs:
         same = set(ours) == set(theirs)
-        context.report.check("graph modes of idle pie", sorted(ours), str(sorted(theirs)), same)
+        context.report.check(f"graph modes of {side}", sorted(ours), str(sorted(theirs)), same)
     elif not context.dry:
         context.report.note("vLLM reported no graph modes")
 

@@ -16,7 +16,14 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.gpu.harness.captured import Capture, CapturedModel, cuda_capture
-from benchmarks.gpu.harness.compute import Compute, compute_of, granularity, middle, shape
+from benchmarks.gpu.harness.compute import (
+    Compute,
+    compute_of,
+    granularity,
+    in_chunks,
+    middle,
+    shape,
+)
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.decode import SMALL, WRITTEN, LayerShape
 from pie_vllm.errors import PieError
@@ -27,6 +34,9 @@ from pie_vllm.transfer.gather import GatherImage, Images, device_arch, gather_im
 
 SHARES = (0.1, 0.25, 0.5, 0.8)
 """Of what the link brings while the layers compute."""
+
+IDLE = 1.005
+"""Idle steps beside those of a graph without copies, at most."""
 
 PROMOTED = 4
 """Blocks of a step that promotes."""
@@ -129,6 +139,7 @@ class Steps:
         self.engine, self.compute, self.model, self.sizes = engine, compute, model, sizes
         self.wrong_pages = self.in_graph = 0
         self._number = 0
+        self._capture, self._has_bare = capture, False
         model.capture(capture)
 
     def plan(self, loads: int, first: int, kind: str = "") -> StepPlan:
@@ -140,17 +151,18 @@ class Steps:
             kind: "store" or "promote" also some blocks.
         """
         self._number += 1
-        block = self.engine.geometry.resident_blocks
-        runs = tuple(
-            Copy(block + at, first + at, min(16, loads - at)) for at in range(0, loads, 16)
-        )
-        stores: tuple[Copy, ...] = ()
-        promotions: tuple[Copy, ...] = ()
+        geometry = self.engine.geometry
+        block = geometry.resident_blocks
+        runs = [Copy(block + at, first + at, min(16, loads - at)) for at in range(0, loads, 16)]
+        stores: list[Copy] = []
+        promotions: list[Copy] = []
         if kind == "store":
-            stores = (Copy(1, 2 * self.sizes.most + WRITTEN * (self._number % 4), WRITTEN),)
+            stores = [Copy(1, 2 * self.sizes.most + WRITTEN * (self._number % 4), WRITTEN)]
         if kind == "promote":
-            promotions = (Copy(1 + WRITTEN, first + loads, PROMOTED),)
-        return StepPlan(self._number, stores, promotions, runs, (), forward=True)
+            promotions = [Copy(1 + WRITTEN, first + loads, PROMOTED)]
+        chunk = geometry.chunk_rows
+        out, home, ring = (tuple(in_chunks(each, chunk)) for each in (stores, promotions, runs))
+        return StepPlan(self._number, out, home, ring, (), forward=True)
 
     def step(self, loads: int, first: int, kind: str = "", in_graph: bool = True) -> None:
         """One step; what it stored or promoted is looked at when it is over."""
@@ -162,6 +174,15 @@ class Steps:
             self.compute.synchronize()
             self.wrong_pages += model.wrong_promotions(plan.promotions)
             self.wrong_pages += model.wrong_stores(plan.stores, plan.step)
+
+    def bare(self) -> None:
+        """A graph without copies, captured when it is first asked for."""
+        if not self._has_bare:
+            self.model.capture_bare(self._capture)
+            self._has_bare = True
+        self._number += 1
+        self.model.set_inputs(self._number, torch.arange(0))
+        self.model.replay_bare()
 
     def without_plan(self) -> None:
         """The graph alone; no step is open, and its word is the one that follows."""
@@ -215,11 +236,31 @@ def check_control(context: Context, steps: Steps) -> None:
     context.report.check("engine: pages found wrong with skip_loads", wrong, "> 0", wrong > 0)
 
 
+def measure_idle(context: Context, steps: Steps) -> float:
+    """Seconds of the graph with copies that copies nothing, beside one that holds none."""
+    steps.bare()
+    alone, bare = [], []
+    for _ in range(max(3, steps.sizes.turns)):
+        alone.append(steps.seconds(lambda _: steps.without_plan()))
+        bare.append(steps.seconds(lambda _: steps.bare()))
+    ratio = middle([a / b for a, b in zip(alone, bare, strict=True)])
+    context.report.row(
+        "engine: idle steps, a graph with copies beside one without",
+        layers=steps.sizes.layers,
+        with_copies_ms=1e3 * middle(alone),
+        without_ms=1e3 * middle(bare),
+        ratio=ratio,
+    )
+    name = "engine: idle step in a graph with copies beside one without"
+    context.report.check(name, ratio, f"<= {IDLE}", ratio <= IDLE, target=True)
+    return middle(alone)
+
+
 def measure(context: Context, steps: Steps, unit: int) -> None:
     """Steps that load, in the graph and by gates, beside the graph alone."""
     sizes = steps.sizes
     link = measure_link(sizes.layers, sizes.page, granularity=unit, driver=context.driver).load
-    alone = middle([steps.seconds(lambda _: steps.without_plan()) for _ in range(3)])
+    alone = measure_idle(context, steps)
     for share in SHARES:
         if not context.has_time(10, f"engine: {share:g} of the link and more"):
             return

@@ -148,6 +148,9 @@ def vllm_steps(context: Context) -> None:
     if context.wants("idle"):
         small = 64 * bench.block_bytes / 2**30
         sides["pie_idle"] = bench.side(all_blocks, {"pool_gib": small})
+        if not context.dry:
+            full = {"pool_gib": small, "full_graphs": True}
+            sides["pie_idle_full"] = bench.side(all_blocks, full)
     with engines(context, sides, [32, 32]) as running:
         if "stock_all" not in running:
             return
@@ -155,9 +158,10 @@ def vllm_steps(context: Context) -> None:
             bench.begin(engine, bench.longest - bench.load.prompt)
         bench.turns(running, 1)
         found = bench.turns(running, bench.load.turns if context.wants("idle") else 3)
-        if "pie_idle" in found:
-            report_idle(context, found)
-            running.pop("pie_idle").close()
+        for name in ("pie_idle", "pie_idle_full"):
+            if name in found:
+                report_idle(context, {"stock_all": found["stock_all"], name: found[name]}, name)
+                running.pop(name).close()
         if streams:
             step = middle([seconds for seconds, _ in steps_of(found["stock_all"])])
             context.report.fact("stock's step, ms", 1e3 * step)

@@ -14,15 +14,32 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.gpu.harness.compute import Compute, compute_of, granularity, middle, shape
+from benchmarks.gpu.harness.compute import (
+    Compute,
+    compute_of,
+    granularity,
+    in_chunks,
+    middle,
+    shape,
+)
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.decode import SMALL, WRITTEN, LayerShape, Model
+from benchmarks.gpu.harness.inputs import SmallCopies
+from benchmarks.gpu.harness.stepping import TIMED_EVERY
+from benchmarks.harness.stats import percentile
 from pie_vllm.policy.plan import Copy, StepPlan
 from pie_vllm.transfer.calibration import measure_link
 from pie_vllm.transfer.engine import TransferEngine
 
 SHARES = (0.0, 0.25, 0.5, 0.8, 0.95, 1.1, 1.5, 2.0)
 """Of what the link brings while the layers compute; 0 is gates and stores alone."""
+
+INPUT_SHARES = (0.0, 0.5, 0.95)
+"""At which small copies beside loads are measured."""
+
+WAYS = ((True, True), (False, True), (True, False))
+"""Whether a step's begin submits the copies of its first layer alone, and whether batches ask for
+overlap with compute; the first is what is served."""
 
 HIDDEN_BELOW = 0.8
 """Up to this share of the link, loads should cost no more than `SLOWDOWN`."""
@@ -94,6 +111,8 @@ def one_setting(
             blocks = min(most, math.ceil(share * feeds))
             if context.has_time(10, f"{share:g} of the link and more, ring {ring}, {batch} rows"):
                 measure(context, bench, ring, batch, share, blocks)
+            if batch == sizes.batches[0] and (share in INPUT_SHARES or blocks == most):
+                small_copies(context, bench, ring, share, blocks)
             if blocks == most and share * feeds > most:
                 context.report.note(f"ring {ring}, {batch} rows: no more than {most} blocks loaded")
                 break
@@ -155,11 +174,43 @@ def measure(
         context.report.check(name, slower, f"<= {SLOWDOWN}", slower <= SLOWDOWN, target=True)
 
 
+def small_copies(context: Context, bench: Bench, ring: int, share: float, blocks: int) -> None:
+    """How long the inputs of a step wait for its loads and stores, by what is submitted first."""
+    if not context.has_time(5, f"small copies beside {share:g} of the link"):
+        return
+    steps: dict[tuple[bool, bool], list[float]] = {way: [] for way in WAYS}
+    copies: dict[tuple[bool, bool], list[float]] = {way: [] for way in WAYS}
+    bench.use_inputs(True)
+    for _ in range(bench.sizes.turns):
+        for head_first, overlap in WAYS:
+            bench.engine.submit_head_first(head_first)
+            bench.engine.prefer_overlap(overlap)
+            steps[head_first, overlap].append(bench.timed(blocks, blocks))
+            copies[head_first, overlap] += bench.take_input_seconds()
+    bench.use_inputs(False)
+    bench.engine.submit_head_first(True)
+    bench.engine.prefer_overlap(True)
+    for (head_first, overlap), taken in copies.items():
+        context.report.row(
+            "small copies on the compute stream between a step's begin and its first gate",
+            ring_slots=ring,
+            share_of_link=share,
+            blocks=blocks,
+            head_first=head_first,
+            prefer_overlap=overlap,
+            copies=len(taken),
+            median_us=1e6 * middle(taken),
+            p99_us=1e6 * percentile(taken, 99),
+            step_ms=1e3 * middle(steps[head_first, overlap]),
+        )
+
+
 class Bench:
     """Times runs of steps.
 
     Attributes:
         sizes: of the stage.
+        engine: that copies.
         row_bytes: of a block in all layers.
         load_seconds: that copies to the device took in the last run, for each step.
         submission: seconds of this thread for a step of the last run; beyond a step's time they
@@ -174,13 +225,22 @@ class Bench:
         self.sizes, self.row_bytes = sizes, engine.geometry.row_bytes
         self.load_seconds, self.submission, self.stored_wrong = 0.0, 0.0, 0
         self.stalls: list[float] = []
-        self._engine, self._compute, self._model = engine, compute, model
+        self.engine, self._compute, self._model = engine, compute, model
+        self._inputs = SmallCopies(compute)
         self._step = 0
         device = compute.device
         self._sets = [
             torch.arange(first, first + sizes.most_blocks, device=device)
             for first in (0, sizes.most_blocks)
         ]
+
+    def use_inputs(self, on: bool) -> None:
+        """Whether each step with a plan copies something small after its begin."""
+        self._model.inputs = self._inputs if on else None
+
+    def take_input_seconds(self) -> list[float]:
+        """Seconds of each such copy since the last call."""
+        return self._inputs.take_seconds()
 
     def timed(self, loads: int | None, blocks: int) -> float:
         """Seconds of a step: a mean over a run of them, by the compute's clock.
@@ -192,7 +252,9 @@ class Bench:
         count, compute, model = self.sizes.steps, self._compute, self._model
         wrong_before = model.wrong.clone()
         stats, copies = [], []
-        self._step += 4  # The engine times one step in four: the same ones of each run.
+        # The engine times every fourth of its steps, so a run has as many as another.
+        assert count % TIMED_EVERY == 0
+        self._step += 1  # There were steps without a plan, perhaps.
         start, begin = compute.mark(), time.perf_counter()
         for index in range(count):
             rows = self._sets[index % 2][:blocks]
@@ -210,7 +272,7 @@ class Bench:
             compute.synchronize()
             model.wrong.copy_(wrong_before)  # Without loads the ring holds what it held.
             return seconds
-        self._engine.drain()
+        self.engine.drain()
         compute.synchronize()
         # The first step of the run stored what an earlier run had written.
         for stores, step in copies[-3:]:
@@ -222,10 +284,12 @@ class Bench:
     def _plan(self, loads: int, index: int) -> StepPlan:
         """Loads of one set of rows, in runs of up to 16 as from several requests, and stores."""
         self._step += 1
-        most, first_block = self.sizes.most_blocks, self._engine.geometry.resident_blocks
+        geometry = self.engine.geometry
+        most, first_block = self.sizes.most_blocks, geometry.resident_blocks
         base = most * (index % 2)
-        runs = tuple(
+        runs = [
             Copy(first_block + at, base + at, min(16, loads - at)) for at in range(0, loads, 16)
-        )
-        stores = (Copy(1, 2 * most + WRITTEN * (self._step % 4), WRITTEN),)
-        return StepPlan(self._step, stores, (), runs, (), forward=True)
+        ]
+        stores = [Copy(1, 2 * most + WRITTEN * (self._step % 4), WRITTEN)]
+        out, back = (tuple(in_chunks(each, geometry.chunk_rows)) for each in (stores, runs))
+        return StepPlan(self._step, out, (), back, (), forward=True)

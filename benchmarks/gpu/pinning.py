@@ -11,8 +11,9 @@ import torch
 
 from benchmarks.gpu.harness.compute import Compute, compute_of, granularity, middle
 from benchmarks.gpu.harness.context import Context
+from benchmarks.gpu.harness.machine import device_free_bytes
 from benchmarks.harness.stats import percentile
-from pie_vllm.policy.geometry import Geometry
+from pie_vllm.policy.geometry import Geometry, page_table_bytes
 from pie_vllm.transfer.engine import TransferEngine
 
 MIB = 1 << 20
@@ -35,6 +36,8 @@ def run(context: Context) -> None:
                 by_cores(context, engine, size, repeats)
             if context.wants("beside") and size == sizes[0]:
                 beside(context, compute, engine, size, repeats)
+    if context.wants("tables"):
+        tables(context, unit)
     if context.wants("torch"):
         for size in sizes:
             pin_with_torch(context, size, repeats)
@@ -142,6 +145,35 @@ def _set() -> threading.Event:
     event = threading.Event()
     event.set()
     return event
+
+
+def tables(context: Context, unit: int) -> None:
+    """What the device's memory loses to a pool: page tables, which come after KV was sized."""
+    if context.dry:
+        context.report.note("no page tables on a device without one")
+        return
+    chunk, chunks = (16, 8) if context.quick else (256, 64)
+    with TransferEngine(pool(chunk, chunks + 1, unit), driver=context.driver, chunks=1) as engine:
+        before, done = device_free_bytes(), 0
+        begin = time.perf_counter()
+        while done < chunks and context.left > 3:
+            engine.commit_chunk(done + 1)
+            done += 1
+        seconds = time.perf_counter() - begin
+        after = device_free_bytes()
+        gib = done * chunk / 1024
+        taken = (before - after) / MIB
+        context.report.row(
+            "device memory of the pool",
+            pool_GiB=gib,
+            chunk_MiB=chunk,
+            commit_s_per_GiB=seconds / gib,
+            device_MiB=taken,
+            device_MiB_per_GiB=taken / gib,
+        )
+        budget = page_table_bytes(int(gib * 1024) * MIB) / MIB
+        name = "device memory that a pool takes, MiB"
+        context.report.check(name, taken, f"<= {budget:g}", taken <= budget, target=True)
 
 
 def pin_with_torch(context: Context, size: int, repeats: int) -> None:

@@ -14,10 +14,10 @@ constexpr size_t kMostInBatch = 1024;
 // STREAM for both directions: a row is stored over, and a page written again, by work that other
 // streams order after this copy; to read the source any earlier or later than in stream order would
 // miss that.
-CUmemcpyAttributes stream_ordered() {
+CUmemcpyAttributes stream_ordered(bool overlap) {
   CUmemcpyAttributes attributes{};
   attributes.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;
-  attributes.flags = CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE;
+  attributes.flags = overlap ? CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE : CU_MEMCPY_FLAG_DEFAULT;
   return attributes;
 }
 
@@ -136,7 +136,7 @@ CUresult CudaDriver::copy_some(CUstream stream, bool in, const CopyOp* ops, size
     sources_.push_back(in ? device_.reach(ops[i].src) : ops[i].src);
     sizes_.push_back(ops[i].bytes);
   }
-  CUmemcpyAttributes attributes = stream_ordered();
+  CUmemcpyAttributes attributes = stream_ordered(overlap_);
   size_t first = 0, failed = 0;
   return api_.batch13 ? api_.batch13(targets_.data(), sources_.data(), sizes_.data(), count,
                                      &attributes, &first, 1, stream)
@@ -163,7 +163,11 @@ void CudaDriver::copy_batch(Stream stream, Direction direction, const CopyOp* op
 void CudaDriver::use_gather(const void* image, size_t size, size_t threshold_bytes, int blocks) {
   device_.use();
   if (threshold_bytes == 0) return gather_.reset();
-  gather_ = std::make_unique<Gather>(device_, image, size, blocks);
+  if (image == nullptr && gather_ != nullptr) {
+    gather_->set_blocks(blocks);
+  } else {
+    gather_ = std::make_unique<Gather>(device_, image, size, blocks);
+  }
   gather_below_ = threshold_bytes;
 }
 

@@ -55,6 +55,7 @@ class CudaDriver : public Driver {
   void synchronize() noexcept override;
   Counters counters(Direction direction) const override;
   void sample(bool on) override { meter_.sample(on); }
+  void prefer_overlap(bool on) override { overlap_ = on; }
   std::string arch() const override { return device_.arch(); }
   void use_gather(const void* image, size_t size, size_t threshold_bytes, int blocks) override;
 
@@ -78,6 +79,7 @@ class CudaDriver : public Driver {
   std::unique_ptr<Gather> gather_;  // null: the copy engines do all copies
   size_t gather_below_ = 0;         // bytes of a batch's average piece
   std::unique_ptr<Kernel> kernel_;  // of captured copies; null: none are
+  bool overlap_ = true;             // batches ask for it
   bool batches_;                    // false: this machine has no batched copy
   std::mutex mutex_;                // of these three: the pool's thread makes events too
   std::map<Stream, std::string> errors_;

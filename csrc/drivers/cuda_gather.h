@@ -26,6 +26,7 @@ class Gather {
   // Submits copies from registered memory. Blocks only when all tables are those of launches that
   // are not over yet. `call` is what the result is of.
   CUresult copy(CUstream stream, const CopyOp* ops, size_t count, const char*& call);
+  void set_blocks(int blocks) { kernel_.set_blocks(blocks); }
 
  private:
   // As the kernel reads it, from CPU memory. More pieces than these take several launches.

@@ -9,6 +9,15 @@ namespace {
 constexpr const char* kName = "pie_gather";
 constexpr unsigned kThreads = 512;  // 64 KiB in flight a block
 
+unsigned checked(int blocks) {
+  if (blocks < 1 || blocks > Kernel::kMostBlocks) {
+    throw Error(PIE_ERR_CONFIG, "the gather kernel needs 1 to " +
+                                    std::to_string(Kernel::kMostBlocks) + " blocks, not " +
+                                    std::to_string(blocks));
+  }
+  return static_cast<unsigned>(blocks);
+}
+
 // Memory of the trial: a table, what it copies, and where to.
 struct Trial {
   static constexpr size_t kBytes = 1 << 16, kPiece = 1000, kPieces = (kBytes + kPiece - 1) / kPiece;
@@ -33,11 +42,10 @@ struct Trial {
 
 }  // namespace
 
-Kernel::Module::Module(const void* image, size_t size, int blocks) {
-  if (image == nullptr || size == 0 || blocks < 1 || blocks > kMostBlocks) {
+Kernel::Module::Module(const void* image, size_t size) {
+  if (image == nullptr || size == 0) {
     throw Error(PIE_ERR_CONFIG, "the gather kernel needs an image and 1 to " +
-                                    std::to_string(kMostBlocks) + " blocks, not " +
-                                    std::to_string(size) + " bytes and " + std::to_string(blocks));
+                                    std::to_string(kMostBlocks) + " blocks, not 0 bytes");
   }
   // PTX must end with a zero byte, and the caller's bytes may lie at any address.
   const std::string copy(static_cast<const char*>(image), size);
@@ -48,12 +56,17 @@ Kernel::Module::Module(const void* image, size_t size, int blocks) {
   check(result, "cuModuleGetFunction", kName);
 }
 
-Kernel::Module::~Module() { api().cuModuleUnload(module_); }
+Kernel::Module::~Module() {
+  if (!kept_) api().cuModuleUnload(module_);
+}
 
 Kernel::Kernel(Device& device, const void* image, size_t size, int blocks)
-    : api_(api()), blocks_(static_cast<unsigned>(blocks)), module_(image, size, blocks) {
+    : api_(api()), blocks_(checked(blocks)), module_(image, size) {
   try_it(device);
+  module_.keep();
 }
+
+void Kernel::set_blocks(int blocks) { blocks_ = checked(blocks); }
 
 CUresult Kernel::launch(CUstream stream, Address table, Address count, Address copied,
                         const char*& call) const {

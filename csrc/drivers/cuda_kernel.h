@@ -17,24 +17,30 @@ class Kernel {
   // Addresses of the device; copied is 0 for nothing to count. `call` is what the result is of.
   CUresult launch(CUstream stream, Address table, Address count, Address copied,
                   const char*& call) const;
+  // Of the grid from now on. Throws PIE_ERR_CONFIG.
+  void set_blocks(int blocks);
 
  private:
   class Module {
    public:
-    Module(const void* image, size_t size, int blocks);
+    Module(const void* image, size_t size);
     ~Module();
     Module(const Module&) = delete;
     Module& operator=(const Module&) = delete;
     CUfunction kernel() const { return kernel_; }
+    // From now on it stays until the context ends: graphs that hold the kernel may outlive this,
+    // and the driver does not know of them.
+    void keep() { kept_ = true; }
 
    private:
     CUmodule module_ = nullptr;
     CUfunction kernel_ = nullptr;
+    bool kept_ = false;
   };
   void try_it(Device& device) const;
 
   const Api& api_;
-  const unsigned blocks_;
+  unsigned blocks_;
   Module module_;
 };
 

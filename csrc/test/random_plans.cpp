@@ -228,6 +228,7 @@ class Scenario {
     for (const pie_run& run : loads_) {
       for (int64_t k = 0; k < run.count; ++k) reads.push_back({run.block + k, row(run.row + k)});
     }
+    engine_.set_option(PIE_OPTION_HEAD_FIRST, chance(75));
     engine_.begin_step(plan, compute_);
     for (int64_t l = 0; l < g_.layers; ++l) {
       if (l == stop) break;

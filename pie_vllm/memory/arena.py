@@ -40,13 +40,15 @@ class DeviceArena:
         size: bytes, ``Geometry.virtual_bytes``; aliased ring pages counted
             once a layer.
         driver: kind of the driver, ``"host"`` or ``"cuda"``.
+        index: of the device, where the driver was told one (``"cuda:1"``).
     """
 
     def __init__(self, address: int, size: int, driver: str, owner: object) -> None:
-        """Describe ``size`` bytes at ``address``, kept alive by ``owner``."""
+        """Describe ``size`` bytes at ``address``, kept alive by ``owner``; ``driver`` as opened."""
         self.address = address
         self.size = size
-        self.driver = driver
+        self.driver, _, index = driver.partition(":")
+        self.index = int(index) if index else None
         self._owner: object | None = owner
 
     def buffer(self) -> Any:
@@ -81,7 +83,7 @@ class DeviceArena:
         """The range as a one-dimensional int8 tensor, without a copy.
 
         Args:
-            device: where the memory is; None is the driver's own kind of device.
+            device: where the memory is; None is the driver's own device.
 
         Raises:
             TransferError: the engine is closed, or torch would have made a copy.
@@ -90,10 +92,12 @@ class DeviceArena:
         import torch
 
         kind = "cpu" if self.driver == "host" else self.driver
-        where = torch.device(kind if device is None else device)
-        if where.type != kind:
+        own = torch.device(kind) if self.index is None else torch.device(kind, self.index)
+        where = own if device is None else torch.device(device)
+        if where.type != kind or self.index not in (None, where.index):
+            name = self.driver if self.index is None else str(own)
             raise UnsupportedError(
-                f"the memory of driver {self.driver!r} is no memory of device {str(where)!r}"
+                f"the memory of driver {name!r} is no memory of device {str(where)!r}"
             )
         if kind == "cpu":
             return torch.frombuffer(self.buffer(), dtype=torch.int8)

@@ -8,8 +8,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 from pie_vllm.errors import IntegrityError, PieError
@@ -35,6 +35,21 @@ class Chunks(Protocol):
 
     def release_chunk(self, chunk: int) -> None:
         """Give it back once its copies are over."""
+
+
+class _OneCall:
+    """An engine's calls, each of which holds a lock."""
+
+    def __init__(self, engine: Chunks, lock: threading.Lock) -> None:
+        self._engine, self._lock = engine, lock
+
+    def commit_chunk(self, chunk: int) -> None:
+        with self._lock:
+            self._engine.commit_chunk(chunk)
+
+    def release_chunk(self, chunk: int) -> None:
+        with self._lock:
+            self._engine.release_chunk(chunk)
 
 
 class PoolKeeper:
@@ -70,7 +85,8 @@ class PoolKeeper:
             budget: entered around the taking of one chunk; raises PieError to refuse it.
             board: what the ranks tell each other; None is a single rank.
         """
-        self._engine = engine
+        self._calls = threading.Lock()
+        self._engine: Chunks = _OneCall(engine, self._calls)
         self._chunk_rows = chunk_rows
         self._idle_seconds = idle_seconds
         self._budget = budget
@@ -136,6 +152,16 @@ class PoolKeeper:
             if self._board is not None:
                 self._board.follow(order)
             self._changed.notify_all()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No chunk comes or goes meanwhile: what is under way ends first.
+
+        For captures of CUDA graphs: registering memory and waiting for streams, by whatever thread,
+        break one that is under way. Steps that need another chunk must not run in it.
+        """
+        with self._calls:
+            yield
 
     def close(self) -> None:
         """End the thread; the engine keeps what it holds."""

@@ -37,6 +37,11 @@ UNKNOWN_LINK_FRACTION = 0.05
 CHUNK_BYTES = 64 << 20
 """Aim for the size of a chunk of the host pool; a chunk holds whole rows."""
 
+PAGE_TABLE_SHARE = 512
+"""Bytes of the CPU pool for which a CUDA device may take one byte of its own memory: an entry of
+8 bytes in the device's page tables for each page of 4 KiB that is registered. Larger pages take
+less, so it is the most; not measured yet."""
+
 MIN_RESIDENT_BLOCKS = 4
 """Null block, a tail that is being written, the block after it, one spare."""
 
@@ -47,6 +52,27 @@ MOST_BYTES = 2**63 - 1
 def round_up(value: int, multiple: int) -> int:
     """The least multiple of ``multiple`` that is not below ``value``."""
     return -(-value // multiple) * multiple
+
+
+def page_table_bytes(pool_bytes: int) -> int:
+    """Device memory that the page tables of a pool of so many bytes may take on CUDA."""
+    return cdiv(pool_bytes, PAGE_TABLE_SHARE)
+
+
+def check_device_bytes(left: int, tables: int, pool_bytes: int) -> int:
+    """The device bytes that are left for KV beside the pool's page tables.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if left > 0:
+        return left
+    raise ConfigError(
+        f"--pie-pool-gib {pool_bytes / 2**30:.3f} is too large for the device: page tables of such "
+        f"a pool may take {tables / 2**20:.1f} MiB of its memory, and "
+        f"{(left + tables) / 2**20:.1f} MiB are there for KV. Lower --pie-pool-gib, or raise "
+        "--gpu-memory-utilization or --kv-cache-memory-bytes."
+    )
 
 
 def cdiv(a: int, b: int) -> int:

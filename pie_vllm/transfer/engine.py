@@ -15,6 +15,8 @@ from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import StepPlan
 from pie_vllm.transfer.graph_steps import GraphSteps
 from pie_vllm.transfer.native import (
+    OPTION_HEAD_FIRST,
+    OPTION_OVERLAP,
     PlanArrays,
     StatsStruct,
     debug_flags,
@@ -106,16 +108,17 @@ class TransferEngine(GraphSteps):
         return host.value, device.value
 
     def begin_step(self, plan: StepPlan, compute_stream: int = 0, *, graph: bool = False) -> bool:
-        """Submit the plan's stores, and its promotions and loads of the first B layers.
+        """Submit the plan's copies of the first layer; the first gate submits what can follow.
+
+        These are the stores of all layers, and promotions and loads of the first B layers.
 
         Args:
             plan: ``relabels`` and ``forward`` are not looked at. ``loads=None``
                 means the loads of step ``plan.step - 1``.
             compute_stream: stream that the model runs on; 0 is the calling
                 thread on the host driver and the default stream on CUDA.
-            graph: the step may run in a captured graph. If it fits one, only the first
-                layer's copies to the device are submitted here; the first gate submits
-                the others of the first B layers, if ``enter_graph`` is not called.
+            graph: the step may run in a captured graph, whose launch follows ``enter_graph``;
+                without that call it has gates like any other.
 
         Returns:
             Whether it fits a graph: not without ``graph`` and ``use_graphs``, with more runs to
@@ -193,8 +196,8 @@ class TransferEngine(GraphSteps):
     def abort_step(self) -> None:
         """End an open step early, or recover after a ``TransferError``.
 
-        Promotions of layers not reached are still copied, so rows and resident
-        pages agree with the tables; then copies drain and errors are cleared.
+        Stores and promotions of layers not reached are still copied, so rows and
+        resident pages agree with the tables; then copies drain and errors are cleared.
         After a failed copy some pages of that step hold old bytes. A step that
         entered a graph may have been launched or not.
 
@@ -245,11 +248,12 @@ class TransferEngine(GraphSteps):
         """Zero all ring slots; only while the device is idle, such as after warm-up."""
         self._check(self._library.pie_zero_ring(self._open()))
 
-    def use_gather(self, image: bytes, threshold_bytes: int, blocks: int = 8) -> None:
+    def use_gather(self, image: bytes | None, threshold_bytes: int, blocks: int = 8) -> None:
         """Have a kernel load small pieces from now on; an error changes nothing.
 
         Args:
-            image: with the kernel of ``gather.cu``; see ``pie_vllm.transfer.gather``.
+            image: with the kernel of ``gather.cu``; see ``pie_vllm.transfer.gather``. None is
+                the one in use.
             threshold_bytes: a layer's loads of smaller pieces, on average, are the kernel's
                 if they are 16 or more. 0 is no kernel, whatever the image.
             blocks: of the kernel's grid, 1 to 12; each takes an SM while it runs.
@@ -259,8 +263,28 @@ class TransferEngine(GraphSteps):
             ConfigError: a size or a number that cannot work.
             TransferError: a call failed, or the kernel copied wrong bytes when tried.
         """
-        size, library = len(image), self._library
+        size, library = len(image or b""), self._library
         self._check(library.pie_use_gather(self._open(), image, size, threshold_bytes, blocks))
+
+    def submit_head_first(self, on: bool) -> None:
+        """Whether ``begin_step`` submits the copies of one layer alone, which is so at start.
+
+        Copies that the caller submits before the first gate, such as the step's inputs, then
+        have at most these ahead of them in the device's copy engines. False: ``begin_step``
+        submits the stores of all layers and the loads of the first B.
+
+        Raises:
+            TransferError: a step is open.
+        """
+        self._check(self._library.pie_set_option(self._open(), OPTION_HEAD_FIRST, on))
+
+    def prefer_overlap(self, on: bool) -> None:
+        """Whether batches ask a CUDA device for copies that overlap with compute; so at start.
+
+        Raises:
+            TransferError: a step is open.
+        """
+        self._check(self._library.pie_set_option(self._open(), OPTION_OVERLAP, on))
 
     def commit_chunk(self, chunk: int) -> None:
         """Take the memory of a chunk of the pool; one other thread may call it beside steps.

@@ -145,7 +145,10 @@ def use_gather(
     found = load_gather(engine, threshold_bytes, images=images, blocks=blocks)
     if isinstance(found, NoGather):
         return f"gather kernel not used: {found.reason}"
-    return f"gather kernel used for loads in pieces below {threshold_bytes / 1024:.4g} KiB"
+    return (
+        f"gather kernel of {blocks} CTAs used for loads in pieces below "
+        f"{threshold_bytes / 1024:.4g} KiB"
+    )
 
 
 def _compile(source: Path, arch: str) -> bytes:

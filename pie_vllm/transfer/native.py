@@ -23,7 +23,7 @@ from pie_vllm.errors import (
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import Copy, StepPlan
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 """What this package expects of ``pie_abi_version()``."""
 
 DEFAULT_LIBRARY = Path(__file__).resolve().parent.parent / "_native" / "libpie.so"
@@ -131,6 +131,9 @@ def _fitting(name: str, value: int) -> int:
     raise ConfigError(f"{name} of {value} does not fit 64 bits; it must be below 2**63")
 
 
+OPTION_HEAD_FIRST, OPTION_OVERLAP = 0, 1
+"""As in ``pie.h``."""
+
 HOST_FN = ctypes.CFUNCTYPE(None, c_void_p)
 """A callback on a stream; takes the interpreter lock itself."""
 
@@ -144,6 +147,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pie_commit_chunk": (_E, _Int64),
     "pie_release_chunk": (_E, _Int64),
     "pie_row_page": (_E, _Int64, _Int64, POINTER(c_uint64)),
+    "pie_set_option": (_E, c_int, c_int),
     "pie_begin_step": (_E, POINTER(PlanStruct), c_uint64),
     "pie_begin_graph_step": (_E, POINTER(PlanStruct), c_uint64, POINTER(c_int)),
     "pie_enter_graph": (_E,),

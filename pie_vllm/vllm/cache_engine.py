@@ -17,6 +17,7 @@ from pie_vllm.memory.budget import taking
 from pie_vllm.memory.keeper import PoolKeeper
 from pie_vllm.policy.geometry import Geometry
 from pie_vllm.policy.plan import Copy, StepPlan
+from pie_vllm.transfer.calibration import UNMEASURED_CTAS
 from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.gather import use_gather
 from pie_vllm.transfer.stats import StepStats
@@ -53,6 +54,7 @@ class PieCacheEngine:
         geometry: Geometry,
         driver: str,
         gather_below: int = 0,
+        gather_blocks: int = UNMEASURED_CTAS,
         board: Board | None = None,
     ) -> None:
         """Reserve arena and pool and test the hand-over on this machine.
@@ -62,6 +64,7 @@ class PieCacheEngine:
             geometry: the sizes.
             driver: of the transfer engine.
             gather_below: bytes of a piece below which loads were faster by the gather kernel.
+            gather_blocks: CTAs of that kernel, in graphs too.
             board: what the ranks tell each other of their pools; None is a single rank.
 
         Raises:
@@ -76,6 +79,7 @@ class PieCacheEngine:
         self._loads: tuple[Copy, ...] = ()
         self._resend = False
         self._full_graphs = config.full_graphs
+        self._gather_blocks = gather_blocks
         self._graphs: FullGraphs | None = None
         self._engine = _open(config, geometry, driver)
         self.keeper = PoolKeeper(
@@ -86,7 +90,7 @@ class PieCacheEngine:
             board=board,
         )
         if driver != "host":
-            logger.info("Pie: %s", use_gather(self._engine, gather_below))
+            logger.info("Pie: %s", use_gather(self._engine, gather_below, blocks=gather_blocks))
         if config.debug:
             logger.warning(
                 "Pie: debug switches %s are on: answers may be wrong on purpose, and the self-test "
@@ -168,7 +172,7 @@ class PieCacheEngine:
     ) -> Iterator[None]:
         """Around vLLM's warm-up and its capture of graphs; then the ring is zero again.
 
-        Warm-up writes to pages that kernels may load later.
+        Warm-up writes to pages that kernels may load later. The pool's thread rests meanwhile.
 
         Args:
             runner: vLLM's model runner, with its KV cache.
@@ -178,15 +182,16 @@ class PieCacheEngine:
         Raises:
             UnsupportedError: the graphs do not hold the copies of all layers.
         """
-        if self._graphs is None:
-            yield
-        else:
-            with self._graphs.captured(runner, capturing, stream) as capture:
-                self._switch.engine = capture
-                try:
-                    yield
-                finally:
-                    self._switch.engine = None
+        with self.keeper.paused():
+            if self._graphs is None:
+                yield
+            else:
+                with self._graphs.captured(runner, capturing, stream) as capture:
+                    self._switch.engine = capture
+                    try:
+                        yield
+                    finally:
+                        self._switch.engine = None
         self._engine.zero_ring()
 
     @contextmanager
@@ -340,7 +345,7 @@ class PieCacheEngine:
         mode = compat_graphs.graph_mode(runner)
         refusals.check_graph_mode(mode)
         if self._full_graphs and mode.has_full_cudagraphs():
-            logger.warning("Pie: %s", use_graphs(self._engine))
+            logger.warning("Pie: %s", use_graphs(self._engine, blocks=self._gather_blocks))
             self._graphs = FullGraphs(self._engine, self.geometry.num_layers, self._fail)
         elif self._full_graphs:
             logger.warning("Pie: cudagraph_mode %s: --pie-full-graphs changes nothing", mode)

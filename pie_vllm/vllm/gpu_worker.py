@@ -17,6 +17,7 @@ class PieGPUWorker(PieWorkerMixin, Worker):
     pie_device = "cuda"
     pie_driver = "cuda"
     pie_device_is_host = False
+    pie_pool_has_tables = True
 
     @said_once
     def init_device(self) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pie_vllm.errors import CopyError, GateError, PieError
+from pie_vllm.transfer.calibration import UNMEASURED_CTAS
 from pie_vllm.transfer.gather import Images, NoGather, gather_image, install_image
 from pie_vllm.vllm import compat_graphs, refusals
 
@@ -24,8 +25,15 @@ MOST_PIECES = 8192
 """Of a layer's loads in a graph: more than a link brings while a step computes."""
 
 
-def use_graphs(engine: TransferEngine, *, images: Images = gather_image) -> str:
-    """Prepare the engine for steps in graphs; ``images`` is for tests.
+def use_graphs(
+    engine: TransferEngine, *, images: Images = gather_image, blocks: int = UNMEASURED_CTAS
+) -> str:
+    """Prepare the engine for steps in graphs.
+
+    Args:
+        engine: of this rank.
+        images: for tests.
+        blocks: CTAs of the kernel that copies in a graph.
 
     Returns:
         A sentence for the log.
@@ -36,7 +44,9 @@ def use_graphs(engine: TransferEngine, *, images: Images = gather_image) -> str:
     # A step moves no block twice. What is restored may come on top: such a step runs piecewise.
     pieces = min(engine.geometry.pooled_blocks, MOST_PIECES)
     try:
-        found = install_image(engine, lambda image: engine.use_graphs(image, pieces), images=images)
+        found = install_image(
+            engine, lambda image: engine.use_graphs(image, pieces, blocks), images=images
+        )
     except PieError as error:
         raise refusals.no_full_graphs(f"the gather kernel cannot be used: {error}") from error
     if isinstance(found, NoGather):

@@ -222,6 +222,7 @@ def counters(llm: Any) -> dict[str, Any]:
         ``pooled_blocks``, ``ring_slots``, ``ring_bytes``, ``host_bytes`` (what
         the pool may hold; ``pool_bytes`` is what it holds), ``device_bytes``,
         ``idle_cost_blocks``, ``page_bytes``, ``num_layers``, ``rows``. Further
-        ``pool_refused``: how often memory for the pool could not be had.
+        ``pool_refused``: how often memory for the pool could not be had;
+        ``pool_table_bytes``: device memory that is kept for page tables of the pool.
     """
     return dict(llm.collective_rpc("pie_counters")[0])

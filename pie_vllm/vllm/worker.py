@@ -9,9 +9,16 @@ from vllm.logger import init_logger
 
 from pie_vllm.errors import PieError, TransferError, UnsupportedError
 from pie_vllm.policy.detector import Prior
-from pie_vllm.policy.geometry import UNKNOWN_LINK_FRACTION, Geometry, cdiv, plan_geometry
+from pie_vllm.policy.geometry import (
+    UNKNOWN_LINK_FRACTION,
+    Geometry,
+    cdiv,
+    check_device_bytes,
+    page_table_bytes,
+    plan_geometry,
+)
 from pie_vllm.policy.window import blocks_fed
-from pie_vllm.transfer.calibration import measure_link
+from pie_vllm.transfer.calibration import UNMEASURED_CTAS, measure_link
 from pie_vllm.vllm import compat, ranks, refusals, settings
 from pie_vllm.vllm.cache_engine import PieCacheEngine
 from pie_vllm.vllm.failures import end_rank, said_once
@@ -34,18 +41,22 @@ class PieWorkerMixin(_Mixed):
         pie_driver: name of the engine's driver.
         pie_granularity: bytes that the driver maps in one piece.
         pie_device_is_host: whether the device's KV memory is CPU memory too.
+        pie_pool_has_tables: whether the device's memory holds page tables of the CPU pool.
     """
 
     pie_device: str
     pie_driver: str
     pie_granularity: int
     pie_device_is_host: bool
+    pie_pool_has_tables: bool = False
     pie: PieCacheEngine | None = None
     _pie_geometry: Geometry
     _pie_prior: Prior
+    _pie_tables = 0
     _pie_timer: Timer | None = None
     _pie_gather_below = 0
     _pie_warming_up = False
+    _pie_gather_blocks = UNMEASURED_CTAS
 
     def pie_stream(self) -> int:
         """The stream that the model runs on; 0 is the calling thread."""
@@ -69,6 +80,7 @@ class PieWorkerMixin(_Mixed):
         number = self.vllm_config.parallel_config.tensor_parallel_size
         taken = number * device_bytes if self.pie_device_is_host else 0
         pool_bytes = ranks.share_of_pool(config.pool_gib, number, device_bytes, taken)
+        device_bytes = self._pie_without_tables(device_bytes, pool_bytes)
         needed = self._pie_needed_blocks(spec.block_size)
         whole = whole_of(self.vllm_config)
         plan = partial(
@@ -117,6 +129,27 @@ class PieWorkerMixin(_Mixed):
         )
         return geometry.num_blocks * geometry.row_bytes
 
+    def _pie_without_tables(self, device_bytes: int, pool_bytes: int) -> int:
+        """What is left for KV beside the page tables that a pool of this size may take.
+
+        The driver takes them when memory is registered, while KV is in use: what was not kept for
+        them would be missing then.
+
+        Raises:
+            ConfigError: nothing is left.
+        """
+        if not self.pie_pool_has_tables:
+            return device_bytes
+        tables = self._pie_tables = page_table_bytes(pool_bytes)
+        logger.info(
+            "Pie: %.1f MiB of the device's %.1f MiB for KV are kept for page tables of a CPU pool "
+            "of %.2f GiB",
+            tables / 2**20,
+            device_bytes / 2**20,
+            pool_bytes / 2**30,
+        )
+        return check_device_bytes(device_bytes - tables, tables, pool_bytes)
+
     def _pie_measure(self, num_layers: int, page_bytes: int, requests: int) -> Prior:
         """How fast the link is, and how long a step with so many requests takes.
 
@@ -146,6 +179,7 @@ class PieWorkerMixin(_Mixed):
             return prior
         logger.info("Pie: link %s", link)
         self._pie_gather_below = link.gather_below
+        self._pie_gather_blocks = link.gather_blocks
         return prior._replace(bandwidth=link.load)
 
     def _pie_measure_steps(self, prior: Prior, requests: int) -> Prior:
@@ -196,6 +230,7 @@ class PieWorkerMixin(_Mixed):
             self._pie_geometry,
             self.pie_driver,
             self._pie_gather_below,
+            self._pie_gather_blocks,
             ranks.pool_board(),
         )
         shaped = self.pie.shape(kv_cache_config)
@@ -291,6 +326,7 @@ class PieWorkerMixin(_Mixed):
         pool = {
             "pool_bytes": geometry.bytes_of_chunks(keeper.held) if keeper else 0,
             "pool_refused": keeper.refused if keeper else 0,
+            "pool_table_bytes": self._pie_tables,
         }
         return {**totals, **sizes, **pool}
 

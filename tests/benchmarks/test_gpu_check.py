@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu_check
+from benchmarks.gpu import overlap
 from benchmarks.gpu.harness import native
 from benchmarks.gpu.harness.process import Options
 from benchmarks.gpu.harness.records import Reporter, collect
@@ -24,7 +25,7 @@ from benchmarks.gpu.harness.sides import Side, groups
 from benchmarks.gpu.harness.stages import MOST_SECONDS, STAGES, Stage, Wanted, parse_stages
 
 ROOT = native.ROOT
-DRY_STAGES = ("facts", "copies", "pinning", "overlap")
+DRY_STAGES = ("facts", "memory", "copies", "pinning", "overlap")
 ABSENT = ("rich", "matplotlib", "hypothesis", "gguf", "openai", "pytest")
 """Packages of this environment that a GPU machine lacks."""
 
@@ -97,8 +98,14 @@ def test_figures_are_there(dry: Path) -> None:
     }
     assert all(row["GBps"] > 0 for row in copies["single copies: one driver call each"])
     assert "gather kernel: needs a GPU" in stages["copies"]["notes"]
-    (steps,) = stages["overlap"]["tables"].values()
+    steps = stages["overlap"]["tables"]["steps with loads beside the same steps without"]
     assert {row["ring_slots"] for row in steps} == {2, 3, 4}
+    small = stages["overlap"]["tables"][
+        "small copies on the compute stream between a step's begin and its first gate"
+    ]
+    assert {(row["head_first"], row["prefer_overlap"]) for row in small} == set(overlap.WAYS)
+    assert {bool(row["blocks"]) for row in small} == {False, True}
+    assert all(row["copies"] == overlap.QUICK.steps * overlap.QUICK.turns for row in small)
     checks = {check["name"]: check for check in stages["overlap"]["checks"]}
     assert checks["ring pages that held other bytes"]["found"] == 0
     assert checks["pages found wrong with skip_loads"]["found"] > 0

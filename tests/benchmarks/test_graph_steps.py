@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu.graph_steps import QUICK, Steps, opened, rounds
+from benchmarks.gpu.graph_steps import QUICK, Steps, measure_idle, opened, rounds
+from benchmarks.gpu.harness import compute
 from benchmarks.gpu.harness.captured import CapturedModel
 from benchmarks.gpu.harness.compute import Compute
+from benchmarks.gpu.harness.context import Context
+from benchmarks.gpu.harness.records import Reporter, collect
 from pie_vllm.memory.arena import DeviceArena
 from tests.helpers import cuda_on_cpu, standin
 from tests.helpers.cuda_on_cpu import Touch
@@ -59,12 +64,12 @@ def steps_of(debug: tuple[str, ...] = ()) -> Iterator[Steps]:
     cuda_on_cpu.prepare()
     GatherKernel(standin.load())
     device = Device()
-    compute = Compute()
-    compute.stream = device.stream
-    compute.synchronize = device.synchronize  # type: ignore[method-assign]
+    where = Compute()
+    where.stream = device.stream
+    where.synchronize = device.synchronize  # type: ignore[method-assign]
     with opened(SIZES, cuda_on_cpu.driver_granularity(), "cuda", debug) as engine:
         engine.use_graphs(IMAGE, engine.geometry.pooled_blocks)
-        model = Model(engine, compute, SIZES.layer, SIZES.requests, SIZES.most)
+        model = Model(engine, where, SIZES.layer, SIZES.requests, SIZES.most)
         model.device = device
 
         def capture(body: Callable[[], None]) -> Any:
@@ -75,15 +80,17 @@ def steps_of(debug: tuple[str, ...] = ()) -> Iterator[Steps]:
             model.wrong.zero_()
             return graph
 
-        yield Steps(engine, compute, model, SIZES, capture)
-        compute.synchronize()
+        yield Steps(engine, where, model, SIZES, capture)
+        where.synchronize()
         model.close()
         device.forget_graphs()
     device.close()
 
 
-def test_pages_are_right_with_changing_plans() -> None:
+@pytest.mark.parametrize("chunk", [1 << 30, 7 * SIZES.layers * SIZES.page])
+def test_pages_are_right_with_changing_plans(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loads, stores, promotions and steps without a plan; nothing is out of order."""
+    monkeypatch.setattr(compute, "MOST_CHUNK", chunk)
     with steps_of() as steps:
         rounds(steps, 60)
         steps.engine.drain()
@@ -100,3 +107,19 @@ def test_wrong_pages_are_seen() -> None:
     with steps_of(("skip_loads",)) as steps:
         rounds(steps, 12)
         assert int(steps.model.wrong) > 0
+
+
+def test_idle_steps_are_compared_with_a_graph_without_copies(tmp_path: Path) -> None:
+    """The same model, captured without gates; a graph with copies is another one."""
+    report = Reporter(tmp_path / "records.jsonl")
+    context = Context("cuda", True, (), 100, time.monotonic() + 100, tmp_path, report)
+    with steps_of() as steps:
+        measure_idle(context, steps)
+        steps.step(8, 0)
+        steps.engine.drain()
+        assert int(steps.model.wrong) == 0
+    (row,) = collect(tmp_path / "records.jsonl")["tables"][
+        "engine: idle steps, a graph with copies beside one without"
+    ]
+    assert row["ratio"] > 0
+    assert row["layers"] == SIZES.layers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -67,6 +68,12 @@ class GatherKernel:
     def wait(self, milliseconds: float) -> None:
         """Launches that run from now on wait before they copy."""
         self._library.gather_wait(ctypes.c_int64(int(milliseconds * 1e3)))
+
+    def wait_by(self, milliseconds: Mapping[int, float]) -> None:
+        """Launches of so many blocks wait so long."""
+        for grid, each in milliseconds.items():
+            wait = ctypes.c_int64(grid), ctypes.c_int64(int(each * 1e3))
+            self._library.gather_wait_by(*wait)
 
     def corrupt(self) -> None:
         """They leave a wrong byte."""

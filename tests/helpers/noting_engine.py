@@ -64,7 +64,7 @@ def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cache engines have such an engine, and change nothing else of a runner than its graphs."""
     monkeypatch.setattr(cache_engine, "TransferEngine", Engine)
     monkeypatch.setattr(compat, "before_inputs", lambda _, __: None)
-    monkeypatch.setattr(cache_engine, "use_graphs", lambda _: "used")
+    monkeypatch.setattr(cache_engine, "use_graphs", lambda *_, **__: "used")
 
 
 def opened(full_graphs: bool = True) -> tuple[PieCacheEngine, Engine]:

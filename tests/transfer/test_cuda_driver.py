@@ -276,3 +276,35 @@ def test_granularity_is_the_devices(standin: Standin) -> None:
         driver_granularity("cuda:7")
     with TransferEngine(geometry(granularity=2 << 20), driver="cuda") as engine:
         engine.self_test()
+
+
+def test_no_copy_is_of_memory_that_is_not_registered(
+    make_engine: MakeEngine, standin: Standin
+) -> None:
+    """CUDA would not refuse one, but stage it, and have the calling thread wait for it."""
+    standin.set(pageable=10**9)
+    engine = make_engine(chunks=1)
+    stream = DriverStream(engine)
+    steps(engine, 3, stream)
+    engine.commit_chunk(1)
+    run_step(engine, plan(4, stores=((0, 6, 1),), loads=((8, 7, 1),)), stream=stream)
+    stream.synchronize()
+    engine.drain()
+    engine.release_chunk(1)
+    engine.self_test()
+    assert standin.calls("cuMemcpyBatchAsync") > 0
+    assert standin.get("pageable_batches") == 0
+
+
+def test_a_chunk_that_is_too_large_to_register_is_refused(
+    make_engine: MakeEngine, standin: Standin
+) -> None:
+    """As by Linux 6.11 to 6.13 from 2 GiB on; what there is stays."""
+    engine = make_engine(chunks=1)
+    standin.set(register_most=4096)
+    live = standin.live()
+    with pytest.raises(TransferError, match=r"cuMemHostRegister.*INVALID_VALUE"):
+        engine.commit_chunk(1)
+    assert standin.live() == live
+    standin.set(register_most=0)
+    engine.commit_chunk(1)

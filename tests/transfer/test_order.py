@@ -250,6 +250,7 @@ def test_begin_step_does_not_wait_for_asynchronous_compute(
 
 def test_loads_run_ahead_of_the_compute(engine: TransferEngine, view: View) -> None:
     view.write_row(0, OLD)
+    engine.submit_head_first(False)
     engine.begin_step(plan(1, loads=((8, 0, 1),)))
     deadline = time.monotonic() + 5
     while not view.holds(1, 8, OLD) and time.monotonic() < deadline:

@@ -209,6 +209,7 @@ class Runner:
         self, plan: StepPlan, writes: Holds, reads: Holds, compute: int, abort: bool
     ) -> bool:
         """A gated step, up to its end or to where it is given up; whether it came to its end."""
+        self.engine.submit_head_first(plan.step % 4 != 3)
         self.engine.begin_step(plan, compute)
         self.pass_gates(writes, reads, abort)
         return not abort

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+import time
 
 import pytest
 
@@ -127,3 +129,97 @@ def test_rows_of_a_2d_copy(cuda: Cuda) -> None:
     copy.dst_pitch = 2
     assert cuda.result("cuMemcpy2DAsync", ctypes.byref(copy), stream) == INVALID_VALUE
     violation(cuda, "sizes that are not here")
+
+
+# What may be set to be as on a device: engines, costs, memory that is not registered.
+
+
+def seconds(cuda: Cuda, *streams: int) -> list[float]:
+    """When each of the streams is done, in their order."""
+    begin, found = time.perf_counter(), []
+    for stream in streams:
+        cuda.do("cuStreamSynchronize", stream)
+        found.append(time.perf_counter() - begin)
+    return found
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("engines", [0, 1])
+def test_a_copy_engine_stays_with_a_stream(cuda: Cuda, engines: int) -> None:
+    """A small copy of another stream waits for all that is ready there, or for one copy."""
+    [device], (_, at) = cuda.device(), cuda.host()
+    large, small = cuda.stream(), cuda.stream()
+    cuda.standin.set(copy_engines=engines)
+    cuda.standin.link(10_000 / 0.02)
+    for i in range(4):
+        assert cuda.batch(large, [(device + 10_000 * i, at, 10_000)]) == 0
+    time.sleep(0.005)
+    assert cuda.batch(small, [(device + 500_000, at + 500_000, 8)]) == 0
+    (first,) = seconds(cuda, small)
+    assert (first > 0.06) is bool(engines)
+    seconds(cuda, large)
+    clean(cuda)
+
+
+@pytest.mark.alone
+def test_an_engine_is_left_where_a_stream_has_to_wait(cuda: Cuda) -> None:
+    [device], (_, at) = cuda.device(), cuda.host()
+    large, small, gated = cuda.stream(), cuda.stream(), cuda.stream()
+    cuda.standin.set(copy_engines=1)
+    cuda.standin.link(10_000 / 0.02)
+    gate, event = Gate(cuda, gated), cuda.event()
+    cuda.do("cuEventRecord", event, gated)
+    assert cuda.batch(large, [(device, at, 10_000)]) == 0
+    cuda.do("cuStreamWaitEvent", large, event, 0)
+    assert cuda.batch(large, [(device + 10_000, at, 10_000)]) == 0
+    assert cuda.batch(small, [(device + 500_000, at + 500_000, 8)]) == 0
+    (first,) = seconds(cuda, small)
+    assert first < 0.1
+    gate.open()
+    seconds(cuda, large)
+    clean(cuda)
+
+
+@pytest.mark.alone
+def test_each_copy_has_a_cost(cuda: Cuda) -> None:
+    """On the link for the device, and in the call for whoever submits."""
+    [device], (_, at), stream = cuda.device(), cuda.host(), cuda.stream()
+    copies = [(device + 16 * i, at + 16 * i, 8) for i in range(100)]
+    cuda.standin.set(descriptor_ns=300_000)
+    begin = time.perf_counter()
+    assert cuda.batch(stream, copies) == 0
+    assert time.perf_counter() - begin < 0.02
+    assert seconds(cuda, stream)[0] > 0.025
+    cuda.standin.set(descriptor_ns=0, submit_ns=300_000)
+    begin = time.perf_counter()
+    assert cuda.batch(stream, copies) == 0
+    assert time.perf_counter() - begin > 0.03
+    clean(cuda)
+
+
+@pytest.mark.alone
+def test_memory_that_is_not_registered_is_slow_and_waits(cuda: Cuda) -> None:
+    """Where it is let: then nothing is refused, and the call returns when the copy is over."""
+    [device], stream = cuda.device(), cuda.stream()
+    plain = ctypes.create_string_buffer(b"\5" * 10_000)
+    at = ctypes.addressof(plain)
+    assert cuda.batch(stream, [(device, at, 10_000)]) == INVALID_VALUE
+    violation(cuda, "not registered")
+    cuda.standin.set(pageable=10_000 * 25)
+    begin = time.perf_counter()
+    assert cuda.batch(stream, [(device, at, 10_000)]) == 0
+    assert time.perf_counter() - begin > 0.03
+    assert ctypes.string_at(device, 4) == b"\5" * 4
+    assert cuda.standin.get("pageable_batches") == 1
+    assert len(cuda.standin.violations()) == 1
+
+
+def test_a_registration_may_be_too_large(cuda: Cuda) -> None:
+    """As for Linux 6.11 to 6.13, from 2 GiB on."""
+    memory = mmap.mmap(-1, 2 * MIB)
+    at = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    cuda.standin.set(register_most=2 * MIB)
+    assert cuda.result("cuMemHostRegister", at, 2 * MIB, 0) == INVALID_VALUE
+    cuda.do("cuMemHostRegister", at, 2 * MIB - 4096, 0)
+    cuda.do("cuMemHostUnregister", at)
+    clean(cuda)

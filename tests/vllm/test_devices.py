@@ -59,6 +59,33 @@ def test_memory_of_one_device_is_no_tensor_of_another() -> None:
         host.cuda_array()
 
 
+def test_memory_of_a_device_with_a_number_is_a_tensor_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of that one: ``cuda:1`` is a driver's name as well as a device's."""
+    arena = DeviceArena(0x7F0000200000, 4096, "cuda:1", Owner())
+    asked = []
+
+    class Tensor:
+        """What torch would make of the memory."""
+
+        def data_ptr(self) -> int:
+            return arena.address
+
+    def as_tensor(array: object, device: torch.device) -> Tensor:
+        asked.append((array, device))
+        return Tensor()
+
+    monkeypatch.setattr(torch, "as_tensor", as_tensor)
+    assert (arena.driver, arena.index) == ("cuda", 1)
+    for device in (None, "cuda:1", torch.device("cuda", 1)):
+        arena.tensor(device)
+    assert [where for _, where in asked] == [torch.device("cuda", 1)] * 3
+    for device in ("cuda:0", "cuda", "cpu"):
+        with pytest.raises(UnsupportedError, match="'cuda:1' is no memory of device"):
+            arena.tensor(device)
+
+
 @pytest.mark.parametrize(
     ("mine", "other"),
     [

@@ -50,6 +50,7 @@ class CapturedModel(Model):
         self._loaded = torch.zeros(most, dtype=torch.bool, device=device)
         self._word = torch.zeros((), dtype=torch.int64, device=device)
         self._graph: Graph | None = None
+        self._bare: Graph | None = None
 
     def capture(self, capture: Capture) -> None:
         """Capture a step, gates and copies in it."""
@@ -61,6 +62,15 @@ class CapturedModel(Model):
             engine.end_capture()
 
         self._graph = capture(body)
+
+    def capture_bare(self, capture: Capture) -> None:
+        """Capture a step without gates and copies, as of vLLM without pie."""
+        self._bare = capture(lambda: self._forward(gates=False))
+
+    def replay_bare(self) -> None:
+        """That graph alone."""
+        assert self._bare is not None
+        self._bare.replay()
 
     def set_inputs(self, step: int, rows: torch.Tensor) -> None:
         """Of the step that comes next.
@@ -147,7 +157,7 @@ class CapturedModel(Model):
 
     def close(self) -> None:
         """Let go of the graph, then of the engine's memory."""
-        self._graph = None
+        self._graph = self._bare = None
         super().close()
 
 

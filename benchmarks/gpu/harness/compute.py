@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,12 @@ import torch
 from benchmarks.gpu.harness.context import NotHereError
 from pie_vllm.errors import UnsupportedError
 from pie_vllm.policy.geometry import Geometry
+from pie_vllm.policy.plan import Copy
 from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.native import driver_granularity
+
+MOST_CHUNK = 1 << 30
+"""Bytes of a chunk of the pool: Linux 6.11 to 6.13 fail to register 2 GiB and more in one piece."""
 
 
 class Compute:
@@ -101,9 +105,9 @@ class CudaCompute(Compute):
 _cuda: Any = torch.cuda  # Its classes are not annotated.
 
 
-def new_stream() -> Any:
-    """A CUDA stream of torch's."""
-    return _cuda.Stream()
+def new_stream(priority: int = 0) -> Any:
+    """A CUDA stream of torch's; those below 0 come first."""
+    return _cuda.Stream(priority=priority)
 
 
 def external_stream(number: int) -> Any:
@@ -148,8 +152,22 @@ def layer_views(engine: TransferEngine, compute: Compute) -> list[torch.Tensor]:
 def shape(
     layers: int, page_bytes: int, resident: int, pooled: int, slots: int, rows: int, unit: int
 ) -> Geometry:
-    """A geometry whose pool is one chunk of all rows."""
-    return Geometry(layers, page_bytes, resident, pooled, slots, rows, rows, unit)
+    """A geometry whose pool is of as few chunks as may be registered in one piece each."""
+    chunk_rows = max(1, min(rows, MOST_CHUNK // (layers * page_bytes)))
+    return Geometry(layers, page_bytes, resident, pooled, slots, rows, chunk_rows, unit)
+
+
+def in_chunks(runs: Iterable[Copy], chunk_rows: int) -> list[Copy]:
+    """The runs, those divided that cross from one chunk of the pool to the next."""
+    found = []
+    for run in runs:
+        done = 0
+        while done < run.count:
+            row = run.row + done
+            count = min(run.count - done, chunk_rows - row % chunk_rows)
+            found.append(Copy(run.block + done, row, count))
+            done += count
+    return found
 
 
 def middle(values: Sequence[float]) -> float:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.gpu.harness.compute import Compute, layer_views
+from benchmarks.gpu.harness.inputs import SmallCopies
 from pie_vllm.policy.plan import Copy, StepPlan
 from pie_vllm.transfer.engine import TransferEngine
 from pie_vllm.transfer.stats import StepStats
@@ -44,6 +45,11 @@ class Model:
         compute: where.
         shape: of a layer.
         rows: requests of the step.
+
+    Attributes:
+        wrong: ring pages that held other bytes than they should.
+        sums: of the words of each row's pages, `[layer, row]`.
+        inputs: copied by each step with a plan after its begin, if there are any.
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class Model:
             for _ in range(WEIGHT_SETS)
         ]
         self._input = torch.randn(rows, shape.hidden, **options)  # type: ignore[call-overload]
+        self.inputs: SmallCopies | None = None
         self._graphs = [self._capture(turn) for turn in range(WEIGHT_SETS)]
         self.wrong = torch.zeros((), dtype=torch.int64, device=compute.device)
         self.sums = fill_rows(engine).to(compute.device)
@@ -126,6 +133,8 @@ class Model:
                     self.attention(layer, rows)
             return None
         engine.begin_step(plan, self._compute.stream)
+        if self.inputs is not None:
+            self.inputs.copy()
         for layer in range(layers):
             self.products(layer)
             engine.before_write(layer)

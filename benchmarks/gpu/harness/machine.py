@@ -41,6 +41,18 @@ def load_cuda() -> ctypes.CDLL | None:
         return None
 
 
+def device_free_bytes() -> int:
+    """Free memory of the device whose context is current on this thread.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    library, free, total = load_cuda(), ctypes.c_size_t(), ctypes.c_size_t()
+    if library is None or library.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)) != 0:
+        raise RuntimeError("cuMemGetInfo: no CUDA context is current")
+    return free.value
+
+
 def driver_cuda_version() -> str:
     """The newest CUDA version that the driver knows, such as 13.0."""
     library, version = load_cuda(), ctypes.c_int()

@@ -13,7 +13,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = ["# GPU check", ""]
     if results["dry_run"]:
         lines += [f"**{DRY}**", ""]
-    lines += _table(["machine", ""], [[k, _cell(v)] for k, v in results["machine"].items()])
+    lines += table(["machine", ""], [[k, cell(v)] for k, v in results["machine"].items()])
     lines += ["", "## Stages", ""]
     rows = []
     for name, stage in results["stages"].items():
@@ -21,9 +21,9 @@ def markdown(results: dict[str, Any]) -> str:
         checks = f"{held} of {len(stage['checks'])}" if stage["checks"] else ""
         why = stage.get("error") or stage.get("skip") or ""
         rows.append(
-            [name, f"**{stage['status']}**", f"{stage.get('seconds', 0):.0f} s", checks, _cell(why)]
+            [name, f"**{stage['status']}**", f"{stage.get('seconds', 0):.0f} s", checks, cell(why)]
         )
-    lines += _table(["stage", "status", "time", "checks that hold", ""], rows)
+    lines += table(["stage", "status", "time", "checks that hold", ""], rows)
     for name, stage in results["stages"].items():
         lines += _stage(name, stage)
     return "\n".join(lines) + "\n"
@@ -34,21 +34,21 @@ def _stage(name: str, stage: dict[str, Any]) -> list[str]:
     run = f"{stage['date']}, commit {stage['commit']}, sources {stage['sources']}"
     lines += [f"{run}, `{stage['command']}`"]
     if stage.get("error"):
-        lines += ["", f"**{stage['status']}**: {_cell(stage['error'])}"]
+        lines += ["", f"**{stage['status']}**: {cell(stage['error'])}"]
     if stage["facts"]:
-        lines += ["", *_table(["", ""], [[k, _cell(v)] for k, v in stage["facts"].items()])]
+        lines += ["", *table(["", ""], [[k, cell(v)] for k, v in stage["facts"].items()])]
     if stage["checks"]:
         rows = [
-            [_cell(c["name"]), _cell(c["found"]), _cell(c["asked"]), _verdict(c)]
+            [cell(c["name"]), cell(c["found"]), cell(c["asked"]), _verdict(c)]
             for c in stage["checks"]
         ]
-        lines += ["", *_table(["check", "found", "asked", ""], rows)]
+        lines += ["", *table(["check", "found", "asked", ""], rows)]
     for title, rows_of in stage["tables"].items():
         columns = list(dict.fromkeys(key for row in rows_of for key in row))
-        cells = [[_cell(row.get(key, "")) for key in columns] for row in rows_of]
-        lines += ["", f"### {title}", "", *_table([_words(key) for key in columns], cells)]
+        cells = [[cell(row.get(key, "")) for key in columns] for row in rows_of]
+        lines += ["", f"### {title}", "", *table([_words(key) for key in columns], cells)]
     if stage["notes"]:
-        lines += ["", *(f"- {_cell(note)}" for note in stage["notes"])]
+        lines += ["", *(f"- {cell(note)}" for note in stage["notes"])]
     return lines
 
 
@@ -62,7 +62,7 @@ def _words(key: str) -> str:
     return key.replace("_", " ")
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     """One line without characters that would end a cell."""
     if value is None:
         return "-"
@@ -71,10 +71,11 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_cell, value))
+        return ", ".join(map(cell, value))
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     return lines + [f"| {' | '.join(row)} |" for row in rows]

@@ -37,6 +37,7 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("facts", "What machine, device, link and software is this?", 120, native=False),
+        Stage("memory", "Is the CPU memory there that stages count on?", 60, native=False),
         Stage(
             "aliases",
             "Is memory that is mapped several times one memory, in streams and in graphs?",
@@ -54,7 +55,7 @@ STAGES = {
             "pinning",
             "What does it cost to take and give back pool memory?",
             240,
-            ("chunks", "cores", "beside", "torch"),
+            ("chunks", "cores", "beside", "torch", "tables"),
         ),
         Stage(
             "overlap",

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pie_vllm.policy.plan import StepPlan
 from pie_vllm.transfer.engine import TransferEngine
 
+TIMED_EVERY = 4
+"""Among an engine's steps that run the model, the CUDA driver times the copies of every fourth, in
+the order of their calls and whatever their numbers (`kSampleEvery`, csrc/engine_step.cpp)."""
+
 
 def empty_step(engine: TransferEngine, compute_stream: int = 0) -> None:
-    """A step that moves nothing, whose number is one that the engine does not time.
+    """A step that moves nothing; as the engine's first one it is not timed.
 
     After it the CUDA driver records no events around copies that stages submit by themselves.
     """

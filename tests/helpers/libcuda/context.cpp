@@ -143,6 +143,7 @@ CUresult cuDevicePrimaryCtxRelease(CUdevice device) {
     for (const auto& [id, stream] : s.streams) live += stream->device == device;
     for (const auto& [id, event] : s.events) live += event.device == device;
     for (const auto& [address, reservation] : s.memory.reservations) live += reservation.alloc;
+    s.modules.clear();  // They end with it, and none needs to be unloaded.
     if (live > 0) call.wrong(CUDA_SUCCESS, "the context ends while used by:\n" + live_text());
   }
   return call.done();

@@ -9,6 +9,7 @@ namespace {
 
 struct Work {
   const char* what;
+  int actor;
   std::vector<Copy> copies;
   std::vector<AreaPtr> areas;
 };
@@ -22,14 +23,20 @@ void move_bytes(const Copy& copy, size_t from, size_t to) {
 Time::time_point take_link(const std::vector<Copy>& copies) {
   State& s = state();
   auto end = Time::now();
-  if (s.link <= 0) return end;
+  const auto descriptor = static_cast<double>(setting("descriptor_ns")) * 1e-6;
+  const auto pageable = static_cast<double>(setting("pageable"));
+  if (s.link <= 0 && descriptor <= 0 && pageable <= 0) return end;
   const auto start = end;
   for (int i = 0; i < kDirections; ++i) {
-    size_t bytes = 0;
-    for (const Copy& copy : copies) bytes += copy.direction == i ? copy.bytes : 0;
-    if (bytes == 0) continue;
+    double ms = 0;
+    for (const Copy& copy : copies) {
+      if (copy.direction != i) continue;
+      const double speed = copy.pageable ? pageable : s.link;
+      ms += descriptor + (speed > 0 ? static_cast<double>(copy.bytes) / speed * 1e3 : 0);
+    }
+    if (ms <= 0) continue;
     Lane& lane = s.lanes[i];
-    const auto time = milliseconds(static_cast<double>(bytes) / s.link * 1e3);
+    const auto time = milliseconds(ms);
     lane.free_at = std::max(start, lane.free_at) + time;
     end = std::max(end, lane.free_at);
   }
@@ -57,6 +64,7 @@ void run(Lock& lock, const Work& work) {
     const double ms = std::uniform_real_distribution<>(lane.delay_min, lane.delay_max)(lane.random);
     sleep_until(lock, Time::now() + milliseconds(ms));
   }
+  const EngineUse engine(lock, work.copies.front().direction, work.actor);
   const auto failing = std::find_if(work.copies.begin(), work.copies.end(),
                                     [](const Copy& copy) { return copy.fails; });
   const auto good = static_cast<size_t>(failing - work.copies.begin());
@@ -79,6 +87,7 @@ void run(Lock& lock, const Work& work) {
 
 void add_areas(std::vector<AreaPtr>& areas, const Range& range) {
   for (const Span& span : range.spans) {
+    if (span.area == nullptr) continue;  // of memory that is not registered
     if (areas.empty() || areas.back() != span.area) areas.push_back(span.area);
   }
 }
@@ -121,6 +130,7 @@ bool Batch::add(uint64_t dst, uint64_t src, size_t bytes, int expected, Accesses
     why = "wrong direction: " + range_text(src, bytes) + " to " + range_text(dst, bytes);
     return false;
   }
+  pageable_ = pageable_ || c.dst.pageable || c.src.pageable;
   checked_.push_back(std::move(c));
   return true;
 }
@@ -130,6 +140,7 @@ Run Batch::prepare(const Actor& actor, const std::vector<Checked>& checked, cons
   State& s = state();
   auto work = std::make_shared<Work>();
   work->what = what;
+  work->actor = actor.id;
   {
     Accesses accesses(actor, what);
     for (const Checked& c : checked) {
@@ -139,6 +150,7 @@ Run Batch::prepare(const Actor& actor, const std::vector<Checked>& checked, cons
   }
   for (const Checked& c : checked) {
     Copy copy{c.direction, c.dst.pointer, c.src.pointer, c.bytes};
+    copy.pageable = c.dst.pageable || c.src.pageable;
     if (c.when != Accesses::kInOrder) copy.snapshot.assign(copy.src, copy.src + c.bytes);
     if (c.foreseen && c.direction == 0) foresee(c.dst, copy.src);
     int64_t& fail_in = s.lanes[c.direction].fail_in;
@@ -153,11 +165,22 @@ Run Batch::prepare(const Actor& actor, const std::vector<Checked>& checked, cons
   return [work](Lock& lock) { run(lock, *work); };
 }
 
+// A copy of memory that is not registered is staged: the call returns when it is over.
 CUresult Batch::submit(Call& call) {
   if (checked_.empty()) return CUDA_SUCCESS;
-  return enqueue(call, stream_, [checked = checked_, what = what_](const Actor& actor) {
-    return prepare(actor, checked, what);
-  });
+  const bool captured = stream_ != nullptr && stream_->capture != nullptr;
+  const CUresult code =
+      enqueue(call, stream_, [checked = checked_, what = what_](const Actor& actor) {
+        return prepare(actor, checked, what);
+      });
+  if (!pageable_ || code != CUDA_SUCCESS || captured) return code;
+  State& s = state();
+  ++s.settings["pageable_batches"];
+  if (stream_ == nullptr) return code;
+  const uint64_t target = stream_->submitted;
+  s.changed.wait(call.lock,
+                 [&] { return stream_->completed >= target || s.sticky != CUDA_SUCCESS; });
+  return call.done();
 }
 
 }  // namespace standin

@@ -10,6 +10,7 @@ struct Copy {
   char* dst;
   const char* src;
   size_t bytes;
+  bool pageable = false;         // of memory that is not registered
   bool fails = false;            // ordered by standin_fail_copy
   std::vector<char> snapshot{};  // of a source that was read at the call
 };
@@ -38,6 +39,7 @@ class Batch {
   Stream* stream_;
   const char* what_;
   const bool foreseen_;
+  bool pageable_ = false;
   std::vector<Checked> checked_;
 };
 

@@ -126,7 +126,11 @@ CUresult cuStreamWaitEvent(CUstream stream_handle, CUevent handle, unsigned flag
   Actor& actor = begin_work(stream);
   if (!record) return CUDA_SUCCESS;
   join(actor.clock, record->clock);
-  submit(call.lock, stream, Command{[record](Lock& lock) { wait_for_record(lock, record); }});
+  const auto wait = [record, id = actor.id](Lock& lock) {
+    if (record->state == Record::kPending) leave_engines(id);
+    wait_for_record(lock, record);
+  };
+  submit(call.lock, stream, Command{wait});
   return call.done();
 }
 

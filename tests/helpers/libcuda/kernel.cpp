@@ -58,10 +58,16 @@ Run prepare(const Launch& captured, const Actor& actor) {
       fail_context(CUDA_ERROR_ILLEGAL_ADDRESS);
       return nullptr;
     }
+    if (range.pageable) {
+      violate("cuLaunchKernel: " + range_text(touch.address, touch.bytes) + " is not registered");
+      fail_context(CUDA_ERROR_ILLEGAL_ADDRESS);
+      return nullptr;
+    }
     accesses.add(range, touch.address, touch.write);
     add_areas(launch->areas, range);
   }
-  return [launch](Lock& lock) {
+  return [launch, id = actor.id](Lock& lock) {
+    leave_engines(id);
     if (!pin(launch->areas, "cuLaunchKernel")) return;
     lock.unlock();
     launch->call(launch->kernel.run);
@@ -99,6 +105,9 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
 CUresult cuModuleUnload(CUmodule module) {
   Call call("cuModuleUnload", kEnd | kUnsafe);
   if (call.failed()) return call.code();
+  if (!state().executables.empty()) {
+    call.wrong(CUDA_SUCCESS, "a graph that can be launched may hold one of its kernels");
+  }
   if (state().modules.erase(reinterpret_cast<uint64_t>(module)) == 0) {
     return call.wrong(CUDA_ERROR_INVALID_HANDLE, "no such module");
   }

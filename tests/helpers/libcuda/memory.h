@@ -65,6 +65,7 @@ struct Range {
   Side side = Side::kHost;
   char* pointer = nullptr;
   std::vector<Span> spans;
+  bool pageable = false;  // host memory that is not registered, where that may be copied
 };
 
 // All of these need the state's lock.

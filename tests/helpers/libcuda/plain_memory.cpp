@@ -39,6 +39,8 @@ CUresult cuMemHostRegister(void* p, size_t bytes, unsigned flags) {
   if (!is_mapped(address, bytes)) {
     return call.wrong(CUDA_ERROR_INVALID_VALUE, "no memory behind " + range_text(address, bytes));
   }
+  const auto most = static_cast<size_t>(setting("register_most"));
+  if (most > 0 && bytes >= most) return CUDA_ERROR_INVALID_VALUE;
   const auto limit = static_cast<size_t>(setting("register_limit"));
   if (limit > 0 && memory.host_bytes + bytes > limit) return CUDA_ERROR_OUT_OF_MEMORY;
   memory.host_bytes += bytes;
@@ -132,5 +134,7 @@ CUresult cuMemGetInfo(size_t* free, size_t* total) {
   if (free == nullptr || total == nullptr) return CUDA_ERROR_INVALID_VALUE;
   *total = static_cast<size_t>(setting("device_memory"));
   *free = *total - state().memory.device_bytes;
+  const auto share = static_cast<size_t>(setting("page_table_share"));
+  if (share > 0) *free -= state().memory.host_bytes / share;
   return CUDA_SUCCESS;
 }

@@ -20,6 +20,12 @@ bool resolve_host(uint64_t address, size_t bytes, Range& range, std::string& why
   const uint64_t plain = address & ~kAliasBit;
   const auto found = at_or_below(areas, plain);
   if (found == areas.end() || plain >= found->first + found->second->bytes) {
+    if (setting("pageable") > 0 && plain == address && is_mapped(address, bytes)) {
+      range.side = Side::kHost;
+      range.pointer = reinterpret_cast<char*>(address);
+      range.spans.push_back({nullptr, address, bytes});
+      return range.pageable = true;
+    }
     why = "is not registered";
     return false;
   }

@@ -32,8 +32,16 @@ std::map<std::string, int64_t> default_settings() {
       {"host_numa_id", 0},
       {"integrated", 0},
       {"can_use_host_pointer", 1},
-      {"register_limit", 0},   // bytes in all; 0: none
-      {"batch_supported", 1},  // 0: cuMemcpyBatchAsync returns CUDA_ERROR_NOT_SUPPORTED
+      {"register_limit", 0},    // bytes in all; 0: none
+      {"register_most", 0},     // bytes in one piece that are too many; 0: none are
+      {"page_table_share", 0},  // bytes registered that take one of the device; 0: none do
+      {"copy_engines", 0},      // 1: one a direction, shared by all streams
+      {"descriptor_ns", 0},     // time of the link for each copy, beside that of its bytes
+      {"submit_ns", 0},         // time of the caller's processor for each copy of a batch
+      {"pageable", 0},          // bytes a second of memory that is not registered; 0: refused
+      {"pageable_batches", 0},  // written: submissions that copied such memory
+      {"batch_flags", -1},      // written: those of the newest cuMemcpyBatchAsync
+      {"batch_supported", 1},   // 0: cuMemcpyBatchAsync returns CUDA_ERROR_NOT_SUPPORTED
       {"copy_error", CUDA_ERROR_ILLEGAL_ADDRESS},  // what a copy that fails leaves
       {"shuffle_seed", 0},
       {"race_check", 1},

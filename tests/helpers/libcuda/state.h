@@ -79,11 +79,13 @@ struct Fault {
   CUresult result;
 };
 
+constexpr int kNobody = -1;
 struct Lane {                                     // one direction of the link
   double delay_min = 0, delay_max = 0, tear = 0;  // milliseconds
   std::mt19937_64 random{0};
   int64_t fail_in = 0;
   Time::time_point free_at{};
+  int holder = kNobody;  // the actor that has the direction's copy engine
   int64_t copies = 0, bytes = 0;
 };
 constexpr int kDirections = 4;
@@ -137,6 +139,21 @@ std::string range_text(uint64_t address, size_t bytes);
 // The host cannot see a copy's data before this returns: sleeps without the lock.
 void sleep_until(Lock& lock, Time::time_point when);
 std::chrono::nanoseconds milliseconds(double ms);
+
+// Holds the copy engine of a direction where there is one (setting "copy_engines").
+class EngineUse {
+ public:
+  EngineUse(Lock& lock, int direction, int actor);
+  ~EngineUse();
+  EngineUse(const EngineUse&) = delete;
+  EngineUse& operator=(const EngineUse&) = delete;
+
+ private:
+  const int actor_;
+  const bool taken_;
+};
+// A stream has nothing to copy at once.
+void leave_engines(int actor);
 
 Actor new_actor(const std::string& name);
 HostThread& this_thread();

@@ -14,6 +14,7 @@ void run(Stream& stream) {
   State& s = state();
   Lock lock(s.mutex);
   for (;;) {
+    if (stream.queue.empty()) leave_engines(stream.actor.id);
     stream.filled.wait(lock, [&] { return !stream.queue.empty() || stream.stop; });
     if (stream.queue.empty()) break;
     {
@@ -198,13 +199,15 @@ CUresult cuLaunchHostFunc(CUstream handle, CUhostFn fn, void* data) {
   if (fn == nullptr) return CUDA_ERROR_INVALID_VALUE;
   Stream* stream;
   if (!find_stream(handle, stream)) return CUDA_ERROR_INVALID_HANDLE;
-  const Run run = [fn, data](Lock& lock) {
-    lock.unlock();
-    {
-      InCallback guard;
-      fn(data);
-    }
-    lock.lock();
-  };
-  return enqueue(call, stream, [run](const Actor&) { return run; });
+  return enqueue(call, stream, [fn, data](const Actor& actor) -> Run {
+    return [fn, data, id = actor.id](Lock& lock) {
+      leave_engines(id);
+      lock.unlock();
+      {
+        InCallback guard;
+        fn(data);
+      }
+      lock.lock();
+    };
+  });
 }

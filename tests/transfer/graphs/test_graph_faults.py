@@ -283,3 +283,21 @@ def test_tables_that_cannot_be_emptied_are_an_error(
         engine.abort_step()
     engine.abort_step()
     goes_on(engine, stream)
+
+
+def test_a_graph_may_outlive_the_engine(
+    model: GraphModel, engine: TransferEngine, stream: DriverStream
+) -> None:
+    """Its kernel's code is still there: vLLM lets its graphs go after the worker's memory."""
+    cuda = model.cuda
+    context = cuda.make("cuDevicePrimaryCtxRetain", 0)  # As torch holds it.
+    model.run(plan(1, loads=((8, 0, 1),)))
+    stream.synchronize()
+    unloaded = load().calls("cuModuleUnload")
+    engine.close()
+    assert context
+    assert load().calls("cuModuleUnload") == unloaded
+    cuda.do("cuGraphExecDestroy", model.executable)
+    model.executable = 0
+    assert load().violations() == []
+    cuda.do("cuDevicePrimaryCtxRelease", 0)

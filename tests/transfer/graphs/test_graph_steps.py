@@ -88,13 +88,21 @@ def test_tables_that_may_be_half_written_are_written_again(
     assert load().calls("cuMemcpy2DAsync") - copies == 3
 
 
+@pytest.mark.parametrize("head_first", [True, False])
 def test_a_step_that_copies_nothing_waits_for_nothing(
-    model: GraphModel, stream: DriverStream
+    model: GraphModel, stream: DriverStream, head_first: bool
 ) -> None:
     """But the copy streams for its replay; also after stores that were waited for or aborted."""
+    model.engine.submit_head_first(head_first)
+    # Each store waits for two records; all but the head's are submitted where the graph is entered.
+    by_stores = 2 * (len(LAYERS) - 1) if head_first else 0
     assert model.engine.begin_step(plan(0, stores=((1, 0, 1),)), stream.id, graph=True)
     model.engine.abort_step()
-    for step, plans, waits in ((1, {}, 0), (2, {"stores": ((1, 0, 1),)}, 1), (3, {}, 0)):
+    for step, plans, waits in (
+        (1, {}, 0),
+        (2, {"stores": ((1, 0, 1),)}, 1 + by_stores),
+        (3, {}, 0),
+    ):
         before = load().calls("cuStreamWaitEvent")
         assert model.engine.begin_step(plan(step, **plans), stream.id, graph=True)
         entered = load().calls("cuStreamWaitEvent")
@@ -214,14 +222,17 @@ def test_skipped_loads_are_skipped_in_graphs_too(make_engine: MakeEngine, captur
     assert stats.bytes_loaded == 0
 
 
+@pytest.mark.parametrize("head_first", [True, False])
 @pytest.mark.parametrize("stores", [(), ((1, 5, 1),)])
 def test_a_step_that_fits_may_run_piecewise(
     engine: TransferEngine,
     stream: DriverStream,
     view: View,
     stores: tuple[tuple[int, int, int], ...],
+    head_first: bool,
 ) -> None:
     """Exactly as before: the same copies, only some of them at the first gate."""
+    engine.submit_head_first(head_first)
     view.write_row(0, 7)
     view.write_row(1, 8)
     view.write_all(1, 9)
@@ -234,13 +245,16 @@ def test_a_step_that_fits_may_run_piecewise(
             is graph
         )
         at_once = load().calls("cuMemcpyBatchAsync") - batches
-        assert at_once == (1 if graph else 2) + 6 * len(stores)
+        if head_first:
+            assert at_once == 1 + len(stores)
+        else:
+            assert at_once == (1 if graph else 2) + 6 * len(stores)
         for layer in LAYERS:
-            engine.before_write(layer)
+            engine.before_write(layer)  # No gate where no write has to wait.
+            engine.before_attention(layer)
             if layer == 0:  # The ring is full from the first gate on.
                 begun = load().calls("cuMemcpyBatchAsync") - batches
                 assert begun == 2 + 6 * len(stores)
-            engine.before_attention(layer)
             stream.launch(lambda layer=layer, seen=seen: seen(layer))
             engine.after_attention(layer)
         found.append(

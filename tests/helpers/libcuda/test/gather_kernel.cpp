@@ -27,6 +27,9 @@ std::map<const void*, Launched> launched;  // by the launch's parameters
 std::atomic<int64_t> changed{0}, pieces_done{0}, wait_us{0}, breaks{0}, uncounted{0}, grid_seen{0},
     astray{0};
 
+constexpr unsigned kGrids = 16;
+std::atomic<int64_t> wait_by[kGrids];  // microseconds, by the blocks of a launch
+
 uint64_t value(void* param) { return *static_cast<const uint64_t*>(param); }
 
 Pieces table(void** params) {
@@ -62,7 +65,7 @@ void gather_declare(void** params, const unsigned*, const unsigned*) {
 }
 
 void gather_run(void** params, const unsigned* grid, const unsigned* block) {
-  std::this_thread::sleep_for(std::chrono::microseconds(wait_us));
+  std::this_thread::sleep_for(std::chrono::microseconds(wait_us + wait_by[*grid % kGrids]));
   Pieces pieces = table(params);
   bool on_device = false;
   {
@@ -102,9 +105,11 @@ int64_t gather_pieces() { return pieces_done; }
 int64_t gather_grid() { return grid_seen; }
 // Each launch from now on waits first, leaves a wrong byte, or is not counted.
 void gather_wait(int64_t microseconds) { wait_us = microseconds; }
+void gather_wait_by(int64_t grid, int64_t us) { wait_by[grid] = us; }
 void gather_break(int64_t on) { breaks = on; }
 void gather_uncounted(int64_t on) { uncounted = on; }
 void gather_reset() {
+  for (auto& wait : wait_by) wait = 0;
   std::lock_guard<std::mutex> lock(mutex);
   launched.clear();
   changed = pieces_done = wait_us = breaks = uncounted = grid_seen = astray = 0;
