@@ -180,6 +180,8 @@ class PieBlockSpaceManager(KVCacheManager):
         num_new_computed_tokens: int = 0,
         new_computed_blocks: KVCacheBlocks | None = None,
         num_lookahead_tokens: int = 0,
+        *,
+        num_external_computed_tokens: int = 0,
         full_sequence_must_fit: bool = False,
         has_scheduled_reqs: bool = True,
         **kwargs: Any,
@@ -231,7 +233,6 @@ class PieBlockSpaceManager(KVCacheManager):
         # Restored residents are free blocks that the request takes: vLLM counts them rightly.
         idle = sum(block.ref_cnt == 0 for block in hits) - parked.residents
         queue.admission(idle, reserve)
-        kwargs["num_external_computed_tokens"] = parked.tail_tokens
         try:
             blocks = super().allocate_slots(
                 request,
@@ -239,6 +240,7 @@ class PieBlockSpaceManager(KVCacheManager):
                 num_new_computed_tokens=parked.full_tokens,
                 new_computed_blocks=new_computed_blocks,
                 num_lookahead_tokens=num_lookahead_tokens,
+                num_external_computed_tokens=num_external_computed_tokens + parked.tail_tokens,
                 has_scheduled_reqs=has_scheduled_reqs,
                 **kwargs,
             )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.request import StreamingUpdate
 
 from pie_vllm.errors import UnsupportedError
 from pie_vllm.policy.parking import Tail
@@ -128,7 +129,7 @@ def test_a_turn_shortens_no_other_wait() -> None:
     made.verify()
 
 
-@pytest.mark.parametrize("cap", [None, 159, 100, 0])
+@pytest.mark.parametrize("cap", [None, 160, 159, 100, 0])
 def test_a_cap_of_hits_holds_for_parked_kv(
     cap: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +161,7 @@ def test_an_updated_session_has_no_tail_of_older_tokens() -> None:
     scheduler._preempt_request(session, 0.0)
     assert "session" in parking.tails
     update = make_request("session", [5] * 8, 2, BLOCK_SIZE, resumable=True)
-    scheduler._update_request_as_session(session, type(session.streaming_queue) and update)
+    scheduler._update_request_as_session(session, StreamingUpdate.from_request(update))
     assert "session" not in parking.tails
 
 
