@@ -116,9 +116,10 @@ def decide_chunk(
     With ``F`` free residents and ``D`` that can be demoted, the prompts of a step may fill
     ``B = min(F + D - due, max(F - due, 0) + stores)`` blocks, at least one: a running request has
     been promised a page. ``D`` counts whether pooled ids are free or not: where the memory of both
-    tiers does not suffice, a request waits or somebody is preempted, just as in vLLM. Prompts under
-    way take theirs first, each up to its end; waiting requests may have what is left, unless that
-    is promised to the ``tails``::
+    tiers does not suffice, a request waits or somebody is preempted, just as in vLLM. But where
+    CPU memory for pooled blocks is short, what can be had at once counts, since it may grow.
+    Prompts under way take theirs first, each up to its end; waiting requests may have what is left,
+    unless that is promised to the ``tails``::
 
         tokens = decodes + sum(tokens of prompts) + block_size * (B left, if more than tails)
 
@@ -132,6 +133,8 @@ def decide_chunk(
     """
     free = queue.free_residents
     blocks = free + (0 if queue.frozen else queue.demotable) - asked.due
+    if queue.withheld:
+        blocks = min(blocks, queue.num_free_blocks - asked.due)
     if stores is not None:
         blocks = min(blocks, max(free - asked.due, 0) + stores)
     left = blocks = max(blocks, 1)

@@ -61,6 +61,14 @@ def test_nothing_is_demoted_while_those_who_wait_for_the_link_hold_too_much() ->
     assert decide(queue, Asked(2, 1)) == Chunk(2 + 2 * SIZE, 2)
 
 
+def test_a_want_of_cpu_memory_makes_the_chunk_smaller() -> None:
+    """Instead of a preemption: there are pooled ids, and soon perhaps rows for them."""
+    queue = queue_of(3, 20, 50)
+    queue.withheld = 46
+    queue.refresh()
+    assert decide(queue, Asked(2, 1)) == Chunk(2 + 6 * SIZE, 6)
+
+
 def test_nothing_is_kept_where_one_more_page_is_to_be_had() -> None:
     """The newcomer's own blocks but one can be demoted for the others in the next step."""
     assert promised(queue_of(1, 3, 9), tails=1, prompts=2) == 0
