@@ -124,6 +124,11 @@ def use_all_blocks(side: Side) -> None:
 def fill_pool(side: PieSide, chats: int) -> None:
     """Park in all rows: KV that nobody asks for first, so that it goes first, then the chats'."""
     parking, rows = side.residency.parking, side.residency.rows
+    pool, chunks_of_all = side.scheduler.pie_pool, side.residency.geometry.num_chunks
+    # As the workers had taken and reported it all.
+    pool.order = pool.order._replace(chunks=chunks_of_all)
+    pool.usable = chunks_of_all
+    side.residency.use_chunks(chunks_of_all)
 
     def park(key: Any) -> None:
         parking.evicted(SimpleNamespace(block_id=1, block_hash=key))
