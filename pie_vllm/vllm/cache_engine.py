@@ -231,7 +231,8 @@ class PieCacheEngine:
             yield
             stats = self._end()
         except BaseException:
-            self._engine.abort_step()
+            if self._switch.engine is not None:  # Else it was aborted where a copy failed.
+                self._engine.abort_step()
             raise
         finally:
             self._switch.engine = None
