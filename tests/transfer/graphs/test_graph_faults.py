@@ -301,3 +301,4 @@ def test_a_graph_may_outlive_the_engine(
     model.executable = 0
     assert load().violations() == []
     cuda.do("cuDevicePrimaryCtxRelease", 0)
+    cuda.do("cuCtxSetCurrent", 0)  # It was the last to hold it.
