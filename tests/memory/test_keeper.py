@@ -232,7 +232,7 @@ def test_an_idle_time_is_heard_of_whenever_it_begins(make: Callable[..., PoolKee
     until(lambda: chunks.held == {0} and keeper.state.released == 1)
 
 
-@pytest.mark.parametrize("seconds", [4.7e9, 1e10, 9.3e18, float("inf")])
+@pytest.mark.parametrize("seconds", [4.7e9, 1e10, 9.3e18])
 def test_an_idle_time_longer_than_a_thread_can_wait(
     make: Callable[..., PoolKeeper], seconds: float
 ) -> None:

@@ -86,7 +86,7 @@ def make_manager(kwargs: dict[str, Any]) -> DrivenManager:
     config = kwargs["kv_cache_config"]
     geometry = sizes.geometry(config.num_blocks)
     kwargs = {**kwargs, "kv_cache_config": sizes.resized(config)}
-    return DrivenManager(geometry=geometry, chunk_blocks=1, parking=sizes.PARKING, **kwargs)
+    return DrivenManager(geometry=geometry, parking=sizes.PARKING, **kwargs)
 
 
 def make_pool(kwargs: dict[str, Any]) -> PieBlockPool:

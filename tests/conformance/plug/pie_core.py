@@ -109,9 +109,7 @@ def _watch(made: Any) -> None:
 
     made.schedule, made.update_from_output = scheduled, updated
     if sizes.LIFT:
-        own = made.scheduler_config
-        made.max_num_scheduled_tokens = own.max_num_scheduled_tokens or own.max_num_batched_tokens
-        manager.chunk_blocks = -1  # And what is kept back for prompts under way.
+        manager.prompt_reserve = 0
 
 
 def _make_manager(args: Any, kwargs: Any) -> Any:

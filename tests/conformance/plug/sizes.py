@@ -4,8 +4,8 @@ PIE_CORE names a mode; R resident and W pooled blocks:
 
 =======  =========================================================================================
 stock    nothing is replaced
-idle     R = N, W = 0, parking off, no cap on prompt chunks: as stock, block ids included
-idlecap  as idle, with the cap
+idle     R = N, W = 0, parking off, nothing kept back: as stock, block ids included
+idlecap  as idle, with what waiting requests leave to prompts under way
 parked   R = N, W = 0, rows for parking: differs only where stock would have evicted a prefix
 room     R = N, W = N more: the pool is there and not needed
 forced   as room; before each step every block that can be is demoted, and as many pages are taken
@@ -27,7 +27,7 @@ from pie_vllm.policy.geometry import Geometry
 MODE = os.environ.get("PIE_CORE", "stock")
 FORCED = MODE in ("forced", "churn")
 LIFT = FORCED or MODE in ("idle", "parked", "room")
-"""Whether the cap on a step's prompt tokens is lifted."""
+"""Whether waiting requests leave nothing to prompts under way."""
 
 PARKING = None if MODE in ("idle", "idlecap") else "lru"
 
