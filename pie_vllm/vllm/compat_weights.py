@@ -59,6 +59,7 @@ SAME_WEIGHTS = (
     "init_worker",
     "initialize_from_config",
     "list_loras",
+    "pie_counters",
     "pie_geometry",
     "pie_prior",
     "pin_lora",

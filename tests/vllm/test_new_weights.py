@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,6 +77,15 @@ def test_every_method_of_the_workers_is_classified() -> None:
     }
     assert not methods - known
     assert not set(compat_weights.NEW_WEIGHTS) & set(compat_weights.SAME_WEIGHTS)
+
+
+def test_pies_own_calls_of_the_workers_are_no_new_weights() -> None:
+    """To read the counters must not forget the prefix cache."""
+    sources = Path(compat_weights.__file__).parent.glob("*.py")
+    text = "".join(source.read_text() for source in sources)
+    called = set(re.findall(r'collective_rpc\("(\w+)"\)', text))
+    assert {"pie_counters", "pie_geometry"} <= called
+    assert called <= set(compat_weights.SAME_WEIGHTS)
 
 
 LORA = LoRARequest("a", 1, "/a")
