@@ -164,7 +164,7 @@ int pie_release_chunk(pie_engine* engine, int64_t chunk) {
 }
 
 int pie_set_option(pie_engine* engine, int option, int value) {
-  return guarded([&] { engine->engine.set_option(option, value != 0); });
+  return guarded([&] { open(engine).set_option(option, value != 0); });
 }
 
 int pie_begin_step(pie_engine* engine, const pie_plan* plan, uint64_t compute_stream) {

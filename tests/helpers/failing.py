@@ -46,7 +46,6 @@ class FailingMemory(DictMemory):
         if plan.loads is not None:
             self.loads = plan.loads
         for block, row in self._until_failure(plan.stores):
-            self.chunks = max(self.chunks, row // self.chunk_rows + 1)
             self.rows[row] = self.pages[block]
         for block, row in self._until_failure((*plan.promotions, *self.loads)):
             self.pages[block] = self.rows[row]
@@ -101,6 +100,7 @@ class HonestRunner(TagRunner):
             req_id_to_index={r: i for i, r in enumerate(names)},
             sampled_token_ids=sampled,
         )
+        result.pie_pool = self.memory.state
         result.pie_failure = "injected" if self.memory.failed else ""
         return result
 
