@@ -156,6 +156,8 @@ class PieSchedulerMixin(_Mixed):
             output: SchedulerOutput = super().schedule(*args, **kwargs)
         finally:
             self.max_num_scheduled_tokens = tokens
+        if self._waiting and self.pause_state == PauseState.UNPAUSED:
+            self.pie_waits.count("rows")
         output.pie_plan = self._plan(output, self.pie_decision)
         self._prompts_under_way = prompts
         self._end_step(output, self.kv_cache_manager.residency.parking.restored_blocks)
@@ -221,12 +223,17 @@ class PieSchedulerMixin(_Mixed):
         """How many tokens the coming step computes, of so many at most."""
         manager, queue = self.kv_cache_manager, self.kv_cache_manager.residency.queue
         size = manager.block_size
-        waiting = bool(self.waiting or self.kv_holding_waiting)
+        waiting = bool(self._waiting)
         asks = waiting or self._prompts_under_way
         if not asks or self._whole is not None or plenty(queue, most, len(self.running), size):
             return Chunk(most, cdiv(most, size))
         manager.completions.catch_up()
         return decide_chunk(queue, self._running_ask(), waiting, decision.stores, most, size)
+
+    @property
+    def _waiting(self) -> int:
+        """Requests that wait."""
+        return len(self.waiting) + len(self.kv_holding_waiting)
 
     def _count_wait(self, output: SchedulerOutput, allowed: int) -> None:
         """Note why the head of the waiting queue was passed over, if one waits.
@@ -235,7 +242,7 @@ class PieSchedulerMixin(_Mixed):
             output: of the step.
             allowed: tokens that it was allowed.
         """
-        waiting = len(self.waiting) + len(self.kv_holding_waiting)
+        waiting = self._waiting
         if not waiting or self.pause_state != PauseState.UNPAUSED:
             return
         if self.kv_cache_manager.refused:

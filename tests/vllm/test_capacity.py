@@ -90,7 +90,8 @@ def stock(load: str, blocks: int = BLOCKS) -> Took:
 
 def pie(load: str, resident: int, pooled: int, **options: Any) -> Took:
     """Pie, over a link that feeds all."""
-    sizes = scheduling.geometry(resident, pooled)
+    # One chunk: what the steps of a growing pool wait for is not what is counted here.
+    sizes = scheduling.geometry(resident, pooled, chunk_rows=pooled)
     scheduler = scheduling.make(sizes, BLOCK_SIZE, **{**OPTIONS, **options})
     scheduler.pie_decider = Fixed(pooled)
     return play(scheduler, load)

@@ -151,7 +151,7 @@ def test_nobody_who_comes_later_reads_old_kv(asynchronous: bool) -> None:
 def test_rows_that_steps_in_flight_name_are_not_written_to_before() -> None:
     """What is forgotten frees rows at once; copies are late, and pages are read layer by layer."""
     for seed in range(3):
-        sizes = scheduling.geometry(RESIDENT, POOLED, ROWS)
+        sizes = scheduling.geometry(RESIDENT, POOLED, ROWS, chunk_rows=ROWS)
         with TransferEngine(sizes, chunks=1) as engine:
             inject(engine, "late", milliseconds=0.05, up_to=0.4, seed=seed)
             memory = EngineMemory(engine, BLOCK_SIZE)
