@@ -310,7 +310,9 @@ class PieBlockSpaceManager(KVCacheManager):
         queue = self.residency.queue
         within, headroom = queue.available_in_all, 0
         if has_scheduled_reqs:
-            pooled = min(queue.available_pooled, queue.free_pooled - self._kept_back)
+            # Rows that are on their way count: the schedule waits for them.
+            there = queue.available_in_all - queue.free_residents
+            pooled = min(there, queue.free_pooled - self._kept_back)
             within, headroom = queue.free_residents + pooled, self._headroom()
         if needed + headroom <= within:
             return True
@@ -326,8 +328,8 @@ class PieBlockSpaceManager(KVCacheManager):
         """
         if not self.watermark:
             return 0
-        geometry, withheld = self.geometry, self.residency.queue.withheld
-        usable = geometry.num_blocks - min(geometry.pooled_blocks, max(withheld, self._kept_back))
+        geometry, missing = self.geometry, self.residency.queue.missing
+        usable = geometry.num_blocks - min(geometry.pooled_blocks, max(missing, self._kept_back))
         device = geometry.device_bytes // geometry.row_bytes
         device_used = device - int(self.watermark * device)
         return max(0, min(int(self.watermark * usable), usable - device_used))

@@ -58,7 +58,7 @@ def test_the_watermark_leaves_what_the_device_alone_would_have(
     """With a limit, or without CPU memory, no less is used than without pie; else the share."""
     manager = driver(watermark=share).scheduler.kv_cache_manager
     manager.begin_step(Fixed(limit).decide(), 0)
-    manager.residency.queue.withheld = withheld
+    manager.residency.queue.withheld = manager.residency.queue.missing = withheld
     usable = RESIDENT + min(limit, POOLED - withheld)
     left = manager._headroom()
     device = manager.geometry.device_bytes // manager.geometry.row_bytes
@@ -76,7 +76,7 @@ def test_a_limit_and_missing_memory_are_not_counted_twice() -> None:
     manager.begin_step(Fixed(20).decide(), 0)
     queue = manager.residency.queue
     for withheld, admitted in ((14, True), (20, False)):
-        queue.withheld = withheld
+        queue.withheld = queue.missing = withheld
         queue.refresh()
         request = make_request("r", [2] * (30 * BLOCK_SIZE), 5, BLOCK_SIZE)
         blocks, tokens, _ = manager.get_computed_blocks(request)

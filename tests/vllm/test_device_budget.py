@@ -54,7 +54,10 @@ def sized(monkeypatch: pytest.MonkeyPatch, worker: Any, pool_gib: float) -> Geom
     monkeypatch.setattr(PieWorkerMixin, "_pie_requests", lambda *_: 1)
     worker.vllm_config = SimpleNamespace(
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
-        model_config=SimpleNamespace(max_model_len=256, original_max_model_len=None),
+        scheduler_config=SimpleNamespace(enable_chunked_prefill=True),
+        model_config=SimpleNamespace(
+            max_model_len=256, original_max_model_len=None, supports_multimodal_inputs=False
+        ),
     )
     worker.determine_available_memory()
     found: Geometry = worker.pie_geometry()

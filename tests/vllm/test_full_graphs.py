@@ -15,6 +15,7 @@ from pie_vllm.errors import GateError, TransferError, UnsupportedError
 from pie_vllm.policy.detector import Observation
 from pie_vllm.policy.stalls import MOST_WAITING
 from pie_vllm.transfer import gather
+from pie_vllm.transfer.calibration import UNMEASURED_CTAS
 from pie_vllm.transfer.gather import GatherImage, NoGather
 from pie_vllm.vllm import graphs
 from pie_vllm.vllm.cache_engine import PieCacheEngine
@@ -225,7 +226,7 @@ def test_a_device_without_the_kernel_refuses_the_flag(monkeypatch: pytest.Monkey
         graphs.use_graphs(engine, images=images(NoGather("no compiler")))
     assert engine.calls == []
     graphs.use_graphs(engine, images=images(ahead))
-    assert engine.calls == [("use_graphs", b"ahead", GEOMETRY.pooled_blocks)]
+    assert engine.calls == [("use_graphs", b"ahead", GEOMETRY.pooled_blocks, UNMEASURED_CTAS)]
     engine.fail = "use_graphs"
     with pytest.raises(UnsupportedError, match="use_graphs failed"):
         graphs.use_graphs(engine, images=images(now))

@@ -35,7 +35,7 @@ class AheadOf(NamedTuple):
 
 def comes_back(made: Driver, history: list[int]) -> AheadOf:
     """The next turn of a chat, while another request runs."""
-    made.add(make_request("running", prompt(7, 60), 60, BLOCK_SIZE))
+    made.add(make_request("running", prompt(77, 60), 60, BLOCK_SIZE))
     made.run_until(lambda: len(made.answers["running"]) >= 5)
     made.add(make_request("next", [*history, 1, 2, 3], 30, BLOCK_SIZE))
     copied: list[int] = []

@@ -153,7 +153,7 @@ def preempted_while_its_blocks_are_filled() -> Driver:
         policy="priority",
         long_prefill_token_threshold=48,
         scheduler_reserve_full_isl=False,
-        max_num_batched_tokens=256,
+        max_num_batched_tokens=128,
     )
     made.add(make_request("low", prompt(9, 270), 5, BLOCK_SIZE, priority=5))
     made.step()
