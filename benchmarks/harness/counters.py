@@ -21,11 +21,14 @@ def parse_metrics(text: str) -> dict[str, float]:
 
 
 def last_pie_line(log: Path) -> dict[str, float]:
-    """Return the fields of the last `Pie: steps=… pooled=…` line of a log, {} without one."""
+    """Return the numbers in the last `Pie: steps=… pooled=…` line of a log, {} without one.
+
+    What keeps requests waiting, `head_waits=residents:3`, is no number.
+    """
     fields: dict[str, float] = {}
     for line in log.read_text(errors="replace").splitlines():
         found = _PIE_LINE.search(line)
         if found:
             pairs = (item.partition("=") for item in found["fields"].split())
-            fields = {key: float(value) for key, mark, value in pairs if mark}
+            fields = {key: float(value) for key, mark, value in pairs if mark and ":" not in value}
     return fields
