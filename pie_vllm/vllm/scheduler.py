@@ -331,6 +331,8 @@ class PieSchedulerMixin(_Mixed):
         self, scheduler_output: SchedulerOutput, model_runner_output: Any
     ) -> Any:
         """Take vLLM's results, and the engine's counters that came with them."""
+        if not hasattr(scheduler_output, "pie_plan"):  # It was not scheduled here.
+            return super().update_from_output(scheduler_output, model_runner_output)
         stats = getattr(model_runner_output, "pie_stats", None)
         failure = getattr(model_runner_output, "pie_failure", "")
         if stats is not None:
