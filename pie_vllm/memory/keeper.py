@@ -38,18 +38,38 @@ class Chunks(Protocol):
 
 
 class _OneCall:
-    """An engine's calls, each of which holds a lock."""
+    """An engine's calls, one at a time, and none in a pause."""
 
-    def __init__(self, engine: Chunks, lock: threading.Lock) -> None:
-        self._engine, self._lock = engine, lock
+    def __init__(self, engine: Chunks) -> None:
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._going_on = threading.Event()
+        self._going_on.set()
 
     def commit_chunk(self, chunk: int) -> None:
-        with self._lock:
+        with self._turn():
             self._engine.commit_chunk(chunk)
 
     def release_chunk(self, chunk: int) -> None:
-        with self._lock:
+        with self._turn():
             self._engine.release_chunk(chunk)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        # A lock alone is not fair: call after call might come before who wants a pause.
+        self._going_on.wait()
+        with self._lock:
+            yield
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Wait for the call under way; no other begins meanwhile."""
+        self._going_on.clear()
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._going_on.set()
 
 
 class PoolKeeper:
@@ -85,8 +105,7 @@ class PoolKeeper:
             budget: entered around the taking of one chunk; raises PieError to refuse it.
             board: what the ranks tell each other; None is a single rank.
         """
-        self._calls = threading.Lock()
-        self._engine: Chunks = _OneCall(engine, self._calls)
+        self._engine = _OneCall(engine)
         self._chunk_rows = chunk_rows
         self._idle_seconds = idle_seconds
         self._budget = budget
@@ -160,7 +179,7 @@ class PoolKeeper:
         For captures of CUDA graphs: registering memory and waiting for streams, by whatever thread,
         break one that is under way. Steps that need another chunk must not run in it.
         """
-        with self._calls:
+        with self._engine.paused():
             yield
 
     def close(self) -> None:
