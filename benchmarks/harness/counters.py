@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 _SAMPLE = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{[^}]*\})? (?P<value>\S+)$")
+WORDS = "head_waits"
 _PIE_LINE = re.compile(r"\bPie: (?P<fields>steps=.*)$")
 
 
@@ -23,12 +24,12 @@ def parse_metrics(text: str) -> dict[str, float]:
 def last_pie_line(log: Path) -> dict[str, float]:
     """Return the numbers in the last `Pie: steps=… pooled=…` line of a log, {} without one.
 
-    What keeps requests waiting, `head_waits=residents:3`, is no number.
+    What keeps requests waiting, `head_waits=residents:3` or `none`, is no number.
     """
     fields: dict[str, float] = {}
     for line in log.read_text(errors="replace").splitlines():
         found = _PIE_LINE.search(line)
         if found:
             pairs = (item.partition("=") for item in found["fields"].split())
-            fields = {key: float(value) for key, mark, value in pairs if mark and ":" not in value}
+            fields = {key: float(value) for key, mark, value in pairs if mark and key != WORDS}
     return fields
