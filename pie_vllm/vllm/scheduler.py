@@ -150,12 +150,8 @@ class PieSchedulerMixin(_Mixed):
 
     def _schedule_nothing(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """An empty step, which brings back what the pool holds."""
-        tokens, prompts = self.max_num_scheduled_tokens, self._prompts_under_way
-        self.max_num_scheduled_tokens = 0
-        try:
-            output: SchedulerOutput = super().schedule(*args, **kwargs)
-        finally:
-            self.max_num_scheduled_tokens = tokens
+        prompts = self._prompts_under_way
+        output = self._schedule_at_most(0, *args, **kwargs)
         if self._waiting and self.pause_state == PauseState.UNPAUSED:
             self.pie_waits.count("rows")
         output.pie_plan = self._plan(output, self.pie_decision)
@@ -203,20 +199,25 @@ class PieSchedulerMixin(_Mixed):
         )
 
     def _schedule(self, decision: Decision, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """Schedule as vLLM does, with as many tokens as find resident pages.
+        """Schedule as vLLM does, with as many tokens as find resident pages."""
+        chunk = self._chunk(decision, self.max_num_scheduled_tokens)
+        self.kv_cache_manager.chunk_blocks = chunk.blocks
+        output = self._schedule_at_most(chunk.tokens, *args, **kwargs)
+        self._count_wait(output, chunk.tokens)
+        return output
+
+    def _schedule_at_most(self, tokens: int, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Schedule as vLLM does, with so many tokens at most.
 
         vLLM reads ``max_num_scheduled_tokens`` once a step: v1/core/sched/scheduler.py:611 in 0.32,
         :719 in 0.33, and :1405, :1620 where it checks the result.
         """
         most = self.max_num_scheduled_tokens
-        chunk = self._chunk(decision, most)
-        self.kv_cache_manager.chunk_blocks = chunk.blocks
-        self.max_num_scheduled_tokens = chunk.tokens
+        self.max_num_scheduled_tokens = tokens
         try:
             output: SchedulerOutput = super().schedule(*args, **kwargs)
         finally:
             self.max_num_scheduled_tokens = most
-        self._count_wait(output, chunk.tokens)
         return output
 
     def _chunk(self, decision: Decision, most: int) -> Chunk:
