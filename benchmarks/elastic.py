@@ -57,7 +57,7 @@ def parse_arguments() -> Namespace:
 
 def hold_all(llm: Any) -> None:
     """Order the whole pool, as if that much had been needed, and wait until it is there."""
-    from pie_vllm.policy.elastic import PoolOrder
+    from pie_vllm.plan import PoolOrder
 
     scheduler = scheduler_of(llm)
     residency = scheduler.kv_cache_manager.residency

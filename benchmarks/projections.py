@@ -19,12 +19,11 @@ from typing import Any
 from benchmarks.harness.display import console, table, working
 from benchmarks.harness.machine import RESULTS, facts, write_json
 from benchmarks.harness.options import plain_parser
-from pie_vllm.policy.decider import Decider
-from pie_vllm.policy.detector import Prior
-from pie_vllm.policy.geometry import Geometry, plan_geometry
-from pie_vllm.policy.simulator import Simulation, run_stock
-from pie_vllm.policy.traces import Job, Profile
-from pie_vllm.policy.window import blocks_fed
+from pie_vllm.geometry import Geometry, blocks_fed, plan_geometry
+from pie_vllm.plan import Prior
+from pie_vllm.policy.control.decider import Decider
+from pie_vllm.simulation.simulator import Simulation, run_stock
+from pie_vllm.simulation.traces import Job, Profile
 
 LAYERS, BLOCK_TOKENS = 32, 16
 PAGE_BYTES = 2 * 8 * 128 * 2 * BLOCK_TOKENS

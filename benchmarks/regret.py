@@ -28,8 +28,8 @@ from benchmarks.harness.machine import RESULTS, facts, write_json
 from benchmarks.harness.options import plain_parser
 from benchmarks.harness.returning import always, returning_case
 from benchmarks.harness.stats import spread
-from pie_vllm.policy.decider import Decider
-from pie_vllm.policy.traces import slowdown
+from pie_vllm.policy.control.decider import Decider
+from pie_vllm.simulation.traces import slowdown
 
 LIMITS = ("regret", "to_stock", "to_stock_with_ring", "stall_share", "slowdown")
 RESTORES = (

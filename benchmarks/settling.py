@@ -29,7 +29,7 @@ from benchmarks.harness.shifts import (
     tokens_per_second,
 )
 from benchmarks.harness.stats import spread
-from pie_vllm.policy.traces import Outcome
+from pie_vllm.simulation.traces import Outcome
 
 SHIFTS = (*NAMES, BEYOND)
 

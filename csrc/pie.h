@@ -55,7 +55,7 @@ enum {
   PIE_FAULT_TORN = 3, /* each batch stops for a ms between its halves */
 };
 
-/* As pie_vllm.policy.geometry.Geometry. */
+/* As pie_vllm.geometry.Geometry. */
 typedef struct {
   int64_t num_layers, page_bytes, resident_blocks, pooled_blocks;
   int64_t ring_slots, rows, chunk_rows, granularity;

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from pie_vllm.errors import ConfigError
-from pie_vllm.policy.decider import DEFAULT_TARGET_SLOWDOWN
-from pie_vllm.policy.elastic import DEFAULT_IDLE_SECONDS
-from pie_vllm.policy.parked import DEFAULT_POLICY, POLICIES
+from pie_vllm.policy.control.decider import DEFAULT_TARGET_SLOWDOWN
+from pie_vllm.policy.control.elastic_pool import DEFAULT_IDLE_SECONDS
+from pie_vllm.policy.pool.parked_index import DEFAULT_POLICY, POLICIES
 
 BLOCK_MANAGER_KEY = "block_manager"
 SETTINGS_KEY = "pie"
@@ -147,7 +147,7 @@ class PieConfig:
         link_gbps: speed from the CPU to the device, GB/s, in place of what is measured at
             start; no more is counted on later. None measures (``auto``).
         parking: which KV goes first where more would be parked than the pool has rows for: a name
-            of ``pie_vllm.policy.parked.POLICIES``; None parks nothing.
+            of ``pie_vllm.policy.pool.parked_index.POLICIES``; None parks nothing.
         full_graphs: whether steps that load KV may run in FULL CUDA graphs, with the copies
             inside. Not yet proven on a GPU.
         emulated_link_gbps: speed that the host driver's link is held to, GB/s per direction;

@@ -22,9 +22,9 @@ from benchmarks.gpu.harness.compute import (
     shape,
 )
 from benchmarks.gpu.harness.context import Context
-from pie_vllm.policy.geometry import Geometry
-from pie_vllm.transfer.engine import TransferEngine
-from pie_vllm.transfer.streams import DriverStream
+from pie_vllm.engine.streams import DriverStream
+from pie_vllm.engine.transfer_engine import TransferEngine
+from pie_vllm.geometry import Geometry
 
 LAYERS, SLOTS = 8, 2
 PAIRS = [(a, b) for a in range(LAYERS) for b in range(LAYERS) if a != b and (a - b) % SLOTS == 0]

@@ -36,8 +36,8 @@ from benchmarks.gpu.harness.compute import (
 )
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.stepping import empty_step
-from pie_vllm.transfer.engine import TransferEngine
-from pie_vllm.transfer.streams import DriverEvent, DriverStream, row_page
+from pie_vllm.engine.streams import DriverEvent, DriverStream, row_page
+from pie_vllm.engine.transfer_engine import TransferEngine
 
 
 def run(context: Context) -> None:

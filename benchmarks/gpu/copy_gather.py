@@ -16,7 +16,7 @@ from benchmarks.gpu.copy_plans import KIB, Sizes
 from benchmarks.gpu.harness.compute import Compute, middle, new_stream, timed_event
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.machine import load_cuda
-from pie_vllm.transfer.gather import ENTRY, GatherImage, gather_image
+from pie_vllm.engine.gather import ENTRY, GatherImage, gather_image
 
 CTAS = (1, 2, 4, 8, 12)
 THREADS = 512

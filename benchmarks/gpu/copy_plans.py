@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from benchmarks.gpu.harness.compute import granularity, in_chunks, middle, shape
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.stepping import TIMED_EVERY
-from pie_vllm.policy.plan import Copy, StepPlan
-from pie_vllm.transfer.engine import TransferEngine
-from pie_vllm.transfer.streams import counters
+from pie_vllm.engine.streams import counters
+from pie_vllm.engine.transfer_engine import TransferEngine
+from pie_vllm.plan import Copy, StepPlan
 
 KIB, MIB = 1 << 10, 1 << 20
 DIRECTIONS = ("load", "store", "both")

@@ -21,7 +21,7 @@ from benchmarks.gpu.harness.compute import granularity
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.engines import EngineError, EngineProcess
 from benchmarks.gpu.harness.models import TINY, Shape, small_model, write_random
-from pie_vllm.policy.geometry import round_up
+from pie_vllm.geometry import round_up
 
 REFUSED = "--block-manager pie does not support"
 ENGINE_SECONDS, DRY_SECONDS = 75, 15

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.machine import driver_cuda_version, load_cuda, smi
 from benchmarks.gpu.harness.native import LIBRARY, build_script, reason_to_build
-from pie_vllm.memory.host import available_host_bytes, mem_available_bytes
+from pie_vllm.engine.host_memory import available_host_bytes, mem_available_bytes
 
 ATTRIBUTES = {
     "multiprocessors": 16,
@@ -143,8 +143,8 @@ def nvrtc() -> str:
 
 def granularity_text(driver: str) -> int | str:
     """What the engine's driver maps in one piece, or why it cannot tell."""
+    from pie_vllm.engine.native import driver_granularity
     from pie_vllm.errors import PieError
-    from pie_vllm.transfer.native import driver_granularity
 
     try:
         return driver_granularity(driver)

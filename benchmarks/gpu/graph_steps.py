@@ -26,11 +26,11 @@ from benchmarks.gpu.harness.compute import (
 )
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.decode import SMALL, WRITTEN, LayerShape
+from pie_vllm.engine.gather import GatherImage, Images, device_arch, gather_image
+from pie_vllm.engine.link_calibration import measure_link
+from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import PieError
-from pie_vllm.policy.plan import Copy, StepPlan
-from pie_vllm.transfer.calibration import measure_link
-from pie_vllm.transfer.engine import TransferEngine
-from pie_vllm.transfer.gather import GatherImage, Images, device_arch, gather_image
+from pie_vllm.plan import Copy, StepPlan
 
 SHARES = (0.1, 0.25, 0.5, 0.8)
 """Of what the link brings while the layers compute."""

@@ -22,7 +22,7 @@ from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.engines import EngineProcess
 from benchmarks.gpu.harness.models import EIGHT_B, TINY, Shape, write_config
 from benchmarks.gpu.harness.sides import Side, common, engines, in_one_process
-from pie_vllm.transfer.calibration import measure_link
+from pie_vllm.engine.link_calibration import measure_link
 
 STREAMING_SIDES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("streaming", "pie", {}),

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.gpu.harness.context import Context
-from pie_vllm.memory.host import available_host_bytes
+from pie_vllm.engine.host_memory import available_host_bytes
 
 GIB = 1 << 30
 WANTED = 48 * GIB

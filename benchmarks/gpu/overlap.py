@@ -27,9 +27,9 @@ from benchmarks.gpu.harness.decode import SMALL, WRITTEN, LayerShape, Model
 from benchmarks.gpu.harness.inputs import SmallCopies
 from benchmarks.gpu.harness.stepping import TIMED_EVERY
 from benchmarks.harness.stats import percentile
-from pie_vllm.policy.plan import Copy, StepPlan
-from pie_vllm.transfer.calibration import measure_link
-from pie_vllm.transfer.engine import TransferEngine
+from pie_vllm.engine.link_calibration import measure_link
+from pie_vllm.engine.transfer_engine import TransferEngine
+from pie_vllm.plan import Copy, StepPlan
 
 SHARES = (0.0, 0.25, 0.5, 0.8, 0.95, 1.1, 1.5, 2.0)
 """Of what the link brings while the layers compute; 0 is gates and stores alone."""

@@ -13,8 +13,8 @@ from benchmarks.gpu.harness.compute import Compute, compute_of, granularity, mid
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.machine import device_free_bytes
 from benchmarks.harness.stats import percentile
-from pie_vllm.policy.geometry import Geometry, page_table_bytes
-from pie_vllm.transfer.engine import TransferEngine
+from pie_vllm.engine.transfer_engine import TransferEngine
+from pie_vllm.geometry import Geometry, page_table_bytes
 
 MIB = 1 << 20
 PAGE = 65536

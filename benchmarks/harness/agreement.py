@@ -11,11 +11,11 @@ from typing import Any
 
 from benchmarks.harness.rounds import Figures
 from benchmarks.harness.step_times import Step, fit, slowed_by_loads
-from pie_vllm.policy.decider import Decider
-from pie_vllm.policy.detector import Prior
-from pie_vllm.policy.geometry import Geometry
-from pie_vllm.policy.simulator import Simulation, run_stock
-from pie_vllm.policy.traces import Job, Outcome, Profile
+from pie_vllm.geometry import Geometry
+from pie_vllm.plan import Prior
+from pie_vllm.policy.control.decider import Decider
+from pie_vllm.simulation.simulator import Simulation, run_stock
+from pie_vllm.simulation.traces import Job, Outcome, Profile
 
 
 def add_simulated(

@@ -21,7 +21,7 @@ from benchmarks.harness.scheduler_side import (
     difference_of,
     two_sides,
 )
-from pie_vllm.policy.geometry import Geometry
+from pie_vllm.geometry import Geometry
 from tests.helpers import scheduling
 
 RESIDENTS = 14_000

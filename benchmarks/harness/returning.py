@@ -6,8 +6,8 @@ import random
 from dataclasses import replace
 
 from benchmarks.harness.cases import BLOCK_TOKENS, LAYERS, Case, geometry
-from pie_vllm.policy.decider import Decider, Decision
-from pie_vllm.policy.traces import Job, Profile
+from pie_vllm.policy.control.decider import Decider, Decision
+from pie_vllm.simulation.traces import Job, Profile
 
 
 def returning_case(seed: int) -> Case:

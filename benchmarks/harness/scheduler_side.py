@@ -11,12 +11,12 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 
-from pie_vllm.policy.detector import Observation
-from pie_vllm.policy.elastic import PoolState
-from pie_vllm.policy.geometry import Geometry
-from pie_vllm.policy.step_model import OFTEN
-from pie_vllm.vllm.metrics import Totals
-from pie_vllm.vllm.scheduler import PieSchedulerMixin
+from pie_vllm.geometry import Geometry
+from pie_vllm.plan import PoolState
+from pie_vllm.policy.control.detector import Observation
+from pie_vllm.policy.control.step_time_model import OFTEN
+from pie_vllm.vllm.scheduler_side.metrics import Totals
+from pie_vllm.vllm.scheduler_side.scheduler import PieSchedulerMixin
 from tests.helpers import scheduling
 
 BLOCK_SIZE = 16

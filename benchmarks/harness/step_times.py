@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.harness.in_process import scheduler_of
-from pie_vllm.policy.plan import num_copied
-from pie_vllm.policy.traces import Profile
+from pie_vllm.plan import num_copied
+from pie_vllm.simulation.traces import Profile
 
 
 class Step(NamedTuple):

@@ -10,15 +10,15 @@ __all__ = ["PieBlockSpaceManager", "PieCacheEngine", "counters"]
 def __getattr__(name: str) -> Any:
     """Import the public classes on first use: vLLM loads this package early."""
     if name == "PieBlockSpaceManager":
-        from pie_vllm.vllm.manager import PieBlockSpaceManager
+        from pie_vllm.vllm.scheduler_side.manager import PieBlockSpaceManager
 
         return PieBlockSpaceManager
     if name == "PieCacheEngine":
-        from pie_vllm.vllm.cache_engine import PieCacheEngine
+        from pie_vllm.vllm.worker_side.cache_engine import PieCacheEngine
 
         return PieCacheEngine
     if name == "counters":
-        from pie_vllm.vllm.metrics import counters
+        from pie_vllm.vllm.scheduler_side.metrics import counters
 
         return counters
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,10 +27,10 @@ from pie_vllm.vllm.wanted import wants_pie
 
 logger = logging.getLogger("vllm.pie")
 
-SCHEDULER = "pie_vllm.vllm.scheduler.make_scheduler"
+SCHEDULER = "pie_vllm.vllm.scheduler_side.scheduler.make_scheduler"
 WORKERS = {
-    "cpu": "pie_vllm.vllm.cpu_worker.PieCPUWorker",
-    "cuda": "pie_vllm.vllm.gpu_worker.PieGPUWorker",
+    "cpu": "pie_vllm.vllm.worker_side.cpu_worker.PieCPUWorker",
+    "cuda": "pie_vllm.vllm.worker_side.gpu_worker.PieGPUWorker",
 }
 """Worker class by kind of device; each is imported on its own platform only."""
 
@@ -233,14 +233,15 @@ def _configure(args: Any) -> None:
     """Set the classes that pie needs in the engine arguments, after checks."""
     from vllm.platforms import current_platform
 
-    from pie_vllm.transfer.native import load_library
-    from pie_vllm.vllm import compat, compat_weights, refusals, settings
+    from pie_vllm.engine.native import load_library
+    from pie_vllm.vllm import refusals, settings
+    from pie_vllm.vllm.compat import engine_core, loggers, patching, weights
     from pie_vllm.vllm.plugin import engage
 
-    compat.check_version()
-    compat.check_engine_core()
-    compat.check_metrics()
-    compat_weights.check_weights()
+    patching.check_version()
+    engine_core.check_engine_core()
+    loggers.check_metrics()
+    weights.check_weights()
     load_library()  # A missing or foreign build must show before the model loads.
     taken = settings.take(args.additional_config)
     worker = worker_class(device_of(current_platform))
@@ -286,7 +287,7 @@ def worker_class(device_type: str) -> str:
 
 def _check_pool(args: Any, size: float | None, platform: Any) -> None:
     """Refuse a pool of so many GiB that cannot fit, before the model loads."""
-    from pie_vllm.memory.pool_size import check_pool_fits
+    from pie_vllm.engine.pool_size import check_pool_fits
 
     if size is not None:
         device = args.kv_cache_memory_bytes if platform.is_cpu() else 0

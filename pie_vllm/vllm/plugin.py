@@ -12,7 +12,7 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
-from pie_vllm.vllm.loading import once_loaded
+from pie_vllm.vllm.compat.loading import once_loaded
 
 ENGINE_ARGS = "vllm.engine.arg_utils"
 """The module of vLLM that is patched for those who may ask for pie."""
@@ -53,10 +53,11 @@ def engage() -> None:
 
     Called where pie is configured, and where its settings arrive from another process.
     """
-    from pie_vllm.vllm import compat, compat_weights, handshake, prometheus
+    from pie_vllm.vllm.compat import engine_core, loggers, weights
+    from pie_vllm.vllm.scheduler_side import handshake, prometheus
 
-    compat.after_kv_caches(handshake.give_geometry_to_scheduler, handshake.check_classes)
-    compat_weights.after_new_weights(handshake.forget_kv_of_old_weights)
-    compat_weights.after_new_adapter("add_lora", handshake.adapter_added)
-    compat_weights.after_new_adapter("remove_lora", handshake.adapter_removed)
-    compat.with_prometheus_logger(prometheus.extend)
+    engine_core.after_kv_caches(handshake.give_geometry_to_scheduler, handshake.check_classes)
+    weights.after_new_weights(handshake.forget_kv_of_old_weights)
+    weights.after_new_adapter("add_lora", handshake.adapter_added)
+    weights.after_new_adapter("remove_lora", handshake.adapter_removed)
+    loggers.with_prometheus_logger(prometheus.extend)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pie_vllm.errors import UnsupportedError
-from pie_vllm.vllm import compat_graphs
+from pie_vllm.vllm.compat import cuda_graphs
 
 _PLAIN = ("auto", "float32", "bfloat16", "float16")
 CACHE_DTYPES = {"cpu": _PLAIN, "cuda": (*_PLAIN, "fp8", "fp8_e4m3", "fp8_e5m2")}
@@ -265,7 +265,7 @@ def check_graphs(compilation: Any) -> None:
     if not compilation.cudagraph_mode:
         return
     check_graph_mode(compilation.cudagraph_mode)
-    if compat_graphs.breakable_graphs():
+    if cuda_graphs.breakable_graphs():
         raise _refuse(
             "breakable CUDA graphs (VLLM_USE_BREAKABLE_CUDAGRAPH=1, which vLLM sets for some "
             "models)",

@@ -6,8 +6,8 @@ from typing import Any
 
 from pie_vllm.config import SETTINGS_KEY, PieConfig
 from pie_vllm.errors import UnsupportedError
-from pie_vllm.policy.detector import Prior
-from pie_vllm.policy.geometry import Geometry
+from pie_vllm.geometry import Geometry
+from pie_vllm.plan import Prior
 from pie_vllm.vllm.wanted import wants_pie
 
 __all__ = ["PieSettings", "of", "take", "wants_pie"]

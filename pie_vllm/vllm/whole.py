@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from pie_vllm.errors import ConfigError
-from pie_vllm.policy.geometry import cdiv
+from pie_vllm.geometry import cdiv
 
 
 class Whole(NamedTuple):

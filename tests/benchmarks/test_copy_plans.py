@@ -15,7 +15,7 @@ from benchmarks.gpu.harness import compute
 from benchmarks.gpu.harness.compute import MOST_CHUNK, granularity, in_chunks, shape
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.records import Reporter, collect, failed_checks
-from pie_vllm.transfer.engine import TransferEngine
+from pie_vllm.engine.transfer_engine import TransferEngine
 from tests.helpers import standin as builds
 from tests.helpers.standin import Standin, load
 

@@ -18,7 +18,7 @@ from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.engines import EngineError
 from benchmarks.gpu.harness.native import ROOT
 from benchmarks.gpu.harness.records import Reporter, collect, failed_checks
-from pie_vllm.transfer.engine import TransferEngine
+from pie_vllm.engine.transfer_engine import TransferEngine
 
 
 def modules() -> list[Path]:

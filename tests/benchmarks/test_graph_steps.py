@@ -17,7 +17,7 @@ from benchmarks.gpu.harness.captured import CapturedModel
 from benchmarks.gpu.harness.compute import Compute
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.records import Reporter, collect
-from pie_vllm.memory.arena import DeviceArena
+from pie_vllm.engine.arena import DeviceArena
 from tests.helpers import cuda_on_cpu, standin
 from tests.helpers.cuda_on_cpu import Touch
 from tests.helpers.gather_kernel import IMAGE, GatherKernel

@@ -74,7 +74,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _worker_class() -> type:
-    from pie_vllm.vllm.cpu_worker import PieCPUWorker
+    from pie_vllm.vllm.worker_side.cpu_worker import PieCPUWorker
 
     prepare()
 
@@ -96,7 +96,7 @@ def _worker_class() -> type:
 
 def driver_granularity() -> int:
     """Of the CUDA driver."""
-    from pie_vllm.transfer import native
+    from pie_vllm.engine import native
 
     return native.driver_granularity("cuda")
 
@@ -105,7 +105,7 @@ def prepare() -> None:
     """Load the stand-in, whose device memory torch can read."""
     import torch
 
-    from pie_vllm.memory.arena import DeviceArena
+    from pie_vllm.engine.arena import DeviceArena
 
     standin.load()
     if getattr(DeviceArena.tensor, "of_standin", False):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from pie_vllm.policy.decider import Decision
-from pie_vllm.policy.detector import Detector
-from pie_vllm.policy.traces import Static
+from pie_vllm.policy.control.decider import Decision
+from pie_vllm.policy.control.detector import Detector
+from pie_vllm.simulation.traces import Static
 
 
 class Fixed(Static):

@@ -23,7 +23,7 @@ from tests.helpers.model import REPOSITORY
 
 SEAM = REPOSITORY / "pie_vllm" / "vllm"
 EXPECTATIONS = ("expect", "expect_in_order")
-"""Functions of ``compat`` that check a line of vLLM."""
+"""Functions of ``patching`` that check a line of vLLM."""
 
 
 def find(name: str) -> Any:
@@ -37,7 +37,7 @@ def find(name: str) -> Any:
 
 def imported() -> Iterator[str]:
     """Every name that pie imports from vLLM, as ``find`` takes it."""
-    for path in sorted(SEAM.glob("*.py")):
+    for path in sorted(SEAM.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "vllm":
                 yield from (f"{node.module}:{alias.name}" for alias in node.names)
@@ -103,7 +103,7 @@ def _set_in(owner: type) -> set[str]:
 def expected() -> list[str]:
     """The functions of pie that check a line of vLLM, as ``file:function``."""
     sites = set()
-    for path in sorted(SEAM.glob("*.py")):
+    for path in sorted(SEAM.rglob("*.py")):
         for function in ast.walk(ast.parse(path.read_text())):
             if not isinstance(function, ast.FunctionDef) or function.name in EXPECTATIONS:
                 continue
@@ -122,10 +122,12 @@ class Checks:
         self.ran: set[str] = set()
         self.failed: list[str] = []
 
-    def record(self, compat: Any) -> None:
+    def record(self, modules: list[Any]) -> None:
         """Note each check of a line from now on."""
-        for name in EXPECTATIONS:
-            setattr(compat, name, self._recorded(getattr(compat, name)))
+        for module in modules:
+            for name in EXPECTATIONS:
+                if hasattr(module, name):
+                    setattr(module, name, self._recorded(getattr(module, name)))
 
     def _recorded(self, original: Any) -> Any:
         def check(obj: Any, *fragments: str) -> None:
@@ -172,11 +174,10 @@ def runners() -> Iterator[Any]:
 
 def check_lines() -> Checks:
     """Run all checks of vLLM's lines, on the classes of both kinds of runners."""
-    from pie_vllm.vllm import compat
-
+    compat = sorted((SEAM / "compat").glob("[a-z]*.py"))
+    modules = [import_module(f"pie_vllm.vllm.compat.{path.stem}") for path in compat]
     checks = Checks()
-    checks.record(compat)
-    modules = [compat, *(import_module(f"pie_vllm.vllm.{p.stem}") for p in SEAM.glob("compat_*"))]
+    checks.record(modules)
     for module in modules:
         for name, function in vars(module).items():
             if name.startswith("check_") and function.__module__ == module.__name__:
@@ -184,19 +185,18 @@ def check_lines() -> Checks:
     from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
     from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 
-    from pie_vllm.vllm import compat_graphs, compat_v2
+    from pie_vllm.vllm.compat import cuda_graphs, engine_core, model_runner
 
-    checks.run(compat.own_block_pool, object)
-    checks.run(compat.own_block_manager, _nothing)
-    checks.run(compat_graphs.breakable_graphs)
-    checks.run(compat_graphs._veto_v1, object.__new__(CudagraphDispatcher), _nothing)
-    checks.run(compat_graphs._veto_v2, object.__new__(ModelCudaGraphManager), _nothing)
+    checks.run(engine_core.own_block_pool, object)
+    checks.run(engine_core.own_block_manager, _nothing)
+    checks.run(cuda_graphs.breakable_graphs)
+    checks.run(cuda_graphs._veto_v1, object.__new__(CudagraphDispatcher), _nothing)
+    checks.run(cuda_graphs._veto_v2, object.__new__(ModelCudaGraphManager), _nothing)
     for runner in runners():
-        pass_of = compat_v2.forward_pass if compat.is_v2(runner) else compat._forward_pass
-        checks.run(pass_of, runner)
-        checks.run(compat.own_allocation, runner, _nothing)
-        checks.run(compat_graphs.full_graphs, runner)
-        checks.run(compat.before_inputs, runner, _nothing)
+        checks.run(model_runner.of(runner).forward_pass, runner)
+        checks.run(model_runner.own_allocation, runner, _nothing)
+        checks.run(cuda_graphs.full_graphs, runner)
+        checks.run(model_runner.before_inputs, runner, _nothing)
     return checks
 
 

@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from pie_vllm.memory.keeper import PoolKeeper
-from pie_vllm.policy.elastic import PoolOrder, PoolState
-from pie_vllm.policy.plan import StepPlan
-from pie_vllm.transfer.engine import TransferEngine
-from pie_vllm.transfer.stats import StepStats
-from pie_vllm.transfer.streams import DriverEvent, DriverStream
+from pie_vllm.engine.pool_keeper import PoolKeeper
+from pie_vllm.engine.step_stats import StepStats
+from pie_vllm.engine.streams import DriverEvent, DriverStream
+from pie_vllm.engine.transfer_engine import TransferEngine
+from pie_vllm.plan import PoolOrder, PoolState, StepPlan
 from tests.helpers.tagrunner import Work, check
 
 LAYER_TAG = 1 << 40

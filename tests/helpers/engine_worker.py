@@ -25,7 +25,7 @@ from tests.helpers.v2_on_cpu import enable
 
 
 def _lose(runner: Any, relabels: Any) -> None:
-    """In place of ``compat.relabel_rows``: the worker's tables keep the old ids."""
+    """In place of ``model_runner.relabel_rows``: the worker's tables keep the old ids."""
 
 
 def _fuse_write(context: dict[str, Any], layer: int) -> None:
@@ -41,18 +41,18 @@ class Engine:
         from vllm import LLM
 
         import pie_vllm
-        from pie_vllm.vllm import compat
+        from pie_vllm.vllm.compat import model_runner
 
         self.settings = settings
-        self._relabel = compat.relabel_rows
+        self._relabel = model_runner.relabel_rows
         if settings["lost_relabels"]:
-            compat.relabel_rows = _lose
+            model_runner.relabel_rows = _lose
         more = {} if settings["pie"] is None else pie_vllm.engine_args(**settings["pie"])
         began = time.process_time()
         try:
             self.llm = LLM(**{"disable_log_stats": True, **settings["llm"]}, **more)
         except BaseException:
-            compat.relabel_rows = self._relabel
+            model_runner.relabel_rows = self._relabel
             raise
         self.start_seconds = time.process_time() - began
         self.core = self.llm.llm_engine.engine_core.engine_core
@@ -177,9 +177,9 @@ class Engine:
 
     def close(self) -> None:
         """Give everything back, so that the next engine can start in this process."""
-        from pie_vllm.vllm import compat
+        from pie_vllm.vllm.compat import model_runner
 
-        compat.relabel_rows = self._relabel
+        model_runner.relabel_rows = self._relabel
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm, self.core, self.recorder, self.failing
         gc.unfreeze()  # vLLM froze its own objects.

@@ -10,8 +10,8 @@ from zlib import crc32
 import numpy as np
 from vllm.v1.outputs import ModelRunnerOutput
 
-from pie_vllm.policy.geometry import Geometry
-from pie_vllm.policy.plan import Copy, StepPlan
+from pie_vllm.geometry import Geometry
+from pie_vllm.plan import Copy, StepPlan
 from tests.helpers.tagrunner import MASK, VOCABULARY, DictMemory, TagRunner
 
 SPOILT = 0x2AAAAAAA

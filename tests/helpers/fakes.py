@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pie_vllm.policy.entries import PrefixEntries
-from pie_vllm.policy.geometry import Geometry
-from pie_vllm.policy.residency import Residency
-from pie_vllm.policy.simulated_cache import Block, Free, give_back
+from pie_vllm.geometry import Geometry
+from pie_vllm.policy.placement.interfaces import PrefixEntries
+from pie_vllm.policy.placement.residency import Residency
+from pie_vllm.simulation.prefix_cache import Block, Free, give_back
 
 
 class FakeBlock(Block):

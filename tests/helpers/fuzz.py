@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from typing import Any, NamedTuple
 
-from pie_vllm.policy.elastic import FREE_MARGIN, ElasticPool, PoolOrder
-from pie_vllm.policy.geometry import Geometry, cdiv
+from pie_vllm.geometry import Geometry, cdiv
+from pie_vllm.plan import PoolOrder
+from pie_vllm.policy.control.elastic_pool import FREE_MARGIN, ElasticPool
 from tests.helpers import scheduling
 from tests.helpers.deciders import Fixed, Wavering
 from tests.helpers.progress import Progress

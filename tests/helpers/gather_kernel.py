@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from pie_vllm.transfer.gather import ENTRY, GatherImage, NoGather
+from pie_vllm.engine.gather import ENTRY, GatherImage, NoGather
 from tests.helpers.builds import build_once
 from tests.helpers.standin import BUILDS, FLAGS, SOURCES, Standin, compile_native, load
 

@@ -44,14 +44,14 @@ def _worker_class() -> type:
     from vllm.forward_context import get_forward_context
     from vllm.v1.worker.cpu_worker import CPUWorker
 
-    from pie_vllm.vllm import cache_engine, graphs
-    from pie_vllm.vllm.worker import PieWorkerMixin
+    from pie_vllm.vllm.worker_side import cache_engine, full_graphs
+    from pie_vllm.vllm.worker_side.worker import PieWorkerMixin
     from tests.helpers.gather_kernel import GatherKernel, any_image
 
     cuda_on_cpu.prepare()
     GatherKernel(standin.load())
-    replaced: Any = cache_engine, graphs.FullGraphs
-    replaced[0].use_graphs = partial(graphs.use_graphs, images=any_image)
+    replaced: Any = cache_engine, full_graphs.FullGraphs
+    replaced[0].use_graphs = partial(full_graphs.use_graphs, images=any_image)
     if os.environ[SWITCH] == "untold":
         replaced[1].before_replay = _only_note
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pie_vllm.policy.parked import ParkedIndex
+from pie_vllm.policy.pool.parked_index import ParkedIndex
 
 
 class NaiveLru:

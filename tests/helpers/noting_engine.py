@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from pie_vllm.config import PieConfig
+from pie_vllm.engine.step_stats import StepStats
 from pie_vllm.errors import TransferError
-from pie_vllm.policy.plan import Copy, StepPlan
-from pie_vllm.transfer.stats import StepStats
-from pie_vllm.vllm import cache_engine, compat, compat_graphs
-from pie_vllm.vllm.cache_engine import PieCacheEngine
+from pie_vllm.plan import Copy, StepPlan
+from pie_vllm.vllm.compat import cuda_graphs, patching
+from pie_vllm.vllm.worker_side import cache_engine
+from pie_vllm.vllm.worker_side.cache_engine import PieCacheEngine
 from tests.helpers import scheduling
 
 GEOMETRY = scheduling.geometry(8, 12)
@@ -63,7 +64,7 @@ class Engine:
 def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cache engines have such an engine, and change nothing else of a runner than its graphs."""
     monkeypatch.setattr(cache_engine, "TransferEngine", Engine)
-    monkeypatch.setattr(compat, "before_inputs", lambda _, __: None)
+    monkeypatch.setattr(patching, "before_inputs", lambda _, __: None)
     monkeypatch.setattr(cache_engine, "use_graphs", lambda *_, **__: "used")
 
 
@@ -77,7 +78,7 @@ def opened(full_graphs: bool = True) -> tuple[PieCacheEngine, Engine]:
 
 def warm_up(pie: PieCacheEngine, runner: Any, passes: int | None = None) -> None:
     """Pass the gates once for each FULL graph of the runner, as its captures do."""
-    count = len(compat_graphs.full_graphs(runner)) if passes is None else passes
+    count = len(cuda_graphs.full_graphs(runner)) if passes is None else passes
     with pie.warm_up(runner, lambda: True, lambda: STREAM):
         for _ in range(count):
             forward(pie)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from pie_vllm.policy.parking import Parking
+from pie_vllm.policy.pool.parked_kv import Parking
 from tests.helpers import scheduling
 from tests.helpers.deciders import Fixed
 from tests.helpers.fuzz import BLOCK_SIZE, make_driver

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pie_vllm.policy.geometry import Geometry
-from pie_vllm.policy.restoring import restore
+from pie_vllm.geometry import Geometry
+from pie_vllm.policy.admission.restore import restore
 from tests.helpers.fakes import FakePool
 
 

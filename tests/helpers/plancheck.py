@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from pie_vllm.policy.plan import Copy, StepPlan
-from pie_vllm.policy.residency import Residency
+from pie_vllm.plan import Copy, StepPlan
+from pie_vllm.policy.placement.residency import Residency
 
 
 class PlanCheck:

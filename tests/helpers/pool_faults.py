@@ -39,9 +39,9 @@ def __getattr__(name: str) -> Any:
 
 def _worker_class() -> type:
     from pie_vllm.errors import TransferError
-    from pie_vllm.policy.geometry import plan_geometry
-    from pie_vllm.vllm import worker
-    from pie_vllm.vllm.cpu_worker import PieCPUWorker
+    from pie_vllm.geometry import plan_geometry
+    from pie_vllm.vllm.worker_side import worker
+    from pie_vllm.vllm.worker_side.cpu_worker import PieCPUWorker
 
     faults = json.loads(os.environ[SWITCH])
     patched: Any = partial(plan_geometry, chunk_bytes=faults["chunk_bytes"])

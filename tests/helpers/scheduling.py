@@ -29,9 +29,9 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 import pie_vllm
 from pie_vllm.config import parse_parking
-from pie_vllm.policy.geometry import Geometry
+from pie_vllm.geometry import Geometry
 from pie_vllm.vllm import settings
-from pie_vllm.vllm.scheduler import make_scheduler
+from pie_vllm.vllm.scheduler_side.scheduler import make_scheduler
 from tests.helpers.model import model_path
 from tests.helpers.plancheck import plan_check
 from tests.helpers.tagrunner import TagRunner, continuation

@@ -51,10 +51,10 @@ def register() -> None:
     """Patch pie's cache engine, in a process that was asked to; it is made in workers only."""
     if not os.environ.get(SWITCH):
         return
-    from pie_vllm.vllm.loading import once_loaded
+    from pie_vllm.vllm.compat.loading import once_loaded
 
-    once_loaded("pie_vllm.vllm.cache_engine", _patch)
-    once_loaded("pie_vllm.vllm.worker", _small_chunks)
+    once_loaded("pie_vllm.vllm.worker_side.cache_engine", _patch)
+    once_loaded("pie_vllm.vllm.worker_side.worker", _small_chunks)
 
 
 def _small_chunks(module: Any) -> None:
@@ -63,8 +63,8 @@ def _small_chunks(module: Any) -> None:
 
 
 def _patch(module: Any) -> None:
+    from pie_vllm.engine.streams import inject
     from pie_vllm.errors import TransferError
-    from pie_vllm.transfer.streams import inject
 
     shares = json.loads(os.environ[SWITCH])
     rng = random.Random(7)

@@ -1,7 +1,7 @@
 """A stand-in for libcuda on host memory, for tests: built when needed, loaded once a process.
 
-It checks what CUDA leaves to luck (``libcuda/standin.h``): addresses, life times, order. Tests end
-with ``violations()`` and ``live()`` empty. It is never shipped.
+It checks what CUDA leaves to luck (tests/standin/standin.h): addresses, life times, order. Tests
+end with ``violations()`` and ``live()`` empty. It is never shipped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from tests.helpers.builds import build_once
 
-SOURCES = Path(__file__).resolve().parent / "libcuda"
+SOURCES = Path(__file__).resolve().parents[1] / "standin"
 BUILDS = Path(__file__).resolve().parents[2] / "build" / "standin-cuda"
 NAME = "libcuda.so.1"
 ENVIRONMENT = "PIE_STANDIN"

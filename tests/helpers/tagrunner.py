@@ -19,9 +19,8 @@ from zlib import crc32
 import numpy as np
 from vllm.v1.outputs import ModelRunnerOutput
 
-from pie_vllm.policy.elastic import PoolOrder, PoolState
-from pie_vllm.policy.geometry import Geometry
-from pie_vllm.policy.plan import StepPlan
+from pie_vllm.geometry import Geometry
+from pie_vllm.plan import PoolOrder, PoolState, StepPlan
 
 MASK = (1 << 31) - 1
 VOCABULARY = 997

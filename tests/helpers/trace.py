@@ -7,8 +7,8 @@ from dataclasses import astuple
 from itertools import chain
 from pathlib import Path
 
-from pie_vllm.policy.geometry import Geometry
-from pie_vllm.policy.plan import Copy, StepPlan
+from pie_vllm.geometry import Geometry
+from pie_vllm.plan import Copy, StepPlan
 from tests.helpers.tagrunner import DictMemory, Work
 
 

@@ -145,8 +145,8 @@ def test_minutes_of_faults_change_no_token(
     with make_server(model, "soak-faults", SOON_IDLE, *lora) as server:
         server.start()
         adapters = Adapters(server.url, tmp_path / ADAPTER, model)
-        with sampling(server) as samples, beside(stopping(server)), beside(adapters.work):
-            answers = bursts(server.url)
+        with sampling(server) as samples, beside(stopping(server)):
+            answers = bursts(server.url, adapters)
         curve = [{title: used.private_bytes // MIB for title, used in s.items()} for s in samples]
         (LOGS / "soak-faults.json").write_text(json.dumps(curve))
         assert [a for a in answers if a.error is not None] == []

@@ -11,7 +11,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import StreamingUpdate
 
 from pie_vllm.errors import UnsupportedError
-from pie_vllm.policy.parking import Tail
+from pie_vllm.policy.pool.parked_kv import Tail
 from tests.helpers import parked_chats, scheduling
 from tests.helpers.deciders import Fixed
 from tests.helpers.fuzz import BLOCK_SIZE, make_driver

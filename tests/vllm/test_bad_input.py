@@ -13,9 +13,9 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 import pie_vllm
+from pie_vllm.engine.native import load_library
+from pie_vllm.engine.pool_size import check_pool_fits
 from pie_vllm.errors import ConfigError, NativeLibraryError, UnsupportedError
-from pie_vllm.memory.pool_size import check_pool_fits
-from pie_vllm.transfer.native import load_library
 from pie_vllm.vllm import refusals
 from pie_vllm.vllm.args import device_of, worker_class
 
@@ -303,7 +303,7 @@ def test_other_devices_are_refused() -> None:
     assert device_of(SimpleNamespace(is_rocm=lambda: True, device_type="cuda")) == "rocm"
     assert device_of(SimpleNamespace(is_rocm=lambda: False, device_type="cuda")) == "cuda"
     assert device_of(SimpleNamespace(is_rocm=lambda: False, device_type="")) == "none"
-    assert worker_class("cuda") == "pie_vllm.vllm.gpu_worker.PieGPUWorker"
+    assert worker_class("cuda") == "pie_vllm.vllm.worker_side.gpu_worker.PieGPUWorker"
 
 
 def test_a_missing_native_library_says_how_to_build_it(tmp_path: Path) -> None:

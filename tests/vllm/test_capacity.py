@@ -15,8 +15,8 @@ import pytest
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 
-from pie_vllm.policy.chunk import Chunk
-from pie_vllm.vllm import scheduler as pie_scheduler
+from pie_vllm.policy.admission.chunk import Chunk
+from pie_vllm.vllm.scheduler_side import scheduler as pie_scheduler
 from tests.helpers import scheduling
 from tests.helpers.deciders import Fixed
 from tests.helpers.fuzz import BLOCK_SIZE
@@ -113,6 +113,7 @@ def test_a_chunk_of_half_of_the_residents_is_noticed(monkeypatch: pytest.MonkeyP
     """Negative control: a constant chunk, kept free for the next one too, keeps requests out."""
     monkeypatch.setattr(pie_scheduler, "decide_chunk", lambda *_: Chunk(9 * BLOCK_SIZE, 9))
     monkeypatch.setattr(
-        "pie_vllm.vllm.manager.promised", lambda _, tails, prompts: tails + (prompts and 9 + 1)
+        "pie_vllm.vllm.scheduler_side.manager.promised",
+        lambda _, tails, prompts: tails + (prompts and 9 + 1),
     )
     assert pie("mixed", 21, 80).steps > 1.5 * stock("mixed").steps

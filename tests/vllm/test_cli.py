@@ -245,8 +245,13 @@ def test_python_users_have_two_ways(model: Path, way: str) -> None:
     )
     args = EngineArgs(model=str(model), enforce_eager=True, kv_cache_memory_bytes=1 << 28, **given)
     for found in (args.create_engine_config(), args.create_engine_config()):
-        assert found.scheduler_config.scheduler_cls == "pie_vllm.vllm.scheduler.make_scheduler"
-        assert found.parallel_config.worker_cls == "pie_vllm.vllm.cpu_worker.PieCPUWorker"
+        assert (
+            found.scheduler_config.scheduler_cls
+            == "pie_vllm.vllm.scheduler_side.scheduler.make_scheduler"
+        )
+        assert (
+            found.parallel_config.worker_cls == "pie_vllm.vllm.worker_side.cpu_worker.PieCPUWorker"
+        )
         assert settings.of(found).config == PieConfig(pool_gib=0.25)
         again = pickle.loads(pickle.dumps(settings.of(found)))
         assert again.config == settings.of(found).config

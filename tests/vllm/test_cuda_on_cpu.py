@@ -120,7 +120,7 @@ def test_a_call_that_fails_in_service_costs_a_recompute(
 def test_a_machine_that_cannot_is_refused_at_start(
     cuda_engines: Open, small: Setup, report: Path, settings: str, text: str
 ) -> None:
-    """The way out is in the error; others are in tests/transfer/test_cuda_driver.py."""
+    """The way out is in the error; others are in tests/engine/test_cuda_driver.py."""
     usual = cuda_on_cpu.environment(report)["PIE_STANDIN"]
     engines = cuda_engines(PIE_STANDIN=f"{usual},{settings}")
     with pytest.raises(EngineError, match=text):

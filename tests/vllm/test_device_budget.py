@@ -9,10 +9,10 @@ import pytest
 
 from pie_vllm.config import PieConfig
 from pie_vllm.errors import ConfigError
-from pie_vllm.policy.detector import Prior
-from pie_vllm.policy.geometry import PAGE_TABLE_SHARE, Geometry, page_table_bytes
-from pie_vllm.vllm import worker as module
-from pie_vllm.vllm.worker import PieWorkerMixin
+from pie_vllm.geometry import PAGE_TABLE_SHARE, Geometry, page_table_bytes
+from pie_vllm.plan import Prior
+from pie_vllm.vllm.worker_side import worker as module
+from pie_vllm.vllm.worker_side.worker import PieWorkerMixin
 
 pytestmark = pytest.mark.vllm
 GIB = 1 << 30
@@ -89,7 +89,7 @@ def test_a_pool_whose_tables_leave_nothing_is_refused(monkeypatch: pytest.Monkey
 
 
 def test_the_gpu_worker_keeps_memory_for_tables() -> None:
-    from pie_vllm.vllm.gpu_worker import PieGPUWorker
+    from pie_vllm.vllm.worker_side.gpu_worker import PieGPUWorker
 
     assert PieGPUWorker.pie_pool_has_tables
     assert not PieWorkerMixin.pie_pool_has_tables

@@ -10,9 +10,9 @@ import weakref
 import pytest
 import torch
 
+from pie_vllm.engine.arena import DeviceArena
 from pie_vllm.errors import TransferError, UnsupportedError
-from pie_vllm.memory.arena import DeviceArena
-from pie_vllm.policy.geometry import Geometry, plan_geometry
+from pie_vllm.geometry import Geometry, plan_geometry
 
 pytestmark = pytest.mark.vllm
 
@@ -89,8 +89,8 @@ def test_memory_of_a_device_with_a_number_is_a_tensor_of_it(
 @pytest.mark.parametrize(
     ("mine", "other"),
     [
-        ("pie_vllm.vllm.gpu_worker", "vllm.v1.worker.cpu_worker"),
-        ("pie_vllm.vllm.cpu_worker", "pie_vllm.vllm.gpu_worker"),
+        ("pie_vllm.vllm.worker_side.gpu_worker", "vllm.v1.worker.cpu_worker"),
+        ("pie_vllm.vllm.worker_side.cpu_worker", "pie_vllm.vllm.worker_side.gpu_worker"),
     ],
 )
 def test_a_worker_imports_no_other_devices_worker(mine: str, other: str) -> None:

@@ -12,9 +12,9 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
 
 from pie_vllm.errors import CopyError, TransferError
-from pie_vllm.policy.plan import StepPlan
-from pie_vllm.vllm import gate
-from pie_vllm.vllm.cache_engine import PieCacheEngine
+from pie_vllm.plan import StepPlan
+from pie_vllm.vllm.worker_side import gate
+from pie_vllm.vllm.worker_side.cache_engine import PieCacheEngine
 from tests.helpers import fuzz, scheduling
 from tests.helpers.engine import Engines, Setup, request, round_
 from tests.helpers.engine_load import chats, tokens
@@ -99,7 +99,7 @@ def test_answers_are_right_whatever_fails(
     The model reads what is there, so an answer is right only where each of its tokens came from a
     step whose context was right.
     """
-    monkeypatch.setattr("pie_vllm.vllm.recovery.MOST_IN_A_ROW", 1000)
+    monkeypatch.setattr("pie_vllm.vllm.scheduler_side.recovery.MOST_IN_A_ROW", 1000)
     total: Counter[str] = Counter()
     for seed in range(20):
         total += run(seed, asynchronous=asynchronous)

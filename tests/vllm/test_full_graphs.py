@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from vllm.config import CUDAGraphMode
 
+from pie_vllm.engine import gather
+from pie_vllm.engine.gather import GatherImage, NoGather
+from pie_vllm.engine.link_calibration import UNMEASURED_CTAS
 from pie_vllm.errors import GateError, TransferError, UnsupportedError
-from pie_vllm.policy.detector import Observation
-from pie_vllm.policy.stalls import MOST_WAITING
-from pie_vllm.transfer import gather
-from pie_vllm.transfer.calibration import UNMEASURED_CTAS
-from pie_vllm.transfer.gather import GatherImage, NoGather
-from pie_vllm.vllm import graphs
-from pie_vllm.vllm.cache_engine import PieCacheEngine
-from pie_vllm.vllm.metrics import Totals
+from pie_vllm.policy.control.detector import Observation
+from pie_vllm.policy.control.stall_samples import MOST_WAITING
+from pie_vllm.vllm.scheduler_side.metrics import Totals
+from pie_vllm.vllm.worker_side import full_graphs
+from pie_vllm.vllm.worker_side.cache_engine import PieCacheEngine
 from tests.helpers import scheduling
 from tests.helpers.graph_runners import v1_graphs, v2_graphs, without_device
 from tests.helpers.noting_engine import (
@@ -219,16 +219,16 @@ def test_a_device_without_the_kernel_refuses_the_flag(monkeypatch: pytest.Monkey
     engine: Any = Engine()
     monkeypatch.setattr(gather, "device_arch", lambda _: None)
     with pytest.raises(UnsupportedError, match=r"runs no kernels.*--no-pie-full-graphs"):
-        graphs.use_graphs(engine)
+        full_graphs.use_graphs(engine)
     monkeypatch.setattr(gather, "device_arch", lambda _: "sm_90")
     ahead, now = GatherImage(b"ahead", "ahead"), GatherImage(b"now", "nvrtc")
     with pytest.raises(UnsupportedError, match="no compiler"):
-        graphs.use_graphs(engine, images=images(NoGather("no compiler")))
+        full_graphs.use_graphs(engine, images=images(NoGather("no compiler")))
     assert engine.calls == []
-    graphs.use_graphs(engine, images=images(ahead))
+    full_graphs.use_graphs(engine, images=images(ahead))
     assert engine.calls == [("use_graphs", b"ahead", GEOMETRY.pooled_blocks, UNMEASURED_CTAS)]
     engine.fail = "use_graphs"
     with pytest.raises(UnsupportedError, match="use_graphs failed"):
-        graphs.use_graphs(engine, images=images(now))
+        full_graphs.use_graphs(engine, images=images(now))
     with pytest.raises(UnsupportedError, match="use_graphs failed"):
-        graphs.use_graphs(engine, images=images(ahead, NoGather("no compiler")))
+        full_graphs.use_graphs(engine, images=images(ahead, NoGather("no compiler")))

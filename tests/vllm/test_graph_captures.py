@@ -12,7 +12,7 @@ import pytest
 from vllm.config import CUDAGraphMode
 
 from pie_vllm.errors import UnsupportedError
-from pie_vllm.vllm import compat_graphs
+from pie_vllm.vllm.compat import cuda_graphs
 from tests.helpers.graph_runners import v1_graphs, v2_graphs, without_device
 from tests.helpers.noting_engine import LAYERS, STREAM, forward, in_place, opened, warm_up
 
@@ -38,7 +38,7 @@ def test_each_capture_passes_all_gates(make: Any) -> None:
     with pie.warm_up(runner, lambda: capturing, lambda: STREAM):
         forward(pie)
         assert engine.calls == []
-        for _ in compat_graphs.full_graphs(runner):
+        for _ in cuda_graphs.full_graphs(runner):
             engine.calls.clear()
             capturing = True
             assert not pie.needs_gates(), "vLLM's captures would be kept from their graphs"
@@ -58,7 +58,7 @@ def test_graphs_that_do_not_pass_the_gates_refuse_the_flag(make: Any, fewer: int
     pie, engine = opened()
     runner, _ = make(engine.calls, BOTH)
     pie.install_in_runner(runner)
-    count = len(compat_graphs.full_graphs(runner))
+    count = len(cuda_graphs.full_graphs(runner))
     assert count == 3
     with pytest.raises(
         UnsupportedError, match=rf"{count - fewer} of {count}.*--no-pie-full-graphs"

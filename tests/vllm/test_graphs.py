@@ -12,7 +12,7 @@ import pytest
 from vllm.config import CUDAGraphMode
 
 from pie_vllm.errors import UnsupportedError
-from pie_vllm.vllm import compat, compat_graphs
+from pie_vllm.vllm.compat import cuda_graphs, model_runner
 from tests.helpers.graph_runners import v1, v2, without_device
 
 pytestmark = pytest.mark.vllm
@@ -33,12 +33,12 @@ def test_only_steps_that_copy_lose_their_full_graph(make: Callable[..., Any]) ->
     """They run the PIECEWISE graph of the same size, if there is one."""
     mode = CUDAGraphMode.FULL_AND_PIECEWISE
     runner, dispatch = make(mode)
-    assert compat.is_v2(runner) == (make is not v1)
+    assert model_runner.is_v2(runner) == (make is not v1)
     before = [dispatch(*batch) for batch in BATCHES]
     assert [found for found, _ in before].count(CUDAGraphMode.FULL) == 3
     streaming = False
-    compat_graphs.veto_full_graphs(runner, lambda: streaming)
-    assert compat_graphs.graph_mode(runner) == mode
+    cuda_graphs.veto_full_graphs(runner, lambda: streaming)
+    assert cuda_graphs.graph_mode(runner) == mode
     assert [dispatch(*batch) for batch in BATCHES] == before
     streaming = True
     vetoed = [dispatch(*batch) for batch in BATCHES]
@@ -55,13 +55,13 @@ def test_modes_without_full_graphs_are_not_changed(make: Any, mode: CUDAGraphMod
     """There is nothing to veto."""
     runner, dispatch = make(mode)
     before = [dispatch(*batch) for batch in BATCHES]
-    compat_graphs.veto_full_graphs(runner, lambda: True)
+    cuda_graphs.veto_full_graphs(runner, lambda: True)
     assert [dispatch(*batch) for batch in BATCHES] == before
 
 
 def test_a_full_graph_that_cannot_be_vetoed_is_an_error() -> None:
     """V2 in mode FULL has graphs for any batch; such a mode is refused at start, too."""
     runner, dispatch = v2(CUDAGraphMode.FULL)
-    compat_graphs.veto_full_graphs(runner, lambda: True)
+    cuda_graphs.veto_full_graphs(runner, lambda: True)
     with pytest.raises(UnsupportedError, match="FULL CUDA graph"):
         dispatch(2, 2)

@@ -10,8 +10,8 @@ from collections import Counter
 
 import pytest
 
-from pie_vllm.transfer.engine import TransferEngine
-from pie_vllm.transfer.streams import counters, inject
+from pie_vllm.engine.streams import counters, inject
+from pie_vllm.engine.transfer_engine import TransferEngine
 from tests.helpers.engine_memory import EngineMemory
 from tests.helpers.fuzz import BLOCK_SIZE, make_driver, play, random_case
 

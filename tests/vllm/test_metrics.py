@@ -18,14 +18,14 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 import pie_vllm
+from pie_vllm.engine.pool_keeper import PoolKeeper
 from pie_vllm.errors import TransferError
-from pie_vllm.memory.keeper import PoolKeeper
-from pie_vllm.policy.elastic import PoolOrder
-from pie_vllm.policy.waits import REASONS
-from pie_vllm.vllm import compat
-from pie_vllm.vllm.metrics import Control, Hits, Report, Totals
-from pie_vllm.vllm.prometheus import BY_REASON, COUNTERS, GAUGES
-from pie_vllm.vllm.worker import PieWorkerMixin
+from pie_vllm.plan import PoolOrder
+from pie_vllm.policy.admission.waits import REASONS
+from pie_vllm.vllm.compat import loggers
+from pie_vllm.vllm.scheduler_side.metrics import Control, Hits, Report, Totals
+from pie_vllm.vllm.scheduler_side.prometheus import BY_REASON, COUNTERS, GAUGES
+from pie_vllm.vllm.worker_side.worker import PieWorkerMixin
 from tests.helpers import scheduling
 from tests.helpers.engine import Engines, Setup, request, round_
 from tests.helpers.engine_load import chats
@@ -80,10 +80,10 @@ def test_increments_add_up_and_gauges_follow(model: Path) -> None:
     managers = StatLoggerManager(config(model, **pie_vllm.engine_args(pool_gib=0.1)))
     for totals in (Totals(3, 1000, 300, 0.25, 0.1, 0.004), Totals(5, 1700, 300, 0.5, 0.1, 0.004)):
         stats = SchedulerStats()
-        compat.carry(stats).update(report.changes(totals, residency, CONTROL))
+        loggers.carry(stats).update(report.changes(totals, residency, CONTROL))
         received = over_the_wire(stats)
         managers.record(received, None)
-        assert compat.carry(received) == {}, "vLLM's log line would count them as fetches"
+        assert loggers.carry(received) == {}, "vLLM's log line would count them as fetches"
     again = report.changes(totals, residency, CONTROL)
     assert again == {}, "an idle engine sends nothing"
     found = exported()

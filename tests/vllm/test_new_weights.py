@@ -15,7 +15,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import WorkerBase
 
-from pie_vllm.vllm import compat_weights
+from pie_vllm.vllm.compat import weights
 from pie_vllm.vllm.plugin import engage
 from tests.helpers.fuzz import BLOCK_SIZE
 from tests.helpers.parked_chats import cached_tokens, chat_then_others, driver, parking
@@ -45,7 +45,7 @@ def found_after(call: Callable[[Any], None], workers: Callable[..., Any]) -> int
     return cached_tokens(made, "next")
 
 
-@pytest.mark.parametrize("method", compat_weights.NEW_WEIGHTS)
+@pytest.mark.parametrize("method", weights.NEW_WEIGHTS)
 def test_new_weights_forget_what_is_parked(method: str) -> None:
     """Whichever way they come; the call gets through to the workers."""
     calls: list[Any] = []
@@ -68,7 +68,7 @@ def test_calls_that_nobody_knows_count_as_new_weights(method: Any) -> None:
 
 def test_every_method_of_the_workers_is_classified() -> None:
     """A method of a new release is looked at before it is taken for harmless."""
-    known = {*compat_weights.NEW_WEIGHTS, *compat_weights.SAME_WEIGHTS}
+    known = {*weights.NEW_WEIGHTS, *weights.SAME_WEIGHTS}
     methods = {
         name
         for worker in (WorkerBase, Worker, CPUWorker)
@@ -76,16 +76,16 @@ def test_every_method_of_the_workers_is_classified() -> None:
         if callable(value) and not name.startswith("_")
     }
     assert not methods - known
-    assert not set(compat_weights.NEW_WEIGHTS) & set(compat_weights.SAME_WEIGHTS)
+    assert not set(weights.NEW_WEIGHTS) & set(weights.SAME_WEIGHTS)
 
 
 def test_pies_own_calls_of_the_workers_are_no_new_weights() -> None:
     """To read the counters must not forget the prefix cache."""
-    sources = Path(compat_weights.__file__).parent.glob("*.py")
+    sources = Path(weights.__file__).parents[1].rglob("*.py")
     text = "".join(source.read_text() for source in sources)
     called = set(re.findall(r'collective_rpc\("(\w+)"\)', text))
     assert {"pie_counters", "pie_geometry"} <= called
-    assert called <= set(compat_weights.SAME_WEIGHTS)
+    assert called <= set(weights.SAME_WEIGHTS)
 
 
 LORA = LoRARequest("a", 1, "/a")
@@ -156,4 +156,4 @@ def test_weights_that_failed_to_load_count_as_new() -> None:
 def test_the_line_of_vllm_is_there() -> None:
     """Also once it is patched."""
     engage()
-    compat_weights.check_weights()
+    weights.check_weights()

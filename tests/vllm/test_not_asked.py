@@ -35,7 +35,7 @@ from vllm.engine.arg_utils import EngineArgs
 print("PATCHED", vars(EngineArgs).get("_pie_installed"))
 EngineArgs(model=sys.argv[1], enforce_eager=True).create_engine_config()
 print("OTHERS", [name for name in sys.modules if name in (
-    "pie_vllm.vllm.compat", "pie_vllm.vllm.refusals", "pie_vllm.transfer", "pie_vllm.memory")])
+    "pie_vllm.vllm.compat.patching", "pie_vllm.vllm.refusals", "pie_vllm.engine")])
 """
 
 

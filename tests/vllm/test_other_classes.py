@@ -14,7 +14,7 @@ from vllm.v1.engine.core import EngineCore
 from pie_vllm.errors import UnsupportedError
 from pie_vllm.vllm import args as pie_args
 from pie_vllm.vllm.plugin import engage
-from pie_vllm.vllm.worker import PieWorkerMixin
+from pie_vllm.vllm.worker_side.worker import PieWorkerMixin
 
 pytestmark = pytest.mark.vllm
 

@@ -14,9 +14,9 @@ from vllm.v1.outputs import (
     ModelRunnerOutput,
 )
 
-from pie_vllm.policy.elastic import PoolState
-from pie_vllm.vllm.metrics import Totals
-from pie_vllm.vllm.outputs import DeviceTimer, HostTimer, Tag, tagged, tagged_class
+from pie_vllm.plan import PoolState
+from pie_vllm.vllm.scheduler_side.metrics import Totals
+from pie_vllm.vllm.worker_side.output_tags import DeviceTimer, HostTimer, Tag, tagged, tagged_class
 
 pytestmark = pytest.mark.vllm
 

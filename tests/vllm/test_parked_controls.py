@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pie_vllm.policy.parked import ParkedIndex
-from pie_vllm.policy.parking import Parking, Tail
+from pie_vllm.policy.pool.parked_index import ParkedIndex
+from pie_vllm.policy.pool.parked_kv import Parking, Tail
 from tests.helpers.fuzz import make_driver, play, random_case
 
 pytestmark = pytest.mark.vllm

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from vllm.lora.request import LoRARequest
 
-from pie_vllm.policy.parking import Parking
-from pie_vllm.policy.plan import Copy
-from pie_vllm.policy.residency import Residency
-from pie_vllm.vllm import manager
+from pie_vllm.plan import Copy
+from pie_vllm.policy.placement.residency import Residency
+from pie_vllm.policy.pool.parked_kv import Parking
+from pie_vllm.vllm.scheduler_side import manager
 from tests.helpers import scheduling
 from tests.helpers.fuzz import BLOCK_SIZE
 from tests.helpers.parked_chats import (

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pie_vllm.policy.elastic import PoolState
-from pie_vllm.policy.geometry import Geometry
+from pie_vllm.geometry import Geometry
+from pie_vllm.plan import PoolState
 from tests.helpers import scheduling
 from tests.helpers.deciders import Fixed
 from tests.helpers.fuzz import BLOCK_SIZE, make_driver

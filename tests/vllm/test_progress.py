@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from pie_vllm.policy.elastic import FREE_MARGIN, ElasticPool
-from pie_vllm.policy.geometry import Geometry
-from pie_vllm.policy.parked_hits import ParkedLookup
-from pie_vllm.vllm.manager import Claims
-from pie_vllm.vllm.scheduler import PieSchedulerMixin
+from pie_vllm.geometry import Geometry
+from pie_vllm.policy.admission.lookup import ParkedLookup
+from pie_vllm.policy.control.elastic_pool import FREE_MARGIN, ElasticPool
+from pie_vllm.vllm.scheduler_side.manager import Claims
+from pie_vllm.vllm.scheduler_side.scheduler import PieSchedulerMixin
 from tests.helpers import fuzz, scheduling
 from tests.helpers.deciders import Fixed
 from tests.helpers.fuzz import BLOCK_SIZE, Case, make_driver, play, random_case
@@ -195,7 +195,7 @@ def test_no_restore_keeps_a_request_waiting_for_ever(
     """
     driver = waits_for_its_parked_kv()
     if path == "part":
-        monkeypatch.setattr("pie_vllm.vllm.manager.restore_part", lambda *_: None)
+        monkeypatch.setattr("pie_vllm.vllm.scheduler_side.manager.restore_part", lambda *_: None)
     else:
         search = ParkedLookup._search
         monkeypatch.setattr(ParkedLookup, "_search", lambda *args: (search(*args)[0], True))

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from vllm.lora.request import LoRARequest
 
-from pie_vllm.transfer.engine import TransferEngine
-from pie_vllm.transfer.streams import inject
-from pie_vllm.vllm.block_pool import PieBlockPool
-from pie_vllm.vllm.stale_kv import StaleKv
+from pie_vllm.engine.streams import inject
+from pie_vllm.engine.transfer_engine import TransferEngine
+from pie_vllm.vllm.scheduler_side.block_pool import PieBlockPool
+from pie_vllm.vllm.scheduler_side.stale_kv import StaleKv
 from tests.helpers import scheduling
 from tests.helpers.changing_weights import Changes
 from tests.helpers.engine_memory import EngineMemory

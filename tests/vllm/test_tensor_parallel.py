@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pie_vllm.policy.detector import Prior
-from pie_vllm.vllm import ranks
+from pie_vllm.plan import Prior
+from pie_vllm.vllm.worker_side import ranks
 from tests.helpers import cuda_on_cpu
 from tests.helpers.engine import EngineError, Engines, Setup
 from tests.helpers.engine_load import check_diverse, check_traffic, tokens

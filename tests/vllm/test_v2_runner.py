@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from pie_vllm.errors import UnsupportedError
-from pie_vllm.policy.plan import Relabel
-from pie_vllm.vllm import compat
+from pie_vllm.plan import Relabel
+from pie_vllm.vllm.compat import model_runner
 from tests.helpers import cuda_on_cpu, v2_on_cpu
 from tests.helpers.engine import Engines, Setup, request, round_
 from tests.helpers.engine_load import chats, check_diverse, check_traffic, tokens
@@ -106,10 +106,10 @@ def test_blocks_that_the_runner_does_not_know_are_an_error() -> None:
             num_blocks=SimpleNamespace(np=np.array([[0, 0, 0, 5]])),
         ),
     )
-    compat.relabel_rows(runner, [Relabel("a", 3, (9, 8))])
+    model_runner.relabel_rows(runner, [Relabel("a", 3, (9, 8))])
     assert written == [(3, 3, (9, 8))]
     with pytest.raises(UnsupportedError, match="knows 5 blocks"):
-        compat.relabel_rows(runner, [Relabel("a", 3, (9, 8, 7))])
+        model_runner.relabel_rows(runner, [Relabel("a", 3, (9, 8, 7))])
     with pytest.raises(UnsupportedError, match="request b is not known"):
-        compat.relabel_rows(runner, [Relabel("b", 0, (9,))])
+        model_runner.relabel_rows(runner, [Relabel("b", 0, (9,))])
     assert len(written) == 1

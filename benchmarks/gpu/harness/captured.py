@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.gpu.harness.compute import Compute, layer_views
 from benchmarks.gpu.harness.decode import WRITTEN, LayerShape, Model, word
-from pie_vllm.policy.plan import Copy, StepPlan
-from pie_vllm.transfer.engine import TransferEngine
+from pie_vllm.engine.transfer_engine import TransferEngine
+from pie_vllm.plan import Copy, StepPlan
 
 SPOILT = -1
 """In no row and no page otherwise."""

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.harness.context import NotHereError
+from pie_vllm.engine.native import driver_granularity
+from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import UnsupportedError
-from pie_vllm.policy.geometry import Geometry
-from pie_vllm.policy.plan import Copy
-from pie_vllm.transfer.engine import TransferEngine
-from pie_vllm.transfer.native import driver_granularity
+from pie_vllm.geometry import Geometry
+from pie_vllm.plan import Copy
 
 MOST_CHUNK = 1 << 30
 """Bytes of a chunk of the pool: Linux 6.11 to 6.13 fail to register 2 GiB and more in one piece."""

@@ -9,10 +9,10 @@ import torch
 
 from benchmarks.gpu.harness.compute import Compute, layer_views
 from benchmarks.gpu.harness.inputs import SmallCopies
-from pie_vllm.policy.plan import Copy, StepPlan
-from pie_vllm.transfer.engine import TransferEngine
-from pie_vllm.transfer.stats import StepStats
-from pie_vllm.transfer.streams import row_page
+from pie_vllm.engine.step_stats import StepStats
+from pie_vllm.engine.streams import row_page
+from pie_vllm.engine.transfer_engine import TransferEngine
+from pie_vllm.plan import Copy, StepPlan
 
 
 class LayerShape(NamedTuple):

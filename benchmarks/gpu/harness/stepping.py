@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pie_vllm.policy.plan import StepPlan
-from pie_vllm.transfer.engine import TransferEngine
+from pie_vllm.engine.transfer_engine import TransferEngine
+from pie_vllm.plan import StepPlan
 
 TIMED_EVERY = 4
 """Among an engine's steps that run the model, the CUDA driver times the copies of every fourth, in

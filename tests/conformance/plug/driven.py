@@ -9,11 +9,11 @@ import sizes
 from vllm.v1.core import block_pool, kv_cache_manager
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
 
-from pie_vllm.policy.decider import Decision
-from pie_vllm.policy.entries import PrefixEntries
-from pie_vllm.policy.residency import Residency
-from pie_vllm.vllm.block_pool import PieBlockPool
-from pie_vllm.vllm.manager import PieBlockSpaceManager
+from pie_vllm.policy.control.decider import Decision
+from pie_vllm.policy.placement.interfaces import PrefixEntries
+from pie_vllm.policy.placement.residency import Residency
+from pie_vllm.vllm.scheduler_side.block_pool import PieBlockPool
+from pie_vllm.vllm.scheduler_side.manager import PieBlockSpaceManager
 
 StockManager, StockPool = kv_cache_manager.KVCacheManager, block_pool.BlockPool
 

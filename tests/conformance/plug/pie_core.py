@@ -20,11 +20,11 @@ from vllm.v1.core.sched import async_scheduler, scheduler
 
 from pie_vllm.config import PieConfig
 from pie_vllm.errors import UnsupportedError
-from pie_vllm.policy.tiers import TieredFreeBlockQueue
+from pie_vllm.policy.placement.free_queue import TieredFreeBlockQueue
 from pie_vllm.vllm import refusals, settings
-from pie_vllm.vllm.block_pool import PieBlockPool
-from pie_vllm.vllm.manager import PieBlockSpaceManager
-from pie_vllm.vllm.scheduler import PieAsyncScheduler, PieScheduler
+from pie_vllm.vllm.scheduler_side.block_pool import PieBlockPool
+from pie_vllm.vllm.scheduler_side.manager import PieBlockSpaceManager
+from pie_vllm.vllm.scheduler_side.scheduler import PieAsyncScheduler, PieScheduler
 
 UNMOCKED: dict[str, dict[str, Any]] = {
     "model_config": {

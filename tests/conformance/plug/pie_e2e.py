@@ -105,7 +105,7 @@ def _small(config: Any) -> tuple[int, dict[str, Any]]:
 
 
 def _watch_schedulers() -> None:
-    from pie_vllm.vllm import scheduler as module
+    from pie_vllm.vllm.scheduler_side import scheduler as module
 
     make = module.make_scheduler
 

@@ -22,7 +22,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from pie_vllm.policy.geometry import Geometry
+from pie_vllm.geometry import Geometry
 
 MODE = os.environ.get("PIE_CORE", "stock")
 FORCED = MODE in ("forced", "churn")

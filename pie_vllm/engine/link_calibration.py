@@ -1,0 +1,374 @@
+"""How fast the link between CPU pool and device is on this machine, measured at start."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pie_vllm.engine.gather import Images, NoGather, device_arch, gather_image, load_gather
+from pie_vllm.engine.streams import counters
+from pie_vllm.engine.transfer_engine import TransferEngine
+from pie_vllm.errors import TransferError
+from pie_vllm.geometry import Geometry, round_up
+from pie_vllm.plan import Copy, StepPlan
+
+RUN_LENGTHS = (1, 4, 16)
+"""Neighbouring blocks that make one copy of a layer: single pages, and runs as rows merge to."""
+
+FEWEST_PIECES = 16
+"""In a batch that the gather kernel takes, as in ``cuda_gather.h``."""
+
+MOST_BLOCKS = FEWEST_PIECES * RUN_LENGTHS[1]
+"""Each way, unless the link copies them in less than ``BATCH_SECONDS``."""
+
+GATHER_GAIN = 1.1
+"""Times as fast as the copy engines the kernel must be: it takes SMs, and measurements differ."""
+
+GATHER_CTAS = (1, 2, 4, 8)
+"""Widths of the kernel that are tried. At 64 KiB in flight a CTA, PCIe 5 should need 2 to 4."""
+
+CTAS_SHARE = 0.97
+"""Of the fastest width's speed, that the one in use must reach: fewer leave more to the model."""
+
+UNMEASURED_CTAS = 8
+
+SECONDS = 0.025
+"""That one measurement is to last about: long against the start of a copy."""
+
+BATCH_SECONDS = 0.0005
+"""That a batch must last at least: its start, and the events around it, take microseconds."""
+
+MOST_TIMES = 64
+"""Batches of a measurement, at most."""
+
+REPEATS = 2
+"""The faster counts: a machine that does something else for a moment makes a link seem slow."""
+
+SCRATCH_BYTES = 64 << 20
+"""On the device and in CPU memory, while the measurement lasts; more only for larger pages."""
+
+FAST_SCRATCH_BYTES = 1 << 30
+"""The same for a link that copies batches of that scratch in too short a time."""
+
+FAST_LAYERS = 2
+"""For such a link: more than one, so that copies of a layer follow those of another."""
+
+
+class PieceSpeed(NamedTuple):
+    """Bytes per second of copies of one size.
+
+    Attributes:
+        piece_bytes: of one copy.
+        load: from the CPU pool to the device.
+        store: from the device to the CPU pool.
+        gather: as ``load``, by the gather kernel; None: not measured.
+    """
+
+    piece_bytes: int
+    load: float
+    store: float
+    gather: float | None = None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the kernel is so much faster that it should be used."""
+        return self.gather is not None and self.gather >= GATHER_GAIN * self.load
+
+
+class LinkSpeed(NamedTuple):
+    """What was measured.
+
+    Attributes:
+        pieces: each direction alone, single pages first.
+        load_both, store_both: each direction while the other is busy too, bytes per second,
+            with the longest runs.
+        no_gather: why the gather kernel was not measured; empty where it was, or is not meant.
+        by_ctas: bytes per second of single pages by the gather kernel, for each of its widths.
+        submit_seconds: of the calling thread for each copy of a batch of single pages; 0 where
+            the driver copies within its calls.
+    """
+
+    pieces: tuple[PieceSpeed, ...]
+    load_both: float
+    store_both: float
+    no_gather: str = ""
+    by_ctas: tuple[tuple[int, float], ...] = ()
+    submit_seconds: float = 0.0
+
+    @property
+    def load(self) -> float:
+        """Bytes per second to the device that a plan can count on: those of single pages."""
+        first = self.pieces[0]
+        return first.gather if first.gathers and first.gather else first.load
+
+    @property
+    def gather_blocks(self) -> int:
+        """CTAs of the gather kernel: the fewest that are nearly as fast as the best."""
+        return fewest_ctas(self.by_ctas)
+
+    @property
+    def gather_below(self) -> int:
+        """Bytes of a piece below which the gather kernel was faster by 10 % or more; 0: never.
+
+        Half-way, in powers, between the pieces where it was and the first where it was not.
+        """
+        faster = list(itertools.takewhile(lambda p: p.gathers, self.pieces))
+        if not faster:
+            return 0
+        last = faster[-1].piece_bytes
+        slower = [p for p in self.pieces[len(faster) :] if p.gather is not None]
+        return math.isqrt(last * slower[0].piece_bytes) if slower else last + 1
+
+    def __str__(self) -> str:
+        """For the log."""
+        alone = ", ".join(
+            f"{p.load / 1e9:.2f}/{p.store / 1e9:.2f} in pieces of {p.piece_bytes / 1024:.0f} KiB"
+            for p in self.pieces
+        )
+        return (
+            f"to/from the device {alone}; both at once "
+            f"{self.load_both / 1e9:.2f}/{self.store_both / 1e9:.2f} GB/s{self._submit_text()}"
+            f"{self._gather_text()}"
+        )
+
+    def _submit_text(self) -> str:
+        if not self.submit_seconds:
+            return ""
+        return f"; to submit a copy takes {1e6 * self.submit_seconds:.2f} us"
+
+    def _gather_text(self) -> str:
+        if self.no_gather:
+            return f"; no gather kernel: {self.no_gather}"
+        measured = ", ".join(
+            f"{p.gather / 1e9:.2f} in pieces of {p.piece_bytes / 1024:.0f} KiB"
+            for p in self.pieces
+            if p.gather is not None
+        )
+        if not measured:
+            return ""
+        below = self.gather_below
+        use = f"worth it below {below / 1024:.4g} KiB" if below else "not worth it"
+        widths = ", ".join(f"{rate / 1e9:.2f} with {ctas}" for ctas, rate in self.by_ctas)
+        ctas = f"; {self.gather_blocks} CTAs ({widths})" if widths else ""
+        return f"; to it by the gather kernel {measured}: {use}{ctas}"
+
+
+def fewest_ctas(by_ctas: Sequence[tuple[int, float]]) -> int:
+    """The least width whose speed is within 3 % of the best; 8 of none."""
+    if not by_ctas:
+        return UNMEASURED_CTAS
+    least = CTAS_SHARE * max(rate for _, rate in by_ctas)
+    return min(ctas for ctas, rate in by_ctas if rate >= least)
+
+
+def scratch_geometry(
+    num_layers: int,
+    page_bytes: int,
+    granularity: int,
+    blocks: int = MOST_BLOCKS,
+    scratch_bytes: int = SCRATCH_BYTES,
+) -> Geometry:
+    """Blocks to copy, within ``scratch_bytes`` on the device if three pages are.
+
+    Arguments as ``measure_link``; fewer layers where blocks are large, down to one block each way.
+
+    Args:
+        num_layers: at most.
+        page_bytes: one block in one layer.
+        granularity: bytes that the driver maps in one piece.
+        blocks: each way, at most.
+        scratch_bytes: of both sides each.
+    """
+    wanted = round_up((2 * blocks + 1) * page_bytes, granularity)
+    layers = max(1, min(num_layers, scratch_bytes // wanted))
+    layer_bytes = scratch_bytes // layers // granularity * granularity
+    most = max(1, min(blocks, (layer_bytes // page_bytes - 1) // 2))
+    return Geometry(
+        num_layers=layers,
+        page_bytes=page_bytes,
+        resident_blocks=2 * most + 1,
+        pooled_blocks=1,
+        ring_slots=1,
+        rows=2 * most,
+        chunk_rows=2 * most,
+        granularity=granularity,
+    )
+
+
+def measure_link(
+    num_layers: int,
+    page_bytes: int,
+    *,
+    granularity: int,
+    driver: str = "host",
+    link_bytes_per_s: float | None = None,
+    gather: Images | None = gather_image,
+) -> LinkSpeed:
+    """Copy blocks of this shape to and fro through an engine of its own, which is closed again.
+
+    The engine copies as it does in service, a batch for each layer, on its two streams, but
+    beside no compute: where both share memory bandwidth, steps will see less. A link that copies
+    the batches of a small scratch in less than ``BATCH_SECONDS`` is measured with a larger one,
+    where there is memory for it.
+
+    Args:
+        num_layers: attention layers with KV.
+        page_bytes: one block in one layer.
+        granularity: bytes that the driver maps in one piece.
+        driver: of the engine.
+        link_bytes_per_s: emulated speed of the host driver; None is the machine's.
+        gather: where the gather kernel is from, for a device that runs kernels; None: leave it out.
+
+    Raises:
+        TransferError: no memory for it, a copy failed, or it has no time of its own.
+    """
+    sizes = scratch_geometry(num_layers, page_bytes, granularity)
+
+    def opened(sizes: Geometry) -> TransferEngine:
+        return TransferEngine(sizes, driver=driver, link_bytes_per_s=link_bytes_per_s)
+
+    with opened(sizes) as engine:
+        bench = _Bench(engine)
+        blocks = math.ceil(bench.probe() * BATCH_SECONDS / page_bytes)
+        if blocks <= sizes.rows // 2:
+            return bench.measure(gather)
+    layers = min(num_layers, FAST_LAYERS)
+    blocks = max(blocks, FEWEST_PIECES * RUN_LENGTHS[-1])
+    larger = scratch_geometry(layers, page_bytes, granularity, blocks, FAST_SCRATCH_BYTES)
+    try:
+        engine = opened(larger)
+    except TransferError:  # Memory is short: better measured too slow than not at all.
+        engine = opened(sizes)
+    with engine:
+        bench = _Bench(engine)
+        bench.probe()
+        return bench.measure(gather)
+
+
+class _Moved(NamedTuple):
+    """Bytes and seconds of copies that are complete, and of the calls that submitted them."""
+
+    loaded: int
+    stored: int
+    load_seconds: float
+    store_seconds: float
+    submit_seconds: float
+    copies: int
+
+
+class _Bench:
+    def __init__(self, engine: TransferEngine) -> None:
+        self._engine, self._step = engine, 0
+        self._most = engine.geometry.rows // 2
+        self._blocks = 1
+        # The host driver copies within its calls, which are no submission then.
+        self._submits = device_arch(engine) is not None
+
+    def probe(self) -> float:
+        """Find how many blocks make a measurement; returns bytes per second of loads."""
+        self._move(1, 1)  # Starts the streams.
+        row_bytes = self._engine.geometry.row_bytes
+        rate = _load_rate(self._move(1, 1, stores=False))
+        self._blocks = max(1, min(self._most, int(SECONDS * rate / row_bytes)))
+        self._move(self._blocks, 1)  # Touches the pages.
+        # A single page's start is most of its time where the link is fast.
+        for _ in range(2):
+            rate = max(rate, _load_rate(self._move(self._blocks, 1, stores=False)))
+            self._blocks = max(1, min(self._most, int(SECONDS * rate / row_bytes)))
+        return rate
+
+    def measure(self, gather: Images | None) -> LinkSpeed:
+        """All lengths, both ways; after ``probe``."""
+        blocks, pieces, submit = self._blocks, [], 0.0
+        for length in sorted({min(length, blocks) for length in RUN_LENGTHS}):
+            count = blocks // length * length
+            loads = self._repeat(count, length, stores=False)
+            stores = self._repeat(count, length, loads=False)
+            piece_bytes = length * self._engine.geometry.page_bytes
+            pieces.append(
+                PieceSpeed(piece_bytes, max(map(_load_rate, loads)), max(map(_store_rate, stores)))
+            )
+            submit = submit or min(each.submit_seconds / each.copies for each in loads)
+        both = self._move(blocks, blocks)
+        found = LinkSpeed(tuple(pieces), _load_rate(both), _store_rate(both), submit_seconds=submit)
+        if gather is None or not self._submits:
+            return found
+        return self._with_gather(found, gather)
+
+    def _with_gather(self, found: LinkSpeed, images: Images) -> LinkSpeed:
+        """The same with the kernel's speeds, or with the reason where there are none."""
+        blocks, pieces = self._blocks, list(found.pieces)
+        lengths = [length for length in RUN_LENGTHS if blocks // length >= FEWEST_PIECES]
+        if not lengths:
+            return found._replace(no_gather=f"fewer than {FEWEST_PIECES} pages were measured")
+        threshold = 1 + max(pieces[i].piece_bytes for i in range(len(lengths)))
+        loaded = load_gather(self._engine, threshold, images=images, blocks=GATHER_CTAS[-1])
+        if isinstance(loaded, NoGather):
+            return found._replace(no_gather=loaded.reason)
+        try:
+            by_ctas = []
+            for ctas in GATHER_CTAS:
+                self._engine.use_gather(None, threshold, ctas)
+                by_ctas.append((ctas, self._rate_by_kernel(1)))
+            self._engine.use_gather(None, threshold, fewest_ctas(by_ctas))
+            for i, length in enumerate(lengths):
+                pieces[i] = pieces[i]._replace(gather=self._rate_by_kernel(length))
+        except TransferError as error:
+            return found._replace(no_gather=str(error))
+        return found._replace(pieces=tuple(pieces), by_ctas=tuple(by_ctas))
+
+    def _rate_by_kernel(self, length: int) -> float:
+        count = self._blocks // length * length
+        return max(map(_load_rate, self._repeat(count, length, stores=False)))
+
+    def _repeat(self, count: int, length: int, **ways: bool) -> list[_Moved]:
+        first = self._move(count, length, **ways)
+        taken = max(first.load_seconds, first.store_seconds, first.submit_seconds)
+        times = max(1, min(MOST_TIMES, int(SECONDS / taken))) if taken > 0 else 1
+        return [self._move(count, length, times=times, **ways) for _ in range(REPEATS)]
+
+    def _move(
+        self, blocks: int, length: int, *, loads: bool = True, stores: bool = True, times: int = 1
+    ) -> _Moved:
+        """Store blocks 1 to ``most`` to rows from 0, load the blocks after them from the others."""
+        most = self._most
+        runs = [(first, min(length, blocks - first)) for first in range(0, blocks, length)]
+        out = tuple(Copy(1 + first, first, count) for first, count in runs) if stores else ()
+        back = [Copy(1 + most + first, most + first, count) for first, count in runs]
+        before = [counters(self._engine, direction) for direction in ("load", "store")]
+        submit = 0.0
+        for _ in range(times):
+            self._step += 1
+            plan = StepPlan(self._step, out, tuple(back) if loads else (), (), (), forward=False)
+            begin = time.perf_counter()
+            self._engine.run_idle(plan)
+            submit += time.perf_counter() - begin
+        self._engine.drain()
+        after = [counters(self._engine, direction) for direction in ("load", "store")]
+        load, store = zip(before, after, strict=True)
+        return _Moved(
+            load[1].bytes - load[0].bytes,
+            store[1].bytes - store[0].bytes,
+            load[1].seconds - load[0].seconds,
+            store[1].seconds - store[0].seconds,
+            submit if self._submits else 0.0,
+            sum(new.copies - old.copies for old, new in (load, store)),
+        )
+
+
+def _load_rate(moved: _Moved) -> float:
+    return _rate(moved.loaded, moved.load_seconds, moved.submit_seconds)
+
+
+def _store_rate(moved: _Moved) -> float:
+    return _rate(moved.stored, moved.store_seconds, moved.submit_seconds)
+
+
+def _rate(count: int, seconds: float, submit_seconds: float) -> float:
+    """No more than the device copies, nor than the calling thread can submit."""
+    if seconds <= 0:
+        raise TransferError("the driver gives no time for its copies: the link cannot be measured")
+    return count / max(seconds, submit_seconds)

@@ -1,1 +1,0 @@
-"""Who owns bytes: the device arena and facts about host memory."""

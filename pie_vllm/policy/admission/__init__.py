@@ -1,0 +1,1 @@
+"""Which waiting requests start, what of their KV comes back, and how much a step computes."""

@@ -1,0 +1,117 @@
+"""How parked blocks get ids again, for a request that is about to be admitted."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from pie_vllm.policy.placement.residency import Residency
+
+
+LEAST_OF_LINK = 4
+"""One of so many of the blocks that a step can load may be copied back for a waiting request."""
+
+
+class ParkedKey(NamedTuple):
+    """Stands for a parked block in a list of blocks."""
+
+    key: Hashable
+
+
+def restored_at_once(residency: Residency, most: int | None) -> int:
+    """Blocks that the step can copy back to residents without keeping those waiting that run.
+
+    Where pooled blocks take the link, a part of it is left all the same: a request that waits for
+    its KV would wait as long as they are there.
+
+    Args:
+        residency: whose blocks.
+        most: that the link can copy behind the step's compute; None is without end.
+    """
+    if most is None:
+        return residency.boundary
+    return max(most - residency.reading.num_blocks, most // LEAST_OF_LINK, 1)
+
+
+def restore(residency: Residency, found: Sequence[Any], first: int, residents: int) -> list[Any]:
+    """Give parked blocks ids, as cached blocks that nobody uses; returns ``found`` with these.
+
+    Residents for the first of them, which the coming step fills; pooled ids for the others, of
+    which enough must be free.
+
+    Args:
+        residency: whose blocks.
+        found: blocks, and a ``ParkedKey`` for each parked one.
+        first: index of the first of them in the request's table.
+        residents: free ones to use, at most ``queue.free_residents``.
+    """
+    keys = [block.key for block in found if isinstance(block, ParkedKey)]
+    # Before anything is evicted, which may take the rows of parked blocks.
+    for key in keys[:residents]:
+        residency.parking.pin(key)
+    attached = {key: _attach(residency, key) for key in keys[residents:]}
+    blocks: list[Any] = []
+    for index, block in enumerate(found, first):
+        if isinstance(block, ParkedKey):
+            key = block.key
+            block = attached.get(key) or _fill(residency, key)
+            residency.entries.put(block, key, index)
+            residency.queue.append(block)
+        blocks.append(block)
+    residency.withhold()
+    return blocks
+
+
+def restore_part(residency: Residency, found: Sequence[Any], first: int, most: int) -> None:
+    """Give the first ``most`` of parked blocks residents, as cached blocks that nobody uses.
+
+    The others keep their rows whatever this step evicts, and are as young as these after it.
+
+    Args:
+        residency: whose blocks.
+        found: as ``restore``.
+        first: as ``restore``.
+        most: parked blocks, at most ``queue.free_residents``.
+    """
+    part = first_of(found, most)
+    for block in found[len(part) :]:
+        if isinstance(block, ParkedKey):
+            residency.parking.pin(block.key)
+    restore(residency, part, first, most)
+
+
+def first_of(found: Sequence[Any], parked: int) -> list[Any]:
+    """The first of ``found``, with so many parked blocks."""
+    for index, block in enumerate(found):
+        if isinstance(block, ParkedKey):
+            if not parked:
+                return list(found[:index])
+            parked -= 1
+    return list(found)
+
+
+def _attach(residency: Residency, key: Hashable) -> Any:
+    """A pooled block whose row is that of the key."""
+    block = residency.queue.take_pooled(with_row=True)
+    residency.parking.attach(key, block.block_id)
+    return block
+
+
+def _fill(residency: Residency, key: Hashable) -> Any:
+    """A resident that the coming step fills from the row of the key, which is pinned."""
+    block = residency.queue.popleft()
+    residency.entries.drop(block)
+    residency.parking.restore(key, block.block_id)
+    return block
+
+
+def cancel(residency: Residency, blocks: Sequence[Any]) -> None:
+    """Nobody takes these after all: residents that are not filled yet hold nothing again."""
+    queue, parking = residency.queue, residency.parking
+    for block in blocks:
+        if block.ref_cnt == 0 and block.block_id in parking.restores:
+            queue.remove(block)
+            parking.cancel(block.block_id)
+            residency.entries.drop(block)
+            queue.prepend_n([block])

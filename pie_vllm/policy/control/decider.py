@@ -1,0 +1,258 @@
+"""How much a step may load, and how much may be pooled, so that pooling does not slow it."""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import NamedTuple
+
+from pie_vllm.plan import Prior
+from pie_vllm.policy.control.detector import NOTHING, Detector, Observation
+
+DEFAULT_TARGET_SLOWDOWN = 0.01
+MARGIN = 0.9
+"""Of the time of a step that its loads may take at most: predictions are off by some percent."""
+
+LEAST_GAIN = 0.05
+AIM = 0.8
+"""Of the target, at which the budget is cut: the average of the stall begins at nothing after each
+cut, so that steps stall up to a quarter more than it says."""
+
+CONTENTION_SHARE = 0.5
+"""Of the target, that loads may take from the compute beside them; the rest is for the stall."""
+
+LEAST_AIM = 0.2
+"""Of the target: so much stall does not cut the budget, whatever loads take from the compute."""
+
+BACK_OFF = 0.8
+RECOVER = 0.02
+COOL_DOWN = 10
+"""Steps after a cut before the next change: the stall is an average over about as many."""
+
+AHEAD_SHARE = 0.1
+"""Of what the link takes while a step computes, that may be stored ahead of eviction. The first
+layer's KV write waits for its part of it, so a step of L layers takes this over L longer."""
+
+LONGEST_TURN = 10
+"""Steps in which all pooled blocks in use can be loaded once. Beyond that requests wait so long for
+their turn that what they hold is better had by preemption."""
+
+FIRST_BLOCKS = 4
+"""Budget and limit while the link's speed or the steps' time is not known."""
+
+
+class Decision(NamedTuple):
+    """For one step.
+
+    Attributes:
+        budget: blocks that the step may load behind its compute.
+        limit: pooled blocks in use beyond which no waiting request is admitted.
+        spare: blocks beyond the budget that one request alone may load, out of the stall that
+            the target allows over time.
+        most: pooled blocks in use from which on nothing is demoted while several requests run;
+            None is without end.
+        parks: blocks that the step may store for parking; None is without end.
+        restores: whether parked KV is copied back, which is quicker than to compute it again.
+        ahead: blocks, of ``parks``, that the step may store ahead of eviction.
+        at_once: blocks that the link can copy back behind the step's compute; None is without end.
+        stores: blocks that prompts may have demoted in the step, so that the link stores them
+            behind its compute; None is without end.
+    """
+
+    budget: int
+    limit: int
+    spare: int
+    most: int | None = None
+    parks: int | None = None
+    restores: bool = True
+    ahead: int = 0
+    at_once: int | None = None
+    stores: int | None = None
+
+
+class Decider:
+    """Link budget by a model, corrected by the stall that steps show.
+
+    Model: ``budget = gain * bandwidth * step_seconds / row_bytes``. Feedback: while loads within
+    the budget stall more than the target, ``gain`` is cut by a fifth; otherwise it comes back
+    slowly. What the target leaves of the time is saved up, up to one load of the whole window,
+    for a request whose blocks alone exceed the budget.
+
+    What a load takes from the compute beside it, by memory bandwidth that they share, takes its
+    part of the target too: no more blocks are loaded than that allows. Where it is too much for any
+    block, because a step that streams costs something at all, steps stream in bursts, one of so
+    many. Where a turn of all pooled blocks takes more than ``LONGEST_TURN`` steps, nothing more is
+    pooled.
+
+    A prompt may have so many blocks demoted in a step as the link stores while it computes them.
+    For parking a step may store as many blocks as the link takes while it computes; the other
+    direction is not counted against it. A tenth of them may be stored ahead of eviction, but none
+    while the budget was just cut. A parked block is restored if that takes the link less time than
+    its tokens take to compute; if not, nothing is stored for parking either.
+
+    Attributes:
+        detector: what the steps said.
+    """
+
+    def __init__(
+        self,
+        row_bytes: int,
+        window: int,
+        target: float | None = DEFAULT_TARGET_SLOWDOWN,
+        prior: Prior = NOTHING,
+        block_tokens: int = 1,
+    ) -> None:
+        """Until bandwidth and step time are known, a few blocks may be pooled.
+
+        Args:
+            row_bytes: of one block in all layers.
+            window: pooled ids.
+            target: slowdown allowed as a share of the time without; None limits nothing.
+            prior: what is known of the link and of steps.
+            block_tokens: tokens of a block.
+        """
+        self._block_tokens = block_tokens
+        self._contention = prior.limits_contention
+        self.detector = Detector(prior)
+        self._row_bytes = row_bytes
+        self._window = window
+        self._target = target
+        self._gain = MARGIN
+        self._cool = 0
+        self._saved = 0.0
+        self._carried = 0.0
+        self._known: tuple[float | None, float | None, float] | None = None
+        self._rate: float | None = None  # Blocks a second, once known.
+        self._hidden: float | None = None  # Blocks that a step which only decodes can load.
+        self._more = 0.0  # Blocks for each second that a step takes longer.
+        self._burst = 0  # Blocks of a step that streams, where not every one does.
+        self._share = 0.0  # Of the time, that loads in every step take from the compute.
+        first = min(FIRST_BLOCKS, window)
+        self._first = Decision(first, first, 0, parks=FIRST_BLOCKS, at_once=first)
+        if target is None:
+            self._first = Decision(window, window, 0, ahead=window)
+        self._everything = Decision(window, window, 0)
+        if target is not None:
+            self._predict(target)
+
+    def observe(self, seen: Observation, *, within_budget: bool = True) -> None:
+        """Learn from a step; ``within_budget`` as ``Detector.observe``."""
+        detector, target = self.detector, self._target
+        within_budget &= self._hidden is not None and not seen.restored
+        detector.observe(seen, within_budget=within_budget)
+        bandwidth = detector.bandwidth
+        if target is None or bandwidth is None:
+            return
+        # What is restored need not be computed: that is not pooling's cost.
+        stall = 0.0 if seen.restored else seen.stall_seconds
+        most = self._window * self._row_bytes / bandwidth
+        lost = stall
+        if self._contention and seen.bytes_loaded:
+            lost += detector.cost.seconds(seen.bytes_loaded)
+            most += detector.cost.seconds(self._window * self._row_bytes)
+        saved = self._saved + target * (seen.seconds - lost) - lost
+        self._saved = most if saved > most else -most if saved < -most else saved
+        if self._cool:
+            self._cool -= 1
+        elif seen.bytes_loaded and within_budget:
+            self._correct(target)
+        known = detector.step_seconds, detector.bandwidth, self._gain
+        if known != self._known:
+            self._known = known
+            self._predict(target)
+
+    def _predict(self, target: float) -> None:
+        bandwidth, step = self.detector.bandwidth, self.detector.step_seconds
+        if bandwidth is None:
+            return
+        self._rate = bandwidth / self._row_bytes
+        if step is None:
+            return
+        self._more = self._gain * self._rate
+        self._hidden = hidden = self._more * step
+        self._everything = Decision(self._window, self._window, 0, None, *self._parking(0))
+        if self._contention:
+            self._spread(target, hidden, step)
+
+    def _spread(self, target: float, hidden: float, step: float) -> None:
+        """Within what loads may take from the compute: fewer blocks, or fewer steps that load."""
+        cost, most = self.detector.cost, CONTENTION_SHARE * target * step
+        blocks = min(max(int(hidden), 1), self._window)
+        seconds = cost.seconds(blocks * self._row_bytes)
+        self._burst = 0
+        if seconds > most and cost.fixed < most:
+            block = cost.per_byte * self._row_bytes
+            self._hidden = (most - cost.fixed) / block
+            self._more = CONTENTION_SHARE * target / block
+        elif seconds > most:
+            self._burst, self._hidden = blocks, blocks * most / seconds
+        self._share = min(seconds, most) / step
+
+    def _correct(self, target: float) -> None:
+        """Feedback on a step whose loads were to hide behind its compute."""
+        detector = self.detector
+        aim = max(AIM * target - self._share, LEAST_AIM * target)
+        if detector.stall_share > aim:
+            self._gain = max(self._gain * BACK_OFF, LEAST_GAIN)
+            self._cool = COOL_DOWN
+            detector.forget_stall()  # What comes now is of another budget.
+        else:
+            self._gain = min(self._gain + RECOVER, MARGIN)
+
+    def decide(self, prompt_tokens: int = 0) -> Decision:
+        """For the step that is about to be scheduled.
+
+        Args:
+            prompt_tokens: tokens that it will compute beyond one for each request.
+        """
+        window, rate, hidden = self._window, self._rate, self._hidden
+        if rate is None or hidden is None:
+            return self._first
+        spare = self._saved * rate if self._saved > 0 else 0
+        if self._burst:
+            return self._in_bursts(hidden, spare, prompt_tokens)
+        if hidden >= window:
+            if not prompt_tokens:
+                return self._everything
+            return Decision(window, window, 0, None, *self._parking(prompt_tokens))
+        exact = hidden + self._carried
+        if prompt_tokens:
+            exact += self._more * self.detector.slope * prompt_tokens
+        # Less than a block a step is a block every few steps.
+        self._carried = exact % 1.0
+        return Decision(
+            window if exact > window else int(exact),
+            int(hidden),
+            window if spare > window else int(spare),
+            int(hidden * LONGEST_TURN),
+            *self._parking(prompt_tokens),
+        )
+
+    def _parking(self, prompt_tokens: int) -> tuple[int | None, bool, int, int | None, int | None]:
+        """Of a decision, what is about parking, and what prompts may have demoted."""
+        rate, slope = self._rate or 0.0, self.detector.slope
+        step = self.detector.step_seconds or 0.0
+        taken = rate * (step + slope * prompt_tokens)
+        # Of a block, the part whose copy the compute of its own tokens hides.
+        hidden = rate * slope * self._block_tokens
+        restores = not slope or hidden >= 1.0
+        if not isfinite(taken):
+            return None, restores, self._window, None, None
+        stores = None
+        if self._target is not None and hidden < 1.0:
+            stores = max(1, int(MARGIN * rate * step / (1.0 - hidden)))
+        if not restores:
+            return 0, False, 0, 0, stores
+        ahead = 0 if self._cool else int(AHEAD_SHARE * taken)
+        at_once = None if self._target is None else max(1, int(self._gain * taken))
+        return max(1, int(MARGIN * taken)), restores, ahead, at_once, stores
+
+    def _in_bursts(self, hidden: float, spare: float, prompt_tokens: int) -> Decision:
+        self._carried += hidden
+        streams = self._carried >= self._burst
+        if streams:
+            self._carried = min(self._carried - self._burst, self._burst)
+        # One that streams in so many steps brings ``hidden`` blocks a step.
+        most = int(hidden * LONGEST_TURN) if self._burst <= hidden * LONGEST_TURN else 0
+        limit, spare = min(int(hidden), most), min(int(spare), self._window)
+        budget = self._burst if streams else 0
+        return Decision(budget, limit, spare, most, *self._parking(prompt_tokens))

@@ -1,0 +1,70 @@
+"""Which blocks are complete, found out when somebody wants to know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Protocol
+
+from pie_vllm.policy.placement.residency import Residency
+from pie_vllm.policy.placement.victims import Holder
+
+
+class Progress(Protocol):
+    """What the policy needs of vLLM's ``Request``."""
+
+    num_computed_tokens: int
+
+
+class Completions:
+    """Tells the residency of complete blocks, before it demotes or refuses anything.
+
+    Between two looks the residency knows of fewer complete blocks than there
+    are: it counts on less, never on more, and a step with enough free blocks
+    costs nothing here. A look asks only requests whose last block can be
+    complete: they compute one token a step or are left out, unless they work
+    on their prompt, so a block that lacks ``k`` tokens is not complete for
+    ``k - 1`` steps.
+    """
+
+    def __init__(self, block_size: int, residency: Residency) -> None:
+        """Start before the first step; ``residency`` asks here before it demotes."""
+        self._block_size = block_size
+        self._residency = residency
+        self._holders = residency.victims.holders
+        self._step = 0
+        self._looked = 0
+        residency.catch_up = self.catch_up
+
+    def next_step(
+        self, requests: Mapping[str, Any], several: Collection[str], fresh: Collection[str]
+    ) -> None:
+        """Go on by one step, once its tokens are counted as computed.
+
+        Args:
+            requests: Progress by id, of all requests that hold blocks.
+            several: those that compute more than one token in this step.
+            fresh: those that got their first blocks in this step.
+        """
+        self._step += 1
+        for request_id in several:
+            self._note(self._holders[request_id], self._residency.computed)
+        for request_id in fresh:
+            holder = self._holders[request_id]
+            holder.progress = requests[request_id]
+            self._note(holder, self._residency.computed_again)
+
+    def catch_up(self) -> None:
+        """Tell of all blocks that are complete after the last step."""
+        step = self._step
+        if self._looked == step:
+            return
+        self._looked = step
+        computed = self._residency.computed
+        for holder in self._holders.values():
+            if holder.due <= step:
+                self._note(holder, computed)
+
+    def _note(self, holder: Holder, tell: Callable[[str, int], None]) -> None:
+        full, begun = divmod(holder.progress.num_computed_tokens, self._block_size)
+        tell(holder.request_id, full)
+        holder.due = self._step + self._block_size - begun

@@ -1,0 +1,1 @@
+"""Policy without vLLM: a scheduler, a machine and traces of the simulator's own."""

@@ -1,1 +1,0 @@
-"""Who moves bytes: the binding of the native transfer engine."""

@@ -1,0 +1,228 @@
+"""Counters of the engine and the tiers: as a log line, for the front end, for Python users."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from vllm.logger import init_logger
+
+from pie_vllm.geometry import Geometry
+from pie_vllm.policy.admission.waits import HeadWaits
+from pie_vllm.policy.control.detector import Detector
+from pie_vllm.policy.placement.residency import Residency
+
+logger = init_logger("vllm.pie")
+
+LOG_SECONDS = 10.0
+
+
+class Totals(NamedTuple):
+    """Sums over all steps since the start.
+
+    Attributes:
+        steps: steps that had a plan.
+        bytes_loaded: from the CPU pool to the device, promotions included.
+        bytes_stored: from the device to the CPU pool.
+        load_seconds, store_seconds: time that the link was busy.
+        stall_seconds: time that the compute waited for a copy; on a GPU it is measured in
+            some steps, which stand for those before them.
+        gates: layers that passed their gate.
+        pooled_peak: most pooled blocks in use in a step.
+        bytes_finished: the part of ``bytes_loaded`` that ``load_seconds`` is of.
+        stall_step: number of the newest step whose stall is known; -1 is none.
+        step_stall: stall of that step, in seconds.
+        graph_steps: steps with a plan that ran in a FULL graph, copies inside.
+    """
+
+    steps: int = 0
+    bytes_loaded: int = 0
+    bytes_stored: int = 0
+    load_seconds: float = 0.0
+    store_seconds: float = 0.0
+    stall_seconds: float = 0.0
+    gates: int = 0
+    pooled_peak: int = 0
+    bytes_finished: int = 0
+    stall_step: int = -1
+    step_stall: float = 0.0
+    graph_steps: int = 0
+
+
+class Hits(NamedTuple):
+    """Blocks that requests found in the prefix cache, by where their KV was."""
+
+    resident: int = 0
+    pooled: int = 0
+    parked: int = 0
+
+
+class Control(NamedTuple):
+    """What was decided for the last step, and what it led to.
+
+    Attributes:
+        limit: pooled blocks in use beyond which nobody is admitted.
+        budget: blocks that the step may load.
+        bandwidth: of the link to the device, bytes per second; 0 while unknown.
+        left_out: requests left out of steps since the start; one may count often.
+        pool_chunks: of the pool that the worker holds.
+        streaming_seconds: of all steps that loaded KV.
+        slowed_seconds: by which loads slowed the compute beside them, as estimated.
+        recomputed_tokens: that preempted requests computed again.
+        hits: of the prefix cache, since the start.
+        head_waits: steps in which the head of the queue was passed over, by reason.
+        failed_copies: steps in which a copy failed, since the start.
+    """
+
+    limit: int
+    budget: int
+    bandwidth: int
+    left_out: int
+    pool_chunks: int
+    streaming_seconds: float
+    slowed_seconds: float
+    recomputed_tokens: int
+    hits: Hits
+    head_waits: Mapping[str, int] = {}
+    failed_copies: int = 0
+
+
+MICROSECONDS = 1e6
+
+HEAD_WAITS = "pie_head_waits"
+"""Name of the counter by reason, which travels as ``name:reason``."""
+
+
+class Report:
+    """What the front end has not been told yet, as whole numbers.
+
+    Each report of vLLM's scheduler reaches one front-end process only, so counters travel as
+    increments, and add up over the processes. Names are those in ``prometheus.py``.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        """Nothing has been told; the first report has the sizes."""
+        self._counters: dict[str, int] = {}
+        self._gauges: dict[str, int] = {}
+        self._sizes = {
+            "pie_resident_blocks": geometry.resident_blocks,
+            "pie_pooled_blocks": geometry.pooled_blocks,
+            "pie_capacity_gained_blocks": geometry.capacity_gained_blocks,
+            "pie_ring_bytes": geometry.ring_bytes,
+            "pie_pool_ceiling_bytes": geometry.host_bytes,
+        }
+        self._geometry = geometry
+
+    def changes(self, totals: Totals, residency: Residency, control: Control) -> dict[str, int]:
+        """Increments of counters and new values of gauges since the last call."""
+        gauges = {
+            "pie_resident_blocks_used": residency.residents_in_use,
+            "pie_pooled_blocks_used": residency.pooled_in_use,
+            "pie_pooled_blocks_read": residency.reading.num_blocks,
+            "pie_admission_limit_blocks": control.limit,
+            "pie_step_budget_blocks": control.budget,
+            "pie_link_bytes_per_second": control.bandwidth,
+            "pie_parked_blocks": len(residency.parking),
+            "pie_pool_bytes": self._geometry.bytes_of_chunks(control.pool_chunks),
+        }
+        counters = {
+            "pie_streaming_steps": totals.steps,
+            "pie_graph_steps": totals.graph_steps,
+            "pie_loaded_bytes": totals.bytes_loaded,
+            "pie_stored_bytes": totals.bytes_stored,
+            "pie_load_seconds": int(totals.load_seconds * MICROSECONDS),
+            "pie_store_seconds": int(totals.store_seconds * MICROSECONDS),
+            "pie_stall_seconds": int(totals.stall_seconds * MICROSECONDS),
+            "pie_streaming_seconds": int(control.streaming_seconds * MICROSECONDS),
+            "pie_slowed_seconds": int(control.slowed_seconds * MICROSECONDS),
+            "pie_demoted_blocks": residency.demotions,
+            "pie_promoted_blocks": residency.promotions,
+            "pie_left_out_requests": control.left_out,
+            "pie_recomputed_tokens": control.recomputed_tokens,
+            "pie_parked_stores": residency.parking.parked_blocks,
+            "pie_parked_ahead": residency.parking.ahead_blocks,
+            "pie_parked_losses": residency.parking.lost_blocks,
+            "pie_restored_blocks": residency.parking.restored_blocks,
+            "pie_resident_hits": control.hits.resident,
+            "pie_pooled_hits": control.hits.pooled,
+            "pie_parked_hits": control.hits.parked,
+            "pie_failed_copies": control.failed_copies,
+        }
+        counters |= {f"{HEAD_WAITS}:{why}": steps for why, steps in control.head_waits.items()}
+        changed = {**self._sizes}
+        self._sizes = {}
+        if gauges != self._gauges:
+            changed |= gauges
+            self._gauges = gauges
+        if counters != self._counters:
+            told = self._counters
+            changed |= {name: n - told.get(name, 0) for name, n in counters.items()}
+            self._counters = counters
+        return changed
+
+
+class StepLog:
+    """Writes one line of totals every few seconds while steps stream.
+
+    Attributes:
+        totals: the newest.
+    """
+
+    def __init__(self, residency: Residency, detector: Detector, waits: HeadWaits) -> None:
+        """Nothing has happened."""
+        self._residency = residency
+        self._detector = detector
+        self._waits = waits
+        self._due = time.monotonic() + LOG_SECONDS
+        self.totals = self._told = Totals()
+
+    def record(self, totals: Totals) -> None:
+        """Note the newest totals; write when due."""
+        self.totals = totals
+        if time.monotonic() >= self._due:
+            self.write()
+
+    def write(self) -> None:
+        """Write the line, unless nothing happened since the last one."""
+        self._due = time.monotonic() + LOG_SECONDS
+        totals, residency = self.totals, self._residency
+        if totals == self._told:
+            return
+        self._told = totals
+        logger.info(
+            "Pie: steps=%d pooled=%d pooled_peak=%d pooled_blocks=%d bytes_loaded=%d "
+            "bytes_stored=%d load_seconds=%.3f store_seconds=%.3f stall_seconds=%.3f "
+            "slowed_seconds=%.3f graph_steps=%d parked=%d parked_stores=%d ahead=%d restored=%d "
+            "head_waits=%s",
+            totals.steps,
+            residency.pooled_in_use,
+            totals.pooled_peak,
+            residency.window,
+            totals.bytes_loaded,
+            totals.bytes_stored,
+            totals.load_seconds,
+            totals.store_seconds,
+            totals.stall_seconds,
+            self._detector.slowed_seconds,
+            totals.graph_steps,
+            len(residency.parking),
+            residency.parking.parked_blocks,
+            residency.parking.ahead_blocks,
+            residency.parking.restored_blocks,
+            self._waits.news(),
+        )
+
+
+def counters(llm: Any) -> dict[str, Any]:
+    """Totals and sizes of the first worker of a ``vllm.LLM`` that uses pie.
+
+    Returns:
+        The fields of Totals, and of the geometry ``resident_blocks``,
+        ``pooled_blocks``, ``ring_slots``, ``ring_bytes``, ``host_bytes`` (what
+        the pool may hold; ``pool_bytes`` is what it holds), ``device_bytes``,
+        ``idle_cost_blocks``, ``page_bytes``, ``num_layers``, ``rows``. Further
+        ``pool_refused``: how often memory for the pool could not be had;
+        ``pool_table_bytes``: device memory that is kept for page tables of the pool.
+    """
+    return dict(llm.collective_rpc("pie_counters")[0])

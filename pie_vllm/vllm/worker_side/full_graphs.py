@@ -1,0 +1,219 @@
+"""Steps that load KV inside vLLM's FULL CUDA graphs (``--pie-full-graphs``).
+
+While vLLM captures such a graph, its Python runs once and passes the gates, so the engine's copies
+become part of the graph. Later the graph replays without Python: the engine is told right before,
+and uploads which blocks the step's copies name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pie_vllm.engine.gather import Images, NoGather, gather_image, install_image
+from pie_vllm.engine.link_calibration import UNMEASURED_CTAS
+from pie_vllm.errors import CopyError, GateError, PieError
+from pie_vllm.vllm import refusals
+from pie_vllm.vllm.compat import cuda_graphs
+
+if TYPE_CHECKING:
+    from pie_vllm.engine.transfer_engine import TransferEngine
+    from pie_vllm.plan import StepPlan
+
+
+MOST_PIECES = 8192
+"""Of a layer's loads in a graph: more than a link brings while a step computes."""
+
+
+def use_graphs(
+    engine: TransferEngine, *, images: Images = gather_image, blocks: int = UNMEASURED_CTAS
+) -> str:
+    """Prepare the engine for steps in graphs.
+
+    Args:
+        engine: of this rank.
+        images: for tests.
+        blocks: CTAs of the kernel that copies in a graph.
+
+    Returns:
+        A sentence for the log.
+
+    Raises:
+        UnsupportedError: the device, or this installation, has no kernel that copies in a graph.
+    """
+    # A step moves no block twice. What is restored may come on top: such a step runs piecewise.
+    pieces = min(engine.geometry.pooled_blocks, MOST_PIECES)
+    try:
+        found = install_image(
+            engine, lambda image: engine.use_graphs(image, pieces, blocks), images=images
+        )
+    except PieError as error:
+        raise refusals.no_full_graphs(f"the gather kernel cannot be used: {error}") from error
+    if isinstance(found, NoGather):
+        raise refusals.no_full_graphs(f"there is no gather kernel: {found.reason}")
+    return (
+        "steps that only decode load KV inside FULL CUDA graphs (--pie-full-graphs: experimental, "
+        f"not yet proven on a GPU), up to {pieces} pieces a layer"
+    )
+
+
+class Capture:
+    """Passes the gates on to the engine while a FULL graph is captured; inert otherwise.
+
+    Forward passes that warm up are not captured, and a PIECEWISE graph is captured in pieces
+    between the layers' attention. No call raises: an error inside a capture would come out as one
+    of CUDA's about a broken capture. ``error`` keeps the first.
+
+    Attributes:
+        complete: graphs in which all layers passed their gates.
+        error: what went wrong first.
+    """
+
+    def __init__(
+        self,
+        engine: TransferEngine,
+        num_layers: int,
+        capturing: Callable[[], bool],
+        stream: Callable[[], int],
+    ) -> None:
+        """Nothing is captured yet.
+
+        Args:
+            engine: prepared by ``use_graphs``.
+            num_layers: that pass the gates.
+            capturing: whether what this thread submits now is captured.
+            stream: that it submits to.
+        """
+        self._engine, self._last = engine, num_layers - 1
+        self._capturing, self._stream = capturing, stream
+        self._open = False
+        self.complete = 0
+        self.error: PieError | None = None
+
+    def before_write(self, layer: int) -> None:
+        """As the engine's, in a capture."""
+        self._pass(self._engine.before_write, layer)
+
+    def before_attention(self, layer: int) -> None:
+        """As the engine's, in a capture."""
+        self._pass(self._engine.before_attention, layer)
+
+    def after_attention(self, layer: int) -> None:
+        """As the engine's, in a capture; after the last layer the capture is complete."""
+        self._pass(self._engine.after_attention, layer)
+        if self._open and layer == self._last:
+            self.end()
+
+    def end(self) -> None:
+        """End the engine's part of a capture, if one is under way."""
+        if not self._open:
+            return
+        self._open = False
+        try:
+            self._engine.end_capture()
+            self.complete += 1
+        except PieError as error:
+            self.error = self.error or error
+
+    def _pass(self, gate: Callable[[int], None], layer: int) -> None:
+        if not self._capturing():
+            self.end()  # One that did not come to its last layer: the engine says so.
+            return
+        if self.error is not None:
+            return
+        try:
+            if not self._open:
+                self._engine.begin_capture(self._stream())
+                self._open = True
+            gate(layer)
+        except PieError as error:
+            self.error = error
+            self.end()
+
+
+class FullGraphs:
+    """Tells the engine of captures and replays.
+
+    Attributes:
+        fits: whether the open step may run in a FULL graph; False where none is open.
+        entered: whether it does: its graph has been, or is about to be, launched.
+    """
+
+    def __init__(
+        self, engine: TransferEngine, num_layers: int, failed: Callable[[CopyError], None]
+    ) -> None:
+        """Nothing is open.
+
+        Args:
+            engine: prepared by ``use_graphs``.
+            num_layers: that pass the gates.
+            failed: told of a copy that failed; the graph, launched all the same, copies nothing.
+        """
+        self._engine, self._layers, self._failed = engine, num_layers, failed
+        self._open = False
+        self.fits = self.entered = False
+
+    def begin_step(self, plan: StepPlan, compute_stream: int) -> None:
+        """As the engine's; finds out whether the step fits a graph."""
+        self.fits = self._engine.begin_step(plan, compute_stream, graph=True)
+        self._open = True
+
+    def end_step(self) -> bool:
+        """The step is over, however it ended; returns whether it ran in a graph."""
+        entered = self.entered
+        self._open = self.fits = self.entered = False
+        return entered
+
+    def before_replay(self) -> None:
+        """A FULL graph is launched next, by this thread.
+
+        Raises:
+            GateError: a graph was launched in this step before.
+            TransferError: the step does not fit a graph, or the device cannot go on.
+        """
+        if not self._open:
+            return
+        if self.entered:
+            raise GateError("two FULL CUDA graphs were launched in one step")
+        try:
+            self._engine.enter_graph()
+        except CopyError as error:
+            self._open = self.fits = False
+            self._failed(error)
+            return
+        self.entered = True
+
+    @contextmanager
+    def captured(
+        self, runner: Any, capturing: Callable[[], bool], stream: Callable[[], int]
+    ) -> Iterator[Capture]:
+        """Around what captures the runner's graphs: gives what is to stand at the gates.
+
+        Args:
+            runner: vLLM's model runner.
+            capturing: as ``Capture``.
+            stream: as ``Capture``.
+
+        Raises:
+            UnsupportedError: not each of vLLM's FULL graphs has the copies of all layers in it.
+        """
+        capture = Capture(self._engine, self._layers, capturing, stream)
+        try:
+            yield capture
+        except Exception as error:
+            capture.end()
+            if capture.error is None:
+                raise
+            raise refusals.no_full_graphs(f"no graph can be captured: {capture.error}") from error
+        capture.end()
+        if capture.error is not None:
+            raise refusals.no_full_graphs(f"no graph can be captured: {capture.error}")
+        graphs = cuda_graphs.full_graphs(runner)
+        if capture.complete != len(graphs):
+            raise refusals.no_full_graphs(
+                f"only {capture.complete} of {len(graphs)} FULL CUDA graphs passed the gates of "
+                "all layers while vLLM captured them"
+            )
+        for graph in graphs:
+            cuda_graphs.before_replay(graph, self.before_replay)

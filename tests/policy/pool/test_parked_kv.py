@@ -1,0 +1,221 @@
+"""Parking: which KV is kept when its block gets another use, and what comes back when."""
+
+from __future__ import annotations
+
+import pytest
+
+from pie_vllm.errors import IntegrityError
+from pie_vllm.policy.admission.restore import ParkedKey, cancel, restore
+from tests.helpers.parked_steps import come_back, copied, leave, make, take
+
+
+def test_an_evicted_block_is_stored_before_its_page_is_used() -> None:
+    """The step that takes the page copies it out first; the last block of a prefix goes first."""
+    pool = make()
+    leave(pool, "a", "x", "y", "z")
+    pages = {pool.cached[c].block_id: c for c in "xyz"}
+    plan = take(pool, "b", 5)
+    stored = copied(plan.stores)
+    assert [pages[block] for block, _ in stored] == ["z"]
+    parking = pool.residency.parking
+    assert parking.has("z")
+    assert not parking.has("x"), "it has its page still"
+    assert "z" not in pool.cached
+
+
+def test_a_block_comes_back_to_a_resident_page_and_stays_parked() -> None:
+    """Its row is read once; the next use of that page costs no store."""
+    pool = make()
+    leave(pool, "a", "x", "y")
+    ((_, row_y), (_, row_x)) = sorted(copied(take(pool, "b", 7).stores), reverse=True)
+    pool.free("b")
+    plan = come_back(pool, "c", [ParkedKey("x"), ParkedKey("y")], residents=2)
+    filled = dict(copied(plan.promotions))
+    ids = [block.block_id for block in pool.tables["c"]]
+    assert {filled[ids[0]], filled[ids[1]]} == {row_x, row_y}
+    assert not plan.stores
+    assert len(pool.residency.parking) == 2
+    pool.free("c")
+    assert take(pool, "d", 7) is None, "copies of both are in the pool"
+
+
+def test_a_block_comes_back_to_a_pooled_id_without_a_copy_of_its_own() -> None:
+    """The id takes the parked row; the step loads it like any pooled block."""
+    pool = make()
+    leave(pool, "a", "x", "y")
+    rows = {row for _, row in copied(take(pool, "b", 7).stores)}
+    pool.free("b")
+    plan = come_back(pool, "c", [ParkedKey("x"), ParkedKey("y")], residents=1)
+    ids = [block.block_id for block in pool.tables["c"]]
+    assert ids[0] < 8 <= ids[1]
+    assert [block for block, _ in copied(plan.promotions)] == ids[:1]
+    assert [block for block, _ in copied(plan.loads)] == ids[1:2]
+    assert {row for _, row in (*copied(plan.promotions), *copied(plan.loads))} == rows
+    pool.free("c")
+    assert pool.cached["y"].block_id == ids[1], "idle, it is still a hit"
+
+
+def test_demotion_uses_the_copy_that_is_parked() -> None:
+    """A block that came back and is demoted again takes its old row; nothing is stored."""
+    pool = make(resident=6, pooled=4)
+    leave(pool, "a", "x", "y")
+    take(pool, "b", 5)
+    pool.free("b")
+    come_back(pool, "c", [ParkedKey("x"), ParkedKey("y")], residents=2)
+    plan = take(pool, "d", 4)
+    assert pool.residency.demotions == 2
+    assert not plan.stores
+    assert not len(pool.residency.parking)
+
+
+def test_a_pooled_id_that_is_reused_leaves_its_row_parked() -> None:
+    """Idle cached KV outlives its id, as far as there are rows."""
+    pool = make(resident=6, pooled=1, rows=4)
+    leave(pool, "a", "x")
+    kept = pool.cached["x"]
+    pool.tables["a2"] = []
+    pool.residency.admit("a2", 1)
+    pool.hit("a2", [kept])
+    pool.residency.admitted("a2")
+    pool.residency.computed_again("a2", 1)
+    pool.residency.end_step({"a2": 1}, {"a2"}, True, None)
+    take(pool, "b", 5)
+    assert pool.cached["x"].block_id == 6
+    pool.free("a2")
+    pool.residency.computed("b", 5)
+    pool.tables["c"] = []
+    pool.residency.admit("c")
+    assert pool.allocate("c", 1)
+    pool.residency.end_step({"b": 1, "c": 1}, {"c"}, True, None)
+    assert pool.residency.parking.has("x")
+    assert "x" not in pool.cached
+    pool.residency.check_integrity()
+
+
+def test_pooled_blocks_have_the_first_call_on_rows() -> None:
+    """Parked KV gives way, the least recently used first."""
+    pool = make(resident=8, pooled=3, rows=3)
+    leave(pool, "a", "x", "y")
+    take(pool, "b", 7)
+    pool.residency.computed("b", 7)
+    parking = pool.residency.parking
+    assert len(parking) == 2
+    pool.tables["c"] = []
+    pool.residency.admit("c")
+    assert pool.allocate("c", 3)
+    pool.residency.end_step({"b": 1, "c": 1}, {"c"}, True, None)
+    pool.residency.check_integrity()
+    assert pool.residency.pooled_in_use == 3
+    assert not len(parking)
+
+
+def test_the_allowance_of_a_step_limits_what_is_stored() -> None:
+    """Beyond it blocks are lost, as without a pool, and counted."""
+    pool = make()
+    parking = pool.residency.parking
+    leave(pool, "a", "x", "y", "z")
+    parking.allowance = 1
+    assert len(copied(take(pool, "b", 7).stores)) == 1
+    assert (parking.parked_blocks, parking.lost_blocks) == (1, 2)
+
+
+def test_nothing_is_parked_where_it_is_off() -> None:
+    """Without a policy of eviction there is no index, no store, no tail."""
+    pool = make(policy=None)
+    leave(pool, "a", "x", "y", "z")
+    pool.residency.parking.keep_tail("p", pool.residency._blocks[1], 0, 5)
+    assert take(pool, "b", 7) is None
+    assert not pool.residency.parking.enabled
+    assert not pool.residency.parking.tails
+
+
+def test_hits_that_are_not_taken_hold_nothing_again() -> None:
+    """A page that is not filled must not be a hit; its row is parked as before."""
+    pool = make()
+    leave(pool, "a", "x")
+    take(pool, "b", 7)
+    pool.free("b")
+    hits = restore(pool.residency, [ParkedKey("x")], 0, 1)
+    assert pool.cached["x"] is hits[0]
+    cancel(pool.residency, hits)
+    assert "x" not in pool.cached
+    pool.residency.end_step({}, (), False, None)
+    assert pool.residency.parking.has("x")
+    pool.residency.check_integrity()
+
+
+def test_what_is_pinned_is_not_given_up() -> None:
+    """A row that a step copies from is not stored over in that step."""
+    pool = make(resident=8, pooled=1, rows=2)
+    leave(pool, "a", "x", "y")
+    take(pool, "b", 7)
+    pool.free("b")
+    leave(pool, "c", "p", "q")
+    plan = come_back(pool, "d", [ParkedKey("x"), ParkedKey("y")], residents=2, new=5)
+    read = {row for _, row in copied(plan.promotions)}
+    assert len(read) == 2
+    assert not read & {row for _, row in copied(plan.stores)}
+    assert pool.residency.parking.lost_blocks > 0
+
+
+def test_parked_kv_is_not_forgotten_inside_a_step() -> None:
+    """What a request counts on must come."""
+    pool = make()
+    leave(pool, "a", "x")
+    take(pool, "b", 7)
+    pool.free("b")
+    restore(pool.residency, [ParkedKey("x")], 0, 1)
+    with pytest.raises(IntegrityError, match="cannot be forgotten"):
+        pool.residency.forget_parked()
+
+
+def test_a_page_that_is_not_filled_yet_may_be_taken_again() -> None:
+    """It is neither stored nor filled then, and its KV stays parked."""
+    pool = make()
+    leave(pool, "a", "x")
+    take(pool, "b", 7)
+    pool.free("b")
+    restore(pool.residency, [ParkedKey("x")], 0, 1)
+    assert take(pool, "c", 7) is None
+    assert pool.residency.parking.has("x")
+
+
+def test_what_a_step_stores_it_cannot_copy_back() -> None:
+    """The row is not written before the copy would read it."""
+    pool = make()
+    leave(pool, "a", "x")
+    pool.tables["b"] = []
+    pool.residency.admit("b")
+    assert pool.allocate("b", 7)
+    assert len(pool.residency.parking) == 1
+    assert not pool.residency.parking.has("x")
+    pool.residency.end_step({"b": 1}, {"b"}, True, None)
+    assert pool.residency.parking.has("x")
+
+
+def test_blocks_that_came_back_are_found_for_demotion() -> None:
+    """Not in the step that fills them; from the next one on, without a search of all tables."""
+    pool = make()
+    leave(pool, "a", "x")
+    take(pool, "b", 7)
+    pool.free("b")
+    victims = pool.residency.victims
+    come_back(pool, "c", [ParkedKey("x")], 1, meanwhile=lambda: victims.private() is None)
+    victim = victims.private()
+    assert victim is not None
+    assert (victim.request_id, victim.index) == ("c", 0)
+
+
+def test_rows_that_a_step_reads_are_no_rows_for_demotion() -> None:
+    """Until the step is planned; then they may be given up."""
+    pool = make(pooled=2, rows=2)
+    leave(pool, "a", "x", "y")
+    take(pool, "b", 7)
+    pool.free("b")
+    queue = pool.residency.queue
+    assert queue.available_pooled == 2
+    hits = restore(pool.residency, [ParkedKey("x"), ParkedKey("y")], 0, 2)
+    assert queue.available_pooled == 0
+    cancel(pool.residency, hits)
+    pool.residency.end_step({}, (), False, None)
+    assert queue.available_pooled == 2
