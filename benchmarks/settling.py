@@ -64,7 +64,10 @@ def plot(path: Path, outcomes: dict[str, Outcome]) -> None:
             first = first_after(outcome)
             recent = {i: range(first + i - WINDOW + 1, first + i + 1) for i in SHOWN}
             rows = (
-                ("admission limit, blocks", [outcome.decisions[first + i].limit for i in SHOWN]),
+                (
+                    "admission limit, blocks",
+                    [outcome.decisions[first + i].pooled_admission_max for i in SHOWN],
+                ),
                 ("stall, %", [100 * stall_share(outcome, recent[i]) for i in SHOWN]),
                 ("tokens/s", [tokens_per_second(outcome, recent[i]) for i in SHOWN]),
             )

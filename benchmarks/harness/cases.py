@@ -129,7 +129,7 @@ class _LimitAt(Decider):
         self._limit = limit
 
     def decide(self, prompt_tokens: int = 0) -> Decision:
-        return super().decide(prompt_tokens)._replace(limit=self._limit)
+        return super().decide(prompt_tokens)._replace(pooled_admission_max=self._limit)
 
 
 def limit_at(case: Case, share: float) -> Decider:

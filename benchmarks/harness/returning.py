@@ -58,7 +58,7 @@ class _Always(Decider):
         self._restores = restores
 
     def decide(self, prompt_tokens: int = 0) -> Decision:
-        return super().decide(prompt_tokens)._replace(restores=self._restores)
+        return super().decide(prompt_tokens)._replace(restore_enabled=self._restores)
 
 
 def always(case: Case, *, restores: bool) -> Decider:

@@ -103,7 +103,7 @@ def stall_share(outcome: Outcome, steps: Sequence[int]) -> float:
 
 def mean_limit(outcome: Outcome, steps: Sequence[int]) -> float:
     """Mean admission limit of these steps."""
-    return sum(outcome.decisions[i].limit for i in steps) / len(steps)
+    return sum(outcome.decisions[i].pooled_admission_max for i in steps) / len(steps)
 
 
 @dataclass(frozen=True)

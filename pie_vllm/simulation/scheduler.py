@@ -159,7 +159,9 @@ class SimulatedScheduler:
             ),
             size,
         )
-        chunk = decide_chunk(queue, asked, bool(self.waiting), decision.stores, most, size)
+        chunk = decide_chunk(
+            queue, asked, bool(self.waiting), decision.prompt_demotion_max, most, size
+        )
         self.chunk_blocks = chunk.blocks
         return chunk.tokens
 
@@ -191,10 +193,10 @@ class SimulatedScheduler:
         keys = request.keys[: (request.known - 1) // size]
         hits = self._book.hits(keys)
         found = None
-        if residency.parking.any and decision.restores:
+        if residency.parking.any and decision.restore_enabled:
             queue = residency.queue
             kept = PROMPT_RESERVE if self._prompts() else 0
-            pooled = queue.available_pooled - (residency.window - decision.limit)
+            pooled = queue.available_pooled - (residency.window - decision.pooled_admission_max)
             room = Room(queue.free_residents - kept, pooled, self.chunk_blocks)
             after = keys[len(hits) :]
             found = self._lookup.find(request.request_id, request.known, after, hits, room)
@@ -208,11 +210,11 @@ class SimulatedScheduler:
         blocks = cdiv(request.known, size)
         if parked.cut and others and self._patience.wait(name, blocks):
             return 0  # There will be room once others are done.
-        kept_back = residency.window - decision.limit if others else 0
+        kept_back = residency.window - decision.pooled_admission_max if others else 0
         needed = blocks - sum(block.ref_cnt > 0 for block in hits)
         if needed + kept_back > queue.available_in_all:
             return 0
-        most = restored_at_once(residency, decision.at_once)
+        most = restored_at_once(residency, decision.restore_blocks_max)
         if others and parked.residents > most and self._patience.wait(name, blocks):
             restore_part(residency, parked.found, len(hits), most)
             self.restored += most

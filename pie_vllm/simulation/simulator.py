@@ -156,7 +156,7 @@ class Simulation:
         prompts = sum(max(0, r.known - r.computed - 1) for r in running)
         room = residency.queue.num_free_blocks * size
         decision = self._decider.decide(min(prompts, self._max_tokens, room))
-        parking.allowance = decision.parks
+        parking.allowance = decision.park_blocks_max
         restored = parking.restored_blocks
         left_out = self._turns.begin_step(running, residency, decision)
         ran, fresh = scheduler.schedule(decision, set(left_out))
@@ -164,11 +164,11 @@ class Simulation:
             self._compute(request, tokens)
             tell = residency.computed_again if request.request_id in fresh else residency.computed
             tell(request.request_id, request.computed // size)
-        over = residency.pooled_in_use > decision.limit
+        over = residency.pooled_in_use > decision.pooled_admission_max
         headroom = tail_room(len(running), size) if over or not scheduler.waiting else None
         several = any(tokens > 1 for _, tokens in ran.values())
         ahead = Ahead.of(decision, self._turns.taken, len(running), scheduler.chunk_blocks, several)
-        plan = residency.end_step(ran, fresh, bool(ran), headroom, decision.budget, ahead)
+        plan = residency.end_step(ran, fresh, bool(ran), headroom, decision.load_blocks_max, ahead)
         self._turns.end_step(ran, residency)
         self._pass_time(ran, plan, restored=parking.restored_blocks != restored)
         self._decisions.append(decision)

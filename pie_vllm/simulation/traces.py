@@ -158,7 +158,11 @@ class Static:
 
     def __init__(self, limit: int, budget: int | None = None, spare: int = 0) -> None:
         """Admit up to ``limit`` pooled blocks; load up to ``budget``, ``limit`` if None."""
-        self._decision = Decision(limit if budget is None else budget, limit, spare)
+        self._decision = Decision(
+            load_blocks_max=limit if budget is None else budget,
+            pooled_admission_max=limit,
+            spare_load_blocks_max=spare,
+        )
 
     def decide(self, prompt_tokens: int = 0) -> Decision:  # noqa: ARG002
         """Always the same."""

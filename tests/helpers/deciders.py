@@ -40,9 +40,9 @@ class Wavering(Fixed):
                 limit,
                 choice([0, spare]),
                 choice([None, most]),
-                parks=choice([None, 1, 4]),
-                restores=self._rng.random() < 0.8,
-                ahead=choice([0, 1, 100]),
-                at_once=choice([None, 0, 1, 2]),
+                park_blocks_max=choice([None, 1, 4]),
+                restore_enabled=self._rng.random() < 0.8,
+                store_ahead_max=choice([0, 1, 100]),
+                restore_blocks_max=choice([None, 0, 1, 2]),
             )
         return super().decide(prompt_tokens)

@@ -107,7 +107,7 @@ class Noting(Static):
 
     def __init__(self, parks: int | None = None) -> None:
         super().__init__(SIZES.pooled_blocks)
-        self._decision = self._decision._replace(parks=parks)
+        self._decision = self._decision._replace(park_blocks_max=parks)
         self.seen: list[Observation] = []
 
     def observe(self, seen: Observation, *, within_budget: bool = True) -> None:  # noqa: ARG002
@@ -230,7 +230,9 @@ class Varying(Static):
         if rng.random() < 0.3:
             budget, limit, spare = (rng.randint(0, SIZES.pooled_blocks) for _ in range(3))
             parks, restores = rng.choice((None, 0, 2)), rng.random() < 0.8
-            self._decision = Decision(budget, limit, spare, parks=parks, restores=restores)
+            self._decision = Decision(
+                budget, limit, spare, park_blocks_max=parks, restore_enabled=restores
+            )
         return super().decide(prompt_tokens)
 
 

@@ -41,32 +41,36 @@ FIRST_BLOCKS = 4
 
 
 class Decision(NamedTuple):
-    """For one step.
+    """Bounds of one step.
 
     Attributes:
-        budget: blocks that the step may load behind its compute.
-        limit: pooled blocks in use beyond which no waiting request is admitted.
-        spare: blocks beyond the budget that one request alone may load, out of the stall that
-            the target allows over time.
-        most: pooled blocks in use from which on nothing is demoted while several requests run;
-            None is without end.
-        parks: blocks that the step may store for parking; None is without end.
-        restores: whether parked KV is copied back, which is quicker than to compute it again.
-        ahead: blocks, of ``parks``, that the step may store ahead of eviction.
-        at_once: blocks that the link can copy back behind the step's compute; None is without end.
-        stores: blocks that prompts may have demoted in the step, so that the link stores them
-            behind its compute; None is without end.
+        load_blocks_max: Maximum number of pooled blocks that the step loads behind its compute.
+        pooled_admission_max: Maximum number of pooled blocks in use at which a waiting request is
+            still admitted.
+        spare_load_blocks_max: Maximum number of blocks that one request alone may load beyond
+            ``load_blocks_max``, out of the stall that the target allows over time.
+        pooled_demotion_max: Number of pooled blocks in use from which on nothing is demoted while
+            several requests run; None for no bound.
+        park_blocks_max: Maximum number of blocks that the step stores for parking; None for no
+            bound.
+        restore_enabled: Whether parked KV is copied back, which is faster than computing it again.
+        store_ahead_max: Maximum number of blocks, within ``park_blocks_max``, that the step stores
+            ahead of their eviction.
+        restore_blocks_max: Maximum number of blocks that the link copies back behind the step's
+            compute; None for no bound.
+        prompt_demotion_max: Maximum number of blocks demoted for prompts in the step, so that the
+            link stores them behind its compute; None for no bound.
     """
 
-    budget: int
-    limit: int
-    spare: int
-    most: int | None = None
-    parks: int | None = None
-    restores: bool = True
-    ahead: int = 0
-    at_once: int | None = None
-    stores: int | None = None
+    load_blocks_max: int
+    pooled_admission_max: int
+    spare_load_blocks_max: int
+    pooled_demotion_max: int | None = None
+    park_blocks_max: int | None = None
+    restore_enabled: bool = True
+    store_ahead_max: int = 0
+    restore_blocks_max: int | None = None
+    prompt_demotion_max: int | None = None
 
 
 class Decider:
@@ -127,10 +131,19 @@ class Decider:
         self._burst = 0  # Blocks of a step that streams, where not every one does.
         self._share = 0.0  # Of the time, that loads in every step take from the compute.
         first = min(FIRST_BLOCKS, window)
-        self._first = Decision(first, first, 0, parks=FIRST_BLOCKS, at_once=first)
+        everything = Decision(
+            load_blocks_max=window, pooled_admission_max=window, spare_load_blocks_max=0
+        )
+        self._all_pooled = self._everything = everything
+        self._first = Decision(
+            load_blocks_max=first,
+            pooled_admission_max=first,
+            spare_load_blocks_max=0,
+            park_blocks_max=FIRST_BLOCKS,
+            restore_blocks_max=first,
+        )
         if target is None:
-            self._first = Decision(window, window, 0, ahead=window)
-        self._everything = Decision(window, window, 0)
+            self._first = everything._replace(store_ahead_max=window)
         if target is not None:
             self._predict(target)
 
@@ -169,7 +182,7 @@ class Decider:
             return
         self._more = self._gain * self._rate
         self._hidden = hidden = self._more * step
-        self._everything = Decision(self._window, self._window, 0, None, *self._parking(0))
+        self._everything = self._with_parking(self._all_pooled, 0)
         if self._contention:
             self._spread(target, hidden, step)
 
@@ -213,22 +226,22 @@ class Decider:
         if hidden >= window:
             if not prompt_tokens:
                 return self._everything
-            return Decision(window, window, 0, None, *self._parking(prompt_tokens))
+            return self._with_parking(self._all_pooled, prompt_tokens)
         exact = hidden + self._carried
         if prompt_tokens:
             exact += self._more * self.detector.slope * prompt_tokens
         # Less than a block a step is a block every few steps.
         self._carried = exact % 1.0
-        return Decision(
-            window if exact > window else int(exact),
-            int(hidden),
-            window if spare > window else int(spare),
-            int(hidden * LONGEST_TURN),
-            *self._parking(prompt_tokens),
+        bounds = Decision(
+            load_blocks_max=window if exact > window else int(exact),
+            pooled_admission_max=int(hidden),
+            spare_load_blocks_max=window if spare > window else int(spare),
+            pooled_demotion_max=int(hidden * LONGEST_TURN),
         )
+        return self._with_parking(bounds, prompt_tokens)
 
-    def _parking(self, prompt_tokens: int) -> tuple[int | None, bool, int, int | None, int | None]:
-        """Of a decision, what is about parking, and what prompts may have demoted."""
+    def _with_parking(self, bounds: Decision, prompt_tokens: int) -> Decision:
+        """A decision completed by the bounds on parking and on what prompts may have demoted."""
         rate, slope = self._rate or 0.0, self.detector.slope
         step = self.detector.step_seconds or 0.0
         taken = rate * (step + slope * prompt_tokens)
@@ -236,15 +249,25 @@ class Decider:
         hidden = rate * slope * self._block_tokens
         restores = not slope or hidden >= 1.0
         if not isfinite(taken):
-            return None, restores, self._window, None, None
+            return bounds._replace(restore_enabled=restores, store_ahead_max=self._window)
         stores = None
         if self._target is not None and hidden < 1.0:
             stores = max(1, int(MARGIN * rate * step / (1.0 - hidden)))
         if not restores:
-            return 0, False, 0, 0, stores
+            return bounds._replace(
+                park_blocks_max=0,
+                restore_enabled=False,
+                restore_blocks_max=0,
+                prompt_demotion_max=stores,
+            )
         ahead = 0 if self._cool else int(AHEAD_SHARE * taken)
         at_once = None if self._target is None else max(1, int(self._gain * taken))
-        return max(1, int(MARGIN * taken)), restores, ahead, at_once, stores
+        return bounds._replace(
+            park_blocks_max=max(1, int(MARGIN * taken)),
+            store_ahead_max=ahead,
+            restore_blocks_max=at_once,
+            prompt_demotion_max=stores,
+        )
 
     def _in_bursts(self, hidden: float, spare: float, prompt_tokens: int) -> Decision:
         self._carried += hidden
@@ -253,6 +276,10 @@ class Decider:
             self._carried = min(self._carried - self._burst, self._burst)
         # One that streams in so many steps brings ``hidden`` blocks a step.
         most = int(hidden * LONGEST_TURN) if self._burst <= hidden * LONGEST_TURN else 0
-        limit, spare = min(int(hidden), most), min(int(spare), self._window)
-        budget = self._burst if streams else 0
-        return Decision(budget, limit, spare, most, *self._parking(prompt_tokens))
+        bounds = Decision(
+            load_blocks_max=self._burst if streams else 0,
+            pooled_admission_max=min(int(hidden), most),
+            spare_load_blocks_max=min(int(spare), self._window),
+            pooled_demotion_max=most,
+        )
+        return self._with_parking(bounds, prompt_tokens)

@@ -53,7 +53,7 @@ class Turns:
             priority: as ``choose``.
         """
         self.exceeds = False
-        budget = decision.budget
+        budget = decision.load_blocks_max
         self.taken = budget < residency.window and residency.pooled_in_use > budget
         if not self.taken and not residency.queue.frozen:
             return []
@@ -62,9 +62,11 @@ class Turns:
             of = residency.reading.pooled
             pooled = {r.request_id: blocks for r in running if (blocks := of(r.request_id))}
             others = len(running) > len(pooled)
-            out, self.exceeds = self.choose(pooled, budget, decision.spare, others, priority)
+            out, self.exceeds = self.choose(
+                pooled, budget, decision.spare_load_blocks_max, others, priority
+            )
             self.left_out += len(out)
-        residency.begin_step(out, decision.most if len(running) > 1 else None)
+        residency.begin_step(out, decision.pooled_demotion_max if len(running) > 1 else None)
         return out
 
     def end_step(self, scheduled: Iterable[str], residency: Residency) -> None:

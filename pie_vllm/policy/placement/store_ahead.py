@@ -40,9 +40,9 @@ class Ahead(NamedTuple):
         cls, decision: Decision, turns: bool, running: int, chunk_blocks: int, prompts: bool
     ) -> Ahead | None:
         """What a decision allows; nothing while requests take ``turns``, who need the link."""
-        if turns or not decision.ahead:
+        if turns or not decision.store_ahead_max:
             return None
-        return cls(decision.ahead, running, chunk_blocks, prompts)
+        return cls(decision.store_ahead_max, running, chunk_blocks, prompts)
 
 
 def write_through(residency: Residency, ahead: Ahead) -> None:

@@ -97,7 +97,11 @@ class PieBlockSpaceManager(KVCacheManager):
         self.block_size = managers[0].block_size
         self._lookup = ParkedLookup(self.residency, pool, self.block_size)
         self._parked: dict[str, ParkedHits] = {}  # Of the request asked for last.
-        self._decision = Decision(0, geometry.pooled_blocks, 0)
+        self._decision = Decision(
+            load_blocks_max=0,
+            pooled_admission_max=geometry.pooled_blocks,
+            spare_load_blocks_max=0,
+        )
         self.admissions = Admissions(geometry.resident_blocks)
         self.completions = Completions(self.block_size, self.residency)
         self.chunk_blocks = geometry.resident_blocks
@@ -121,7 +125,7 @@ class PieBlockSpaceManager(KVCacheManager):
         """
         self._claims = self.refused = None
         self._decision = decision
-        self._kept_back = self.geometry.pooled_blocks - decision.limit
+        self._kept_back = self.geometry.pooled_blocks - decision.pooled_admission_max
         if self.residency.queue.num_free_blocks < most:
             self.completions.catch_up()
 
@@ -140,7 +144,11 @@ class PieBlockSpaceManager(KVCacheManager):
         blocks, tokens, boundary = super().get_computed_blocks(request, *cap)
         self._parked.clear()
         parking = self.residency.parking
-        if parking.any and self._decision.restores and self.prefix_cache_lookup_enabled(request):
+        if (
+            parking.any
+            and self._decision.restore_enabled
+            and self.prefix_cache_lookup_enabled(request)
+        ):
             hits = blocks.blocks[0]
             parked = self._lookup.find(request, hits, self._room(), max_cache_hit_length)
             if parked is not None:
@@ -220,7 +228,7 @@ class PieBlockSpaceManager(KVCacheManager):
         claims = self._claimed()
         prompts = has_scheduled_reqs and (partial or claims.prompts)
         reserve = promised(queue, claims.tails, self.prompt_reserve if prompts else 0)
-        most = restored_at_once(residency, self._decision.at_once)
+        most = restored_at_once(residency, self._decision.restore_blocks_max)
         if has_scheduled_reqs and parked.residents > most and self._may_wait(request):
             restore_part(residency, parked.found, len(hits), most)
             self.admissions.ahead(request_id, most)

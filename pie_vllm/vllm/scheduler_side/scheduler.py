@@ -103,7 +103,7 @@ class PieSchedulerMixin(_Mixed):
         decision = self.pie_decision = self.pie_decider.decide(prompts)
         manager.begin_step(decision, most)
         residency = manager.residency
-        residency.parking.allowance = decision.parks
+        residency.parking.allowance = decision.park_blocks_max
         restored = residency.parking.restored_blocks
         for request_id in turns.begin_step(self.running, residency, decision, self._priority):
             # vLLM counts the step when it schedules it, and runs who is due in it or before.
@@ -230,7 +230,9 @@ class PieSchedulerMixin(_Mixed):
         if not asks or self._whole is not None or plenty(queue, most, len(self.running), size):
             return Chunk(most, cdiv(most, size))
         manager.completions.catch_up()
-        return decide_chunk(queue, self._running_ask(), waiting, decision.stores, most, size)
+        return decide_chunk(
+            queue, self._running_ask(), waiting, decision.prompt_demotion_max, most, size
+        )
 
     @property
     def _waiting(self) -> int:
@@ -322,12 +324,14 @@ class PieSchedulerMixin(_Mixed):
         if residency.reading.by_request and (
             not self.waiting
             or len(self.running) >= self.max_num_running_reqs
-            or residency.pooled_in_use > decision.limit
+            or residency.pooled_in_use > decision.pooled_admission_max
         ):
             headroom = tail_room(len(self.running), manager.block_size)
         running = len(self.running)
         ahead = Ahead.of(decision, self.pie_turns.taken, running, manager.chunk_blocks, prompts)
-        return residency.end_step(scheduled, fresh, tokens > 0, headroom, decision.budget, ahead)
+        return residency.end_step(
+            scheduled, fresh, tokens > 0, headroom, decision.load_blocks_max, ahead
+        )
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: Any
@@ -391,8 +395,8 @@ class PieSchedulerMixin(_Mixed):
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
             control = Control(
-                self.pie_decision.limit,
-                self.pie_decision.budget,
+                self.pie_decision.pooled_admission_max,
+                self.pie_decision.load_blocks_max,
                 int(self.pie_decider.detector.bandwidth or 0),
                 self.pie_turns.left_out,
                 self.pie_pool.state.chunks,

@@ -45,7 +45,7 @@ def settle(
     """Load as much as is decided, up to what is wanted, and return the steps."""
     seen = []
     for _ in range(steps):
-        one = machine.run(min(wanted, decider.decide().budget))
+        one = machine.run(min(wanted, decider.decide().load_blocks_max))
         decider.observe(one)
         seen.append(one)
     return seen
@@ -54,7 +54,9 @@ def settle(
 def test_a_few_blocks_may_be_pooled_before_the_link_is_known() -> None:
     """The first loads are how its speed is learnt, and must not be long on a slow one."""
     decider = Decider(ROW, WINDOW)
-    first = Decision(FIRST_BLOCKS, FIRST_BLOCKS, 0, parks=FIRST_BLOCKS, at_once=FIRST_BLOCKS)
+    first = Decision(
+        FIRST_BLOCKS, FIRST_BLOCKS, 0, park_blocks_max=FIRST_BLOCKS, restore_blocks_max=FIRST_BLOCKS
+    )
     assert decider.decide() == first
     decider.observe(Observation(32, 32, 0.1))
     assert decider.decide() == first
@@ -63,19 +65,19 @@ def test_a_few_blocks_may_be_pooled_before_the_link_is_known() -> None:
 def test_what_was_measured_at_start_is_the_first_budget() -> None:
     """And steps soon outweigh it."""
     decider = Decider(ROW, WINDOW, prior=Prior(1e9))
-    assert decider.decide().budget == FIRST_BLOCKS
+    assert decider.decide().load_blocks_max == FIRST_BLOCKS
     decider.observe(Machine(1e9).run(0))
-    assert 80 <= decider.decide().budget <= 100
+    assert 80 <= decider.decide().load_blocks_max <= 100
     settle(decider, Machine(2e8), steps=20)
-    assert decider.decide().budget <= 20
+    assert decider.decide().load_blocks_max <= 20
 
 
 def test_the_step_that_was_timed_at_start_is_the_first_budget_too() -> None:
     """Without waiting for a step; the first one that only decodes replaces it."""
     decider = Decider(ROW, WINDOW, prior=Prior(1e9, step_seconds=0.05))
-    assert decider.decide().budget == pytest.approx(0.9 * 1e9 * 0.05 / ROW, abs=1)
+    assert decider.decide().load_blocks_max == pytest.approx(0.9 * 1e9 * 0.05 / ROW, abs=1)
     decider.observe(Observation(32, 32, 0.1))
-    assert decider.decide().budget == pytest.approx(0.9 * 1e9 * 0.1 / ROW, abs=1)
+    assert decider.decide().load_blocks_max == pytest.approx(0.9 * 1e9 * 0.1 / ROW, abs=1)
 
 
 def test_what_was_timed_at_start_tells_larger_steps_from_smaller_ones() -> None:
@@ -83,11 +85,11 @@ def test_what_was_timed_at_start_tells_larger_steps_from_smaller_ones() -> None:
     prior = Prior(1e9, step_seconds=0.1, request_seconds=0.002, prompt_seconds=1e-4)
     decider = Decider(ROW, WINDOW, prior=prior)
     decider.observe(Observation(32, 32, 0.1))
-    assert decider.decide().budget == pytest.approx(90, abs=1)
-    assert decider.decide(1000).budget == pytest.approx(180, abs=2)
+    assert decider.decide().load_blocks_max == pytest.approx(90, abs=1)
+    assert decider.decide(1000).load_blocks_max == pytest.approx(180, abs=2)
     decider.detector.observe(Observation(64, 64, 0.0))
     decider.observe(Observation(64 + 1000, 64, 0.264))
-    assert decider.decide().budget == pytest.approx(0.9 * 164, abs=2)
+    assert decider.decide().load_blocks_max == pytest.approx(0.9 * 164, abs=2)
 
 
 def test_no_more_of_the_link_is_counted_on_than_was_said() -> None:
@@ -95,24 +97,24 @@ def test_no_more_of_the_link_is_counted_on_than_was_said() -> None:
     for link, hidden in ((5e9, 100), (5e8, 50)):
         decider = Decider(ROW, WINDOW, prior=Prior(1e9, most_bandwidth=1e9))
         settle(decider, Machine(link))
-        assert 0.8 * hidden <= decider.decide().budget <= hidden
+        assert 0.8 * hidden <= decider.decide().load_blocks_max <= hidden
 
 
 def test_without_a_target_nothing_is_limited() -> None:
     """`off`: also after loads that took long."""
     decider, machine = Decider(ROW, WINDOW, None), Machine(1e7)
     settle(decider, machine)
-    assert decider.decide() == Decision(WINDOW, WINDOW, 0, ahead=WINDOW)
+    assert decider.decide() == Decision(WINDOW, WINDOW, 0, store_ahead_max=WINDOW)
 
 
 def test_less_than_a_block_a_step_is_a_block_every_few_steps() -> None:
     """On a link that slow pooled blocks still come back."""
     decider, machine = Decider(ROW, WINDOW), Machine(3e6)
     settle(decider, machine, wanted=1)
-    budgets = [decider.decide().budget for _ in range(100)]
+    budgets = [decider.decide().load_blocks_max for _ in range(100)]
     assert set(budgets) == {0, 1}
     assert 10 <= sum(budgets) <= 30
-    assert decider.decide().most == int(LONGEST_TURN * sum(budgets) / 100) > 0
+    assert decider.decide().pooled_demotion_max == int(LONGEST_TURN * sum(budgets) / 100) > 0
 
 
 @pytest.mark.parametrize("link", [1e7, 1e8, 1e9, 1e10])
@@ -122,9 +124,9 @@ def test_the_budget_is_what_the_link_brings_in_a_step(link: float) -> None:
     settle(decider, machine)
     hidden = link * machine.step / ROW
     decision = decider.decide()
-    assert decision.budget <= min(WINDOW, hidden)
-    assert decision.budget >= min(WINDOW, int(0.8 * hidden))
-    assert decision.budget - 1 <= decision.limit <= decision.budget
+    assert decision.load_blocks_max <= min(WINDOW, hidden)
+    assert decision.load_blocks_max >= min(WINDOW, int(0.8 * hidden))
+    assert decision.load_blocks_max - 1 <= decision.pooled_admission_max <= decision.load_blocks_max
     recent = settle(decider, machine, steps=20)
     assert sum(one.stall_seconds for one in recent) <= 0.01 * sum(one.seconds for one in recent)
 
@@ -137,7 +139,7 @@ def test_it_settles_again_after_the_link_changes(before: float, after: float) ->
     machine.link = after
     settle(decider, machine)
     hidden = after * machine.step / ROW
-    assert 0.6 * hidden <= decider.decide().budget <= hidden
+    assert 0.6 * hidden <= decider.decide().load_blocks_max <= hidden
 
 
 def test_stall_within_the_budget_lowers_it_and_it_comes_back() -> None:
@@ -145,10 +147,10 @@ def test_stall_within_the_budget_lowers_it_and_it_comes_back() -> None:
     decider, machine = Decider(ROW, WINDOW), Machine(1e9, exposed=0.3)
     settle(decider, machine, steps=300)
     hidden = 1e9 * machine.step / ROW
-    assert decider.decide().budget < 0.3 * hidden
+    assert decider.decide().load_blocks_max < 0.3 * hidden
     machine.exposed = 0.0
     settle(decider, machine, steps=200)
-    assert decider.decide().budget > 0.8 * hidden
+    assert decider.decide().load_blocks_max > 0.8 * hidden
 
 
 COSTS = {
@@ -177,7 +179,7 @@ def test_what_loads_take_from_the_compute_counts(cost: str) -> None:
     assert 0 < sum(one.bytes_loaded for one in seen) < 0.5 * 90 * ROW * len(seen)
     if COSTS[cost].fixed:
         assert sum(1 for one in seen if one.bytes_loaded) < 0.5 * len(seen)
-        assert decider.decide().limit < 0.2 * 90
+        assert decider.decide().pooled_admission_max < 0.2 * 90
 
 
 def test_prompts_make_room_within_the_target_only() -> None:
@@ -187,7 +189,7 @@ def test_prompts_make_room_within_the_target_only() -> None:
     rng = random.Random(3)
     for i in range(1000):
         wanted = rng.randint(0, 90) if i < 500 else WINDOW
-        budget = min(wanted, decider.decide().budget)
+        budget = min(wanted, decider.decide().load_blocks_max)
         decider.observe(machine.run(budget, prompt_tokens=1000 * (i % 10 == 0)))
     decode, prompt = decider.decide(), decider.decide(1000)
     assert 0 < decode.limit < 25
@@ -200,7 +202,7 @@ def test_stall_and_contention_share_the_target() -> None:
     decider = Decider(ROW, WINDOW)
     rng = random.Random(3)
     for _ in range(500):
-        decider.observe(machine.run(min(rng.randint(0, 90), decider.decide().budget)))
+        decider.observe(machine.run(min(rng.randint(0, 90), decider.decide().load_blocks_max)))
     settle(decider, machine, steps=200)
     assert slowdown(machine, settle(decider, machine, steps=400)) <= 0.012
 
@@ -231,11 +233,11 @@ def test_the_spare_grows_with_time_and_is_spent_by_stall() -> None:
     """A hundredth of the time may be stall, for requests larger than the budget."""
     decider, machine = Decider(ROW, WINDOW), Machine(1e9)
     settle(decider, machine, wanted=1, steps=200)
-    spare = decider.decide().spare
+    spare = decider.decide().spare_load_blocks_max
     assert spare == pytest.approx(0.01 * 200 * 0.1 * 1000, rel=0.3)
-    large = machine.run(decider.decide().budget + spare)
+    large = machine.run(decider.decide().load_blocks_max + spare)
     decider.observe(large, within_budget=False)
-    assert decider.decide().spare < 0.3 * spare
+    assert decider.decide().spare_load_blocks_max < 0.3 * spare
     assert Detector().stall_share == decider.detector.stall_share == 0.0
 
 
@@ -251,35 +253,35 @@ def test_as_much_is_stored_for_parking_as_the_link_takes_in_a_step() -> None:
     """More where prompts are computed; the window, and the budget of loads, do not limit it."""
     prior = Prior(bandwidth=2000 * ROW, step_seconds=0.1, prompt_seconds=1e-3)
     decider = Decider(ROW, 50, prior=prior)
-    assert decider.decide().parks == pytest.approx(0.9 * 200, abs=1)
-    assert decider.decide(100).parks == pytest.approx(0.9 * 400, abs=1)
-    assert decider.decide(100).budget == 50
-    assert Decider(ROW, 50, None, prior).decide().parks is None
+    assert decider.decide().park_blocks_max == pytest.approx(0.9 * 200, abs=1)
+    assert decider.decide(100).park_blocks_max == pytest.approx(0.9 * 400, abs=1)
+    assert decider.decide(100).load_blocks_max == 50
+    assert Decider(ROW, 50, None, prior).decide().park_blocks_max is None
     endless = Decider(
         ROW, 50, prior=prior._replace(bandwidth=float("inf"), limits_contention=False)
     )
-    assert endless.decide().parks is None
-    assert endless.decide(100).parks is None
+    assert endless.decide().park_blocks_max is None
+    assert endless.decide(100).park_blocks_max is None
 
 
 def test_a_part_of_it_may_be_stored_ahead_of_eviction() -> None:
     """Nothing while loads stall steps more than the target; the whole window without a target."""
     prior = Prior(bandwidth=2000 * ROW, step_seconds=0.1, limits_contention=False)
     decider = Decider(ROW, 50, prior=prior)
-    assert decider.decide().ahead == pytest.approx(20, abs=1)
+    assert decider.decide().store_ahead_max == pytest.approx(20, abs=1)
     decider.observe(Observation(32, 32, 0.1))
     for _ in range(3):
         decider.observe(Observation(32, 32, 0.15, 0.05, 50 * ROW, 0.025))
-    assert decider.decide().ahead == 0
-    assert Decider(ROW, 50, None, prior).decide().ahead == 50
-    assert Decider(ROW, 50).decide().ahead == 0
+    assert decider.decide().store_ahead_max == 0
+    assert Decider(ROW, 50, None, prior).decide().store_ahead_max == 50
+    assert Decider(ROW, 50).decide().store_ahead_max == 0
 
 
 def test_as_much_is_copied_back_at_once_as_the_link_hides() -> None:
     """Whatever the window: these blocks are resident then."""
     prior = Prior(bandwidth=2000 * ROW, step_seconds=0.1, limits_contention=False)
-    assert Decider(ROW, 50, prior=prior).decide().at_once == pytest.approx(180, abs=1)
-    assert Decider(ROW, 50, None, prior).decide().at_once is None
+    assert Decider(ROW, 50, prior=prior).decide().restore_blocks_max == pytest.approx(180, abs=1)
+    assert Decider(ROW, 50, None, prior).decide().restore_blocks_max is None
 
 
 @pytest.mark.parametrize(("tokens", "restores"), [(16, False), (128, True)])
@@ -287,8 +289,8 @@ def test_parked_blocks_are_restored_where_that_is_quicker(tokens: int, restores:
     """One takes 0.1 s on this link, a token 1 ms. What is not restored is not stored either."""
     prior = Prior(bandwidth=10 * ROW, step_seconds=0.1, prompt_seconds=1e-3)
     decision = Decider(ROW, WINDOW, prior=prior, block_tokens=tokens).decide()
-    assert decision.restores is restores
-    assert (decision.parks != 0) is restores
+    assert decision.restore_enabled is restores
+    assert (decision.park_blocks_max != 0) is restores
 
 
 def test_what_is_restored_is_no_slowdown_of_pooling() -> None:
@@ -299,4 +301,4 @@ def test_what_is_restored_is_no_slowdown_of_pooling() -> None:
         seen = Observation(33, 32, 0.5, 0.4, 400 * ROW, 0.4, restored=True)
         decider.observe(seen)
         other.observe(seen._replace(restored=False))
-    assert decider.decide().budget >= 90 > other.decide().budget
+    assert decider.decide().load_blocks_max >= 90 > other.decide().load_blocks_max

@@ -75,10 +75,10 @@ def test_nothing_is_stored_ahead_beyond_the_allowance_or_without_parking() -> No
 
 def test_while_requests_take_turns_nothing_is_stored_ahead() -> None:
     """They need the link; and what a decision does not allow is not looked for."""
-    decision = Decision(8, 8, 0, ahead=4)
+    decision = Decision(8, 8, 0, store_ahead_max=4)
     assert Ahead.of(decision, False, 3, 2, True) == Ahead(4, 3, 2, prompts=True)
     assert Ahead.of(decision, True, 3, 2, True) is None
-    assert Ahead.of(decision._replace(ahead=0), False, 3, 2, True) is None
+    assert Ahead.of(decision._replace(store_ahead_max=0), False, 3, 2, True) is None
 
 
 def test_steps_that_load_anyway_store_ahead_now_and_then() -> None:
