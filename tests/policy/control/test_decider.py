@@ -192,8 +192,12 @@ def test_prompts_make_room_within_the_target_only() -> None:
         budget = min(wanted, decider.decide().load_blocks_max)
         decider.observe(machine.run(budget, prompt_tokens=1000 * (i % 10 == 0)))
     decode, prompt = decider.decide(), decider.decide(1000)
-    assert 0 < decode.limit < 25
-    assert 1.5 * decode.limit <= prompt.budget <= 2.5 * decode.limit + 1
+    assert 0 < decode.pooled_admission_max < 25
+    assert (
+        1.5 * decode.pooled_admission_max
+        <= prompt.load_blocks_max
+        <= 2.5 * decode.pooled_admission_max + 1
+    )
 
 
 def test_stall_and_contention_share_the_target() -> None:
@@ -225,8 +229,8 @@ def test_prompts_make_room_for_more() -> None:
     for i in range(60):
         decider.observe(machine.run(20, prompt_tokens=1000 * (i % 3 == 0)))
     decode, prompt = decider.decide(), decider.decide(1000)
-    assert prompt.budget > 1.7 * decode.budget
-    assert prompt.limit == decode.limit
+    assert prompt.load_blocks_max > 1.7 * decode.load_blocks_max
+    assert prompt.pooled_admission_max == decode.pooled_admission_max
 
 
 def test_the_spare_grows_with_time_and_is_spent_by_stall() -> None:
