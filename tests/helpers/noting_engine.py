@@ -11,7 +11,7 @@ from pie_vllm.config import PieConfig
 from pie_vllm.engine.step_stats import StepStats
 from pie_vllm.errors import TransferError
 from pie_vllm.plan import Copy, StepPlan
-from pie_vllm.vllm.compat import cuda_graphs, patching
+from pie_vllm.vllm.compat import cuda_graphs, model_runner
 from pie_vllm.vllm.worker_side import cache_engine
 from pie_vllm.vllm.worker_side.cache_engine import PieCacheEngine
 from tests.helpers import scheduling
@@ -64,7 +64,7 @@ class Engine:
 def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cache engines have such an engine, and change nothing else of a runner than its graphs."""
     monkeypatch.setattr(cache_engine, "TransferEngine", Engine)
-    monkeypatch.setattr(patching, "before_inputs", lambda _, __: None)
+    monkeypatch.setattr(model_runner, "before_inputs", lambda _, __: None)
     monkeypatch.setattr(cache_engine, "use_graphs", lambda *_, **__: "used")
 
 
