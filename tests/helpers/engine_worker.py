@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import cuda_on_cpu, graphs_on_cpu, pool_faults, standin
+from tests.helpers import cuda_on_cpu, failing_ranks, graphs_on_cpu, pool_faults, standin
 from tests.helpers.engine_record import Recorder, copy_bytes
 from tests.helpers.failing_engine import FailingCopies
 from tests.helpers.process import resident_bytes
@@ -234,6 +234,7 @@ def main() -> None:
     cuda_on_cpu.enable()
     graphs_on_cpu.enable()
     pool_faults.enable()
+    failing_ranks.enable()
     engine: Engine | None = None
     for line in sys.stdin:
         job = json.loads(line)
