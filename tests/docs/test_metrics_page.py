@@ -1,4 +1,4 @@
-"""docs/metrics.md and the Grafana dashboard name the metrics that there are, and say what they are."""
+"""docs/metrics.md and the Grafana dashboard name the metrics that exist, as the code does."""
 
 from __future__ import annotations
 

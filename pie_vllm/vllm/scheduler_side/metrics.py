@@ -16,25 +16,24 @@ from pie_vllm.policy.placement.residency import Residency
 logger = init_logger("vllm.pie")
 
 LOG_SECONDS = 10.0
-"""Least time between two lines of totals, in seconds."""
 
 
 class Totals(NamedTuple):
-    """Sums over all steps since the start, of one worker.
+    """Sums over all steps since the start.
 
     Attributes:
-        steps: number of steps with a plan.
-        bytes_loaded: bytes copied from the CPU pool to the device, promotions included.
-        bytes_stored: bytes copied from the device to the CPU pool.
-        load_seconds, store_seconds: seconds during which the link was busy, per direction.
-        stall_seconds: seconds during which the compute waited for a copy. A GPU measures some
-            steps, each of which stands for the steps before it.
-        gates: number of layers that passed their gate.
-        pooled_peak: maximum number of pooled blocks in use in one step.
-        bytes_finished: bytes of the loads that ``load_seconds`` covers; at most ``bytes_loaded``.
-        stall_step: number of the newest step with a known stall; -1 without one.
+        steps: steps that had a plan.
+        bytes_loaded: from the CPU pool to the device, promotions included.
+        bytes_stored: from the device to the CPU pool.
+        load_seconds, store_seconds: time that the link was busy.
+        stall_seconds: time that the compute waited for a copy; on a GPU it is measured in
+            some steps, which stand for those before them.
+        gates: layers that passed their gate.
+        pooled_peak: most pooled blocks in use in a step.
+        bytes_finished: the part of ``bytes_loaded`` that ``load_seconds`` is of.
+        stall_step: number of the newest step whose stall is known; -1 is none.
         step_stall: stall of that step, in seconds.
-        graph_steps: number of steps with a plan that ran in a FULL graph, copies inside.
+        graph_steps: steps with a plan that ran in a FULL graph, copies inside.
     """
 
     steps: int = 0

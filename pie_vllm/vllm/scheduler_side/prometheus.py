@@ -18,7 +18,7 @@ GAUGES = {
     "pie_admission_limit_blocks": "Pooled blocks in use above which no waiting request is "
     "admitted.",
     "pie_step_budget_blocks": "Maximum number of pooled blocks that the last step could read.",
-    "pie_link_bytes_per_second": "Bandwidth from CPU memory to the device as measured, in bytes per "
+    "pie_link_bytes_per_second": "Measured bandwidth from CPU memory to the device, in bytes per "
     "second; 0 while unknown.",
     "pie_capacity_gained_blocks": "Blocks of both tiers beyond the number that the same device "
     "memory holds without pie.",
