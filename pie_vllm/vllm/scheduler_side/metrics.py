@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from vllm.logger import init_logger
 
 from pie_vllm.geometry import Geometry
+from pie_vllm.plan import Totals
 from pie_vllm.policy.admission.waits import HeadWaits
 from pie_vllm.policy.control.detector import Detector
 from pie_vllm.policy.placement.residency import Residency
@@ -16,38 +17,7 @@ from pie_vllm.policy.placement.residency import Residency
 logger = init_logger("vllm.pie")
 
 LOG_SECONDS = 10.0
-
-
-class Totals(NamedTuple):
-    """Sums over all steps since the start.
-
-    Attributes:
-        steps: steps that had a plan.
-        bytes_loaded: from the CPU pool to the device, promotions included.
-        bytes_stored: from the device to the CPU pool.
-        load_seconds, store_seconds: time that the link was busy.
-        stall_seconds: time that the compute waited for a copy; on a GPU it is measured in
-            some steps, which stand for those before them.
-        gates: layers that passed their gate.
-        pooled_peak: most pooled blocks in use in a step.
-        bytes_finished: the part of ``bytes_loaded`` that ``load_seconds`` is of.
-        stall_step: number of the newest step whose stall is known; -1 is none.
-        step_stall: stall of that step, in seconds.
-        graph_steps: steps with a plan that ran in a FULL graph, copies inside.
-    """
-
-    steps: int = 0
-    bytes_loaded: int = 0
-    bytes_stored: int = 0
-    load_seconds: float = 0.0
-    store_seconds: float = 0.0
-    stall_seconds: float = 0.0
-    gates: int = 0
-    pooled_peak: int = 0
-    bytes_finished: int = 0
-    stall_step: int = -1
-    step_stall: float = 0.0
-    graph_steps: int = 0
+"""Least time between two lines of totals, in seconds."""
 
 
 class Hits(NamedTuple):
