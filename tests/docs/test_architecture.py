@@ -36,10 +36,3 @@ def test_a_walk_leads_through_the_code(title: str) -> None:
         file = REPOSITORY / path
         assert file.is_file(), path
         assert re.search(rf"\b{name}\b", file.read_text()), f"{path} has no {name}"
-
-
-def test_every_path_of_the_page_is_there() -> None:
-    """Folders and files of the table of roles, too."""
-    for path in re.findall(r"`((?:pie_vllm|csrc|policy)(?:/[\w.]+)*)`", PAGE):
-        places = (REPOSITORY / path, REPOSITORY / "pie_vllm" / path)
-        assert any(place.exists() for place in places), path
