@@ -23,7 +23,7 @@ from pie_vllm.policy.control.detector import Observation
 from pie_vllm.policy.control.elastic_pool import ElasticPool
 from pie_vllm.policy.control.stall_samples import AwaitedStalls, speed_of_finished
 from pie_vllm.policy.control.turns import Turns
-from pie_vllm.policy.placement.promotion import tail_room
+from pie_vllm.policy.placement.residency import tail_room
 from pie_vllm.policy.placement.store_ahead import Ahead
 from pie_vllm.vllm import settings
 from pie_vllm.vllm.compat import engine_core, loggers
