@@ -47,7 +47,7 @@ class ReadSet:
         """Pooled blocks of a request."""
         return self.by_request.get(request_id, ())
 
-    def runs(self, request_id: RequestId) -> bool:
+    def is_running(self, request_id: RequestId) -> bool:
         """Whether the request ran in the last step followed and has pooled blocks."""
         return request_id in self._running
 
