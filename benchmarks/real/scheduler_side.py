@@ -13,10 +13,9 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from benchmarks.real import bare_schedulers
 from pie_vllm.geometry import Geometry
-from pie_vllm.plan import PoolState
+from pie_vllm.plan import PoolState, StepReport, Totals
 from pie_vllm.policy.control.detector import Observation
 from pie_vllm.policy.control.step_time_model import OFTEN
-from pie_vllm.vllm.scheduler_side.metrics import Totals
 from pie_vllm.vllm.scheduler_side.scheduler import PieSchedulerMixin
 
 BLOCK_SIZE = 16
@@ -143,18 +142,17 @@ class PieSide(Side):
 
     def report(self, output: Any, result: Any) -> None:
         """Add the counters of the engine, as if the step had loaded what it was to load."""
-        reading, before = self.residency.reading, self.totals
+        reading, before, orders = self.residency.reading, self.totals, output.pie
         row_bytes = self.scheduler.kv_cache_manager.geometry.row_bytes
         self.totals = before._replace(
             steps=before.steps + bool(reading.readers),
             bytes_loaded=before.bytes_loaded + reading.num_blocks * row_bytes,
             bytes_finished=before.bytes_finished + reading.num_blocks * row_bytes,
             load_seconds=before.load_seconds + reading.num_blocks * 1e-9,
-            stall_step=before.stall_step if output.pie_plan is None else output.pie_plan.step,
+            stall_step=before.stall_step if orders.plan is None else orders.plan.step,
         )
-        result.pie_stats = self.totals
-        result.pie_seconds = 1.0
-        result.pie_pool = PoolState(output.pie_pool.chunks, number=output.pie_pool.number)
+        pool = PoolState(orders.pool.chunks, number=orders.pool.number)
+        result.pie = StepReport(self.totals, pool, seconds=1.0)
 
     @property
     def residency(self) -> Any:

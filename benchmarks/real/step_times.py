@@ -44,7 +44,8 @@ def watch_steps(llm: Any) -> list[Step]:
         nonlocal before
         scheduled = scheduler_output.num_scheduled_tokens
         blocks = sum(len(tables.get(name, ())) for name in scheduled)
-        plan = getattr(scheduler_output, "pie_plan", None)
+        orders = getattr(scheduler_output, "pie", None)
+        plan = orders.plan if orders else None
         promoted = num_copied(plan.promotions) if plan is not None else 0
         loads = residency.reading.num_blocks + promoted if residency is not None else 0
         result = update(scheduler_output, *args, **kwargs)

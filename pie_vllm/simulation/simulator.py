@@ -17,8 +17,7 @@ from pie_vllm.plan import StepPlan, num_copied
 from pie_vllm.policy.control.decider import Decision
 from pie_vllm.policy.control.detector import Observation
 from pie_vllm.policy.control.turns import Turns
-from pie_vllm.policy.placement.promotion import tail_room
-from pie_vllm.policy.placement.residency import Residency
+from pie_vllm.policy.placement.residency import Residency, tail_room
 from pie_vllm.policy.placement.store_ahead import Ahead
 from pie_vllm.simulation.prefix_cache import Block, Free, PrefixBook
 from pie_vllm.simulation.scheduler import Request, SimulatedScheduler

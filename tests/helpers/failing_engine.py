@@ -23,7 +23,7 @@ class FailingCopies:
         def scheduled(*args: Any, **kwargs: Any) -> Any:
             output = schedule(*args, **kwargs)
             if self._orders:
-                self._look(output.pie_plan)
+                self._look(output.pie.plan)
             return output
 
         scheduler.schedule = scheduled

@@ -121,7 +121,7 @@ class Driver:
             output = self.output = self.scheduler.schedule()
             self._check()
             if self.check:
-                self.plans.check(output.pie_plan, output.num_scheduled_tokens)
+                self.plans.check(output.pie.plan, output.num_scheduled_tokens)
             result = self.runner.execute(output)
             self.queue.append((output, result, self.steps))
             self.steps += 1

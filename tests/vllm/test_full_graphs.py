@@ -15,9 +15,9 @@ from pie_vllm.engine import gather
 from pie_vllm.engine.gather import GatherImage, NoGather
 from pie_vllm.engine.link_calibration import UNMEASURED_CTAS
 from pie_vllm.errors import GateError, TransferError, UnsupportedError
+from pie_vllm.plan import PoolOrder, PoolState, StepOrders, StepReport, Totals
 from pie_vllm.policy.control.detector import Observation
 from pie_vllm.policy.control.stall_samples import MOST_WAITING
-from pie_vllm.vllm.scheduler_side.metrics import Totals
 from pie_vllm.vllm.worker_side import full_graphs
 from pie_vllm.vllm.worker_side.cache_engine import PieCacheEngine
 from tests.helpers import scheduling
@@ -59,14 +59,14 @@ def started(make: Any, full_graphs: bool = True) -> tuple[PieCacheEngine, Engine
 
 
 def test_a_step_that_fits_keeps_its_full_graph_and_is_told_before_it(make: Any) -> None:
-    """begin_step, dispatch, enter_graph, replay, end_step; and it counts."""
+    """begin_step, dispatch, enter, replay, end_step; and it counts."""
     pie, engine, run = started(make)
     for _ in range(2):
         with pie.step(PLAN, STREAM):
             assert run(*DECODES) == FULL
     assert engine.calls == 2 * [
         ("begin_step", PLAN.step, STREAM, True),
-        "enter_graph",
+        "enter",
         "replay",
         "end_step",
     ]
@@ -81,7 +81,7 @@ def test_a_step_that_does_not_fit_runs_piecewise(make: Any) -> None:
     with pie.step(PLAN, STREAM):
         assert run(*DECODES) == PIECEWISE
         forward(pie)
-    assert "enter_graph" not in engine.calls
+    assert "enter" not in engine.calls
     assert engine.calls[1:4] == ["model", ("before_write", 0), ("before_attention", 0)]
     assert (pie.totals.steps, pie.totals.graph_steps) == (1, 0)
 
@@ -92,7 +92,7 @@ def test_a_batch_that_has_no_full_graph_passes_the_gates(make: Any) -> None:
     with pie.step(PLAN, STREAM):
         assert run(*MIXED) == PIECEWISE
         forward(pie)
-    assert "enter_graph" not in engine.calls
+    assert "enter" not in engine.calls
     assert pie.totals.graph_steps == 0
 
 
@@ -185,20 +185,17 @@ def test_a_step_in_a_graph_is_observed_at_once() -> None:
     step = SimpleNamespace(
         total_num_scheduled_tokens=3,
         num_scheduled_tokens={"a": 1, "b": 1, "c": 1},
-        pie_plan=PLAN,
-        pie_blocks=5,
-        pie_restored=False,
-        pie_within_budget=True,
+        pie=StepOrders(PLAN, PoolOrder(1), blocks=5),
     )
     totals = Totals(steps=1, bytes_loaded=8192, graph_steps=1)
-    scheduler._observe(step, totals, 0.01)
+    scheduler._observe(step, StepReport(totals, PoolState(1), 0.01))
     assert noted == [(Observation(3, 3, 0.01, bytes_loaded=8192, blocks=5), False)]
     assert len(scheduler._stalls) == 0
     scheduler.pie_log.totals = totals
     for number in range(MOST_WAITING + 1):
-        step.pie_plan = PLAN._replace(step=2 + number)
+        step.pie = step.pie._replace(plan=PLAN._replace(step=2 + number))
         totals = totals._replace(steps=totals.steps + 1, bytes_loaded=totals.bytes_loaded + 4096)
-        scheduler._observe(step, totals, 0.01)
+        scheduler._observe(step, StepReport(totals, PoolState(1), 0.01))
         scheduler.pie_log.totals = totals
         assert len(noted) == 1 + (number == MOST_WAITING)
     assert noted[1] == (Observation(3, 3, 0.01, bytes_loaded=4096, blocks=5), False)
@@ -226,9 +223,9 @@ def test_a_device_without_the_kernel_refuses_the_flag(monkeypatch: pytest.Monkey
         full_graphs.use_graphs(engine, images=images(NoGather("no compiler")))
     assert engine.calls == []
     full_graphs.use_graphs(engine, images=images(ahead))
-    assert engine.calls == [("use_graphs", b"ahead", GEOMETRY.pooled_blocks, UNMEASURED_CTAS)]
-    engine.fail = "use_graphs"
-    with pytest.raises(UnsupportedError, match="use_graphs failed"):
+    assert engine.calls == [("prepare", b"ahead", GEOMETRY.pooled_blocks, UNMEASURED_CTAS)]
+    engine.fail = "prepare"
+    with pytest.raises(UnsupportedError, match="prepare failed"):
         full_graphs.use_graphs(engine, images=images(now))
-    with pytest.raises(UnsupportedError, match="use_graphs failed"):
+    with pytest.raises(UnsupportedError, match="prepare failed"):
         full_graphs.use_graphs(engine, images=images(ahead, NoGather("no compiler")))

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from pie_vllm.plan import Totals
 from pie_vllm.policy.admission.waits import REASONS
 from pie_vllm.policy.control.elastic_pool import FREE_MARGIN, ElasticPool
 from pie_vllm.vllm.scheduler_side import metrics
-from pie_vllm.vllm.scheduler_side.metrics import Totals
 from tests.helpers import scheduling
 from tests.helpers.deciders import Fixed
 from tests.helpers.fuzz import BLOCK_SIZE, make_driver, play, random_case

@@ -41,7 +41,7 @@ def comes_back(made: Driver, history: list[int]) -> AheadOf:
     copied: list[int] = []
     while "next" not in made.output.num_scheduled_tokens:
         made.step()
-        plan = made.output.pie_plan
+        plan = made.output.pie.plan
         copied.append(sum(c.count for c in plan.promotions) if plan else 0)
         assert "running" in made.output.num_scheduled_tokens
         assert len(copied) < 50
@@ -92,7 +92,7 @@ def stores_in_decodes(made: Driver) -> list[int]:
     made.add(make_request("b", prompt(2, 20), 70, BLOCK_SIZE))
     while made.scheduler.requests:
         made.step()
-        plan, output = made.output.pie_plan, made.output
+        plan, output = made.output.pie.plan, made.output
         if output.total_num_scheduled_tokens == len(output.num_scheduled_tokens):
             stored.append(sum(c.count for c in plan.stores) if plan else 0)
     made.verify()

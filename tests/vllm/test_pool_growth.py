@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pie_vllm.geometry import Geometry
-from pie_vllm.plan import PoolState
+from pie_vllm.plan import StepReport
 from tests.helpers import scheduling
 from tests.helpers.deciders import Fixed
 from tests.helpers.fuzz import BLOCK_SIZE, make_driver
@@ -83,7 +83,7 @@ def test_after_an_idle_time_the_first_step_asks_what_is_there(
         made.runner.execute = late  # type: ignore[method-assign]
     made.step()
     assert made.output.total_num_scheduled_tokens == 0
-    assert made.output.pie_plan is None
+    assert made.output.pie.plan is None
     made.run_until(lambda: made.output.total_num_scheduled_tokens > 0, 3)
     whole = (len(history) - 1) // BLOCK_SIZE * BLOCK_SIZE
     assert cached_tokens(made, "next") == (whole if when == "kept" else 0)
@@ -100,7 +100,7 @@ def test_nothing_is_asked_while_requests_run_or_nothing_is_there_to_lose() -> No
     made.step()
     while made.scheduler.requests:
         assert made.output.total_num_scheduled_tokens > 0
-        assert not made.output.pie_pool.idle
+        assert not made.output.pie.pool.idle
         made.step()
     made.run()
     assert memory.order.idle or memory.order.chunks == 1
@@ -170,8 +170,8 @@ def test_outputs_without_a_report_hold_nobody_up() -> None:
 
     def silent(output: Any) -> Any:
         result = execute(output)
-        assert isinstance(result.pie_pool, PoolState)
-        del result.pie_pool
+        assert isinstance(result.pie, StepReport)
+        del result.pie
         return result
 
     made.runner.execute = silent  # type: ignore[method-assign]

@@ -326,8 +326,8 @@ def test_a_lost_relabel_is_noticed() -> None:
         execute = driver.runner.execute
 
         def forgetful(output: Any, execute: Any = execute) -> Any:
-            if output.pie_plan is not None:
-                output.pie_plan = output.pie_plan._replace(relabels=())
+            if output.pie.plan is not None:
+                output.pie = output.pie._replace(plan=output.pie.plan._replace(relabels=()))
             return execute(output)
 
         driver.runner.execute = forgetful  # type: ignore[method-assign]

@@ -15,7 +15,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from pie_vllm.engine.host_memory import available_host_bytes
 from pie_vllm.geometry import cdiv
-from pie_vllm.plan import StepPlan
+from pie_vllm.plan import StepOrders, StepPlan, StepReport
 from pie_vllm.policy.admission.chunk import Asked, Chunk, decide_chunk, plenty
 from pie_vllm.policy.admission.waits import HeadWaits
 from pie_vllm.policy.control.decider import Decider, Decision
@@ -23,12 +23,12 @@ from pie_vllm.policy.control.detector import Observation
 from pie_vllm.policy.control.elastic_pool import ElasticPool
 from pie_vllm.policy.control.stall_samples import AwaitedStalls, speed_of_finished
 from pie_vllm.policy.control.turns import Turns
-from pie_vllm.policy.placement.promotion import tail_room
+from pie_vllm.policy.placement.residency import tail_room
 from pie_vllm.policy.placement.store_ahead import Ahead
 from pie_vllm.vllm import settings
 from pie_vllm.vllm.compat import engine_core, loggers
 from pie_vllm.vllm.scheduler_side.manager import Claims, PieBlockSpaceManager
-from pie_vllm.vllm.scheduler_side.metrics import Control, Report, StepLog, Totals
+from pie_vllm.vllm.scheduler_side.metrics import Control, Report, StepLog
 from pie_vllm.vllm.scheduler_side.recovery import Recovery
 from pie_vllm.vllm.whole import whole_of
 
@@ -38,7 +38,7 @@ _Mixed: Any = object  # What the mixin extends; vLLM's own classes are read as A
 
 
 class PieSchedulerMixin(_Mixed):
-    """Attaches ``pie_plan`` (StepPlan or None) to every scheduler output."""
+    """Attaches ``pie`` (StepOrders) to every scheduler output."""
 
     kv_cache_manager: PieBlockSpaceManager
     max_num_scheduled_tokens: int
@@ -112,23 +112,27 @@ class PieSchedulerMixin(_Mixed):
         output = self._schedule(decision, *args, **kwargs)
         if self.pie_stale.reloads:
             self.pie_stale.scheduled()
-        output.pie_plan = self._plan(output, decision)
-        self._end_step(output, restored)
+        self._end_step(output, self._plan(output, decision), restored)
         turns.end_step(output.num_scheduled_tokens, residency)
         return output
 
-    def _end_step(self, output: SchedulerOutput, restored: int) -> None:
+    def _end_step(self, output: SchedulerOutput, plan: StepPlan | None, restored: int) -> None:
+        """Attach the step's orders, of which its plan is one."""
         residency, queue = self.kv_cache_manager.residency, self.kv_cache_manager.residency.queue
         in_use, ran = bool(residency.reading.by_request), bool(output.num_scheduled_tokens)
-        output.pie_pool = self.pie_pool.end_step(
+        pool = self.pie_pool.end_step(
             residency.rows.chunks_held,
-            changed=bool(output.pie_plan and output.pie_plan.stores),
+            changed=bool(plan and plan.stores),
             idle=not (ran or in_use or self.get_num_unfinished_requests()),
             short=queue.free_residents < 2 * self._step_blocks + len(self.running),
         )
-        output.pie_restored = residency.parking.restored_blocks != restored
-        output.pie_within_budget = not self.pie_turns.exceeds
-        output.pie_blocks = residency.residents_in_use + residency.reading.num_blocks
+        output.pie = StepOrders(
+            plan,
+            pool,
+            blocks=residency.residents_in_use + residency.reading.num_blocks,
+            within_budget=not self.pie_turns.exceeds,
+            restored=residency.parking.restored_blocks != restored,
+        )
         self.pie_recovery.submitted(output)
 
     def _begin_pool(self, most: int) -> bool:
@@ -155,9 +159,9 @@ class PieSchedulerMixin(_Mixed):
         output = self._schedule_at_most(0, *args, **kwargs)
         if self._waiting and self.pause_state == PauseState.UNPAUSED:
             self.pie_waits.count("rows")
-        output.pie_plan = self._plan(output, self.pie_decision)
+        plan = self._plan(output, self.pie_decision)
         self._prompts_under_way = prompts
-        self._end_step(output, self.kv_cache_manager.residency.parking.restored_blocks)
+        self._end_step(output, plan, self.kv_cache_manager.residency.parking.restored_blocks)
         return output
 
     def add_request(self, request: Any) -> None:
@@ -336,21 +340,18 @@ class PieSchedulerMixin(_Mixed):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: Any
     ) -> Any:
-        """Take vLLM's results, and the engine's counters that came with them."""
-        if not hasattr(scheduler_output, "pie_plan"):  # It was not scheduled here.
+        """Take vLLM's results, and the workers' report that came with them."""
+        if not hasattr(scheduler_output, "pie"):  # It was not scheduled here.
             return super().update_from_output(scheduler_output, model_runner_output)
-        stats = getattr(model_runner_output, "pie_stats", None)
-        failure = getattr(model_runner_output, "pie_failure", "")
-        if stats is not None:
-            if not failure:
-                self._observe(scheduler_output, stats, model_runner_output.pie_seconds)
-            self.pie_log.record(stats)
-        state = getattr(model_runner_output, "pie_pool", None)
-        if state is None:
-            self.pie_pool.unanswered(scheduler_output.pie_pool)
+        report: StepReport | None = getattr(model_runner_output, "pie", None)
+        if report is None:
+            self.pie_pool.unanswered(scheduler_output.pie.pool)
         else:
-            self.pie_pool.report(state)
-        self.pie_recovery.landed(scheduler_output, failure)
+            if not report.failure:
+                self._observe(scheduler_output, report)
+            self.pie_log.record(report.totals)
+            self.pie_pool.report(report.pool)
+        self.pie_recovery.landed(scheduler_output, report.failure if report else "")
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self.pie_recovery.report(outputs)
         return outputs
@@ -367,23 +368,25 @@ class PieSchedulerMixin(_Mixed):
             self.pie_recovery.lost()
         return finished
 
-    def _observe(self, output: Any, totals: Totals, seconds: float) -> None:
-        before, plan = self.pie_log.totals, output.pie_plan
+    def _observe(self, output: Any, report: StepReport) -> None:
+        orders: StepOrders = output.pie
+        before, totals = self.pie_log.totals, report.totals
         loaded = totals.bytes_loaded - before.bytes_loaded
         busy = totals.load_seconds - before.load_seconds
         if busy > 0:
             finished = totals.bytes_finished - before.bytes_finished
             busy = speed_of_finished(loaded, finished, busy)
         tokens, requests = output.total_num_scheduled_tokens, len(output.num_scheduled_tokens)
-        blocks, restored = output.pie_blocks, output.pie_restored
-        seen = Observation(tokens, requests, seconds, 0.0, loaded, busy, blocks, restored)
+        seen = Observation(
+            tokens, requests, report.seconds, 0.0, loaded, busy, orders.blocks, orders.restored
+        )
         if totals.graph_steps != before.graph_steps:
             # Nothing in a graph is timed: what its loads cost shows in the time of the step.
             self.pie_decider.observe(seen, within_budget=False)
-        elif plan is None or not plan.forward:
-            self.pie_decider.observe(seen, within_budget=output.pie_within_budget)
+        elif orders.plan is None or not orders.plan.forward:
+            self.pie_decider.observe(seen, within_budget=orders.within_budget)
         else:
-            self._stalls.add(plan.step, seen, output.pie_within_budget)
+            self._stalls.add(orders.plan.step, seen, orders.within_budget)
             for late in self._stalls.overdue():
                 self.pie_decider.observe(late, within_budget=False)
         if totals.stall_step != before.stall_step:

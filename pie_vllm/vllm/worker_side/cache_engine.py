@@ -20,10 +20,9 @@ from pie_vllm.engine.step_stats import StepStats
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import CopyError, GateError, TransferError, UnsupportedError
 from pie_vllm.geometry import Geometry
-from pie_vllm.plan import Copy, StepPlan
+from pie_vllm.plan import Copy, StepOrders, StepPlan, Totals
 from pie_vllm.vllm import refusals
 from pie_vllm.vllm.compat import cuda_graphs, model_runner
-from pie_vllm.vllm.scheduler_side.metrics import Totals
 from pie_vllm.vllm.worker_side import gate
 from pie_vllm.vllm.worker_side.full_graphs import FullGraphs, use_graphs
 
@@ -338,10 +337,10 @@ class PieCacheEngine:
                         f"--block-manager pie cannot carry out {name}: pages of pooled blocks are "
                         "not on the device. Use --block-manager default."
                     )
-            plan = getattr(scheduler_output, "pie_plan", None)
-            if plan is not None and plan.relabels:
+            orders: StepOrders | None = getattr(scheduler_output, "pie", None)
+            if orders and orders.plan and orders.plan.relabels:
                 gone = scheduler_output.finished_req_ids
-                live = [r for r in plan.relabels if r.request_id not in gone]
+                live = [r for r in orders.plan.relabels if r.request_id not in gone]
                 model_runner.relabel_rows(runner, live)
 
         model_runner.before_inputs(runner, relabel)

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from pie_vllm.plan import PoolState
-from pie_vllm.vllm.scheduler_side.metrics import Totals
+from pie_vllm.plan import PoolState, StepReport, Totals
 
 
 class Timer(Protocol):
@@ -82,10 +81,8 @@ class Tag(NamedTuple):
     def on(self, output: ModelRunnerOutput) -> ModelRunnerOutput:
         """A copy with the tag: vLLM shares one empty output between steps."""
         output = copy(output)
-        output.pie_stats = self.totals
-        output.pie_seconds = 0.0 if self.timer is None else self.timer.seconds()
-        output.pie_pool = self.pool
-        output.pie_failure = self.failure
+        seconds = 0.0 if self.timer is None else self.timer.seconds()
+        output.pie = StepReport(self.totals, self.pool, seconds, self.failure)
         return output
 
 

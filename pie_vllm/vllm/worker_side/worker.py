@@ -18,7 +18,7 @@ from pie_vllm.geometry import (
     page_table_bytes,
     plan_geometry,
 )
-from pie_vllm.plan import Prior
+from pie_vllm.plan import Prior, StepOrders
 from pie_vllm.vllm import refusals, settings
 from pie_vllm.vllm.compat import model_runner
 from pie_vllm.vllm.whole import whole_of
@@ -262,7 +262,7 @@ class PieWorkerMixin(_Mixed):
             self._pie_warming_up = False
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Run a step with its plan; ``pie_stats`` travels back with the result.
+        """Run a step with its plan; a ``StepReport`` travels back with the result.
 
         The plan is that of this ``scheduler_output``: two steps may be in flight. vLLM asks for
         the tokens of a step before it runs the next one.
@@ -270,10 +270,12 @@ class PieWorkerMixin(_Mixed):
         assert self.pie is not None
         if not self._pie_warming_up:
             refusals.check_step(scheduler_output)
+        orders: StepOrders | None = getattr(scheduler_output, "pie", None)
+        plan = orders.plan if orders else None
         timer = self.pie_timer() if scheduler_output.total_num_scheduled_tokens else None
         several = self.vllm_config.parallel_config.world_size > 1
         try:
-            with self.pie.step(getattr(scheduler_output, "pie_plan", None), self.pie_stream()):
+            with self.pie.step(plan, self.pie_stream()):
                 output = super().execute_model(scheduler_output)
         except PieError as error:
             if several:
@@ -284,9 +286,8 @@ class PieWorkerMixin(_Mixed):
         if timer is not None:
             timer.stop()
         self._pie_timer = timer
-        order = getattr(scheduler_output, "pie_pool", None)
-        if order is not None:
-            self.pie.keeper.follow(order)
+        if orders is not None:
+            self.pie.keeper.follow(orders.pool)
         return self._tag(output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
