@@ -60,10 +60,10 @@ class Steps(NamedTuple):
     """What a load showed.
 
     Attributes:
-        seconds: in all.
-        times: of the outputs of each chat.
-        pooled: whether the chat had pooled blocks when that output was made.
-        tokens: of each chat.
+        seconds: time of the whole load.
+        times: times of each chat's outputs, in seconds.
+        pooled: for each of them, whether the chat had pooled blocks when it was made.
+        tokens: ids of each chat's tokens.
     """
 
     seconds: float

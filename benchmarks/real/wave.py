@@ -26,7 +26,7 @@ class Sample:
         at: seconds after the wave began.
         phase: "before" the wave, "prompts" while a chat has no token yet, "peak", "light" once
             only the longer chats are left, "idle".
-        seconds: that the step took; 0 without one.
+        seconds: duration of the step; 0 where none ran.
         memory: bytes of the process; see `private_bytes`.
         pool: bytes that the pool holds.
         waits: times so far that the schedule paused for the pool's memory.
