@@ -129,6 +129,15 @@ def test_every_figure_of_the_readme_has_its_command() -> None:
             assert re.search(rf"\| {re.escape(figure)} ", parts[anchor]), (anchor, figure)
 
 
+def test_every_benchmark_has_its_question() -> None:
+    """Each program of benchmarks/ that measures is a command of docs/benchmarks.md."""
+    folder = REPOSITORY / "benchmarks"
+    programs = {path.stem for path in folder.glob("*.py")} - {"__init__", "make_model", "gpu_check"}
+    text = BENCHMARKS.read_text()
+    assert "make demo" in text
+    assert not {name for name in programs - {"demo"} if f"python -m benchmarks.{name}" not in text}
+
+
 def test_every_result_has_a_command_that_runs_a_benchmark() -> None:
     """Each section of docs/benchmarks.md; figures have a commit and a date."""
     for anchor, text in sections(BENCHMARKS).items():
