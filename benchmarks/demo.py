@@ -17,9 +17,9 @@ from benchmarks.harness.display import console, table
 from benchmarks.harness.load import Load
 from benchmarks.harness.machine import facts, fast_dtype, write_json
 from benchmarks.harness.options import plain_parser
-from benchmarks.harness.server import ServerError
-from benchmarks.harness.serving_run import Setting, run_server
 from benchmarks.harness.shape import PieSizes, kv_shape, wide_ring
+from benchmarks.real.server import ServerError
+from benchmarks.real.serving_run import Setting, run_server
 
 OUTPUT = Path("build/demo.json")
 BLOCK_SIZE = 128

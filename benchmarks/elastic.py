@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.display import say_written, working
-from benchmarks.harness.in_process import scheduler_of
 from benchmarks.harness.load import Load
 from benchmarks.harness.machine import facts, write_json
-from benchmarks.harness.one_run import WARM_UP, add_chats, make_llm, pie_counters, run_steps
 from benchmarks.harness.options import parser_of, run_spec
 from benchmarks.harness.shape import kv_shape, wide_ring
-from benchmarks.harness.side import serve, sides
-from benchmarks.harness.wave import Wave, run_wave
-from benchmarks.harness.wave_report import plot, print_summary, summary
+from benchmarks.real.in_process import scheduler_of
+from benchmarks.real.one_run import WARM_UP, add_chats, make_llm, pie_counters, run_steps
+from benchmarks.real.side import serve, sides
+from benchmarks.real.wave import Wave, run_wave
+from benchmarks.real.wave_report import plot, print_summary, summary
 from benchmarks.throughput import pie_keys
 
 WAVES = 3

@@ -19,11 +19,11 @@ from typing import Any
 from benchmarks.harness.display import console, working
 from benchmarks.harness.load import Load
 from benchmarks.harness.machine import facts, write_json
-from benchmarks.harness.one_run import add_chats, make_llm
 from benchmarks.harness.options import parser_of, run_spec
 from benchmarks.harness.shape import PieSizes, kv_shape
-from benchmarks.harness.side import Sides, serve, sides
 from benchmarks.harness.stats import paired_ratio, percentile
+from benchmarks.real.one_run import add_chats, make_llm
+from benchmarks.real.side import Sides, serve, sides
 from benchmarks.throughput import pie_keys
 
 

@@ -3,7 +3,7 @@
 The chats of `benchmarks.throughput` at equal device bytes, with the host driver's link held to each
 of several speeds per direction ("none" is as fast as memory copies are), between stock vLLM with
 the same device bytes and stock vLLM with memory for every chat. Beside each figure stands what the
-simulator says of the same chats, see `benchmarks.harness.agreement`:
+simulator says of the same chats, see `benchmarks.real.agreement`:
 
     python -m benchmarks.link_speeds [--speeds 0.1,0.3,1,3,none] [--repeats 3]
 """
@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.agreement import add_simulated
 from benchmarks.harness.drawing import drawing
 from benchmarks.harness.load import Load
 from benchmarks.harness.options import parser_of, run_spec
@@ -25,6 +24,7 @@ from benchmarks.harness.report import publish
 from benchmarks.harness.rounds import Figures, Question, column, in_all, run_rounds
 from benchmarks.harness.shape import PieSizes, kv_shape
 from benchmarks.harness.stats import draw_curve, spread
+from benchmarks.real.agreement import add_simulated
 from benchmarks.throughput import MIB, compare_answers, pie_keys, run_once
 
 ASKED = 0.95

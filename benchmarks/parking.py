@@ -30,12 +30,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.arrivals import RATE_SHARE, SingleChats, TurnChats
-from benchmarks.harness.churn import child, run_churn
 from benchmarks.harness.options import parser_of, run_spec
-from benchmarks.harness.parking_report import Part, publish_parts
 from benchmarks.harness.rounds import Figures, Question, run_rounds
 from benchmarks.harness.shape import KvShape, PieSizes, kv_shape
+from benchmarks.real.arrivals import RATE_SHARE, SingleChats, TurnChats
+from benchmarks.real.churn import child, run_churn
+from benchmarks.real.parking_report import Part, publish_parts
 from benchmarks.throughput import add_pie_figures, compare_answers, pie_keys, run_once
 
 LOADS = ("preempted", "returning", "fresh")

@@ -21,13 +21,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.harness.cases import BLOCK_TOKENS, limit_at, random_case, stock
 from benchmarks.harness.display import console, working
 from benchmarks.harness.drawing import drawing
 from benchmarks.harness.machine import RESULTS, facts, write_json
 from benchmarks.harness.options import plain_parser
-from benchmarks.harness.returning import always, returning_case
 from benchmarks.harness.stats import spread
+from benchmarks.simulated.cases import BLOCK_TOKENS, limit_at, random_case, stock
+from benchmarks.simulated.returning import always, returning_case
 from pie_vllm.policy.control.decider import Decider
 from pie_vllm.simulation.traces import slowdown
 

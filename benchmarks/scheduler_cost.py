@@ -35,8 +35,8 @@ from typing import Any, NamedTuple
 from benchmarks.harness.display import console, table, working
 from benchmarks.harness.machine import RESULTS, facts, write_json
 from benchmarks.harness.options import plain_parser
-from benchmarks.harness.parked_side import MOST_STEPS, ParkedCost, parked_costs
-from benchmarks.harness.scheduler_side import (
+from benchmarks.real.parked_side import MOST_STEPS, ParkedCost, parked_costs
+from benchmarks.real.scheduler_side import (
     BLOCK_SIZE,
     REQUESTS,
     PieSide,

@@ -19,8 +19,8 @@ from benchmarks.harness.load import Load
 from benchmarks.harness.options import parser_of
 from benchmarks.harness.report import publish
 from benchmarks.harness.rounds import Figures, Question, run_rounds
-from benchmarks.harness.serving_run import Setting, run_server, server_arguments
 from benchmarks.harness.shape import PieSizes, kv_shape, wide_ring
+from benchmarks.real.serving_run import Setting, run_server, server_arguments
 
 MIB = 2**20
 QUESTIONS = (

@@ -17,7 +17,8 @@ from benchmarks.harness.display import table, working
 from benchmarks.harness.drawing import drawing
 from benchmarks.harness.machine import RESULTS, facts, write_json
 from benchmarks.harness.options import plain_parser
-from benchmarks.harness.shifts import (
+from benchmarks.harness.stats import spread
+from benchmarks.simulated.shifts import (
     BEYOND,
     NAMES,
     SETTLE,
@@ -28,7 +29,6 @@ from benchmarks.harness.shifts import (
     stall_share,
     tokens_per_second,
 )
-from benchmarks.harness.stats import spread
 from pie_vllm.simulation.traces import Outcome
 
 SHIFTS = (*NAMES, BEYOND)

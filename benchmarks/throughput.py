@@ -28,7 +28,7 @@ from benchmarks.harness.options import parser_of, run_spec
 from benchmarks.harness.report import publish
 from benchmarks.harness.rounds import Figures, Question, run_rounds
 from benchmarks.harness.shape import KvShape, PieSizes, kv_shape, wide_ring
-from benchmarks.harness.side import SCRATCH
+from benchmarks.real.side import SCRATCH
 
 RUN_SECONDS = 1200
 MIB = 2**20
@@ -56,7 +56,7 @@ def pie_keys(shape: KvShape, sizes: PieSizes) -> dict[str, Any]:
 
 
 def run_once(name: str, spec: dict[str, Any], module: str = "one_run") -> Figures:
-    """Run one configuration in a process of its own: a module of the harness.
+    """Run one configuration in a process of its own: a module of `real`.
 
     Raises:
         RuntimeError: the process failed; names its log.
@@ -65,7 +65,7 @@ def run_once(name: str, spec: dict[str, Any], module: str = "one_run") -> Figure
     ask, answer, log = (SCRATCH / f"{name}.{kind}" for kind in ("spec.json", "json", "log"))
     ask.write_text(json.dumps(spec))
     answer.unlink(missing_ok=True)
-    command = [sys.executable, "-m", f"benchmarks.harness.{module}", str(ask), str(answer)]
+    command = [sys.executable, "-m", f"benchmarks.real.{module}", str(ask), str(answer)]
     with working(name), log.open("wb") as output:
         done = subprocess.run(
             command,

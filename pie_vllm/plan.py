@@ -95,19 +95,19 @@ class PoolState(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Sums over all steps that one rank has carried out since its start.
+    """Sums over all steps since the start, of one worker.
 
     Attributes:
-        steps: number of steps that had a plan.
+        steps: number of steps with a plan.
         bytes_loaded: bytes copied from the CPU pool to the device, promotions included.
         bytes_stored: bytes copied from the device to the CPU pool.
-        load_seconds, store_seconds: time that the link was busy in each direction.
-        stall_seconds: time that the compute waited for a copy. A GPU measures it in some steps
-            only, which stand for those before them.
+        load_seconds, store_seconds: seconds during which the link was busy, per direction.
+        stall_seconds: seconds during which the compute waited for a copy. A GPU measures some
+            steps, each of which stands for the steps before it.
         gates: number of layers that passed their gate.
-        pooled_peak: largest number of pooled blocks in use in one step.
-        bytes_finished: the part of ``bytes_loaded`` whose time is in ``load_seconds``.
-        stall_step: number of the newest step whose stall is known; -1 if there is none.
+        pooled_peak: maximum number of pooled blocks in use in one step.
+        bytes_finished: bytes of the loads that ``load_seconds`` covers; at most ``bytes_loaded``.
+        stall_step: number of the newest step with a known stall; -1 without one.
         step_stall: stall of that step, in seconds.
         graph_steps: number of steps with a plan that ran in a FULL graph, copies inside.
     """

@@ -24,9 +24,9 @@ from benchmarks.gpu.harness.engines import EngineError, EngineProcess
 from benchmarks.gpu.harness.models import EIGHT_B, TINY, write_config
 from benchmarks.gpu.harness.sides import Side, common, in_one_process, run_in_groups
 from benchmarks.gpu.serving import GIB, missing_arguments
-from benchmarks.harness.arrivals import LAST_TOKEN, RATE_SHARE, SingleChats, TurnChats
 from benchmarks.harness.rounds import Figures, Question
 from benchmarks.harness.stats import Spread, paired_ratio, spread
+from benchmarks.real.arrivals import LAST_TOKEN, RATE_SHARE, SingleChats, TurnChats
 
 LOADS = ("returning", "preempted")
 SIDES = ("stock", "pie", "connector", "pie_off", "stock_all")

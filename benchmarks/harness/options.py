@@ -40,7 +40,7 @@ def parser_of(module: str, description: str | None) -> argparse.ArgumentParser:
 def run_spec(
     args: argparse.Namespace, shape: KvShape, device_blocks: int, pie: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """What `benchmarks.harness.one_run` is given; `pie` are arguments of `engine_args`."""
+    """What `benchmarks.real.one_run` is given; `pie` are arguments of `engine_args`."""
     return {
         "load": {"chats": args.chats, "tokens": args.tokens},
         "llm": {

@@ -20,8 +20,7 @@ from pie_vllm.policy.control.elastic_pool import ElasticPool
 from pie_vllm.policy.control.stall_samples import AwaitedStalls, speed_of_finished
 from pie_vllm.policy.control.turns import Turns
 from pie_vllm.policy.placement.completed_blocks import Completions
-from pie_vllm.policy.placement.promotion import tail_room
-from pie_vllm.policy.placement.residency import Residency
+from pie_vllm.policy.placement.residency import Residency, tail_room
 from pie_vllm.policy.placement.store_ahead import Ahead
 
 

@@ -68,7 +68,7 @@ def steps_of(debug: tuple[str, ...] = ()) -> Iterator[Steps]:
     where.stream = device.stream
     where.synchronize = device.synchronize  # type: ignore[method-assign]
     with opened(SIZES, cuda_on_cpu.driver_granularity(), "cuda", debug) as engine:
-        engine.use_graphs(IMAGE, engine.geometry.pooled_blocks)
+        engine.graphs.prepare(IMAGE, engine.geometry.pooled_blocks)
         model = Model(engine, where, SIZES.layer, SIZES.requests, SIZES.most)
         model.device = device
 

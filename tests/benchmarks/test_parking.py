@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from benchmarks import parking
-from benchmarks.harness.answering import answer_all, figures
-from benchmarks.harness.arrivals import Arrivals, Ask, SingleChats, Source, TurnChats, Turns
-from benchmarks.harness.churn import take_turns
-from benchmarks.harness.parking_report import Part, plot, print_part
-from benchmarks.harness.parking_run import source_of
 from benchmarks.harness.rounds import Question
-from benchmarks.harness.token_record import TokenRecord, watched_tokens
+from benchmarks.real.answering import answer_all, figures
+from benchmarks.real.arrivals import Arrivals, Ask, SingleChats, Source, TurnChats, Turns
+from benchmarks.real.churn import take_turns
+from benchmarks.real.parking_report import Part, plot, print_part
+from benchmarks.real.parking_run import source_of
+from benchmarks.real.token_record import TokenRecord, watched_tokens
 
 
 @dataclass

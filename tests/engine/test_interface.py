@@ -50,7 +50,7 @@ def test_null_pointers_are_errors(name: str) -> None:
     if kinds[0] is not native._E or not pointers:
         return
     with TransferEngine(geometry()) as engine:
-        arguments[0] = engine.native[1]
+        arguments[0] = engine.handle.opened()
         code = function(*arguments)
         if name in ("pie_use_gather", "pie_use_graphs", "pie_device_arch"):
             assert code in (0, 6)  # a size of 0: nothing is read
@@ -63,7 +63,7 @@ def test_null_pointers_are_errors(name: str) -> None:
 
 def test_null_runs_and_impossible_counts_are_refused() -> None:
     with TransferEngine(geometry()) as engine:
-        library, handle = engine.native
+        library, handle = engine.handle.library, engine.handle.opened()
         runs = (ctypes.c_int64 * 3)(0, 0, 1)
         at = ctypes.addressof(runs)
         for wrong in (
@@ -85,7 +85,7 @@ def test_a_closed_engine_is_an_error_for_every_call() -> None:
     for stores in ((), ((1, 1, 1),)):
         engine = TransferEngine(geometry())
         engine.begin_step(plan(1, stores=stores))
-        library, handle = engine.native
+        library, handle = engine.handle.library, engine.handle.opened()
         engine.close()
         for gate in (engine.before_write, engine.before_attention, engine.after_attention):
             with pytest.raises(TransferError, match="closed"):

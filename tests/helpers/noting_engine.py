@@ -23,7 +23,7 @@ STREAM = 7
 
 
 class Engine:
-    """Notes its calls; a step fits a graph if ``fits`` says so."""
+    """Notes its calls, with those of its graph steps; a step fits a graph if ``fits`` says so."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.geometry = GEOMETRY
@@ -31,6 +31,7 @@ class Engine:
         self.fits = True
         self.fail: str | None = None
         self.in_graph = False
+        self.graphs = self
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_"):
@@ -48,8 +49,8 @@ class Engine:
         self.in_graph = False
         return graph and self.fits
 
-    def enter_graph(self) -> None:
-        self.calls.append("enter_graph")
+    def enter(self) -> None:
+        self.calls.append("enter")
         if not self.fits:
             raise TransferError("the step does not fit a graph")
         self.in_graph = True

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.harness.returning import always, returning_case
+from benchmarks.simulated.returning import always, returning_case
 from pie_vllm.geometry import Geometry
 from pie_vllm.plan import Prior
 from pie_vllm.policy.control.decider import Decider, Decides, Decision

@@ -54,14 +54,14 @@ def started(make: Any, full_graphs: bool = True) -> tuple[PieCacheEngine, Engine
 
 
 def test_a_step_that_fits_keeps_its_full_graph_and_is_told_before_it(make: Any) -> None:
-    """begin_step, dispatch, enter_graph, replay, end_step; and it counts."""
+    """begin_step, dispatch, enter, replay, end_step; and it counts."""
     pie, engine, run = started(make)
     for _ in range(2):
         with pie.step(PLAN, STREAM):
             assert run(*DECODES) == FULL
     assert engine.calls == 2 * [
         ("begin_step", PLAN.step, STREAM, True),
-        "enter_graph",
+        "enter",
         "replay",
         "end_step",
     ]
@@ -76,7 +76,7 @@ def test_a_step_that_does_not_fit_runs_piecewise(make: Any) -> None:
     with pie.step(PLAN, STREAM):
         assert run(*DECODES) == PIECEWISE
         forward(pie)
-    assert "enter_graph" not in engine.calls
+    assert "enter" not in engine.calls
     assert engine.calls[1:4] == ["model", ("before_write", 0), ("before_attention", 0)]
     assert (pie.totals.steps, pie.totals.graph_steps) == (1, 0)
 
@@ -87,7 +87,7 @@ def test_a_batch_that_has_no_full_graph_passes_the_gates(make: Any) -> None:
     with pie.step(PLAN, STREAM):
         assert run(*MIXED) == PIECEWISE
         forward(pie)
-    assert "enter_graph" not in engine.calls
+    assert "enter" not in engine.calls
     assert pie.totals.graph_steps == 0
 
 
@@ -192,9 +192,9 @@ def test_a_device_without_the_kernel_refuses_the_flag(monkeypatch: pytest.Monkey
         full_graphs.use_graphs(engine, images=images(NoGather("no compiler")))
     assert engine.calls == []
     full_graphs.use_graphs(engine, images=images(ahead))
-    assert engine.calls == [("use_graphs", b"ahead", GEOMETRY.pooled_blocks, UNMEASURED_CTAS)]
-    engine.fail = "use_graphs"
-    with pytest.raises(UnsupportedError, match="use_graphs failed"):
+    assert engine.calls == [("prepare", b"ahead", GEOMETRY.pooled_blocks, UNMEASURED_CTAS)]
+    engine.fail = "prepare"
+    with pytest.raises(UnsupportedError, match="prepare failed"):
         full_graphs.use_graphs(engine, images=images(now))
-    with pytest.raises(UnsupportedError, match="use_graphs failed"):
+    with pytest.raises(UnsupportedError, match="prepare failed"):
         full_graphs.use_graphs(engine, images=images(ahead, NoGather("no compiler")))

@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import scheduler_cost
-from benchmarks.harness.parked_side import CHAT_BLOCKS, ParkedCost, parked_costs
-from benchmarks.harness.scheduler_side import POOLED_EACH, POOLED_REQUESTS
+from benchmarks.real.parked_side import CHAT_BLOCKS, ParkedCost, parked_costs
+from benchmarks.real.scheduler_side import POOLED_EACH, POOLED_REQUESTS
 from benchmarks.scheduler_cost import Cost
 
 pytestmark = [pytest.mark.vllm, pytest.mark.alone]

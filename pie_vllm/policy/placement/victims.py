@@ -5,9 +5,11 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping
 from math import inf
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pie_vllm.errors import IntegrityError
+from pie_vllm.policy.block import Block, RequestId, Table
+from pie_vllm.policy.placement.interfaces import Progress
 
 
 class Holder:
@@ -15,7 +17,7 @@ class Holder:
 
     __slots__ = ("cursor", "due", "full", "listed", "progress", "request_id", "serial")
 
-    def __init__(self, request_id: str, serial: int) -> None:
+    def __init__(self, request_id: RequestId, serial: int) -> None:
         self.request_id = request_id
         self.serial = serial
         self.full = 0
@@ -24,7 +26,7 @@ class Holder:
         """The search for a private resident full block goes on at this index."""
         self.due = inf
         """The first step in which its last block can be complete, once that is expected."""
-        self.progress: Any = None
+        self.progress: Progress | None = None
         """vLLM's request, from then on."""
         self.listed = False
         """Whether such a block may stand at the cursor or after it."""
@@ -33,9 +35,9 @@ class Holder:
 class Victim(NamedTuple):
     """A block to demote: where it stands in the table of one of its users."""
 
-    request_id: str
+    request_id: RequestId
     index: int  # type: ignore[assignment]  # the word for it, over tuple.index
-    block: Any
+    block: Block
 
 
 class Victims:
@@ -51,9 +53,9 @@ class Victims:
         full: by resident id, whether the block is in use and its KV complete.
     """
 
-    def __init__(self, tables: Mapping[str, list[Any]], resident_blocks: int) -> None:
+    def __init__(self, tables: Mapping[RequestId, Table], resident_blocks: int) -> None:
         """Start without requests; ``tables`` are the blocks of each request."""
-        self.holders: dict[str, Holder] = {}
+        self.holders: dict[RequestId, Holder] = {}
         self.full = bytearray(resident_blocks)
         self._tables = tables
         self._boundary = resident_blocks
@@ -61,7 +63,7 @@ class Victims:
         self._listed: list[int] = []
         self._by_serial: dict[int, Holder] = {}
 
-    def admit(self, request_id: str, hits: int) -> None:
+    def admit(self, request_id: RequestId, hits: int) -> None:
         """A request gets its first blocks, ``hits`` of them full; no change if known."""
         if request_id not in self.holders:
             self._serial += 1
@@ -70,7 +72,7 @@ class Victims:
             holder.full = hits
             self.offer(holder)
 
-    def forget(self, request_id: str) -> bool:
+    def forget(self, request_id: RequestId) -> bool:
         """A request gives its blocks back; returns whether it was known."""
         holder = self.holders.pop(request_id, None)
         if holder is None:
@@ -86,14 +88,14 @@ class Victims:
             holder.listed = True
             insort(self._listed, holder.serial)
 
-    def offer_from(self, request_id: str, index: int) -> None:
+    def offer_from(self, request_id: RequestId, index: int) -> None:
         """Block ``index`` of a request is resident, full and in use."""
         holder = self.holders[request_id]
         if index < holder.cursor:
             holder.cursor = index
         self.offer(holder)
 
-    def _demotable(self, block: Any) -> bool:
+    def _demotable(self, block: Block) -> bool:
         block_id = block.block_id
         return block_id < self._boundary and bool(self.full[block_id])
 
@@ -126,7 +128,7 @@ class Victims:
                     if self._demotable(block) and (shared or block.ref_cnt == 1):
                         yield Victim(request_id, index, block)
 
-    def users(self, index: int, block: Any) -> list[str]:
+    def users(self, index: int, block: Block) -> list[RequestId]:
         """Requests that hold a block; a shared prefix has one index in all."""
         return [
             request_id

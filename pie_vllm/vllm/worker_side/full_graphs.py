@@ -46,7 +46,7 @@ def use_graphs(
     pieces = min(engine.geometry.pooled_blocks, MOST_PIECES)
     try:
         found = install_image(
-            engine, lambda image: engine.use_graphs(image, pieces, blocks), images=images
+            engine, lambda image: engine.graphs.prepare(image, pieces, blocks), images=images
         )
     except PieError as error:
         raise refusals.no_full_graphs(f"the gather kernel cannot be used: {error}") from error
@@ -111,7 +111,7 @@ class Capture:
             return
         self._open = False
         try:
-            self._engine.end_capture()
+            self._engine.graphs.end_capture()
             self.complete += 1
         except PieError as error:
             self.error = self.error or error
@@ -124,7 +124,7 @@ class Capture:
             return
         try:
             if not self._open:
-                self._engine.begin_capture(self._stream())
+                self._engine.graphs.begin_capture(self._stream())
                 self._open = True
             gate(layer)
         except PieError as error:
@@ -177,7 +177,7 @@ class FullGraphs:
         if self.entered:
             raise GateError("two FULL CUDA graphs were launched in one step")
         try:
-            self._engine.enter_graph()
+            self._engine.graphs.enter()
         except CopyError as error:
             self._open = self.fits = False
             self._failed(error)

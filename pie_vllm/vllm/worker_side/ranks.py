@@ -14,8 +14,8 @@ import torch
 from torch.distributed import distributed_c10d
 from vllm.logger import init_logger
 
+from pie_vllm.engine.host_memory import check_pool_fits, resolve_pool_bytes
 from pie_vllm.engine.pool_board import Board
-from pie_vllm.engine.pool_size import check_pool_fits, resolve_pool_bytes
 from pie_vllm.errors import UnsupportedError
 from pie_vllm.plan import Prior
 

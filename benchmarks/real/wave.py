@@ -6,10 +6,10 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.harness.in_process import scheduler_of
 from benchmarks.harness.load import Load
 from benchmarks.harness.machine import private_bytes
-from benchmarks.harness.one_run import add_chats, pie_counters
+from benchmarks.real.in_process import scheduler_of
+from benchmarks.real.one_run import add_chats, pie_counters
 
 Wave = list[dict[str, Any]]
 """The samples of a wave, as they travel between processes."""

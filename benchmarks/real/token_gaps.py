@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.harness.in_process import scheduler_of
 from benchmarks.harness.stats import curve, percentile
+from benchmarks.real.in_process import scheduler_of
 
 
 def watch_pooled(llm: Any) -> set[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from benchmarks.harness.in_process import scheduler_of
+from benchmarks.real.in_process import scheduler_of
 
 
 class TokenRecord:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.harness.in_process import scheduler_of
+from benchmarks.real.in_process import scheduler_of
 from pie_vllm.plan import num_copied
 from pie_vllm.simulation.traces import Profile
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from benchmarks.harness.rounds import Figures
-from benchmarks.harness.step_times import Step, fit, slowed_by_loads
+from benchmarks.real.step_times import Step, fit, slowed_by_loads
 from pie_vllm.geometry import Geometry
 from pie_vllm.plan import Prior
 from pie_vllm.policy.control.decider import Decider

@@ -2,7 +2,7 @@
 
 `benchmarks.throughput` starts this module once per run, so that every run has a fresh process:
 
-    python -m benchmarks.harness.one_run SPEC.json RESULT.json
+    python -m benchmarks.real.one_run SPEC.json RESULT.json
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.harness.in_process import scheduler_of
 from benchmarks.harness.load import Load
-from benchmarks.harness.step_times import watch_steps
-from benchmarks.harness.token_gaps import gap_figures, watch_pooled
+from benchmarks.real.in_process import scheduler_of
+from benchmarks.real.step_times import watch_steps
+from benchmarks.real.token_gaps import gap_figures, watch_pooled
 
 WARM_UP = Load(chats=2, tokens=16)
 

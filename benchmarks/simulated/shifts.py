@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.harness.cases import LAYERS, geometry, scattered
+from benchmarks.simulated.cases import LAYERS, geometry, scattered
 from pie_vllm.policy.control.decider import DEFAULT_TARGET_SLOWDOWN, Decider, Decides
 from pie_vllm.simulation.simulator import Simulation
 from pie_vllm.simulation.traces import Job, Outcome, Profile

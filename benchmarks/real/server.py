@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from benchmarks.harness.counters import parse_metrics
 from benchmarks.harness.environment import vllm_environment
+from benchmarks.real.counters import parse_metrics
 
 START_SECONDS = 300.0
 STOP_SECONDS = 45.0

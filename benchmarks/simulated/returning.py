@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from benchmarks.harness.cases import BLOCK_TOKENS, LAYERS, Case, geometry
+from benchmarks.simulated.cases import BLOCK_TOKENS, LAYERS, Case, geometry
 from pie_vllm.policy.control.decider import Decider, Decision
 from pie_vllm.simulation.traces import Job, Profile
 

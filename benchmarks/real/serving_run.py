@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.harness.chats import drive
-from benchmarks.harness.counters import last_pie_line
 from benchmarks.harness.display import working
 from benchmarks.harness.load import Load
-from benchmarks.harness.server import ServerError, VllmServer
 from benchmarks.harness.shape import KvShape, PieSizes
+from benchmarks.real.chats import drive
+from benchmarks.real.counters import last_pie_line
+from benchmarks.real.server import ServerError, VllmServer
 
 SERVED_NAME = "model"
 WARM_UP_TOKENS = 12

@@ -6,13 +6,13 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.harness.arrivals import SingleChats
 from benchmarks.harness.display import working
-from benchmarks.harness.one_run import make_llm, pie_counters, preemptions
-from benchmarks.harness.parking_run import add_ask
 from benchmarks.harness.rounds import Figures
-from benchmarks.harness.side import Side, serve, sides
-from benchmarks.harness.token_record import watch_tokens
+from benchmarks.real.arrivals import SingleChats
+from benchmarks.real.one_run import make_llm, pie_counters, preemptions
+from benchmarks.real.parking_run import add_ask
+from benchmarks.real.side import Side, serve, sides
+from benchmarks.real.token_record import watch_tokens
 
 
 def child(spec: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """One load of `benchmarks.parking` on one engine, in this process.
 
-python -m benchmarks.harness.parking_run SPEC.json RESULT.json
+python -m benchmarks.real.parking_run SPEC.json RESULT.json
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.answering import answer_all, figures
-from benchmarks.harness.arrivals import Arrivals, Ask, SingleChats, Source, TurnChats, Turns
-from benchmarks.harness.one_run import make_llm, pie_counters, preemptions
-from benchmarks.harness.token_record import watched_tokens
+from benchmarks.real.answering import answer_all, figures
+from benchmarks.real.arrivals import Arrivals, Ask, SingleChats, Source, TurnChats, Turns
+from benchmarks.real.one_run import make_llm, pie_counters, preemptions
+from benchmarks.real.token_record import watched_tokens
 
 
 def add_ask(llm: Any, ask: Ask) -> None:

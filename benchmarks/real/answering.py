@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.harness.arrivals import Ask, Source
 from benchmarks.harness.stats import percentile
+from benchmarks.real.arrivals import Ask, Source
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.harness.display import table
 from benchmarks.harness.drawing import drawing
 from benchmarks.harness.stats import curve, draw_curve, percentile
-from benchmarks.harness.wave import Wave
+from benchmarks.real.wave import Wave
 
 MIB = 2**20
 DECODING = ("peak", "light")

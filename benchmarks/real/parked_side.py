@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 
-from benchmarks.harness.scheduler_side import (
+from benchmarks.real.scheduler_side import (
     BLOCK_SIZE,
     REQUESTS,
     PieSide,
