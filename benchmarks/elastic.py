@@ -61,7 +61,7 @@ def hold_all(llm: Any) -> None:
 
     scheduler = scheduler_of(llm)
     residency = scheduler.kv_cache_manager.residency
-    scheduler.pie_pool.order = PoolOrder(residency.geometry.num_chunks, idle=False)
+    scheduler.pie_controller.pool.order = PoolOrder(residency.geometry.num_chunks, idle=False)
     add_chats(llm, WARM_UP)
     run_steps(llm, WARM_UP)  # Orders travel with steps.
     deadline = time.monotonic() + GROWTH_SECONDS

@@ -136,7 +136,7 @@ def main() -> None:
     if spec["pie"] is not None:
         result["pie_before"] = pie_before
         result["pie"] = pie_counters(llm)
-        detector = scheduler_of(llm).pie_decider.detector
+        detector = scheduler_of(llm).pie_controller.decider.detector
         result["streaming_seconds"] = detector.streaming_seconds
         result["slowed_seconds"] = detector.slowed_seconds
     Path(sys.argv[2]).write_text(json.dumps(result))

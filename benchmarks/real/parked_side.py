@@ -124,7 +124,7 @@ def use_all_blocks(side: Side) -> None:
 def fill_pool(side: PieSide, chats: int) -> None:
     """Park in all rows: KV that nobody asks for first, so that it goes first, then the chats'."""
     parking, rows = side.residency.parking, side.residency.rows
-    pool, chunks_of_all = side.scheduler.pie_pool, side.residency.geometry.num_chunks
+    pool, chunks_of_all = side.scheduler.pie_controller.pool, side.residency.geometry.num_chunks
     # As the workers had taken and reported it all.
     pool.order = pool.order._replace(chunks=chunks_of_all)
     pool.usable = chunks_of_all

@@ -138,7 +138,7 @@ class PieSide(Side):
         row_bytes = self.scheduler.kv_cache_manager.geometry.row_bytes
         seen = Observation(REQUESTS, REQUESTS, 1.0, 0.0, sizes.num_blocks * row_bytes, 1e-3)
         for _ in range(OFTEN):
-            self.scheduler.pie_decider.observe(seen)
+            self.scheduler.pie_controller.decider.observe(seen)
 
     def report(self, output: Any, result: Any) -> None:
         """Add the counters of the engine, as if the step had loaded what it was to load."""

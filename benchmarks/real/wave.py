@@ -54,7 +54,7 @@ def run_wave(llm: Any, load: Load, longer: list[int], idle: float) -> Wave:
         counters = pie_counters(llm)
         now = time.perf_counter() - begin
         memory, pool = private_bytes(), counters["pool_bytes"]
-        pauses = scheduler_of(llm).pie_pool
+        pauses = scheduler_of(llm).pie_controller.pool
         waits, waited = pauses.pauses, pauses.paused_seconds
         samples.append(Sample(now, phase, seconds, memory, int(pool), waits, waited))
 

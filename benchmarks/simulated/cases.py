@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pie_vllm.geometry import Geometry
-from pie_vllm.policy.control.decider import Decider, Decision
+from pie_vllm.policy.control.decider import Decider, Decides, Decision
 from pie_vllm.simulation.simulator import Simulation, run_stock
-from pie_vllm.simulation.traces import Decides, Job, Outcome, Profile
+from pie_vllm.simulation.traces import Job, Outcome, Profile
 
 LAYERS, PAGE_BYTES, RING_SLOTS, GRANULARITY = 32, 65536, 3, 4096
 BLOCK_TOKENS = 16

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.simulated.cases import LAYERS, geometry, scattered
-from pie_vllm.policy.control.decider import DEFAULT_TARGET_SLOWDOWN, Decider
+from pie_vllm.policy.control.decider import DEFAULT_TARGET_SLOWDOWN, Decider, Decides
 from pie_vllm.simulation.simulator import Simulation
-from pie_vllm.simulation.traces import Decides, Job, Outcome, Profile
+from pie_vllm.simulation.traces import Job, Outcome, Profile
 
 GEOMETRY = geometry(300, 400)
 BEFORE = Profile(2e10, 0.015, 2e-5, 5e-5, 1e-5, 1 / LAYERS)

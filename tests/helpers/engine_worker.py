@@ -75,12 +75,12 @@ class Engine:
 
     def turns_left_out(self) -> int:
         """Requests left out of steps so far."""
-        turns = getattr(self.core.scheduler, "pie_turns", None)
-        return turns.left_out if turns else 0
+        controller = getattr(self.core.scheduler, "pie_controller", None)
+        return controller.turns.left_out if controller else 0
 
     def admissions(self) -> dict[str, Any]:
         """What pie's requests found in the prefix cache and computed again, so far."""
-        found = getattr(self.core.scheduler.kv_cache_manager, "admissions", None)
+        found = getattr(self.core.scheduler.kv_cache_manager, "hit_counts", None)
         if found is None:
             return {}
         ahead = self.core.scheduler.kv_cache_manager.residency.parking.ahead_blocks
