@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pie_vllm.policy.admission.chunk import Chunk
 from tests.helpers.served_trace import Step, Trace, random_trace, served, simulated
 
 pytestmark = pytest.mark.vllm
@@ -77,7 +78,7 @@ CONTROLS: dict[str, tuple[str, Callable[..., Any], str]] = {
         lambda *_: 1,
         "fast link, parking",
     ),
-    "chunk": ("policy.controller.plenty", lambda *_: True, "slow link"),
+    "chunk": ("policy.controller.decide_chunk", lambda *_: Chunk(16, 1), "no window to speak of"),
 }
 
 
