@@ -101,7 +101,7 @@ def stores_in_decodes(made: Driver) -> list[int]:
 
 def test_blocks_are_stored_in_steps_of_prompts_ahead_of_their_eviction() -> None:
     """Steps that only decode then find pages whose KV is in the pool, and copy nothing."""
-    made = driver(decider=Fixed(POOLED, POOLED, ahead=100))
+    made = driver(decider=Fixed(POOLED, POOLED, store_ahead_max=100))
     assert sum(stores_in_decodes(made)) == 0
     assert parking(made).ahead_blocks >= 8
     assert parking(made).lost_blocks == 0

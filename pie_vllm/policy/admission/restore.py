@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 LEAST_OF_LINK = 4
-"""One of so many of the blocks that a step can load may be copied back for a waiting request."""
+"""Divisor of the blocks that the link brings in a step; at least the quotient stays available for
+restoring waiting requests."""
 
 
 class ParkedKey(NamedTuple):
@@ -31,7 +32,8 @@ def restored_at_once(residency: Residency, most: int | None) -> int:
 
     Args:
         residency: whose blocks.
-        most: that the link can copy behind the step's compute; None is without end.
+        most: Maximum number of blocks that the link copies behind the step's compute; None for no
+            bound.
     """
     if most is None:
         return residency.boundary

@@ -10,16 +10,17 @@ from pie_vllm.plan import RETRY_SECONDS, PoolOrder, PoolState
 
 DEFAULT_IDLE_SECONDS = 60.0
 FREE_MARGIN = 512 << 20
-"""Bytes of free CPU memory that the pool leaves alone when it grows."""
+"""Bytes of free CPU memory that a growing pool leaves to others."""
 
 LOOK_STEPS = 16
-"""Between looks at what the pool needs while nothing changes: a look takes some microseconds."""
+"""Number of steps between looks at the pool's need while nothing changes; a look takes some
+microseconds."""
 
 CHECK_SECONDS = 1.0
-"""Between looks at the free memory, which cost some system calls."""
+"""Seconds between looks at the free memory, each of which costs some system calls."""
 
 PATIENCE_SECONDS = 1.0
-"""Longest pause of the schedule for rows that are on their way."""
+"""Maximum seconds for which the schedule pauses for rows that are on their way."""
 
 
 class ElasticPool:
