@@ -28,7 +28,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 import pie_vllm
-from pie_vllm.config import parse_parking
+from pie_vllm.config import BY_NAME
 from pie_vllm.geometry import Geometry
 from pie_vllm.vllm import settings
 from pie_vllm.vllm.scheduler_side.scheduler import make_scheduler
@@ -82,7 +82,7 @@ def vllm_config(
         assert hasattr(owner, name), name
         setattr(owner, name, value)
     given = settings.of(config)
-    given.config = replace(given.config, parking=parse_parking(parking))
+    given.config = replace(given.config, parking=BY_NAME["parking"].parse(parking))
     given.geometry = sizes
     return config
 

@@ -23,7 +23,7 @@ WITHOUT_WHITESPACE = (
 )
 """A grammar that allows whitespace lets a small model write nothing else until its last token."""
 
-SOON_IDLE = '--additional-config={"pie": {"pool_idle_seconds": 2}}'
+SOON_IDLE = "--additional-config.pie.pool_idle_seconds=2"
 LOADED = ("--api-server-count=2", WITHOUT_WHITESPACE, SOON_IDLE)
 """Further arguments of the server under load."""
 
@@ -55,7 +55,7 @@ def make_server(model: Path, name: str, *more: str, pie: bool = True) -> Server:
         arguments += [
             "--block-manager=pie",
             f"--pie-pool-gib={sizes.pool_gib(shape)}",
-            f"--pie-ring-slots={sizes.ring_slots}",
-            f"--pie-ring-fraction={sizes.ring_fraction}",
+            f"--additional-config.pie.ring_slots={sizes.ring_slots}",
+            f"--additional-config.pie.ring_fraction={sizes.ring_fraction}",
         ]
     return Server(model, arguments, LOGS / f"{name}.log")
