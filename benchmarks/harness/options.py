@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.machine import RESULTS, fast_dtype
+from benchmarks.harness.machine import fast_dtype
+from benchmarks.harness.result_file import RESULTS
 from benchmarks.harness.shape import KvShape
 
 
@@ -35,6 +36,13 @@ def parser_of(module: str, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS / module)
     return parser
+
+
+def add_redraw(parser: argparse.ArgumentParser) -> None:
+    """Add the option of a benchmark whose plot can be drawn from its result file."""
+    parser.add_argument(
+        "--redraw", action="store_true", help="draw the plot of the result file; run nothing"
+    )
 
 
 def run_spec(

@@ -29,24 +29,24 @@ def add_simulated(
     is no prediction, in the others it is.
 
     Args:
-        figures: runs with their `trace`, by configuration.
-        specs: of the configurations.
+        figures: runs of each configuration, with their `trace`.
+        specs: settings of the configurations, by name.
     """
     for runs in zip(*figures.values(), strict=True):
-        of = dict(zip(figures, runs, strict=True))
-        traces = {name: run.pop("trace") for name, run in of.items()}
+        run_of = dict(zip(figures, runs, strict=True))
+        traces = {name: run.pop("trace") for name, run in run_of.items()}
         steps = {name: [Step(*step) for step in trace["steps"]] for name, trace in traces.items()}
-        ours = [name for name in of if specs[name]["pie"] is not None]
+        ours = [name for name in run_of if specs[name]["pie"] is not None]
         profile = Profile(
-            1.0, *fit([step for name in of if name not in ours for step in steps[name]])
+            1.0, *fit([step for name in run_of if name not in ours for step in steps[name]])
         )
         if ours:
-            most = max(ours, key=lambda name: sum(step.loads for step in steps[name]))
-            slowed = slowed_by_loads(profile, steps[most], of[most]["stall_seconds"])
-            busy = of[most]["load_seconds"]
-            exposed = of[most]["stall_seconds"] / busy if busy else 0.0
+            loading = max(ours, key=lambda name: sum(step.loads for step in steps[name]))
+            slowed = slowed_by_loads(profile, steps[loading], run_of[loading]["stall_seconds"])
+            busy = run_of[loading]["load_seconds"]
+            exposed = run_of[loading]["stall_seconds"] / busy if busy else 0.0
             profile = replace(profile, per_load=slowed, exposed=exposed)
-        for name, run in of.items():
+        for name, run in run_of.items():
             run["profile"] = asdict(profile)
             run["simulated_tok_s"] = _simulate(run, traces[name], specs[name], profile).throughput
 
@@ -62,15 +62,15 @@ def _simulate(
     }
     if spec["pie"] is None:
         return run_stock(run["num_blocks"], profile, jobs, **options)
-    of = {key: int(value) for key, value in run["pie"].items()}
+    size = {key: int(value) for key, value in run["pie"].items()}
     geometry = Geometry(
-        of["num_layers"],
-        of["page_bytes"],
-        of["resident_blocks"],
-        of["pooled_blocks"],
-        of["ring_slots"],
-        of["rows"],
-        chunk_rows=of["rows"],
+        size["num_layers"],
+        size["page_bytes"],
+        size["resident_blocks"],
+        size["pooled_blocks"],
+        size["ring_slots"],
+        size["rows"],
+        chunk_rows=size["rows"],
         granularity=1,
     )
     link = run["bandwidth_gbps"] * 1e9

@@ -15,9 +15,9 @@ class Answer:
     """What became of a request.
 
     Attributes:
-        ask: the request.
-        times: when its tokens came, in seconds after the load began.
-        tokens: of the answer.
+        ask: the request that is answered.
+        times: times of its tokens, in seconds after the load began.
+        tokens: ids of the answer's tokens.
     """
 
     ask: Ask
@@ -49,7 +49,7 @@ def answer_all(
 
     Args:
         engine: a vLLM engine, or what has its `step` and `has_unfinished_requests`.
-        source: of the requests.
+        source: where the requests come from.
         add: gives one to the engine.
         clock: seconds.
         sleep: waits some seconds.

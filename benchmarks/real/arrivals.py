@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 FIRST_TOKEN, LAST_TOKEN = 1000, 40_000
-"""Prompts are made of these: words of the vocabulary, nothing with a meaning to the engine."""
+"""Bounds of the token ids of prompts: words of the vocabulary, none special to the engine."""
 
 WORKING_SET = 4
-"""Times the device's KV that chats which come back have together."""
+"""KV of all chats that come back together, as a multiple of the device's."""
 
 RATE_SHARE = 1.2
-"""Of the chats a second that an engine with memory for all answers at most, how many arrive where
-requests are to be preempted. Above one, or a machine that is faster than when that was found out
-waits for chats, whatever its memory."""
+"""Arrivals where requests are to be preempted, as a share of the chats a second that an engine with
+memory for all can answer. Above one, for a machine that has become faster since that was found out
+would wait for chats, whatever its memory."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Ask:
     """One request.
 
     Attributes:
-        chat: that it belongs to.
-        turn: of the chat, from 0.
-        due: when it is sent, in seconds after the load began.
-        prompt: its tokens, all that the chat has said and heard before included.
-        tokens: of the answer.
+        chat: number of the chat that it belongs to.
+        turn: number of the chat's turn, from 0.
+        due: time at which it is sent, in seconds after the load began.
+        prompt: ids of its tokens, all that the chat has said and heard before included.
+        tokens: number of tokens of the answer.
     """
 
     chat: int
@@ -41,7 +41,7 @@ class Ask:
 
     @property
     def name(self) -> str:
-        """As the engine knows it."""
+        """Name of the request in the engine."""
         return f"{self.chat}-{self.turn}"
 
 
@@ -70,9 +70,9 @@ class SingleChats:
 
     Attributes:
         chats: how many.
-        prompt: least and most tokens of a prompt.
+        prompt: fewest and most tokens of a prompt.
         answer: the same of an answer.
-        seed: of the tokens, sizes and times.
+        seed: seed of the tokens, sizes and times.
     """
 
     chats: int
@@ -90,7 +90,7 @@ class SingleChats:
 
     @property
     def longest(self) -> int:
-        """Tokens of a chat at its end, at most."""
+        """Upper bound on the tokens of a chat at its end."""
         return self.prompt[1] + self.answer[1]
 
     def asks(self, rate: float | None) -> list[Ask]:
@@ -133,12 +133,12 @@ class TurnChats:
 
     Attributes:
         chats: how many.
-        turns: of each.
+        turns: number of turns of each chat.
         first: tokens of the first prompt.
         question: tokens of each later one.
         answer: tokens of each answer.
         at_once: how many chats have an answer under way.
-        seed: of the tokens.
+        seed: seed of the tokens.
     """
 
     chats: int

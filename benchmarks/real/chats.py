@@ -20,9 +20,9 @@ class ChatTimes:
     """When the pieces of one answer came, in seconds after the load began.
 
     Attributes:
-        sent: when the request left.
-        pieces: when each streamed piece of text came; mostly one token a piece.
-        tokens: tokens of the answer, as the server counted them.
+        sent: time at which the request left.
+        pieces: times of the streamed pieces of text; mostly one token a piece.
+        tokens: number of tokens of the answer, by the server's count.
     """
 
     sent: float
@@ -127,7 +127,7 @@ def drive(
     """Stream all chats of `load` at once from the server at `url`.
 
     Args:
-        url: of the server, without /v1.
+        url: address of the server, without /v1.
         model: the name that the server knows the model by.
         load: the chats.
         on_piece: called at each streamed piece, for a progress display.

@@ -81,7 +81,7 @@ def _ask(engines: Mapping[str, Side], name: str, steps: int) -> dict[str, Any]:
 def run_churn(
     specs: Mapping[str, dict[str, Any]], steps: int, repeats: int
 ) -> dict[str, list[Figures]]:
-    """As `run_rounds`, but that the engines of a round take turns of `steps` steps."""
+    """Figures of each side, round by round; the engines of a round take turns of `steps` steps."""
     figures: dict[str, list[Figures]] = {name: [] for name in specs}
     for index in range(repeats):
         with sides("parking", specs, f"-fresh-{index}") as engines, working("taking turns"):

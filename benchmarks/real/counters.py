@@ -5,19 +5,25 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-_SAMPLE = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{[^}]*\})? (?P<value>\S+)$")
+_SAMPLE = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)$")
+_REASON = re.compile(r'\breason="(?P<reason>[^"]*)"')
 WORDS = "head_waits"
 _PIE_LINE = re.compile(r"\bPie: (?P<fields>steps=.*)$")
 
 
 def parse_metrics(text: str) -> dict[str, float]:
-    """Sum the samples of each metric of a Prometheus page over their labels."""
+    """Sum the samples of each metric of a Prometheus page over their labels.
+
+    A metric with a label `reason` has the sums by reason too, as `name:reason`.
+    """
     totals: dict[str, float] = {}
     for line in text.splitlines():
         found = _SAMPLE.match(line)
         if found:
             name = found["name"]
-            totals[name] = totals.get(name, 0.0) + float(found["value"])
+            reason = _REASON.search(found["labels"] or "")
+            for key in (name, f"{name}:{reason['reason']}") if reason else (name,):
+                totals[key] = totals.get(key, 0.0) + float(found["value"])
     return totals
 
 

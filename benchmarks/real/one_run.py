@@ -60,10 +60,10 @@ class Steps(NamedTuple):
     """What a load showed.
 
     Attributes:
-        seconds: in all.
-        times: of the outputs of each chat.
-        pooled: whether the chat had pooled blocks when that output was made.
-        tokens: of each chat.
+        seconds: time of the whole load.
+        times: times of each chat's outputs, in seconds.
+        pooled: for each of them, whether the chat had pooled blocks when it was made.
+        tokens: ids of each chat's tokens.
     """
 
     seconds: float
@@ -136,7 +136,7 @@ def main() -> None:
     if spec["pie"] is not None:
         result["pie_before"] = pie_before
         result["pie"] = pie_counters(llm)
-        detector = scheduler_of(llm).pie_decider.detector
+        detector = scheduler_of(llm).pie_controller.decider.detector
         result["streaming_seconds"] = detector.streaming_seconds
         result["slowed_seconds"] = detector.slowed_seconds
     Path(sys.argv[2]).write_text(json.dumps(result))

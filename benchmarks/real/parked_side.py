@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 
+from benchmarks.real import bare_schedulers
 from benchmarks.real.scheduler_side import (
     BLOCK_SIZE,
     REQUESTS,
@@ -22,7 +23,6 @@ from benchmarks.real.scheduler_side import (
     two_sides,
 )
 from pie_vllm.geometry import Geometry
-from tests.helpers import scheduling
 
 RESIDENTS = 14_000
 POOLED = 64
@@ -34,13 +34,13 @@ FILLING_STEPS = 16
 FILLING = 64
 """Most that come in one of those steps."""
 
-MOST_STEPS = 32
+STEPS_MAX = 32
 """With more, chats would be evicted before they come where ten thousand blocks are parked."""
 
 
 def pool_of(parked: int) -> Geometry:
     """Tiers whose pool has rows for so many parked blocks."""
-    return scheduling.geometry(RESIDENTS, POOLED, parked, chunk_rows=4096)
+    return bare_schedulers.geometry(RESIDENTS, POOLED, parked, chunk_rows=4096)
 
 
 class Admitted(NamedTuple):
@@ -103,7 +103,7 @@ class Chats:
         """The chat of a number."""
         prompt = [(number * 31 + token) % 997 for token in range(CHAT_BLOCKS * BLOCK_SIZE + 1)]
         prompt[:2] = [number % 991, 1000 + number // 991]
-        return scheduling.make_request(f"chat{number}", prompt, 1, BLOCK_SIZE)
+        return bare_schedulers.make_request(f"chat{number}", prompt, 1, BLOCK_SIZE)
 
     def come(self, count: int) -> None:
         """The next chats wait for the coming step."""
@@ -124,7 +124,7 @@ def use_all_blocks(side: Side) -> None:
 def fill_pool(side: PieSide, chats: int) -> None:
     """Park in all rows: KV that nobody asks for first, so that it goes first, then the chats'."""
     parking, rows = side.residency.parking, side.residency.rows
-    pool, chunks_of_all = side.scheduler.pie_pool, side.residency.geometry.num_chunks
+    pool, chunks_of_all = side.scheduler.pie_controller.pool, side.residency.geometry.num_chunks
     # As the workers had taken and reported it all.
     pool.order = pool.order._replace(chunks=chunks_of_all)
     pool.usable = chunks_of_all
@@ -184,7 +184,7 @@ class ParkedSample(NamedTuple):
 
 def parked_round(parked: int, steps: int, asynchronous: bool = True) -> list[ParkedSample]:
     """Steps over a pool with rows for so many parked blocks, all of them taken."""
-    assert steps <= MOST_STEPS
+    assert steps <= STEPS_MAX
     stock, pie = two_sides(
         pool_of(parked), steps, 1 + FILLING_STEPS // steps, asynchronous, others=FILLING
     )

@@ -10,8 +10,9 @@ from typing import Any
 
 from benchmarks.harness.display import console, say_written
 from benchmarks.harness.drawing import drawing
-from benchmarks.harness.machine import facts, write_json
+from benchmarks.harness.machine import facts
 from benchmarks.harness.report import FIGURES, print_answers, print_figures
+from benchmarks.harness.result_file import numbers_of, read_result, write_result
 from benchmarks.harness.rounds import Figures, Question, column, in_all, summarize
 from benchmarks.harness.stats import spread
 
@@ -24,15 +25,19 @@ SHOWN = {
 }
 
 
+COLUMNS = 2
+"""Axes beside each other: more could not be read on a page."""
+
+
 @dataclass(frozen=True)
 class Part:
     """One load: what was asked, what was found.
 
     Attributes:
-        title: the load in words.
+        title: description of the load.
         questions: ratios asked of it.
-        figures: of each configuration, round by round.
-        none_again: configurations that are to recompute nothing.
+        figures: figures of each configuration, round by round.
+        none_again: configurations in which no token is to be computed again.
     """
 
     title: str
@@ -41,12 +46,12 @@ class Part:
     none_again: Sequence[str] = ()
 
     def recomputed(self) -> dict[str, Any]:
-        """Tokens recomputed, of those that are to recompute none: the most of all rounds."""
+        """The maximum over the rounds of the tokens recomputed where none are to be."""
         found = {}
         for name in self.none_again:
             if name in self.figures:
                 most = max(column(self.figures[name], "recomputed_tokens"))
-                found[name] = {"most": most, "asked": 0, "reached": most == 0}
+                found[name] = {"max": most, "asked": 0, "reached": most == 0}
         return found
 
     def shown(self) -> list[str]:
@@ -62,14 +67,14 @@ def print_part(part: Part) -> dict[str, Any]:
     recomputed = part.recomputed()
     for name, found in recomputed.items():
         verdict = "as asked" if found["reached"] else "NOT as asked: 0"
-        console.print(f"  {name} recomputed {found['most']:.0f} tokens, {verdict}")
+        console.print(f"  {name} recomputed {found['max']:.0f} tokens, {verdict}")
     keys = [key for key, _, _ in FIGURES]
     return {
         "load": part.title,
         "ratios": ratios,
         "recomputed_tokens": recomputed,
         "medians": {name: summarize(rounds, keys) for name, rounds in part.figures.items()},
-        "runs": {name: list(rounds) for name, rounds in part.figures.items()},
+        "runs": {name: [numbers_of(run) for run in runs] for name, runs in part.figures.items()},
     }
 
 
@@ -88,18 +93,21 @@ def draw_bars(axes: Any, part: Part, key: str) -> None:
             level = question.asked * medians[question.below]
             word = "at most" if question.less else "at least"
             axes.axhline(level, color="tab:red", linestyle="--", label=f"pie asked: {word} this")
-            axes.legend(fontsize=8)
+            axes.legend(fontsize="small")
     axes.set_xticks(places, [name.replace("_", "\n") for name in names])
-    axes.set_ylabel(SHOWN.get(key, key))
 
 
 def plot(path: Path, title: str, parts: Mapping[str, Part]) -> None:
     """Draw, for each load, the figures that are asked about."""
     wanted = [(name, key) for name, part in parts.items() for key in part.shown()]
-    with drawing(path, title, (4.0 * len(wanted), 4.5), 1, len(wanted), squeeze=False) as axes:
-        for place, (name, key) in zip(itertools.chain(*axes), wanted, strict=True):
+    rows = -(-len(wanted) // COLUMNS)
+    with drawing(path, title, (8, 0.5 + 2.8 * rows), rows, COLUMNS, squeeze=False) as axes:
+        places = list(itertools.chain(*axes))
+        for place, (name, key) in zip(places, wanted, strict=False):
             draw_bars(place, parts[name], key)
-            place.set_title(name)
+            place.set_title(f"{name}: {SHOWN.get(key, key)}")
+        for place in places[len(wanted) :]:
+            place.set_axis_off()
 
 
 def publish_parts(
@@ -112,6 +120,18 @@ def publish_parts(
         "setup": dict(setup),
         "loads": {name: print_part(part) for name, part in parts.items()},
     }
-    write_json(stem.with_suffix(".json"), data)
+    runs = {name: dict(part.figures) for name, part in parts.items()}
+    write_result(stem, data, {"runs": runs})
     plot(stem.with_suffix(".png"), title, parts)
+    say_written(stem)
+
+
+def redraw_parts(stem: Path, questions: Mapping[str, Sequence[Question]]) -> None:
+    """Draw `stem`.png anew, from `stem`.json alone; `questions` are those of each load."""
+    data = read_result(stem)
+    parts = {
+        name: Part(load["load"], questions[name], load["runs"], tuple(load["recomputed_tokens"]))
+        for name, load in data["loads"].items()
+    }
+    plot(stem.with_suffix(".png"), data["question"], parts)
     say_written(stem)

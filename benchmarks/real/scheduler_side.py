@@ -11,12 +11,12 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 
+from benchmarks.real import bare_schedulers
 from pie_vllm.geometry import Geometry
 from pie_vllm.plan import PoolState, StepReport, Totals
 from pie_vllm.policy.control.detector import Observation
 from pie_vllm.policy.control.step_time_model import OFTEN
 from pie_vllm.vllm.scheduler_side.scheduler import PieSchedulerMixin
-from tests.helpers import scheduling
 
 BLOCK_SIZE = 16
 REQUESTS = 256
@@ -28,7 +28,7 @@ RESIDENT_SHARE = 0.63
 def tiers(blocks: int) -> Geometry:
     """So many blocks, resident and pooled."""
     resident = int(blocks * RESIDENT_SHARE)
-    return scheduling.geometry(resident, blocks - resident, chunk_rows=4096)
+    return bare_schedulers.geometry(resident, blocks - resident, chunk_rows=4096)
 
 
 class Timed:
@@ -73,7 +73,7 @@ class Side:
         self, flavour: type, sizes: Geometry, steps: int, phases: int, others: int = 0
     ) -> None:
         """Over these sizes, for so many steps; ``others`` may run beside the requests."""
-        self.scheduler: Any = scheduling.make(
+        self.scheduler: Any = bare_schedulers.make(
             sizes,
             BLOCK_SIZE,
             flavour=flavour,
@@ -90,7 +90,7 @@ class Side:
             prompt = [(i * 7 + t) % 997 for t in range(full * BLOCK_SIZE + 1 + i % BLOCK_SIZE)]
             prompt[0] = i + 1
             self.scheduler.add_request(
-                scheduling.make_request(f"r{i}", prompt, 16 + (phases + 1) * steps, BLOCK_SIZE)
+                bare_schedulers.make_request(f"r{i}", prompt, 16 + (phases + 1) * steps, BLOCK_SIZE)
             )
         while self.scheduler.waiting or any(r.is_prefill_chunk for r in self.scheduler.running):
             self.step()
@@ -138,7 +138,7 @@ class PieSide(Side):
         row_bytes = self.scheduler.kv_cache_manager.geometry.row_bytes
         seen = Observation(REQUESTS, REQUESTS, 1.0, 0.0, sizes.num_blocks * row_bytes, 1e-3)
         for _ in range(OFTEN):
-            self.scheduler.pie_decider.observe(seen)
+            self.scheduler.pie_controller.decider.observe(seen)
 
     def report(self, output: Any, result: Any) -> None:
         """Add the counters of the engine, as if the step had loaded what it was to load."""

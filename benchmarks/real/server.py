@@ -17,7 +17,7 @@ from types import TracebackType
 from benchmarks.harness.environment import vllm_environment
 from benchmarks.real.counters import parse_metrics
 
-START_SECONDS = 300.0
+START_SECONDS = 600.0
 STOP_SECONDS = 45.0
 LOG_TAIL_LINES = 40
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open

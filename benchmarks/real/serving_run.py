@@ -8,14 +8,33 @@ from pathlib import Path
 from benchmarks.harness.display import working
 from benchmarks.harness.load import Load
 from benchmarks.harness.shape import KvShape, PieSizes
-from benchmarks.real.chats import drive
+from benchmarks.real.block_samples import BlockSample, sampled_blocks
+from benchmarks.real.chats import LoadTimes, drive
 from benchmarks.real.counters import last_pie_line
 from benchmarks.real.server import ServerError, VllmServer
 
 SERVED_NAME = "model"
 WARM_UP_TOKENS = 12
-LEAST_TOKENS = 100
-"""Fewer tokens a chat would not fill the device, and nothing would be compared."""
+TOKENS_MIN = 100
+"""Fewest tokens of a chat: with fewer the chats would fit the device, and nothing be compared."""
+
+GAUGES = (
+    "resident_blocks",
+    "pooled_blocks",
+    "ring_bytes",
+    "link_bytes_per_second",
+    "admission_limit_blocks",
+)
+"""Pie's gauges that a run reports, as they stand at the end of the load."""
+
+COUNTERS = (
+    "loaded_bytes",
+    "stored_bytes",
+    "load_seconds",
+    "stall_seconds",
+    "recomputed_tokens",
+)
+"""Pie's counters of which a run reports the growth during the load."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +43,11 @@ class Setting:
 
     Attributes:
         model: folder of the model.
-        shape: its KV sizes at `block_size`.
+        shape: KV sizes of the model at `block_size`.
         block_size: tokens of one block.
-        dtype: that the model runs in.
-        max_model_len: longest context served.
-        compiled: torch.compile on; off (eager) starts faster.
+        dtype: number format that the model runs in.
+        max_model_len: longest context served, in tokens.
+        compiled: whether torch.compile is on; eager starts faster.
         logs: folder of the servers' logs.
     """
 
@@ -39,6 +58,21 @@ class Setting:
     max_model_len: int
     compiled: bool
     logs: Path
+
+
+@dataclass(frozen=True)
+class ServedRun:
+    """What one run showed.
+
+    Attributes:
+        figures: throughput, latencies in ms, preemptions; pie's own begin with `pie_`.
+        times: when the pieces of each answer came.
+        blocks: blocks in use over the time of the load; empty where they were not sampled.
+    """
+
+    figures: dict[str, float]
+    times: LoadTimes
+    blocks: tuple[BlockSample, ...] = ()
 
 
 def server_arguments(setting: Setting, device_blocks: int, pie: PieSizes | None) -> list[str]:
@@ -53,23 +87,17 @@ def server_arguments(setting: Setting, device_blocks: int, pie: PieSizes | None)
     if not setting.compiled:
         arguments.append("--enforce-eager")
     if pie is not None:
-        arguments += [
-            "--block-manager=pie",
-            f"--pie-pool-gib={pie.pool_gib(setting.shape)}",
-            f"--pie-ring-slots={pie.ring_slots}",
-        ]
-        if pie.ring_fraction is not None:
-            arguments.append(f"--pie-ring-fraction={pie.ring_fraction}")
+        arguments += ["--block-manager=pie", *pie.server_options(setting.shape)]
     return arguments
 
 
-def warm_up(url: str, load: Load, allowance: float | None) -> Load:
+def warm_up(url: str, load: Load, seconds_max: float | None) -> Load:
     """Stream a few tokens of every chat, and return the load that fits the time allowed."""
     times = drive(url, SERVED_NAME, replace(load, tokens=WARM_UP_TOKENS)).summary()
-    if allowance is None:
+    if seconds_max is None:
         return load
-    fitting = int(allowance / (times["itl_p50_ms"] / 1e3))
-    return replace(load, tokens=min(load.tokens, max(LEAST_TOKENS, fitting)))
+    fitting = int(seconds_max / (times["itl_p50_ms"] / 1e3))
+    return replace(load, tokens=min(load.tokens, max(TOKENS_MIN, fitting)))
 
 
 def run_server(
@@ -78,18 +106,20 @@ def run_server(
     load: Load,
     device_blocks: int,
     pie: PieSizes | None,
-    allowance: float | None = None,
-) -> dict[str, float]:
-    """Start a server, stream `load` from it, stop it; return all figures of the run.
+    seconds_max: float | None = None,
+    sampled: bool = False,
+) -> ServedRun:
+    """Start a server, stream `load` from it, stop it.
 
     Args:
-        name: of the run and its log.
+        name: name of the run and of its log.
         setting: what all runs share.
         load: the chats.
         device_blocks: KV on the device, in blocks.
         pie: sizes of a pie run; None is stock vLLM.
-        allowance: seconds that the load should take; on a machine too slow for that, as the
-            warm-up shows, the chats get fewer tokens.
+        seconds_max: upper bound on the time of the load. A machine that is too slow for it, by
+            what the warm-up shows, gives the chats fewer tokens.
+        sampled: whether blocks in use are sampled during the load.
 
     Raises:
         ServerError: the server did not start, died, or did not end cleanly.
@@ -100,20 +130,45 @@ def run_server(
         with working(f"{name}: starting the server") as task:
             server.start(lambda seconds: task.note(f"{seconds:.0f} s"))
         with working(f"{name}: warming up"):
-            load = warm_up(server.url, load, allowance)
+            load = warm_up(server.url, load, seconds_max)
         before = server.metrics()
         label = f"{name}: {load.chats} chats x {load.tokens} tokens"
+        blocks: list[BlockSample] = []
         with working(label, load.total_tokens) as task:
-            times = drive(server.url, SERVED_NAME, load, task.advance)
+            if sampled:
+                with sampled_blocks(server.metrics, device_blocks) as blocks:
+                    times = drive(server.url, SERVED_NAME, load, task.advance)
+            else:
+                times = drive(server.url, SERVED_NAME, load, task.advance)
         after = server.metrics()
     if server.exit_status != 0:
         raise ServerError(f"the server ended with status {server.exit_status}; see {log}")
-    preempted = "vllm:num_preemptions_total"
     figures = times.summary() | {"tokens_per_chat": load.tokens}
+    preempted = "vllm:num_preemptions_total"
     figures["preemptions"] = after.get(preempted, 0.0) - before.get(preempted, 0.0)
     if pie is not None:
-        counters = last_pie_line(log)
-        if not counters:
-            raise ServerError(f"the server printed no `Pie: steps=…` line; see {log}")
-        figures.update({f"pie_{key}": value for key, value in counters.items()})
-    return figures
+        figures |= pie_figures(before, after, log)
+    return ServedRun(figures, times, tuple(blocks))
+
+
+def pie_figures(before: dict[str, float], after: dict[str, float], log: Path) -> dict[str, float]:
+    """Pie's gauges at the end of a load, its counters over the load, and its peak of pooled blocks.
+
+    Raises:
+        ServerError: the log has no line of pie's totals.
+    """
+    line = last_pie_line(log)
+    if not line:
+        raise ServerError(f"the server printed no `Pie: steps=…` line; see {log}")
+    found = {"pie_pooled_peak": line["pooled_peak"]}
+    for key in GAUGES:
+        found[f"pie_{key}"] = after.get(f"vllm:pie_{key}", 0.0)
+    for key in COUNTERS:
+        name = f"vllm:pie_{key}_total"
+        found[f"pie_{key}"] = after.get(name, 0.0) - before.get(name, 0.0)
+    waits = "vllm:pie_head_waits_total:"
+    for name in after:
+        if name.startswith(waits):
+            reason = name.removeprefix(waits)
+            found[f"pie_head_waits:{reason}"] = after[name] - before.get(name, 0.0)
+    return found

@@ -81,9 +81,9 @@ def sides(module: str, specs: Mapping[str, dict[str, Any]], suffix: str = "") ->
     """The engines of these specs by name, ended at the end, also where one does not start.
 
     Args:
-        module: as in Side.
-        specs: what each is given.
-        suffix: of the names of their files.
+        module: benchmark whose engines they are, as `python -m benchmarks.MODULE` names it.
+        specs: settings of each engine, by its name.
+        suffix: end of the names of their files.
     """
     found: Sides = {}
     try:

@@ -16,10 +16,10 @@ class Step(NamedTuple):
     """One step of an engine.
 
     Attributes:
-        seconds: since the step before was done, scheduler and all.
-        requests: that ran.
-        prompt_tokens: computed beyond one for each request.
-        blocks: that these requests hold.
+        seconds: time since the step before was done, the scheduler's part included.
+        requests: number of requests that ran.
+        prompt_tokens: tokens computed beyond one for each request.
+        blocks: blocks that these requests hold.
         loads: blocks that came over the link for it: pooled ones that it reads, promotions.
     """
 

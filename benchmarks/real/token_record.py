@@ -13,8 +13,8 @@ class TokenRecord:
     """Counts tokens by their places in their requests.
 
     Attributes:
-        prompt: tokens of prompts that were computed, by request; prefix hits are not.
-        again: tokens that were computed a second time or more often, of all requests.
+        prompt: tokens of the prompt that were computed, by request; prefix hits are not among them.
+        again: tokens of all requests that were computed a second time or more often.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ def watch_tokens(llm: Any) -> TokenRecord:
 
 @contextmanager
 def watched_tokens(llm: Any) -> Iterator[TokenRecord]:
-    """As `watch_tokens`, for the steps inside the block."""
+    """A record that each step inside the block adds to, and no step after it."""
     scheduler = scheduler_of(llm)
     update = scheduler.update_from_output
     try:

@@ -26,7 +26,7 @@ class Sample:
         at: seconds after the wave began.
         phase: "before" the wave, "prompts" while a chat has no token yet, "peak", "light" once
             only the longer chats are left, "idle".
-        seconds: that the step took; 0 without one.
+        seconds: duration of the step; 0 where none ran.
         memory: bytes of the process; see `private_bytes`.
         pool: bytes that the pool holds.
         waits: times so far that the schedule paused for the pool's memory.
@@ -54,7 +54,7 @@ def run_wave(llm: Any, load: Load, longer: list[int], idle: float) -> Wave:
         counters = pie_counters(llm)
         now = time.perf_counter() - begin
         memory, pool = private_bytes(), counters["pool_bytes"]
-        pauses = scheduler_of(llm).pie_pool
+        pauses = scheduler_of(llm).pie_controller.pool
         waits, waited = pauses.pauses, pauses.paused_seconds
         samples.append(Sample(now, phase, seconds, memory, int(pool), waits, waited))
 

@@ -21,7 +21,7 @@ Round = Mapping[str, Sequence[Wave]]
 
 
 def levels(waves: Sequence[Wave]) -> list[dict[str, Any]]:
-    """Memory and pool in MiB: before each wave, the most of its peak, at the end of a trough."""
+    """Memory and pool in MiB: before each wave, the maximum of its peak, at the end of a trough."""
     found = []
     for number, wave in enumerate(waves, 1):
         for phase in ("before", "peak", "light", "idle"):
@@ -37,12 +37,12 @@ def levels(waves: Sequence[Wave]) -> list[dict[str, Any]]:
 
 
 def milliseconds(waves: Sequence[Wave], phases: Sequence[str]) -> list[float]:
-    """Of the steps of some phases."""
+    """Durations of the steps of some phases."""
     return [1e3 * s["seconds"] for wave in waves for s in wave if s["phase"] in phases]
 
 
 def figures(values: Sequence[float]) -> dict[str, float]:
-    """Of a distribution; the count alone where it is empty."""
+    """Count, p50, p99 and maximum of a distribution; the count alone where it is empty."""
     if not values:
         return {"count": 0}
     quantiles = {f"p{percent}": percentile(values, percent) for percent in (50, 99)}
@@ -113,7 +113,7 @@ def print_summary(data: Mapping[str, Any]) -> None:
         for one, other in zip(*(data[side]["levels_mib"][0] for side in sides), strict=True)
     ]
     head = [f"{side} {what}" for side in sides for what in ("process", "pool")]
-    table("Memory, MiB: before, most of a peak, end of a trough", ["wave", *head], rows)
+    table("Memory, MiB: before, maximum of a peak, end of a trough", ["wave", *head], rows)
     keys = ("count", "p50", "p99", "max")
     rows = [
         [f"{side}, {label}", *(f"{data[side][which][key]:,.0f}" for key in keys)]
@@ -133,7 +133,7 @@ def print_summary(data: Mapping[str, Any]) -> None:
 
 def plot(path: Path, title: str, rounds: Sequence[Round]) -> None:
     """Memory over the time of the first round's waves, and the times of steps without prompts."""
-    with drawing(path, title, (12, 4.5), 1, 2) as (left, right):
+    with drawing(path, title, (8, 7), 2) as (left, right):
         for name, color in (("held", "tab:gray"), ("elastic", "tab:orange")):
             times: list[float] = []
             samples: list[dict[str, Any]] = []

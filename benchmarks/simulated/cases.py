@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pie_vllm.geometry import Geometry
-from pie_vllm.policy.control.decider import Decider, Decision
+from pie_vllm.policy.control.decider import Decider, Decides, Decision
 from pie_vllm.simulation.simulator import Simulation, run_stock
-from pie_vllm.simulation.traces import Decides, Job, Outcome, Profile
+from pie_vllm.simulation.traces import Job, Outcome, Profile
 
 LAYERS, PAGE_BYTES, RING_SLOTS, GRANULARITY = 32, 65536, 3, 4096
 BLOCK_TOKENS = 16
@@ -21,12 +21,12 @@ class Case:
     """A machine and a trace.
 
     Attributes:
-        geometry: of the tiers.
-        profile: of the machine.
+        geometry: sizes of both tiers.
+        profile: times of the machine.
         jobs: the trace.
         noise: standard deviation of a step's compute, as a share of it.
         caching: whether there is a prefix cache, on stock's side too.
-        parking: policy of eviction of parked KV; None parks nothing.
+        parking: eviction policy of parked KV; None parks nothing.
     """
 
     geometry: Geometry
@@ -37,7 +37,7 @@ class Case:
     parking: str | None = None
 
     def decider(self) -> Decider:
-        """What decides."""
+        """Pie's decider over these sizes."""
         return Decider(
             self.geometry.row_bytes, self.geometry.pooled_blocks, block_tokens=BLOCK_TOKENS
         )
@@ -70,11 +70,11 @@ def geometry(resident: int, pooled: int) -> Geometry:
 
 
 def contending(profile: Profile, sizes: Geometry, link_share: float, fixed: float) -> Profile:
-    """The machine, but that loads slow the compute beside them.
+    """The machine, with loads that slow the compute beside them.
 
     Args:
-        profile: of the machine.
-        sizes: of the tiers.
+        profile: times of the machine.
+        sizes: sizes of both tiers.
         link_share: seconds lost for each second that the link is busy.
         fixed: seconds lost in each step that loads anything.
     """
@@ -86,7 +86,7 @@ def random_case(seed: int, *, contended: bool = False) -> Case:
     """200 to 600 resident, 100 to 800 pooled blocks, links of 0.3 to 400 GB/s, 40 to 120 jobs.
 
     Args:
-        seed: of machine and trace.
+        seed: seed of machine and trace.
         contended: whether loads slow the compute beside them, by up to a tenth of the link's time
             and up to 3 % of the step whatever they load, and steps scatter by 2 %.
     """
@@ -133,6 +133,6 @@ class _LimitAt(Decider):
 
 
 def limit_at(case: Case, share: float) -> Decider:
-    """As the case's decider, but the admission limit is a share of the window."""
+    """The case's decider with its admission limit fixed at a share of the window."""
     window = case.geometry.pooled_blocks
     return _LimitAt(int(share * window), case.geometry.row_bytes, window)

@@ -17,7 +17,7 @@ def returning_case(seed: int) -> Case:
     four turns. More arrive at once than fit the device, so that requests are preempted, too.
 
     Args:
-        seed: of machine and trace.
+        seed: seed of machine and trace.
     """
     rng = random.Random(seed)
     resident, pooled = rng.randint(200, 600), rng.randint(50, 300)
@@ -50,7 +50,7 @@ def _chats(rng: random.Random) -> list[Job]:
 
 
 class _Always(Decider):
-    """The decider, but that parked KV is always restored, or never."""
+    """The decider with its choice fixed: parked KV is always restored, or never."""
 
     def __init__(self, case: Case, restores: bool) -> None:
         row_bytes, window = case.geometry.row_bytes, case.geometry.pooled_blocks
@@ -62,5 +62,5 @@ class _Always(Decider):
 
 
 def always(case: Case, *, restores: bool) -> Decider:
-    """As the case's decider, but that it restores parked KV always, or computes it always."""
+    """The case's decider with its choice fixed: it always restores parked KV, or computes it."""
     return _Always(case, restores)

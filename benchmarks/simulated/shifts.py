@@ -8,22 +8,22 @@ from dataclasses import dataclass, replace
 
 from benchmarks.simulated.cases import LAYERS, geometry, scattered
 from pie_vllm.config import TARGET_SLOWDOWN_DEFAULT
-from pie_vllm.policy.control.decider import Decider
+from pie_vllm.policy.control.decider import Decider, Decides
 from pie_vllm.simulation.simulator import Simulation
-from pie_vllm.simulation.traces import Decides, Job, Outcome, Profile
+from pie_vllm.simulation.traces import Job, Outcome, Profile
 
 GEOMETRY = geometry(300, 400)
 BEFORE = Profile(2e10, 0.015, 2e-5, 5e-5, 1e-5, 1 / LAYERS)
 """A step of 19 ms, in which the link brings 180 of 400 pooled blocks."""
 
 SHIFT = 8.0
-"""Seconds; some 400 steps."""
+"""Time of the shift in seconds, after some 400 steps."""
 AFTER = 12.0
 """Seconds that the load goes on after the shift; some 600 steps."""
 
 NAMES = ("load doubles", "link halves", "long prompts")
 BEYOND = "prompts beyond the link"
-"""Of more blocks each than the limit; there the limit swings, and few traces settle in 50 steps."""
+"""Prompts of more blocks each than the limit: it swings, and few traces settle in 50 steps."""
 SETTLE = 50
 LONG_RUN = range(100, 300)
 """Steps after the shift that stand for the long run."""
@@ -51,8 +51,8 @@ class Shift:
     """One change, at ``SHIFT`` seconds.
 
     Attributes:
-        name: one of ``NAMES``, or ``BEYOND``.
-        jobs: the trace.
+        name: name of the change, one of ``NAMES`` or ``BEYOND``.
+        jobs: jobs of the trace.
         after: the machine after it.
         before: the machine before it.
         noise: standard deviation of a step's compute, as a share of it.
@@ -112,10 +112,10 @@ class Settling:
     """How the steps went after a shift.
 
     Attributes:
-        limit: in the long run, on average.
-        least, most: mean limit of any settled window, as a share of that.
-        stall: most stall share of any settled window.
-        first_stall: of the first ``SETTLE`` steps after the shift.
+        limit: mean admission limit in the long run, in blocks.
+        least, most: extremes of the mean limit of settled windows, as shares of it.
+        stall: greatest stall share of a settled window.
+        first_stall: stall share of the first ``SETTLE`` steps after the shift.
     """
 
     limit: float

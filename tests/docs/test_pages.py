@@ -54,7 +54,7 @@ def sections(page: Path) -> dict[str, str]:
 
 def test_the_readme_is_short() -> None:
     """At most 700 words, one picture, no hash of a commit."""
-    words = re.findall(r"\w[\w.\-']*", prose(README))
+    words = prose(README).split()
     assert len(words) <= WORDS, len(words)
     assert len(re.findall(r"!\[", README)) == 1
     assert not re.findall(r"\b(?=[0-9a-f]*\d)(?=[0-9a-f]*[a-f])[0-9a-f]{7,40}\b", README)
@@ -127,6 +127,15 @@ def test_every_figure_of_the_readme_has_its_command() -> None:
         assert re.search(r"^ {4}.*(make|python) ", parts[anchor], re.MULTILINE), anchor
         for figure in figures:
             assert re.search(rf"\| {re.escape(figure)} ", parts[anchor]), (anchor, figure)
+
+
+def test_every_benchmark_has_its_question() -> None:
+    """Each program of benchmarks/ that measures is a command of docs/benchmarks.md."""
+    folder = REPOSITORY / "benchmarks"
+    programs = {path.stem for path in folder.glob("*.py")} - {"__init__", "make_model", "gpu_check"}
+    text = BENCHMARKS.read_text()
+    assert "make demo" in text
+    assert not {name for name in programs - {"demo"} if f"python -m benchmarks.{name}" not in text}
 
 
 def test_every_result_has_a_command_that_runs_a_benchmark() -> None:

@@ -67,6 +67,24 @@ def test_an_asynchronous_output_is_tagged_when_it_arrives() -> None:
     assert (found.req_ids, found.pie.seconds, found.pie.totals.steps) == (["a"], 0.25, 1)
 
 
+def test_other_ranks_are_asked_when_the_output_arrives() -> None:
+    """Earlier they may not have come to the step; what failed here needs no asking."""
+    clock, asked = Clock(), []
+
+    def elsewhere() -> str:
+        asked.append(clock.over)
+        return "on rank 1: broken"
+
+    output = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
+    later = tagged(Later(clock, output), Tag(Totals(), POOL, clock, elsewhere=elsewhere))
+    assert asked == []
+    assert later.get_output().pie.failure == "on rank 1: broken"
+    assert asked == [0.25]
+    own = tagged(output, Tag(Totals(), POOL, None, "broken here", elsewhere))
+    assert own.pie.failure == "broken here"
+    assert asked == [0.25]
+
+
 def test_two_steps_in_flight_do_not_mix() -> None:
     """The second is submitted before the first one's output is asked for."""
     clocks = [Clock(), Clock()]

@@ -144,7 +144,7 @@ def test_rows_on_their_way_change_no_schedule(asynchronous: bool, every: int) ->
         made.verify()
         assert not made.preemptions
         assert memory.chunks > 4
-        assert bool(made.scheduler.pie_pool.pauses) == (pace > 1)
+        assert bool(made.scheduler.pie_controller.pool.pauses) == (pace > 1)
         return found
 
     assert schedule(every) == schedule(1)
@@ -159,7 +159,7 @@ def test_chunks_that_cannot_be_had_make_the_pool_smaller(most: int) -> None:
     made.verify()
     assert memory.refused
     assert memory.chunks <= most
-    assert made.scheduler.pie_pool.usable <= most
+    assert made.scheduler.pie_controller.pool.usable <= most
 
 
 def test_outputs_without_a_report_hold_nobody_up() -> None:
@@ -177,4 +177,4 @@ def test_outputs_without_a_report_hold_nobody_up() -> None:
     made.runner.execute = silent  # type: ignore[method-assign]
     made.run()
     made.verify()
-    assert made.scheduler.pie_pool.usable == 1
+    assert made.scheduler.pie_controller.pool.usable == 1

@@ -1,4 +1,4 @@
-"""Which blocks are complete, found out when somebody wants to know."""
+"""Blocks whose KV is complete, found out when somebody wants to know."""
 
 from __future__ import annotations
 

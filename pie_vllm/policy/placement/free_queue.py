@@ -44,16 +44,17 @@ class TieredFreeBlockQueue:
     ``admission(...)`` corrects the number for its prefix hits.
 
     Attributes:
-        num_free_blocks: as above; a plain attribute because vLLM reads it once
-            per request and step.
-        free_pooled: pooled ids that demotion can have: blank ones and idle cached ones.
-        available_pooled: ``FP``, as ``free_pooled`` without those that are withheld.
-        frozen: whether nothing may be demoted now: ``FP`` counts as 0. Call
+        num_free_blocks: Number of blocks that can be had now; a plain attribute because vLLM
+            reads it once per request and step.
+        free_pooled: Number of pooled ids that hold no KV in use: blank ones and idle cached ones.
+        available_pooled: Number of pooled ids that demotion can have, ``FP``: ``free_pooled``
+            without those that are withheld.
+        frozen: Whether nothing may be demoted now, so that ``FP`` counts as 0. Call ``refresh``
+            after a change.
+        demotable: Number of residents in use that are known to be complete, ``D``.
+        withheld: Number of pooled ids that may not be used now, for want of CPU memory. Call
             ``refresh`` after a change.
-        demotable: ``D``, as far as it is known.
-        withheld: pooled ids that may not be used now, for want of CPU memory;
-            they are no part of ``FP``. Call ``refresh`` after a change.
-        missing: of these, those whose memory is not on its way either.
+        missing: Number of withheld ids whose memory is not on its way either.
     """
 
     def __init__(
@@ -66,10 +67,10 @@ class TieredFreeBlockQueue:
         """Start with all ``blocks`` free.
 
         Args:
-            blocks: all blocks, ``blocks[i].block_id == i``.
-            resident_blocks: ids below this are resident.
-            make_list: makes the list of one tier; vLLM's own queue class.
-            observer: the residency policy.
+            blocks: All blocks, ``blocks[i].block_id == i``.
+            resident_blocks: Number of resident blocks; ids below it are resident.
+            make_list: Makes the list of one tier; vLLM's own queue class.
+            observer: Told of what happens to blocks, and asked for residents.
         """
         self._blocks = blocks
         self._boundary = resident_blocks
@@ -88,17 +89,17 @@ class TieredFreeBlockQueue:
 
     @property
     def free_residents(self) -> int:
-        """Resident blocks that nobody uses."""
+        """Number of resident blocks that nobody uses."""
         return self._resident.num_free_blocks
 
     @property
     def free_in_all(self) -> int:
-        """Free blocks of both tiers."""
+        """Number of free blocks of both tiers."""
         return self.free_residents + self.free_pooled
 
     @property
     def available_in_all(self) -> int:
-        """Free blocks of both tiers, without those that are missing."""
+        """Number of free blocks of both tiers, without those that are missing."""
         there = len(self._blank) - self.missing
         return self.free_residents + self._cached.num_free_blocks + max(there, 0)
 

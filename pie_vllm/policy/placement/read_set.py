@@ -1,4 +1,4 @@
-"""Which pooled blocks the requests of a step read, kept from step to step."""
+"""Pooled blocks that the requests of a step read, kept from step to step."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pie_vllm.policy.pool.rows import RowLedger
 
 
 class ReadSet:
-    """Pooled blocks by request, and those that the current step must load.
+    """Pooled blocks of each request, and those that the current step must load.
 
     Costs follow change: a step in which the same requests run over the same
     blocks costs one set difference over the requests that have pooled blocks.
 
     Attributes:
-        by_request: the pooled blocks of each request that has any; read only.
-        readers: of each block that the step loads, the number of its readers; read only.
+        by_request: Pooled blocks of each request that has any; read only.
+        readers: Number of readers of each block that the step loads; read only.
     """
 
     def __init__(self, rows: RowLedger, chunk_rows: int) -> None:
-        """No request has pooled blocks."""
+        """Start with no pooled block; ``chunk_rows`` is the number of rows of a pool's chunk."""
         self._rows = rows
         self.by_request: dict[RequestId, set[BlockId]] = {}
         self._running: set[RequestId] = set()
@@ -35,19 +35,19 @@ class ReadSet:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that the step loads; a shared one counts once."""
+        """Number of blocks that the step loads; a shared one counts once."""
         return len(self.readers)
 
     @property
     def running(self) -> Collection[RequestId]:
-        """The requests that ran in the last step followed and have pooled blocks; read only."""
+        """Requests that ran in the last step followed and have pooled blocks; read only."""
         return self._running
 
     def pooled(self, request_id: RequestId) -> Collection[BlockId]:
-        """The pooled blocks of a request."""
+        """Pooled blocks of a request."""
         return self.by_request.get(request_id, ())
 
-    def runs(self, request_id: RequestId) -> bool:
+    def is_running(self, request_id: RequestId) -> bool:
         """Whether the request ran in the last step followed and has pooled blocks."""
         return request_id in self._running
 
@@ -81,8 +81,8 @@ class ReadSet:
         """Make the blocks to load those of the scheduled requests.
 
         Args:
-            scheduled: the requests that run in this step, by id.
-            everyone: whether these are all requests, which saves a comparison.
+            scheduled: Requests that run in this step, by id.
+            everyone: Whether these are all requests, which saves a comparison.
         """
         if len(self._running) == len(self.by_request) and (
             everyone or self._running <= scheduled.keys()
@@ -111,7 +111,7 @@ class ReadSet:
             self._loads.change(gone, [(block_id, row_of(block_id)) for block_id in new])
 
     def take(self) -> tuple[Copy, ...] | None:
-        """The merged runs to load; None when they are those taken last."""
+        """Merged runs to load; None when they are those taken last."""
         runs = self._loads.runs()
         if runs is self._sent:
             return None

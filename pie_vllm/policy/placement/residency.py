@@ -232,19 +232,19 @@ class Residency:
                 break
             if request_id in fresh or not reading.pooled(request_id):
                 continue
-            runs = reading.runs(request_id)
+            running = reading.is_running(request_id)
             for index, block in enumerate(self.tables[request_id]):
                 if room <= 0:
                     break
                 if block.block_id < self.boundary:
                     continue
-                if not runs and spare <= 0:
+                if not running and spare <= 0:
                     break
                 users = victims.users(index, block) if block.ref_cnt > 1 else (request_id,)
                 if not any(user in fresh for user in users):
                     copies.append(self._promote(index, block, users))
                     room -= 1
-                    spare -= not runs  # A load that the step would do without.
+                    spare -= not running  # A load that the step would do without.
         return copies
 
     def _promote(

@@ -20,6 +20,7 @@ class RunSet:
     """
 
     def __init__(self, chunk_rows: int) -> None:
+        """Start empty; ``chunk_rows`` is the number of rows of a pool's chunk."""
         self._chunk_rows = chunk_rows
         self._starts: list[int] = []
         self._runs: dict[int, Copy] = {}
@@ -27,7 +28,7 @@ class RunSet:
         self._emitted: tuple[Copy, ...] | None = ()
 
     def __len__(self) -> int:
-        """Blocks in the set."""
+        """Number of blocks in the set."""
         return len(self._rows)
 
     def __contains__(self, block: int) -> bool:
@@ -84,8 +85,8 @@ class RunSet:
     def change(self, removed: Collection[BlockId], added: Collection[tuple[BlockId, Row]]) -> None:
         """Remove blocks that are in the set, then add blocks with their rows.
 
-        As ``remove`` and ``add`` one by one; many at once are merged anew, which
-        costs less a block.
+        Equals ``remove`` and ``add`` one by one. Many at once are merged anew, which costs less
+        per block.
         """
         if 4 * (len(removed) + len(added)) < len(self._rows):
             for block in removed:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from pie_vllm.policy.control.decider import Decision
 from pie_vllm.policy.placement.free_queue import TieredFreeBlockQueue
 from pie_vllm.policy.pool.parked_kv import Parking
-
-if TYPE_CHECKING:
-    from pie_vllm.policy.control.decider import Decision
 
 REQUEST_BLOCKS = 4
 """Number of blocks stored ahead for each running request, which it fills by decoding."""

@@ -13,27 +13,34 @@ from pie_vllm.policy.placement.interfaces import Progress
 
 
 class Holder:
-    """What the policy keeps of one request that holds blocks."""
+    """What the policy keeps of one request that holds blocks.
+
+    Attributes:
+        request_id: Id of the request.
+        serial: Place in the order of admission.
+        full: Number of blocks at the front whose KV is complete.
+        cursor: Index from which on the search for a private, resident, full block continues.
+        listed: Whether such a block may stand at the cursor or after it.
+        due: First step in which its last block can be complete; infinite until its progress is
+            known.
+        progress: vLLM's request; None until its first step is planned.
+    """
 
     __slots__ = ("cursor", "due", "full", "listed", "progress", "request_id", "serial")
 
     def __init__(self, request_id: RequestId, serial: int) -> None:
+        """Start without a complete block."""
         self.request_id = request_id
         self.serial = serial
         self.full = 0
-        """Blocks at the front whose KV is complete."""
         self.cursor = 0
-        """The search for a private resident full block goes on at this index."""
-        self.due = inf
-        """The first step in which its last block can be complete, once that is expected."""
-        self.progress: Progress | None = None
-        """vLLM's request, from then on."""
         self.listed = False
-        """Whether such a block may stand at the cursor or after it."""
+        self.due = inf
+        self.progress: Progress | None = None
 
 
 class Victim(NamedTuple):
-    """A block to demote: where it stands in the table of one of its users."""
+    """A block to demote, and where it stands in the table of one of its users."""
 
     request_id: RequestId
     index: int  # type: ignore[assignment]  # the word for it, over tuple.index
@@ -49,12 +56,12 @@ class Victims:
     average, however many requests there are.
 
     Attributes:
-        holders: by request, in the order of admission.
-        full: by resident id, whether the block is in use and its KV complete.
+        holders: Requests that hold blocks, by id, in the order of admission.
+        full: Whether a resident block is in use and its KV complete, by block id.
     """
 
     def __init__(self, tables: Mapping[RequestId, Table], resident_blocks: int) -> None:
-        """Start without requests; ``tables`` are the blocks of each request."""
+        """Start without requests; ``tables`` holds the blocks of each request."""
         self.holders: dict[RequestId, Holder] = {}
         self.full = bytearray(resident_blocks)
         self._tables = tables
@@ -117,7 +124,7 @@ class Victims:
         return None
 
     def rest(self) -> Iterator[Victim]:
-        """What ``private`` passed over: blocks private by now, then shared ones.
+        """Blocks that ``private`` passed over: those private by now, then shared ones.
 
         Costs a pass over the tables. Each block may be demoted when it is yielded.
         """
