@@ -11,15 +11,15 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 RETRY_SECONDS = 30.0
-"""Between a refusal of memory and the next attempt to take it."""
+"""Seconds between a refusal of memory and the next attempt to take it."""
 
 
 class Copy(NamedTuple):
-    """A run of ``count`` neighbouring blocks and rows: ``block + i`` and ``row + i``.
+    """Copy of ``count`` neighbouring blocks and rows: ``block + i`` and ``row + i``.
 
-    In a store the KV goes from block to row, in a load from row to block. A
-    load's blocks are all pooled (ring pages, needed in this step only) or all
-    resident (a promotion). No run crosses a chunk of the host pool.
+    A store copies KV from block to row, a load from row to block. A load's blocks are all pooled
+    (ring pages, needed in this step only) or all resident (a promotion). No run crosses a chunk
+    of the host pool.
     """
 
     block: int
@@ -28,7 +28,7 @@ class Copy(NamedTuple):
 
 
 def num_copied(copies: Iterable[Copy]) -> int:
-    """Blocks that these runs move."""
+    """Number of blocks that these runs copy."""
     return sum(copy.count for copy in copies)
 
 
@@ -41,17 +41,17 @@ class Relabel(NamedTuple):
 
 
 class StepPlan(NamedTuple):
-    """The work of one step, the same on every rank.
+    """Work of one step, the same on every rank.
 
     Attributes:
         step: number of the scheduler's step, from 1; steps without a plan count too.
-        stores: demotions: resident page to row, before the step's KV writes.
-        promotions: row to resident page, once.
-        loads: row to ring page of a pooled id, for every pooled block read.
-            ``None`` means: the same runs as in the step before.
+        stores: copies from resident pages to rows (demotions), before the step's KV writes.
+        promotions: copies from rows to resident pages.
+        loads: copies from rows to ring pages, for every pooled block that the step reads; None
+            for the runs of the step before.
         relabels: changes of block tables, before the step's inputs are made.
         forward: whether the step runs the model (has scheduled tokens).
-        pooled: pooled blocks in use when the plan was made.
+        pooled: number of pooled blocks in use when the plan was made.
     """
 
     step: int
@@ -64,13 +64,14 @@ class StepPlan(NamedTuple):
 
 
 class PoolOrder(NamedTuple):
-    """What the workers are to hold, sent with every step.
+    """Memory that the workers are to hold for the pool, sent with every step.
 
     Attributes:
-        chunks: of the pool, from the first on.
-        idle: leave to give back all chunks but the first once the idle time has passed, until an
-            order without leave. The scheduler counts on none of them until it has asked.
-        number: count of the orders so far that took something back: chunks, or such a leave.
+        chunks: number of chunks, from the first on.
+        idle: whether the workers may give back all chunks but the first once the idle time has
+            passed, until an order says otherwise. The scheduler counts on none of them until it
+            has asked for them again.
+        number: number of orders so far that took back chunks or the leave to go idle.
     """
 
     chunks: int
@@ -79,13 +80,15 @@ class PoolOrder(NamedTuple):
 
 
 class PoolState(NamedTuple):
-    """What the workers hold, sent with every result.
+    """Memory that the workers hold for the pool, sent with every result.
 
     Attributes:
-        chunks: from the first on, that all ranks hold and keep until an order of a higher number.
-        refused: how often memory could not be had, on all ranks.
-        number: of the order that was followed.
-        released: how often all chunks but the first were given back by leave.
+        chunks: number of chunks, from the first on, that all ranks hold and keep until an order
+            of a higher number.
+        refused: number of times that memory could not be had, over all ranks.
+        number: number of the order that was followed.
+        released: number of times that all chunks but the first were given back because the pool
+            was idle.
     """
 
     chunks: int
@@ -163,16 +166,18 @@ class StepReport(NamedTuple):
 
 
 class Prior(NamedTuple):
-    """What is known before the first step.
+    """Measurements and settings that are known before the first step.
 
     Attributes:
-        bandwidth: from the CPU to the device, bytes per second; None if unknown.
-        most_bandwidth: that is counted on, whatever is measured; None is without end.
-        step_seconds: of a step that only decodes; None if unknown. The first such step replaces it.
-        request_seconds: by which it is longer for each further request; 0 if unknown.
-        prompt_seconds: of each prompt token; 0 if unknown.
-        limits_contention: whether what loads take from the compute counts as slowdown, not the
-            stall alone.
+        bandwidth: speed from the CPU to the device, bytes per second; None if unknown.
+        most_bandwidth: upper bound on the speed that is counted on, bytes per second, whatever is
+            measured; None if there is none.
+        step_seconds: duration of a step that only decodes; None if unknown. The first such step
+            replaces it.
+        request_seconds: time that each further request adds to it; 0 if unknown.
+        prompt_seconds: time that each prompt token adds to a step; 0 if unknown.
+        limits_contention: whether the compute time that loads take counts as slowdown, beside the
+            stall.
     """
 
     bandwidth: float | None = None

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pie_vllm.config import BY_NAME
+
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -61,9 +63,10 @@ class PieSizes:
         return keys
 
     def server_options(self, shape: KvShape) -> list[str]:
-        """The same as options of `vllm serve`."""
+        """The same as options of `vllm serve`: flags of those settings that have one."""
         keys = self.engine_keys(shape)
-        return [f"--pie-{key.replace('_', '-')}={value}" for key, value in keys.items()]
+        flags = {key: BY_NAME[key].flag or f"--additional-config.pie.{key}" for key in keys}
+        return [f"{flags[key]}={value}" for key, value in keys.items()]
 
 
 def wide_ring(shape: KvShape, device_blocks: int, pool_blocks: int, ring_slots: int) -> PieSizes:

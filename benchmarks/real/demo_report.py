@@ -114,7 +114,7 @@ def reasons(need: int, pie: Mapping[str, float], stock: Mapping[str, float]) -> 
     if need > in_all:
         found.append(
             f"Resident and pooled blocks are {in_all} together, the chats need {need}: the window "
-            "of pooled blocks is as wide as the link can feed in a step (--pie-ring-fraction)."
+            "of pooled blocks is as wide as the link can feed in a step (ring_fraction)."
         )
     waits = {why: pie.get(f"pie_head_waits:{why}", 0.0) for why in WHY}
     why = max(waits, key=waits.__getitem__)

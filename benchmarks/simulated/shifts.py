@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.simulated.cases import LAYERS, geometry, scattered
-from pie_vllm.policy.control.decider import DEFAULT_TARGET_SLOWDOWN, Decider, Decides
+from pie_vllm.config import TARGET_SLOWDOWN_DEFAULT
+from pie_vllm.policy.control.decider import Decider, Decides
 from pie_vllm.simulation.simulator import Simulation
 from pie_vllm.simulation.traces import Job, Outcome, Profile
 
@@ -28,7 +29,7 @@ LONG_RUN = range(100, 300)
 """Steps after the shift that stand for the long run."""
 NEAR = 0.2
 """How far a limit may be from its mean in the long run."""
-STALL = 1.1 * DEFAULT_TARGET_SLOWDOWN
+STALL = 1.1 * TARGET_SLOWDOWN_DEFAULT
 """Of 50 steps: between two cuts steps stall a little more, and a little less, than the target."""
 
 

@@ -51,8 +51,8 @@ def test_pie_is_started_as_a_user_starts_it() -> None:
     sized = server_arguments(SETTING, 40, PieSizes(80, 2, 0.133))
     assert sized[len(plain) :] == [
         "--pie-pool-gib=0.2198",
-        "--pie-ring-slots=2",
-        "--pie-ring-fraction=0.133",
+        "--additional-config.pie.ring_slots=2",
+        "--additional-config.pie.ring_fraction=0.133",
     ]
     assert f"--kv-cache-memory-bytes={40 * SHAPE.block_bytes}" in stock
 

@@ -23,7 +23,7 @@ WITHOUT_WHITESPACE = (
 )
 """A grammar that allows whitespace lets a small model write nothing else until its last token."""
 
-SOON_IDLE = '--additional-config={"pie": {"pool_idle_seconds": 2}}'
+SOON_IDLE = "--additional-config.pie.pool_idle_seconds=2"
 LOADED = ("--api-server-count=2", WITHOUT_WHITESPACE, SOON_IDLE)
 """Further arguments of the server under load."""
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from math import isfinite
 from typing import NamedTuple, Protocol
 
+from pie_vllm.config import TARGET_SLOWDOWN_DEFAULT
 from pie_vllm.plan import Prior
 from pie_vllm.policy.control.detector import NOTHING, Detector, Observation
 
-DEFAULT_TARGET_SLOWDOWN = 0.01
 MARGIN = 0.9
 """Fraction of a step's predicted time that its loads may take; predictions err by some percent."""
 
@@ -119,7 +119,7 @@ class Decider:
         self,
         row_bytes: int,
         window: int,
-        target: float | None = DEFAULT_TARGET_SLOWDOWN,
+        target: float | None = TARGET_SLOWDOWN_DEFAULT,
         prior: Prior = NOTHING,
         block_tokens: int = 1,
     ) -> None:

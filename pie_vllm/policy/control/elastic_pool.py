@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import inf
 
+from pie_vllm.config import POOL_IDLE_SECONDS_DEFAULT
 from pie_vllm.geometry import Geometry, cdiv
 from pie_vllm.plan import RETRY_SECONDS, PoolOrder, PoolState
 
-DEFAULT_IDLE_SECONDS = 60.0
 FREE_MARGIN = 512 << 20
 """Bytes of free CPU memory that a growing pool leaves to others."""
 
@@ -56,7 +56,7 @@ class ElasticPool:
         least_blocks: int,
         free_memory: Callable[[], int],
         clock: Callable[[], float],
-        idle_seconds: float = DEFAULT_IDLE_SECONDS,
+        idle_seconds: float = POOL_IDLE_SECONDS_DEFAULT,
         *,
         step_blocks: int = 0,
         ranks: int = 1,

@@ -1,12 +1,17 @@
-"""Whether pie is asked for: what every process of vLLM asks, with or without pie."""
+"""Opt-in: whether pie is asked for. Every process of vLLM looks, with or without pie."""
 
 from __future__ import annotations
 
-from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
-from pie_vllm.config import BLOCK_MANAGER_KEY, BLOCK_MANAGERS, SETTINGS_KEY, PieConfig
+from pie_vllm.config import (
+    BLOCK_MANAGER_KEY,
+    BLOCK_MANAGERS,
+    BY_NAME,
+    SETTINGS_KEY,
+    SIMILARITY_MIN,
+)
 from pie_vllm.errors import ConfigError
 
 
@@ -37,31 +42,44 @@ def wants_pie(additional_config: Any) -> bool:
 
 
 def _check_key(key: object, value: object, pie: bool) -> None:
-    """Refuse a key that somebody meant for pie, and that would silently do nothing.
+    """Refuse a key that was meant for pie and would silently do nothing.
 
-    Keys of others are left alone: without pie only those that begin as pie's own do, or that
-    give the word "pie" to what is spelt much as the block manager's.
+    Keys of others are left alone. Without pie, only keys that begin with "pie" are looked at, and
+    those that resemble the block manager's and have the value "pie".
+
+    Raises:
+        ConfigError: names the key and the right one.
     """
     if key in (BLOCK_MANAGER_KEY, SETTINGS_KEY):
         return
-    names = {_squashed(field.name): field.name for field in fields(PieConfig)}
-    letters = _squashed(key)
-    setting = names.get(letters.removeprefix("pie"))
+    letters = _letters(key)
     right = None
-    if get_close_matches(letters, ["blockmanager"], cutoff=0.8) and (pie or value == "pie"):
+    if _resembles(letters, ["blockmanager"]) and (pie or value == "pie"):
         right = f'"{BLOCK_MANAGER_KEY}"'
     elif letters == "pie":
         right = f'"{SETTINGS_KEY}"'
-    elif setting and (pie or letters.startswith("pie")):
+    elif setting := _setting_meant(letters, pie):
         right = f'"{SETTINGS_KEY}": {{"{setting}": ...}}'
-    elif letters.startswith("pie") and get_close_matches(letters[3:], names, cutoff=0.8):
-        found = names[get_close_matches(letters[3:], names, cutoff=0.8)[0]]
-        right = f'"{SETTINGS_KEY}": {{"{found}": ...}}'
     if right:
         raise ConfigError(
             f"additional_config has the key {key!r}, which would do nothing; it must be {right}."
         )
 
 
-def _squashed(key: object) -> str:
+def _setting_meant(letters: str, pie: bool) -> str | None:
+    """The setting that a key's letters spell: roughly, after "pie"; exactly, if pie is on."""
+    names = {_letters(name): name for name in BY_NAME}
+    if letters.startswith("pie"):
+        found = _resembles(letters.removeprefix("pie"), list(names))
+        return names[found] if found else None
+    return names.get(letters) if pie else None
+
+
+def _resembles(letters: str, words: list[str]) -> str | None:
+    """The word that the letters are closest to, if they are close at all."""
+    found = get_close_matches(letters, words, n=1, cutoff=SIMILARITY_MIN)
+    return found[0] if found else None
+
+
+def _letters(key: object) -> str:
     return "".join(letter for letter in str(key).lower() if letter.isalpha())
