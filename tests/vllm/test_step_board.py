@@ -161,7 +161,7 @@ class Rank(PieWorkerMixin, Stock):
 
         engine.step = step
         self.pie: Any = engine
-        self._pie_board = board
+        self._pie_step_board = board
 
     def failure(self, plan: StepPlan | None) -> str:
         """What the report of a step says."""

@@ -55,7 +55,7 @@ class PieWorkerMixin(_Mixed):
     _pie_measured: Measured
     _pie_tables = 0
     _pie_timer: Timer | None = None
-    _pie_board: StepBoard | None = None
+    _pie_step_board: StepBoard | None = None
     _pie_step: int | None = None
     _pie_warming_up = False
 
@@ -124,10 +124,10 @@ class PieWorkerMixin(_Mixed):
         geometry: Geometry = plan(ring_fraction=fraction, fed_blocks=fed)
         if whole:
             whole.check(geometry.resident_blocks, spec.block_size)
-        self._pie_log(geometry, spec.block_size)
+        self._pie_log_sizes(geometry, spec.block_size)
         return geometry
 
-    def _pie_log(self, geometry: Geometry, block_size: int) -> None:
+    def _pie_log_sizes(self, geometry: Geometry, block_size: int) -> None:
         number = self.vllm_config.parallel_config.tensor_parallel_size
         logger.info(
             "Pie: %d resident blocks, %d pooled blocks, ring %d slots %.1f MiB (costs %.1f "
@@ -223,7 +223,7 @@ class PieWorkerMixin(_Mixed):
             self._pie_measured.gather_blocks,
             ranks.pool_board(),
         )
-        self._pie_board = ranks.step_board()
+        self._pie_step_board = ranks.step_board()
         shaped = kv_layout.over_arena(kv_cache_config, self._pie_geometry)
         with model_runner.own_allocation(self.model_runner, self.pie.allocate):
             super().initialize_from_config(shaped)
@@ -270,8 +270,8 @@ class PieWorkerMixin(_Mixed):
                 end_rank(self.rank, error)
             raise
         self._pie_step = plan.step if plan else None
-        if self._pie_board is not None and plan is not None:
-            self._pie_board.post(plan.step, self._pie_failure())
+        if self._pie_step_board is not None and plan is not None:
+            self._pie_step_board.post(plan.step, self._pie_failure())
         if timer is not None:
             timer.stop()
         self._pie_timer = timer
@@ -286,7 +286,7 @@ class PieWorkerMixin(_Mixed):
     def _tag(self, output: Any) -> Any:
         if self.pie is None:
             return output
-        board, step, elsewhere = self._pie_board, self._pie_step, None
+        board, step, elsewhere = self._pie_step_board, self._pie_step, None
         if board is not None and board.leads and step is not None:
             elsewhere = partial(board.failure, step)
         pool = self.pie.keeper.state
