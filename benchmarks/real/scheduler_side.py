@@ -142,13 +142,13 @@ class PieSide(Side):
 
     def report(self, output: Any, result: Any) -> None:
         """Add the counters of the engine, as if the step had loaded what it was to load."""
-        reading, before, orders = self.residency.reading, self.totals, output.pie
+        read_set, before, orders = self.residency.read_set, self.totals, output.pie
         row_bytes = self.scheduler.kv_cache_manager.geometry.row_bytes
         self.totals = before._replace(
-            steps=before.steps + bool(reading.readers),
-            bytes_loaded=before.bytes_loaded + reading.num_blocks * row_bytes,
-            bytes_finished=before.bytes_finished + reading.num_blocks * row_bytes,
-            load_seconds=before.load_seconds + reading.num_blocks * 1e-9,
+            steps=before.steps + bool(read_set.readers),
+            bytes_loaded=before.bytes_loaded + read_set.num_blocks * row_bytes,
+            bytes_finished=before.bytes_finished + read_set.num_blocks * row_bytes,
+            load_seconds=before.load_seconds + read_set.num_blocks * 1e-9,
             stall_step=before.stall_step if orders.plan is None else orders.plan.step,
         )
         pool = PoolState(orders.pool.chunks, number=orders.pool.number)

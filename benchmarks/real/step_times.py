@@ -47,7 +47,7 @@ def watch_steps(llm: Any) -> list[Step]:
         orders = getattr(scheduler_output, "pie", None)
         plan = orders.plan if orders else None
         promoted = num_copied(plan.promotions) if plan is not None else 0
-        loads = residency.reading.num_blocks + promoted if residency is not None else 0
+        loads = residency.read_set.num_blocks + promoted if residency is not None else 0
         result = update(scheduler_output, *args, **kwargs)
         now = time.perf_counter()
         tokens = scheduler_output.total_num_scheduled_tokens - len(scheduled)

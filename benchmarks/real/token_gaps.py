@@ -19,7 +19,7 @@ def watch_pooled(llm: Any) -> set[str]:
     """
     engine = llm.llm_engine
     scheduler = scheduler_of(llm)
-    reading = scheduler.kv_cache_manager.residency.reading
+    read_set = scheduler.kv_cache_manager.residency.read_set
     states = engine.output_processor.request_states
     update = scheduler.update_from_output
     chats: set[str] = set()
@@ -27,7 +27,7 @@ def watch_pooled(llm: Any) -> set[str]:
     def updated(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         chats.clear()
         scheduled = scheduler_output.num_scheduled_tokens
-        chats.update(states[name].external_req_id for name in scheduled if reading.pooled(name))
+        chats.update(states[name].external_req_id for name in scheduled if read_set.pooled(name))
         return update(scheduler_output, *args, **kwargs)
 
     scheduler.update_from_output = updated

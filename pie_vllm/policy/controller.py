@@ -19,7 +19,7 @@ from pie_vllm.policy.control.detector import Observation
 from pie_vllm.policy.control.elastic_pool import ElasticPool
 from pie_vllm.policy.control.stall_samples import AwaitedStalls, speed_of_finished
 from pie_vllm.policy.control.turns import Turns
-from pie_vllm.policy.placement.completed_blocks import Completions
+from pie_vllm.policy.placement.completed_blocks import CompletedBlocks
 from pie_vllm.policy.placement.residency import Residency, tail_room
 from pie_vllm.policy.placement.store_ahead import Ahead
 
@@ -125,7 +125,7 @@ class Controller:
         self.pool: ElasticPool | None = None
         resident = residency.geometry.resident_blocks
         self.step_blocks = min(cdiv(scheduler.tokens_max, block_size), resident // 2)
-        self._completions = Completions(block_size, residency)
+        self._completions = CompletedBlocks(block_size, residency)
         self._stalls = AwaitedStalls()
         self._totals = Totals()
         self._prompts_under_way = self._paused = False
@@ -175,7 +175,7 @@ class Controller:
         plan = self._plan(scheduled, tokens, fresh)
         order = PoolOrder(residency.geometry.num_chunks)
         if self.pool is not None:
-            in_use = scheduled or residency.reading.by_request
+            in_use = scheduled or residency.read_set.by_request
             order = self.pool.end_step(
                 residency.rows.chunks_held,
                 changed=bool(plan and plan.stores),
@@ -187,7 +187,7 @@ class Controller:
         return StepOrders(
             plan,
             order,
-            blocks=residency.residents_in_use + residency.reading.num_blocks,
+            blocks=residency.residents_in_use + residency.read_set.num_blocks,
             within_budget=not self.turns.exceeds,
             restored=residency.parking.restored_blocks != self._restored,
         )
@@ -287,7 +287,7 @@ class Controller:
         self._completions.next_step(scheduler.requests, several, fresh)
         running = len(scheduler.running)
         headroom = None
-        if residency.reading.by_request and (
+        if residency.read_set.by_request and (
             not scheduler.newcomers
             or running >= scheduler.running_max
             or residency.pooled_in_use > decision.pooled_admission_max

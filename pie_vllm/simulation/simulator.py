@@ -191,7 +191,7 @@ class Simulation:
         compute = profile.step_seconds(len(ran), tokens - len(ran), blocks)
         if self._scatter is not None:
             compute *= self._scatter()
-        loads, stores = self.residency.reading.num_blocks, 0
+        loads, stores = self.residency.read_set.num_blocks, 0
         if plan is not None:
             loads += num_copied(plan.promotions)
             stores = num_copied(plan.stores)

@@ -221,7 +221,7 @@ def nothing_left(driver: Driver) -> None:
     assert queue.free_in_all == manager.geometry.num_blocks - 1, "an id is not free"
     assert not residency.tables
     assert not residency.victims.holders
-    assert not residency.reading.by_request
+    assert not residency.read_set.by_request
     assert not parking.tails, "a tail of a request that is gone"
     assert rows.num_parked == len(parking), "a row is parked under no key"
     assert not parking.held, "a row is kept for a step that is done"

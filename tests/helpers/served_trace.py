@@ -220,7 +220,7 @@ class Server:
         requests, plan = output.num_scheduled_tokens, output.pie.plan
         blocks = sum(len(self.residency.tables[name]) for name in requests)
         prompts = output.total_num_scheduled_tokens - len(requests)
-        loads, stores = self.residency.reading.num_blocks, 0
+        loads, stores = self.residency.read_set.num_blocks, 0
         if plan is not None:
             loads += num_copied(plan.promotions)
             stores = num_copied(plan.stores)

@@ -62,7 +62,7 @@ def test_requests_take_turns_within_the_budget() -> None:
         demoted = residency.demotions
         driver.step()
         # What is demoted in a step is chosen after who runs in it.
-        loaded.append(residency.reading.num_blocks - (residency.demotions - demoted))
+        loaded.append(residency.read_set.num_blocks - (residency.demotions - demoted))
         for request in scheduler.running:
             name = request.request_id
             since[name] = 0 if name in driver.output.num_scheduled_tokens else since[name] + 1

@@ -37,7 +37,7 @@ def restored_at_once(residency: Residency, most: int | None) -> int:
     """
     if most is None:
         return residency.boundary
-    return max(most - residency.reading.num_blocks, most // LEAST_OF_LINK, 1)
+    return max(most - residency.read_set.num_blocks, most // LEAST_OF_LINK, 1)
 
 
 def restore(residency: Residency, found: Sequence[Any], first: int, residents: int) -> list[Any]:

@@ -59,7 +59,7 @@ class Turns:
             return []
         out: list[str] = []
         if self.taken:
-            of = residency.reading.pooled
+            of = residency.read_set.pooled
             pooled = {r.request_id: blocks for r in running if (blocks := of(r.request_id))}
             others = len(running) > len(pooled)
             out, self.exceeds = self.choose(
@@ -72,7 +72,7 @@ class Turns:
     def end_step(self, scheduled: Iterable[str], residency: Residency) -> None:
         """These requests run in the step."""
         if self.taken:
-            self.ran(r for r in scheduled if residency.reading.is_running(r))
+            self.ran(r for r in scheduled if residency.read_set.is_running(r))
 
     def choose(
         self,

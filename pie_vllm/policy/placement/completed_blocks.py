@@ -10,7 +10,7 @@ from pie_vllm.policy.placement.residency import Residency
 from pie_vllm.policy.placement.victims import Holder
 
 
-class Completions:
+class CompletedBlocks:
     """Tells the residency of complete blocks, before it demotes or refuses anything.
 
     Between two looks the residency knows of fewer complete blocks than there

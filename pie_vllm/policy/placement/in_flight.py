@@ -87,7 +87,7 @@ class Flight:
         self._number += 1
         readers: frozenset[RequestId] = frozenset()
         if plan is not None and plan.forward:
-            readers = frozenset(self._residency.reading.running)
+            readers = frozenset(self._residency.read_set.running)
         self._steps.append(SentStep(token, self._number, plan, readers, starts))
 
     def landed(self, token: object) -> None:

@@ -43,7 +43,7 @@ class Books(Protocol):
         """Requests that hold blocks, and which residents are complete."""
 
     @property
-    def reading(self) -> ReadSet:
+    def read_set(self) -> ReadSet:
         """Pooled blocks of the requests."""
 
     @property
@@ -75,7 +75,7 @@ def check_books(books: Books) -> None:
         blank = queue.is_blank(block_id)
         _require(blank != books.rows.holds(block_id), f"pooled block {block_id}: row and content")
         _require(not (blank and users[block_id]), f"blank block {block_id} is in use")
-    books.reading.check_integrity(pooled)
+    books.read_set.check_integrity(pooled)
     books.parking.check_integrity()
     for resident in (*books.parking.stores.values(), *books.parking.restores):
         _require(resident < boundary, "a copy of a resident page names a pooled block")

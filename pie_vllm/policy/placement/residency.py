@@ -47,7 +47,7 @@ class Residency:
         rows: Ledger of the CPU pool's rows.
         parking: KV that no request uses, in rows beyond those of pooled blocks.
         victims: Requests that hold blocks, and the order in which their blocks are demoted.
-        reading: Pooled blocks of each request, and those that the step loads.
+        read_set: Pooled blocks of each request, and those that the step loads.
         chunks_usable: Number of chunks of the pool whose rows are handed out.
         chunks_expected: Number of chunks whose rows an admission may count on.
         demotions: Number of blocks demoted since the start.
@@ -88,7 +88,7 @@ class Residency:
         self.parking = Parking(self.rows, geometry.rows, parking)
         self.queue = TieredFreeBlockQueue(blocks, self.boundary, make_list, self)
         self.victims = Victims(tables, self.boundary)
-        self.reading = ReadSet(self.rows, geometry.chunk_rows)
+        self.read_set = ReadSet(self.rows, geometry.chunk_rows)
         self.chunks_usable = self.chunks_expected = geometry.num_chunks
         self.demotions = 0
         self.promotions = 0
@@ -108,7 +108,7 @@ class Residency:
         """A request got its first blocks; the pooled ones among its hits are noted."""
         for block in self.tables[request_id][: self.victims.holders[request_id].full]:
             if block.block_id >= self.boundary:
-                self.reading.add(request_id, block.block_id)
+                self.read_set.add(request_id, block.block_id)
 
     def computed(self, request_id: RequestId, num_full: int) -> None:
         """The first ``num_full`` blocks of a request are complete after this step."""
@@ -134,7 +134,7 @@ class Residency:
         """A request is about to give its blocks back."""
         self.on_leave(request_id)
         if self.victims.forget(request_id):
-            self.reading.forget(request_id)
+            self.read_set.forget(request_id)
 
     def _set_full(self, block: Block) -> None:
         """The KV of a block in use is complete."""
@@ -205,7 +205,7 @@ class Residency:
         self._clear_full(block.block_id)
         self._relabel(index, block, target, users)
         for request_id in users:
-            self.reading.add(request_id, target.block_id)
+            self.read_set.add(request_id, target.block_id)
         self.queue.prepend_n([block])
         self.demotions += 1
 
@@ -224,15 +224,15 @@ class Residency:
         Returns:
             Resident page to fill and row to fill it from, of each block promoted.
         """
-        reading, victims = self.reading, self.victims
-        spare = self.window if load_blocks_max is None else load_blocks_max - reading.num_blocks
+        read_set, victims = self.read_set, self.victims
+        spare = self.window if load_blocks_max is None else load_blocks_max - read_set.num_blocks
         copies: list[tuple[BlockId, Row]] = []
         for request_id in victims.holders:
             if room <= 0:
                 break
-            if request_id in fresh or not reading.pooled(request_id):
+            if request_id in fresh or not read_set.pooled(request_id):
                 continue
-            running = reading.is_running(request_id)
+            running = read_set.is_running(request_id)
             for index, block in enumerate(self.tables[request_id]):
                 if room <= 0:
                     break
@@ -257,7 +257,7 @@ class Residency:
         self.parking.promoted(block)
         self._relabel(index, block, target, users)
         for request_id in users:
-            self.reading.discard(request_id, block.block_id)
+            self.read_set.discard(request_id, block.block_id)
             self.victims.offer_from(request_id, index)
         self._set_full(target)
         self.queue.give_blank(block)
@@ -336,7 +336,7 @@ class Residency:
         beyond = pooled_max is not None and self.pooled_in_use >= pooled_max
         if not blocked and not self.queue.frozen and not beyond:
             return
-        held = sum(len(self.tables[r]) - len(self.reading.pooled(r)) for r in blocked)
+        held = sum(len(self.tables[r]) - len(self.read_set.pooled(r)) for r in blocked)
         frozen = beyond or held > BLOCKED_SHARE_MAX * self.boundary
         if frozen != self.queue.frozen:
             self.queue.frozen = frozen
@@ -364,16 +364,16 @@ class Residency:
             ahead: What may be stored ahead of eviction; None for nothing.
         """
         self._step += 1  # Steps without a plan count: the engine must notice the gap.
-        reading, parking = self.reading, self.parking
+        read_set, parking = self.read_set, self.parking
         promoted: list[tuple[BlockId, Row]] = []
-        if reading.by_request:
-            reading.follow(scheduled, len(scheduled) == len(self.victims.holders))
+        if read_set.by_request:
+            read_set.follow(scheduled, len(scheduled) == len(self.victims.holders))
             room = 0 if headroom is None else self.queue.free_residents - headroom
             if room > 0 and forward and not self._demoted:
                 promoted = self._promote_free(fresh, room, load_blocks_max)
         self._demoted = False
         if ahead and forward and parking.enabled:
-            copies_now = reading.readers or promoted or parking.pending
+            copies_now = read_set.readers or promoted or parking.pending
             if ahead.prompts or (copies_now and self._step % LOOK_STEPS == 0):
                 store_ahead(self.queue, parking, ahead)
         stores: tuple[Copy, ...] = ()
@@ -384,9 +384,9 @@ class Residency:
             stores = merge(stored, self.geometry.chunk_rows)
             promotions = merge([*promoted, *restored], self.geometry.chunk_rows)
         relabels = self._relabels.drain(self.victims.holders, fresh) if self._relabels.ids else ()
-        if not (stores or promotions or relabels or reading.readers):
+        if not (stores or promotions or relabels or read_set.readers):
             return None
-        loads, pooled = reading.take(), self.pooled_in_use
+        loads, pooled = read_set.take(), self.pooled_in_use
         return StepPlan(self._step, stores, promotions, loads, relabels, forward, pooled)
 
     # Counts.

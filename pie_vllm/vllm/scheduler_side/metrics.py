@@ -105,7 +105,7 @@ class Report:
         gauges = {
             "pie_resident_blocks_used": residency.residents_in_use,
             "pie_pooled_blocks_used": residency.pooled_in_use,
-            "pie_pooled_blocks_read": residency.reading.num_blocks,
+            "pie_pooled_blocks_read": residency.read_set.num_blocks,
             "pie_admission_limit_blocks": control.limit,
             "pie_step_budget_blocks": control.budget,
             "pie_link_bytes_per_second": control.bandwidth,

@@ -72,7 +72,7 @@ class Recovery:
         self._flight.clear()
         residency.parking.restores.clear()  # Of a step whose planning was interrupted.
         self._scheduler.reset_prefix_cache()
-        residency.reading.send_again()
+        residency.read_set.send_again()
 
     def report(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         """Add the ends of requests that are not tried any more to vLLM's outputs."""

@@ -10,7 +10,7 @@ from vllm.v1.core import block_pool, kv_cache_manager
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
 
 from pie_vllm.policy.control.decider import Decision
-from pie_vllm.policy.placement.completed_blocks import Completions
+from pie_vllm.policy.placement.completed_blocks import CompletedBlocks
 from pie_vllm.policy.placement.interfaces import PrefixEntries
 from pie_vllm.policy.placement.residency import Residency
 from pie_vllm.vllm.scheduler_side.block_pool import PieBlockPool
@@ -38,7 +38,7 @@ class DrivenManager(PieBlockSpaceManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.progress: dict[str, Progress] = {}
         super().__init__(*args, **kwargs)
-        self.completions = Completions(self.block_size, self.residency)
+        self.completions = CompletedBlocks(self.block_size, self.residency)
 
     def next_step(self) -> None:
         residency, known = self.residency, self.progress

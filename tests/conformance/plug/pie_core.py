@@ -211,5 +211,5 @@ def _leak(residency: Any) -> list[int]:
     if any(residency.tables.values()):
         return []
     free, total = residency.queue.free_in_all, residency.geometry.num_blocks
-    holders, readers = len(residency.victims.holders), len(residency.reading.by_request)
+    holders, readers = len(residency.victims.holders), len(residency.read_set.by_request)
     return [free, total, holders, readers] if free != total - 1 or holders or readers else []

@@ -64,7 +64,7 @@ def a_pooled_block_that_is_written(pool: FakePool) -> None:
 
 def a_pooled_block_that_nobody_reads(pool: FakePool) -> None:
     for name in pool.tables:
-        pool.residency.reading.forget(name)
+        pool.residency.read_set.forget(name)
 
 
 def a_page_restored_that_counts_as_complete(pool: FakePool) -> None:
