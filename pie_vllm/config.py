@@ -10,7 +10,7 @@ from typing import Any
 from pie_vllm.errors import ConfigError
 from pie_vllm.policy.control.decider import DEFAULT_TARGET_SLOWDOWN
 from pie_vllm.policy.control.elastic_pool import DEFAULT_IDLE_SECONDS
-from pie_vllm.policy.pool.parked_index import DEFAULT_POLICY, POLICIES
+from pie_vllm.policy.pool.eviction import DEFAULT_POLICY, POLICIES
 
 BLOCK_MANAGER_KEY = "block_manager"
 SETTINGS_KEY = "pie"
@@ -97,8 +97,12 @@ def parse_parking(value: object) -> str | None:
     """A policy of eviction of parked KV, or None for ``off``. Raises ConfigError."""
     if _off(value):
         return None
+    if _is(value, "arc"):
+        why = "on traces of real requests it found fewer blocks than 'lru'"
+        wanted = f"'lru' or 'off': 'arc' was removed, because {why}; use --pie-parking lru"
+        raise _fail("parking", value, wanted)
     if not isinstance(value, str) or value not in POLICIES:
-        raise _fail("parking", value, f"one of {', '.join(sorted(POLICIES))}, or 'off'")
+        raise _fail("parking", value, f"one of {', '.join(POLICIES)}, or 'off'")
     return str(value)
 
 
@@ -147,7 +151,7 @@ class PieConfig:
         link_gbps: speed from the CPU to the device, GB/s, in place of what is measured at
             start; no more is counted on later. None measures (``auto``).
         parking: which KV goes first where more would be parked than the pool has rows for: a name
-            of ``pie_vllm.policy.pool.parked_index.POLICIES``; None parks nothing.
+            of ``pie_vllm.policy.pool.eviction.POLICIES``; None parks nothing.
         full_graphs: whether steps that load KV may run in FULL CUDA graphs, with the copies
             inside. Not yet proven on a GPU.
         emulated_link_gbps: speed that the host driver's link is held to, GB/s per direction;
@@ -273,7 +277,7 @@ def engine_args(
         target_slowdown: slowdown allowed as a share of a step's time, or ``"off"``; default 0.01.
         link_gbps: speed from the CPU to the device, GB/s, no more than which is counted on, or
             ``"auto"`` (the default): measured at start.
-        parking: policy of eviction of parked KV, ``"lru"`` or ``"arc"``, or ``"off"``.
+        parking: policy of eviction of parked KV, ``"lru"``, or ``"off"``.
         full_graphs: whether steps that load KV may run in FULL CUDA graphs; default False.
             Experimental: not yet proven on a GPU.
         other: further keys of ``additional_config["pie"]``.

@@ -225,7 +225,7 @@ class SimulatedScheduler:
             hits += restore(residency, parked.found, len(hits), parked.residents)
         tail = None
         if parked.tail_tokens:
-            tail = parking.take_tail(name)
+            tail = parking.tails.take(name)
             residency.withhold()
         residency.admit(name, len(hits))
         self._tables[name] = request.table
@@ -244,7 +244,7 @@ class SimulatedScheduler:
             residency.forget(name)
             cancel(residency, hits)
             if tail is not None:
-                parking.put_back(name, tail)
+                parking.tails.put_back(name, tail)
             residency.withhold()
             return 0
         residency.admitted(name)
@@ -252,9 +252,9 @@ class SimulatedScheduler:
         request.cached, request.computed = len(hits), parked.tokens
         self._cache(request, parked.tokens + tokens)
         if tail is None:
-            parking.drop_tail(name)
+            parking.tails.drop(name)
         else:
-            parking.restore_tail(tail, request.table[len(hits)].block_id)
+            parking.tails.restore(tail, request.table[len(hits)].block_id)
         self.restored += parked.parked + (tail is not None)
         return tokens
 

@@ -190,11 +190,11 @@ def _add_flags(parser: Any) -> None:
     add(
         "parking",
         _or("off", parse_parking),
-        "{arc,lru,off}",
+        "{lru,off}",
         "What happens to cached KV whose block gets another use, with prefix caching: it is kept "
         "in CPU memory as far as the pool goes and copied back when a request asks for it, also "
-        "after a preemption. 'lru' (the default) gives up first what was used least recently, "
-        "'arc' also minds what was used often; 'off' keeps nothing.",
+        "after a preemption. 'lru' (the default) gives up first what was used least recently; "
+        "'off' keeps nothing.",
     )
     add(
         "ring_slots",

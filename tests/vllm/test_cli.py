@@ -54,7 +54,7 @@ def test_flags_arrive_in_any_form(arguments: list[str]) -> None:
 def test_all_flags_arrive() -> None:
     """Every flag has its key, and `auto` is a value."""
     more = ["--pie-pool-gib", "auto", "--pie-ring-slots", "2", "--pie-ring-fraction", "0.2"]
-    more += ["--pie-parking", "arc"]
+    more += ["--pie-parking", "lru"]
     more += ["--pie-target-slowdown", "0.05", "--pie-link-gbps", "20", "--pie-full-graphs"]
     found = settings_of(["--block-manager", "pie", *more])["pie"]
     assert found == {
@@ -63,10 +63,10 @@ def test_all_flags_arrive() -> None:
         "ring_fraction": 0.2,
         "target_slowdown": 0.05,
         "link_gbps": 20.0,
-        "parking": "arc",
+        "parking": "lru",
         "full_graphs": True,
     }
-    assert PieConfig.from_mapping(found) == PieConfig(None, 2, 0.2, 0.05, 20.0, "arc", True)
+    assert PieConfig.from_mapping(found) == PieConfig(None, 2, 0.2, 0.05, 20.0, "lru", True)
     words = ["--pie-ring-fraction", "auto", "--pie-link-gbps", "auto"]
     assert PieConfig.from_mapping(settings_of([*PIE, *words])["pie"]) == PieConfig(0.5)
     off = settings_of([*PIE, "--pie-target-slowdown", "off", "--pie-parking", "off"])["pie"]
@@ -131,7 +131,7 @@ def test_off_in_a_yaml_file_is_off(tmp_path: Path, word: str, dash: str) -> None
     assert settings.take(found).config == config
     # A flag of the command line has the last word.
     text = "block-manager: pie\npie-parking: off"
-    assert from_yaml(tmp_path, text, "--pie-parking", "arc")["pie"]["parking"] == "arc"
+    assert from_yaml(tmp_path, text, "--pie-parking", "lru")["pie"]["parking"] == "lru"
 
 
 @pytest.mark.parametrize("word", ["off", "on"])

@@ -40,7 +40,7 @@ def _demote(residency: Residency, index: int, block: Any, users: Collection[str]
     target = queue.take_pooled()
     row, stored = parking.row_for(block, target.block_id)
     if not stored:
-        parking.stores[row] = block.block_id
+        parking.copies.stores[row] = block.block_id
     residency.demoted = True
     residency.clear_full(block.block_id)
     residency.relabel(index, block, target, users)

@@ -50,7 +50,7 @@ def check_residency(r: Residency) -> None:
         _require(not (blank and users[block_id]), f"blank block {block_id} is in use")
     r.reading.check_integrity(pooled)
     r.parking.check_integrity()
-    for resident in (*r.parking.stores.values(), *r.parking.restores):
+    for resident in (*r.parking.copies.stores.values(), *r.parking.copies.restores):
         _require(resident < boundary, "a copy of a resident page names a pooled block")
-    for resident in r.parking.restores:
+    for resident in r.parking.copies.restores:
         _require(not r._full[resident], "a block that is not filled yet counts as complete")

@@ -143,7 +143,7 @@ class Residency:
 
     def on_reused(self, block: Any) -> None:
         """An idle cached resident is in use again; idle cached KV is complete."""
-        if block.block_id not in self.parking.restores:
+        if block.block_id not in self.parking.copies.restores:
             self.set_full(block)
 
     def on_resident_freed(self, block: Any) -> None:

@@ -238,7 +238,7 @@ class PieBlockSpaceManager(KVCacheManager):
             new_computed_blocks = self.create_kv_cache_blocks((hits,))
         tail = None
         if parked.tail_tokens:
-            tail = residency.parking.take_tail(request_id)
+            tail = residency.parking.tails.take(request_id)
             residency.withhold()
         residency.admit(request_id, len(hits))
         # Restored residents are free blocks that the request takes: vLLM counts them rightly.
@@ -267,7 +267,7 @@ class PieBlockSpaceManager(KVCacheManager):
                 residency.forget(request_id)
             cancel(residency, hits)
             if tail is not None:
-                residency.parking.put_back(request_id, tail)
+                residency.parking.tails.put_back(request_id, tail)
             residency.withhold()
             return None
         self._patience.forget(request_id)
@@ -276,9 +276,9 @@ class PieBlockSpaceManager(KVCacheManager):
             self.admissions.count(request_id, hits, parked)
         if tail is not None:
             block = residency.tables[request_id][len(hits)]
-            residency.parking.restore_tail(tail, block.block_id)
+            residency.parking.tails.restore(tail, block.block_id)
         elif residency.parking.tails:
-            residency.parking.drop_tail(request_id)
+            residency.parking.tails.drop(request_id)
         if partial:
             self._claims = claims._replace(prompts=True)
         return blocks
@@ -351,7 +351,7 @@ class PieBlockSpaceManager(KVCacheManager):
         if request.is_finished():
             self.admissions.forget(request_id)
             self._patience.forget(request_id)
-            self.residency.parking.drop_tail(request_id)
+            self.residency.parking.tails.drop(request_id)
         elif table and not self.stale.holds_old_kv(request_id):
             computed = min(request.num_computed_tokens, request.num_tokens)
             self.admissions.preempted(request_id, computed)
