@@ -28,8 +28,9 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from benchmarks.harness.display import console, table, working
-from benchmarks.harness.machine import RESULTS, facts, write_json
+from benchmarks.harness.machine import facts
 from benchmarks.harness.options import plain_parser
+from benchmarks.harness.result_file import RESULTS, write_result
 
 Key = Hashable
 Queue = OrderedDict[Key, None]
@@ -292,7 +293,7 @@ def main() -> None:
     parser.add_argument("--shares", type=shares_of, default=[0.01, 0.02, 0.05, 0.08, 0.1, 0.2])
     parser.add_argument("--devices", type=shares_of, default=[0.0, 0.02])
     parser.add_argument("--apart", type=float, default=60.0, help="seconds between sessions")
-    parser.add_argument("--output", type=Path, default=RESULTS / "eviction.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "eviction")
     args = parser.parse_args()
     traces, cases = [], []
     for path in args.traces:
@@ -306,8 +307,8 @@ def main() -> None:
     show(cases)
     found = [{**case._asdict(), "gain": case.gain} for case in cases]
     data = {"machine": facts(), "apart": args.apart, "traces": traces, "cases": found}
-    write_json(args.output, data)
-    console.print(f"written: {args.output}")
+    write_result(args.output, data)
+    console.print(f"written: {args.output.with_suffix('.json')}")
 
 
 if __name__ == "__main__":

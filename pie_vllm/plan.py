@@ -1,7 +1,8 @@
 """The contract between scheduler and workers: data only.
 
-With every step go a plan and an order for the pool's memory; with every result comes the pool's
-state. A prior goes once, from the workers at start.
+With every step go ``StepOrders``, with every result comes a ``StepReport``: attributes named
+``pie`` of vLLM's SchedulerOutput and ModelRunnerOutput. A prior goes once, from the workers at
+start.
 """
 
 from __future__ import annotations
@@ -91,6 +92,74 @@ class PoolState(NamedTuple):
     refused: int = 0
     number: int = 0
     released: int = 0
+
+
+class Totals(NamedTuple):
+    """Sums over all steps since the start, of one worker.
+
+    Attributes:
+        steps: number of steps with a plan.
+        bytes_loaded: bytes copied from the CPU pool to the device, promotions included.
+        bytes_stored: bytes copied from the device to the CPU pool.
+        load_seconds, store_seconds: seconds during which the link was busy, per direction.
+        stall_seconds: seconds during which the compute waited for a copy. A GPU measures some
+            steps, each of which stands for the steps before it.
+        gates: number of layers that passed their gate.
+        pooled_peak: maximum number of pooled blocks in use in one step.
+        bytes_finished: bytes of the loads that ``load_seconds`` covers; at most ``bytes_loaded``.
+        stall_step: number of the newest step with a known stall; -1 without one.
+        step_stall: stall of that step, in seconds.
+        graph_steps: number of steps with a plan that ran in a FULL graph, copies inside.
+    """
+
+    steps: int = 0
+    bytes_loaded: int = 0
+    bytes_stored: int = 0
+    load_seconds: float = 0.0
+    store_seconds: float = 0.0
+    stall_seconds: float = 0.0
+    gates: int = 0
+    pooled_peak: int = 0
+    bytes_finished: int = 0
+    stall_step: int = -1
+    step_stall: float = 0.0
+    graph_steps: int = 0
+
+
+class StepOrders(NamedTuple):
+    """Attribute ``pie`` of a step's SchedulerOutput: what pie's workers do beside vLLM's.
+
+    The scheduler keeps that output until the step's report comes, and reads the last three then.
+
+    Attributes:
+        plan: copies and relabels of the step; None if it has none.
+        pool: chunks of the CPU pool that the workers are to hold from this step on.
+        blocks: number of blocks that the step's requests have in use.
+        within_budget: whether its loads were meant to hide behind its compute.
+        restored: whether it copies parked KV back, which is then not computed.
+    """
+
+    plan: StepPlan | None
+    pool: PoolOrder
+    blocks: int = 0
+    within_budget: bool = True
+    restored: bool = False
+
+
+class StepReport(NamedTuple):
+    """Attribute ``pie`` of a step's ModelRunnerOutput: what became of the step.
+
+    Attributes:
+        totals: sums up to this step, taken when it was submitted.
+        pool: chunks of the CPU pool that were held then.
+        seconds: time of the forward pass; 0 if no model ran.
+        failure: error text of the step's first failed copy; empty if none failed.
+    """
+
+    totals: Totals
+    pool: PoolState
+    seconds: float = 0.0
+    failure: str = ""
 
 
 class Prior(NamedTuple):

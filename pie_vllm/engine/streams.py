@@ -11,7 +11,7 @@ import ctypes
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from pie_vllm.engine.native import HOST_FN, CountersStruct, error_of
+from pie_vllm.engine.native import HOST_FN, CountersStruct
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import ConfigError
 
@@ -33,17 +33,10 @@ class Counters(NamedTuple):
     seconds: float
 
 
-def _call(engine: TransferEngine, name: str, *arguments: Any) -> None:
-    library, handle = engine.native
-    code = getattr(library, name)(handle, *arguments)
-    if code:
-        raise error_of(library, code)
-
-
 def counters(engine: TransferEngine, direction: str) -> Counters:
     """Totals of ``"load"`` (host to device) or ``"store"`` since the engine began."""
     result = CountersStruct()
-    _call(engine, "pie_counters_of", _DIRECTIONS[direction] - 1, ctypes.byref(result))
+    engine.handle.call("pie_counters_of", _DIRECTIONS[direction] - 1, ctypes.byref(result))
     return Counters(result.bytes, result.copies, result.seconds)
 
 
@@ -80,7 +73,7 @@ def inject(
             f"{', '.join(_FAULTS)} and {', '.join(_DIRECTIONS)}"
         )
     first = float(nth) if fault == "fail" else milliseconds
-    _call(engine, "pie_inject", _FAULTS[fault], _DIRECTIONS[direction], first, up_to, seed)
+    engine.handle.call("pie_inject", _FAULTS[fault], _DIRECTIONS[direction], first, up_to, seed)
 
 
 def row_page(engine: TransferEngine, row: int, layer: int) -> Any:
@@ -90,7 +83,7 @@ def row_page(engine: TransferEngine, row: int, layer: int) -> Any:
         IntegrityError: no such row or layer.
     """
     address = ctypes.c_uint64()
-    _call(engine, "pie_row_page", row, layer, ctypes.byref(address))
+    engine.handle.call("pie_row_page", row, layer, ctypes.byref(address))
     array: Any = (ctypes.c_uint8 * engine.geometry.page_bytes).from_address(address.value)
     array.owner = engine
     return array
@@ -108,23 +101,23 @@ class DriverStream:
         self._engine = engine
         self._callbacks: list[Any] = []
         number = ctypes.c_uint64()
-        _call(engine, "pie_stream_create", ctypes.byref(number))
+        engine.handle.call("pie_stream_create", ctypes.byref(number))
         self.id = number.value
 
     def launch(self, body: Callable[[], object]) -> None:
         """Run ``body`` on the stream; it must not raise and must not call the engine."""
         callback = HOST_FN(lambda _: (body(), None)[1])
         self._callbacks.append(callback)
-        _call(self._engine, "pie_launch_host", self.id, callback, None)
+        self._engine.handle.call("pie_launch_host", self.id, callback, None)
 
     def copy(self, direction: str, dst: int, src: int, size: int) -> None:
         """Copy ``size`` bytes between addresses on the stream; direction as in ``inject``."""
         code = _DIRECTIONS[direction] - 1
-        _call(self._engine, "pie_copy", self.id, code, dst, src, size)
+        self._engine.handle.call("pie_copy", self.id, code, dst, src, size)
 
     def wait(self, event: DriverEvent) -> None:
         """Later work waits for the event's newest record."""
-        _call(self._engine, "pie_stream_wait", self.id, event.id)
+        self._engine.handle.call("pie_stream_wait", self.id, event.id)
 
     def synchronize(self) -> None:
         """Block until all work is done.
@@ -132,12 +125,12 @@ class DriverStream:
         Raises:
             TransferError: some of it failed.
         """
-        _call(self._engine, "pie_stream_synchronize", self.id)
+        self._engine.handle.call("pie_stream_synchronize", self.id)
         self._callbacks.clear()
 
     def close(self) -> None:
         """Finish the work, then end the stream."""
-        _call(self._engine, "pie_stream_destroy", self.id)
+        self._engine.handle.call("pie_stream_destroy", self.id)
         self._callbacks.clear()
 
 
@@ -148,17 +141,17 @@ class DriverEvent:
         """An event without a record."""
         self._engine = engine
         number = ctypes.c_uint64()
-        _call(engine, "pie_event_create", ctypes.byref(number))
+        engine.handle.call("pie_event_create", ctypes.byref(number))
         self.id = number.value
 
     def record(self, stream: DriverStream | None = None) -> None:
         """A new record, complete when the stream's work so far is."""
-        _call(self._engine, "pie_event_record", self.id, stream.id if stream else 0)
+        self._engine.handle.call("pie_event_record", self.id, stream.id if stream else 0)
 
     def query(self) -> bool:
         """Whether the newest record is complete; true without one."""
         complete = ctypes.c_int()
-        _call(self._engine, "pie_event_query", self.id, ctypes.byref(complete))
+        self._engine.handle.call("pie_event_query", self.id, ctypes.byref(complete))
         return bool(complete.value)
 
     def synchronize(self) -> None:
@@ -167,7 +160,7 @@ class DriverEvent:
         Raises:
             TransferError: its stream had failed.
         """
-        _call(self._engine, "pie_event_synchronize", self.id)
+        self._engine.handle.call("pie_event_synchronize", self.id)
 
     def seconds_until(self, end: DriverEvent) -> float:
         """Seconds from this event's record to ``end``'s, both complete.
@@ -176,9 +169,9 @@ class DriverEvent:
             TransferError: one of them is not complete.
         """
         seconds = ctypes.c_double()
-        _call(self._engine, "pie_event_elapsed", self.id, end.id, ctypes.byref(seconds))
+        self._engine.handle.call("pie_event_elapsed", self.id, end.id, ctypes.byref(seconds))
         return seconds.value
 
     def close(self) -> None:
         """Forget the event; waits submitted before are not touched."""
-        _call(self._engine, "pie_event_destroy", self.id)
+        self._engine.handle.call("pie_event_destroy", self.id)

@@ -287,7 +287,7 @@ def worker_class(device_type: str) -> str:
 
 def _check_pool(args: Any, size: float | None, platform: Any) -> None:
     """Refuse a pool of so many GiB that cannot fit, before the model loads."""
-    from pie_vllm.engine.pool_size import check_pool_fits
+    from pie_vllm.engine.host_memory import check_pool_fits
 
     if size is not None:
         device = args.kv_cache_memory_bytes if platform.is_cpu() else 0

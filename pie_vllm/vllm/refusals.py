@@ -81,7 +81,7 @@ def check_step(scheduler_output: Any) -> None:
     Raises:
         UnsupportedError: it has no plan, not even an empty one.
     """
-    if not hasattr(scheduler_output, "pie_plan"):
+    if not hasattr(scheduler_output, "pie"):
         raise UnsupportedError(
             "a step reached the worker of --block-manager pie without a plan: it comes from "
             "another scheduler, or something copied it without its attributes, and its tokens "

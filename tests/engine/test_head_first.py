@@ -140,10 +140,10 @@ def engine_row(engine: TransferEngine) -> ctypes.Array[ctypes.c_uint8]:
 
 @host_only
 def test_an_unknown_option_is_refused(engine: TransferEngine) -> None:
-    library, handle = engine.native
+    library, handle = engine.handle.library, engine.handle.opened()
     assert library.pie_set_option(handle, 7, 1) != 0
     with pytest.raises(ConfigError, match="no option 7"):
-        engine._check(library.pie_set_option(handle, 7, 1))
+        engine.handle.check(library.pie_set_option(handle, 7, 1))
 
 
 @cuda_only

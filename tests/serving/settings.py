@@ -52,10 +52,5 @@ def make_server(model: Path, name: str, *more: str, pie: bool = True) -> Server:
     ]
     if pie:
         sizes = wide_ring(shape, DEVICE_BLOCKS, POOL_BLOCKS, RING_SLOTS)
-        arguments += [
-            "--block-manager=pie",
-            f"--pie-pool-gib={sizes.pool_gib(shape)}",
-            f"--pie-ring-slots={sizes.ring_slots}",
-            f"--pie-ring-fraction={sizes.ring_fraction}",
-        ]
+        arguments += ["--block-manager=pie", *sizes.server_options(shape)]
     return Server(model, arguments, LOGS / f"{name}.log")

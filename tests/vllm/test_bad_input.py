@@ -13,8 +13,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 import pie_vllm
+from pie_vllm.engine.host_memory import check_pool_fits
 from pie_vllm.engine.native import load_library
-from pie_vllm.engine.pool_size import check_pool_fits
 from pie_vllm.errors import ConfigError, NativeLibraryError, UnsupportedError
 from pie_vllm.vllm import refusals
 from pie_vllm.vllm.args import device_of, worker_class

@@ -41,8 +41,8 @@ def test_preempted_requests_compute_nothing_again(asynchronous: bool) -> None:
     made.verify()
     assert len(made.preemptions) >= 5
     assert computed_again(made) == 0
-    assert made.scheduler.kv_cache_manager.admissions.hits.parked > 0
-    assert parking(made).restored_blocks > made.scheduler.kv_cache_manager.admissions.hits.parked
+    assert made.scheduler.kv_cache_manager.hit_counts.hits.parked > 0
+    assert parking(made).restored_blocks > made.scheduler.kv_cache_manager.hit_counts.hits.parked
 
 
 @pytest.mark.parametrize(("policy", "rows"), [("off", ROWS), ("lru", POOLED)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import isfinite
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from pie_vllm.plan import Prior
 from pie_vllm.policy.control.detector import NOTHING, Detector, Observation
@@ -71,6 +71,22 @@ class Decision(NamedTuple):
     store_ahead_max: int = 0
     restore_blocks_max: int | None = None
     prompt_demotion_max: int | None = None
+
+
+class Decides(Protocol):
+    """A Decider, or something in its place.
+
+    Attributes:
+        detector: What the steps said.
+    """
+
+    detector: Detector
+
+    def decide(self, prompt_tokens: int = 0) -> Decision:
+        """For the step that is about to be scheduled."""
+
+    def observe(self, seen: Observation, *, within_budget: bool = True) -> None:
+        """Learn from a step."""
 
 
 class Decider:

@@ -72,7 +72,7 @@ class Turns:
     def end_step(self, scheduled: Iterable[str], residency: Residency) -> None:
         """These requests run in the step."""
         if self.taken:
-            self.ran(r for r in scheduled if residency.reading.runs(r))
+            self.ran(r for r in scheduled if residency.reading.is_running(r))
 
     def choose(
         self,

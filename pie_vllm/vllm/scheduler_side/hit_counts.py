@@ -9,7 +9,7 @@ from pie_vllm.policy.admission.lookup import ParkedHits
 from pie_vllm.vllm.scheduler_side.metrics import Hits
 
 
-class Admissions:
+class HitCounts:
     """Counts since the start.
 
     Attributes:

@@ -73,7 +73,7 @@ def test_the_head_is_loaded_before_the_replay(
     assert [view.holds(layer, 8, 3) for layer in (0, 1)] == [True, False]
     assert [view.holds(layer, 3, 5) for layer in (0, 1)] == [True, False]
     view.write(0, 3, 6)
-    model.engine.enter_graph()
+    model.engine.graphs.enter()
     model.launch()
     model.engine.end_step()
     stream.synchronize()
@@ -196,7 +196,7 @@ def test_a_chunk_is_given_back_only_after_the_replay(
 ) -> None:
     """Which reads its rows; the stand-in sees memory that goes too early."""
     engine = make_engine()
-    engine.use_graphs(IMAGE, PIECES)
+    engine.graphs.prepare(IMAGE, PIECES)
     stream, view = DriverStream(engine), View(engine)
     model = capture(engine, stream)
     view.write_row(7, 3)
@@ -259,7 +259,7 @@ def test_promotions_of_an_aborted_step_are_made(
     view.write_row(0, 5)
     kernel.wait(2)
     assert model.engine.begin_step(plan(1, promotions=((3, 0, 1),)), stream.id, graph=True)
-    model.engine.enter_graph()
+    model.engine.graphs.enter()
     if launched:
         model.launch()
     model.engine.abort_step()
@@ -273,7 +273,7 @@ def test_promotions_of_an_aborted_step_are_made(
 def test_a_chunk_that_came_back_elsewhere(make_engine: MakeEngine, capture: Capture) -> None:
     """The same runs mean other addresses then: the tables are written again."""
     engine = make_engine()
-    engine.use_graphs(IMAGE, PIECES)
+    engine.graphs.prepare(IMAGE, PIECES)
     stream, view = DriverStream(engine), View(engine)
     model = capture(engine, stream)
     for step in range(1, 4):
