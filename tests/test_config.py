@@ -14,7 +14,7 @@ import pie_vllm
 from docs import settings_table
 from pie_vllm.config import BY_NAME, SETTINGS, PieConfig, Setting
 from pie_vllm.errors import ConfigError
-from pie_vllm.policy.pool.parked_index import POLICIES
+from pie_vllm.policy.pool.eviction import POLICIES
 from tests.helpers.model import REPOSITORY
 
 
@@ -69,7 +69,7 @@ def test_a_removed_value_says_why_and_what_to_use() -> None:
     with pytest.raises(ConfigError, match=r"^the file is 'mru', which is gone: .* Use 'lru'\.$"):
         setting.parse("mru", "the file")
     assert setting.parse("lru") == "lru"
-    with pytest.raises(ConfigError, match="it must be 'arc' or 'lru' or 'off'"):
+    with pytest.raises(ConfigError, match="it must be 'lru' or 'off'"):
         setting.parse("fifo")
 
 

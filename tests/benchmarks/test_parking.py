@@ -217,12 +217,12 @@ def test_fresh_chats_fit_the_device_and_the_others_do_not(monkeypatch: pytest.Mo
 
 def test_all_sides_get_the_same_load_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for memory and pie; further settings of pie reach it as they are."""
-    args = asked_of(monkeypatch, "--pie", 'policy="arc"', "--pie", "pool_gib=2.5")
+    args = asked_of(monkeypatch, "--pie", 'parking="off"', "--pie", "pool_gib=2.5")
     shape = parking.kv_shape(args.model, args.block_size, args.dtype)
     chats = parking_loads.turn_chats(args, 64)
     stock, pie = (parking_loads.spec_of(args, shape, 64, chats, pie=pie) for pie in (False, True))
     assert stock["pie"] is None
-    assert (pie["pie"]["policy"], pie["pie"]["pool_gib"]) == ("arc", 2.5)
+    assert (pie["pie"]["parking"], pie["pie"]["pool_gib"]) == ("off", 2.5)
     assert {**stock, "pie": 0} == {**pie, "pie": 0}
     assert stock["llm"]["enable_prefix_caching"] is True
     assert stock["llm"]["max_model_len"] >= chats.longest

@@ -79,7 +79,7 @@ def random_trace(seed: int, *, pooled: int, budget: float, parking: bool) -> Tra
             wait, after = rng.expovariate(4), len(jobs) - 1
             jobs.append(Job(wait, rng.randint(1, 40), rng.randint(2, 40), after))
     running_max, tokens_max = rng.choice([4, 8, 32]), rng.choice([48, 128, 512])
-    kind = rng.choice(["lru", "arc"]) if parking else None
+    kind = "lru" if parking else None
     return Trace(sizes, profile, jobs, running_max, tokens_max, parking, kind)
 
 

@@ -11,7 +11,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import StreamingUpdate
 
 from pie_vllm.errors import UnsupportedError
-from pie_vllm.policy.pool.parked_kv import Tail
+from pie_vllm.policy.pool.tails import Tail
 from tests.helpers import parked_chats, scheduling
 from tests.helpers.deciders import Fixed
 from tests.helpers.fuzz import BLOCK_SIZE, make_driver
@@ -141,10 +141,10 @@ def test_a_cap_of_hits_holds_for_parked_kv(
     manager = made.scheduler.kv_cache_manager
     request = make_request("again", [*chat, 1], 5, BLOCK_SIZE)
     parking = manager.residency.parking
-    parking.tails["again"] = Tail(0, 10, 161)
+    parking.tails._tails["again"] = Tail(0, 10, 161)
     caps = () if cap is None else (cap,)
     blocks, tokens, _ = manager.get_computed_blocks(request, *caps)
-    del parking.tails["again"]
+    del parking.tails._tails["again"]
     assert not blocks.blocks[0], "all of it is parked"
     assert tokens == (161 if cap is None else cap // BLOCK_SIZE * BLOCK_SIZE)
 
@@ -159,10 +159,10 @@ def test_an_updated_session_has_no_tail_of_older_tokens() -> None:
     made.run_until(lambda: session.num_computed_tokens == 21 and bool(made.queue))
     scheduler.running.remove(session)
     scheduler._preempt_request(session, 0.0)
-    assert "session" in parking.tails
+    assert "session" in parking.tails._tails
     update = make_request("session", [5] * 8, 2, BLOCK_SIZE, resumable=True)
     scheduler._update_request_as_session(session, StreamingUpdate.from_request(update))
-    assert "session" not in parking.tails
+    assert "session" not in parking.tails._tails
 
 
 def test_blocks_are_not_taken_out_of_their_table() -> None:

@@ -54,11 +54,11 @@ def test_flags_arrive_in_any_form(arguments: list[str]) -> None:
 
 def test_all_flags_arrive() -> None:
     """Every flag has its key, and `auto` is a value."""
-    given = {"pool_gib": "auto", "target_slowdown": 0.05, "parking": "arc", "full_graphs": True}
+    given = {"pool_gib": "auto", "target_slowdown": 0.05, "parking": "lru", "full_graphs": True}
     assert set(given) == {setting.name for setting in SETTINGS if setting.flag}
-    more = ["--pie-pool-gib", "auto", "--pie-target-slowdown", "0.05", "--pie-parking", "arc"]
+    more = ["--pie-pool-gib", "auto", "--pie-target-slowdown", "0.05", "--pie-parking", "lru"]
     assert settings_of(["--block-manager", "pie", *more, "--pie-full-graphs"])["pie"] == given
-    assert PieConfig.from_mapping(given) == PieConfig(None, 0.05, "arc", True)
+    assert PieConfig.from_mapping(given) == PieConfig(None, 0.05, "lru", True)
     off = settings_of([*PIE, "--pie-target-slowdown", "off", "--pie-parking", "off"])["pie"]
     assert off == {"pool_gib": 0.5, "target_slowdown": "off", "parking": "off"}
     assert PieConfig.from_mapping(off) == PieConfig(0.5, None, None)
@@ -149,7 +149,7 @@ def test_off_in_a_yaml_file_is_off(tmp_path: Path, word: str, dash: str) -> None
     assert settings.take(found).config == config
     # A flag of the command line has the last word.
     text = "block-manager: pie\npie-parking: off"
-    assert from_yaml(tmp_path, text, "--pie-parking", "arc")["pie"]["parking"] == "arc"
+    assert from_yaml(tmp_path, text, "--pie-parking", "lru")["pie"]["parking"] == "lru"
 
 
 @pytest.mark.parametrize("word", ["off", "on"])

@@ -54,8 +54,7 @@ def restore(residency: Residency, found: Sequence[Any], first: int, residents: i
     """
     keys = [block.key for block in found if isinstance(block, ParkedKey)]
     # Before anything is evicted, which may take the rows of parked blocks.
-    for key in keys[:residents]:
-        residency.parking.pin(key)
+    residency.parking.pin(keys[:residents])
     attached = {key: _attach(residency, key) for key in keys[residents:]}
     blocks: list[Any] = []
     for index, block in enumerate(found, first):
@@ -81,9 +80,8 @@ def restore_part(residency: Residency, found: Sequence[Any], first: int, most: i
         most: parked blocks, at most ``queue.free_residents``.
     """
     part = first_of(found, most)
-    for block in found[len(part) :]:
-        if isinstance(block, ParkedKey):
-            residency.parking.pin(block.key)
+    left = found[len(part) :]
+    residency.parking.pin(block.key for block in left if isinstance(block, ParkedKey))
     restore(residency, part, first, most)
 
 
@@ -114,11 +112,11 @@ def _fill(residency: Residency, key: Hashable) -> Any:
 
 def cancel(residency: Residency, blocks: Sequence[Any]) -> None:
     """Nobody takes these after all: residents that are not filled yet hold nothing again."""
-    queue, parking = residency.queue, residency.parking
+    queue, restores = residency.queue, residency.parking.copies.restores
     for block in blocks:
-        if block.ref_cnt == 0 and block.block_id in parking.restores:
+        if block.ref_cnt == 0 and block.block_id in restores:
             queue.remove(block)
-            parking.cancel(block.block_id)
+            del restores[block.block_id]
             residency.entries.drop(block)
             queue.prepend_n([block])
 

@@ -208,7 +208,7 @@ class Admission:
             forget_unfilled(residency, table, computed // self._block_size)
         if finished:
             self._patience.forget(request_id)
-            residency.parking.drop_tail(request_id)
+            residency.parking.tails.drop(request_id)
         elif table and reusable:
             keep_tail(residency, request_id, table, computed, self._block_size)
         residency.forget(request_id)
@@ -312,7 +312,7 @@ class Transaction:
             self.hits += restore(residency, parked.found, len(self.hits), parked.residents)
         self._tail = None
         if parked.tail_tokens:
-            self._tail = residency.parking.take_tail(name)
+            self._tail = residency.parking.tails.take(name)
             residency.withhold()
         residency.admit(name, len(self.hits))
 
@@ -344,9 +344,9 @@ class Transaction:
             residency.admitted(name)
         if self._tail is not None:
             block = residency.tables[name][len(self.hits)]
-            residency.parking.restore_tail(self._tail, block.block_id)
+            residency.parking.tails.restore(self._tail, block.block_id)
         elif residency.parking.tails:
-            residency.parking.drop_tail(name)
+            residency.parking.tails.drop(name)
         self._admission._admitted(self._request)
 
     def roll_back(self) -> None:
@@ -357,5 +357,5 @@ class Transaction:
             residency.forget(name)
         cancel(residency, self.hits)
         if self._tail is not None:
-            residency.parking.put_back(name, self._tail)
+            residency.parking.tails.put_back(name, self._tail)
         residency.withhold()

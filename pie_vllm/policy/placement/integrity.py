@@ -77,9 +77,9 @@ def check_books(books: Books) -> None:
         _require(not (blank and users[block_id]), f"blank block {block_id} is in use")
     books.read_set.check_integrity(pooled)
     books.parking.check_integrity()
-    for resident in (*books.parking.stores.values(), *books.parking.restores):
+    for resident in (*books.parking.copies.stores.values(), *books.parking.copies.restores):
         _require(resident < boundary, "a copy of a resident page names a pooled block")
-    for resident in books.parking.restores:
+    for resident in books.parking.copies.restores:
         _require(
             not books.victims.full[resident], "a block that is not filled yet counts as complete"
         )

@@ -153,7 +153,7 @@ class Residency:
 
     def on_reused(self, block: Block) -> None:
         """An idle cached resident is in use again; its KV is complete unless it is on its way."""
-        if block.block_id not in self.parking.restores:
+        if block.block_id not in self.parking.copies.restores:
             self._set_full(block)
 
     def on_resident_freed(self, block: Block) -> None:
@@ -200,7 +200,7 @@ class Residency:
         target = self.queue.take_pooled()
         row, stored = self.parking.row_for(block, target.block_id)
         if not stored:
-            self.parking.stores[row] = block.block_id
+            self.parking.copies.stores[row] = block.block_id
         self._demoted = True
         self._clear_full(block.block_id)
         self._relabel(index, block, target, users)

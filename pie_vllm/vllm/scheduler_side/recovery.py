@@ -70,7 +70,7 @@ class Recovery:
         """No results of the steps in flight will come: forget all KV, which nobody uses."""
         residency = self._scheduler.kv_cache_manager.residency
         self._flight.clear()
-        residency.parking.restores.clear()  # Of a step whose planning was interrupted.
+        residency.parking.copies.restores.clear()  # Of a step whose planning was interrupted.
         self._scheduler.reset_prefix_cache()
         residency.read_set.send_again()
 

@@ -183,7 +183,7 @@ class PieSchedulerMixin(_Mixed):
 
     def _update_request_as_session(self, session: Any, update: Any) -> None:
         """As vLLM's; the tail of a session preempted meanwhile has other tokens than it goes on."""
-        self.kv_cache_manager.residency.parking.drop_tail(session.request_id)
+        self.kv_cache_manager.residency.parking.tails.drop(session.request_id)
         super()._update_request_as_session(session, update)
 
     def update_from_output(

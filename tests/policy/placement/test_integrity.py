@@ -69,11 +69,11 @@ def a_pooled_block_that_nobody_reads(pool: FakePool) -> None:
 
 def a_page_restored_that_counts_as_complete(pool: FakePool) -> None:
     residents = [b.block_id for b in pool.tables["old"] if b.block_id < RESIDENT]
-    pool.residency.parking.restores[residents[0]] = 7
+    pool.residency.parking.copies.restores[residents[0]] = 7
 
 
 def a_copy_of_a_pooled_block(pool: FakePool) -> None:
-    pool.residency.parking.restores[pooled_block(pool).block_id] = 7
+    pool.residency.parking.copies.restores[pooled_block(pool).block_id] = 7
 
 
 @pytest.mark.parametrize(
