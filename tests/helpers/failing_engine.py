@@ -43,7 +43,7 @@ class FailingCopies:
         return recovery.failures if recovery else 0
 
     def _look(self, plan: Any) -> None:
-        from pie_vllm.engine.streams import inject
+        from tests.helpers.streams import inject
 
         part, wait, direction, nth = self._orders[0]
         if plan is None or not getattr(plan, part):
