@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define PIE_ABI_VERSION 6
+#define PIE_ABI_VERSION 7
 #define PIE_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus

@@ -1,16 +1,16 @@
-"""What is built for tests: C++ programs over the engine, and what is kept under build/."""
+"""C++ programs of tests over the engine."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from benchmarks.harness.builds import build_once
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -59,24 +59,6 @@ def build_program(name: str, folder: Path, sanitize: str | None = None) -> Path:
         unit.write_text("".join(f'#include "{file}"\n' for file in files))
         script.build(folder / name, [unit], shared=False, sanitize=sanitize)
     return folder / name
-
-
-def build_once(target: Path, make: Callable[[], object]) -> None:
-    """Make ``target`` if it is not there, in one process; others that want it wait.
-
-    Args:
-        target: a file in a folder of its own.
-        make: makes the folder, and puts the file there whole, by a rename.
-    """
-    if target.exists():
-        return
-    folder = target.parent
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the folder, which may be replaced.
-    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            make()
 
 
 def testing_library() -> Path:

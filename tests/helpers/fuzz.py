@@ -27,8 +27,8 @@ def make_driver(
 ) -> Driver:
     """A scheduler over the sizes, with as many steps in flight as its kind has."""
     scheduler = scheduling.make(sizes, BLOCK_SIZE, **options)
-    scheduler.pie_decider = decider or scheduler.pie_decider
-    scheduler.pie_pool = pool or scheduler.pie_pool
+    scheduler.pie_controller.decider = decider or scheduler.pie_controller.decider
+    scheduler.pie_controller.pool = pool or scheduler.pie_controller.pool
     runner = TagRunner(memory or DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE)
     in_flight = 1 + options.get("async_scheduling", False)
     return Driver(scheduler, runner, in_flight=in_flight, check=check)

@@ -57,10 +57,10 @@ def test_the_watermark_leaves_what_the_device_alone_would_have(
 ) -> None:
     """With a limit, or without CPU memory, no less is used than without pie; else the share."""
     manager = driver(watermark=share).scheduler.kv_cache_manager
-    manager.begin_step(Fixed(limit).decide(), 0)
+    manager.admission.begin_step(Fixed(limit).decide(), 0)
     manager.residency.queue.withheld = manager.residency.queue.missing = withheld
     usable = RESIDENT + min(limit, POOLED - withheld)
-    left = manager._headroom()
+    left = manager.admission.headroom()
     device = manager.geometry.device_bytes // manager.geometry.row_bytes
     assert device == 18
     assert usable - left >= min(usable, device - int(share * device))
@@ -73,7 +73,7 @@ def test_a_limit_and_missing_memory_are_not_counted_twice() -> None:
     """Ids without CPU memory are among those beyond the limit: 15 + 20 blocks hold 30."""
     made = driver(Fixed(20), max_model_len=560)
     manager = made.scheduler.kv_cache_manager
-    manager.begin_step(Fixed(20).decide(), 0)
+    manager.admission.begin_step(Fixed(20).decide(), 0)
     queue = manager.residency.queue
     for withheld, admitted in ((14, True), (20, False)):
         queue.withheld = queue.missing = withheld
@@ -107,7 +107,7 @@ def test_adapters_of_requests_left_out_still_count() -> None:
         assert len({r.lora_request.lora_int_id for r in scheduler.running if r.lora_request}) <= 1
         waited += any(r.lora_request is two for r in scheduler.waiting)
     made.verify()
-    assert scheduler.pie_turns.left_out > 0
+    assert scheduler.pie_controller.turns.left_out > 0
     assert waited > 0
 
 
@@ -121,9 +121,9 @@ def test_a_turn_shortens_no_other_wait() -> None:
     due = scheduler.current_step + 5
     for request in scheduler.running:
         request.next_decode_eligible_step = due
-    left_out = scheduler.pie_turns.left_out
+    left_out = scheduler.pie_controller.turns.left_out
     made.step()
-    assert scheduler.pie_turns.left_out > left_out
+    assert scheduler.pie_controller.turns.left_out > left_out
     assert all(r.next_decode_eligible_step == due for r in scheduler.running)
     made.run()
     made.verify()

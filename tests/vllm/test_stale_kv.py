@@ -134,7 +134,7 @@ def change_at_random(seed: int, asynchronous: bool, memory: Memory | None = None
         made.made.step()
     made.made.run()
     made.made.verify()
-    return int(made.made.scheduler.kv_cache_manager.admissions.hits.parked)
+    return int(made.made.scheduler.kv_cache_manager.hit_counts.hits.parked)
 
 
 def found_by_seeds(asynchronous: bool = False) -> int:

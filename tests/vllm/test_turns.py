@@ -69,7 +69,7 @@ def test_requests_take_turns_within_the_budget() -> None:
             gaps.append(since[name])
     driver.verify()
     assert not driver.preemptions
-    assert scheduler.pie_turns.left_out > 0
+    assert scheduler.pie_controller.turns.left_out > 0
     assert 0 < max(loaded) <= 40
     assert max(gaps) <= 14
 
@@ -83,7 +83,7 @@ def test_what_waits_for_the_link_comes_back_before_others_are_admitted() -> None
         driver.add(make_request(name, [ord(name), *range(length)], answer, BLOCK_SIZE))
     while residency.pooled_in_use < 4:
         driver.step()
-    scheduler.pie_decider = Fixed(0, 2)
+    scheduler.pie_controller.decider = Fixed(0, 2)
     driver.add(make_request("waiting", list(range(500, 520)), 5, BLOCK_SIZE))
     paused = 0
     while "waiting" not in {r.request_id for r in scheduler.running}:

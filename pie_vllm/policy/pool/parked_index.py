@@ -13,8 +13,6 @@ from pie_vllm.policy.pool.lru import Lru
 
 K = TypeVar("K", bound=Hashable)
 
-DEFAULT_POLICY = "lru"
-
 POLICIES: dict[str, Callable[[int], Eviction]] = {"lru": Lru, "arc": Arc}
 """By the name that users give it: what decides which parked block goes first."""
 

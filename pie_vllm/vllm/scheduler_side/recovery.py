@@ -53,7 +53,7 @@ class Recovery:
 
     def submitted(self, output: SchedulerOutput) -> None:
         """A step goes to the workers."""
-        self._flight.submitted(output, output.pie_plan, lambda: starts(output))
+        self._flight.submitted(output, output.pie.plan, lambda: starts(output))
 
     def landed(self, output: SchedulerOutput, failure: str) -> None:
         """The results of a step are there; before vLLM takes them.
