@@ -19,13 +19,10 @@ ALLOWED = {
 
 DRIVEN_BY_TESTS = {
     "ENTRY": "name of the gather kernel, for tests that load it by themselves",
-    "closed": "EngineHandle",
-    "inject": "faults of the host driver, which only tests want",
-    "launch": "DriverStream: tests of the drivers run kernels beside copies",
+    "DriverEvent": "marks in a stream, in the GPU checks",
     "prefer_overlap": "TransferEngine, set by the GPU checks",
-    "query": "DriverEvent, one of the driver's calls that have tests of their own",
-    "row_page": "where a page of a row lies, for tests that read the pool",
-    "seconds_until": "DriverEvent, for measurements of copies",
+    "row_page": "where a page of a row lies, in the GPU checks",
+    "seconds_until": "DriverEvent, in the GPU checks",
     "submit_head_first": "TransferEngine: order of submission, in the GPU checks",
     "page_offset": "Geometry: where a page lies, for tests that read the arena",
     "num_free": "RowLedger",

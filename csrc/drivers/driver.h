@@ -1,7 +1,7 @@
-// What the engine asks of a device. Two implementations: drivers/host* and drivers/cuda*.
+// What the engine asks of a device. Two implementations: drivers/host and drivers/cuda.
 //
 // The meaning of every call is CUDA's; csrc/DESIGN.md numbers the behaviour that is relied on.
-// Errors are thrown as pie::Error. Device addresses are integers on purpose: only drivers/host*
+// Errors are thrown as pie::Error. Device addresses are integers on purpose: only drivers/host
 // may assume that device memory is host memory.
 #pragma once
 
@@ -11,6 +11,14 @@
 #include <string>
 
 #include "error.h"
+
+// Faults of copies, for inject().
+enum {
+  PIE_FAULT_NONE = 0,  // take all faults of these directions back
+  PIE_FAULT_FAIL = 1,  // the a-th copy from now fails (1: the next)
+  PIE_FAULT_LATE = 2,  // each batch waits a..b ms first, uniform, seeded
+  PIE_FAULT_TORN = 3,  // each batch stops for a ms between its halves
+};
 
 namespace pie {
 
@@ -38,7 +46,7 @@ struct CopyRows {
   size_t rows;
 };
 
-// Of copies that are complete: bytes copied, seconds that copies of this direction took, copies.
+// Totals of complete copies: bytes, number, and seconds that copies of this direction took.
 struct Counters {
   int64_t bytes = 0;
   int64_t copies = 0;
@@ -114,7 +122,8 @@ class Driver {
   virtual void copy_rows(Stream stream, Direction direction, const CopyRows& rows);
   virtual bool stream_is_capturing(Stream stream);
 
-  // PIE_FAULT_*; only the host driver has faults.
+  // For tests: PIE_FAULT_*, of copies in `directions` (bit 0 host to device, bit 1 device to host).
+  // Only the host driver has faults.
   virtual void inject(int fault, int directions, double a, double b, uint64_t seed);
 };
 

@@ -1,52 +1,19 @@
 #include "engine/engine.h"
 
 #include <exception>
+#include <utility>
 
-#include "drivers/free_memory.h"
+#include "engine/self_test.h"
+#include "memory/fitting.h"
 
 namespace pie {
 namespace {
 
-int64_t at_start(const Geometry& geometry, int64_t chunks) {
-  if (chunks < 0 || chunks > geometry.num_chunks) return geometry.num_chunks;
-  return chunks > 0 ? chunks : 1;
-}
-
-// Memory is taken page by page, without a look: what is not there ends in the kernel killing
-// processes, and not in an error.
-void check_free(const Geometry& geometry, const Driver& driver, int64_t chunks) {
-  const int64_t device = driver.device_is_host() ? geometry.device_bytes : 0;
-  const int64_t pool = geometry.bytes_of_chunks(chunks);
-  const int64_t left = free_memory();
-  if (left < 0 || (device <= left && pool <= left - device)) return;
-  throw Error(PIE_ERR_TRANSFER,
-              "geometry: " + std::to_string(device) +
-                  " bytes of CPU memory for the device's KV and " + std::to_string(pool) +
-                  " for the pool are wanted at start, but " + std::to_string(left) +
-                  " are free on this machine or within its cgroup's limit; lower "
-                  "--kv-cache-memory-bytes or --pie-pool-gib, or free memory");
-}
-
-Geometry fitting(const pie_geometry& given, const Driver& driver, int64_t chunks) {
-  const Geometry geometry(given);
-  const auto g = static_cast<int64_t>(driver.granularity());
-  if (geometry.granularity % g != 0) {
-    throw Error(PIE_ERR_CONFIG, "geometry: granularity " + std::to_string(geometry.granularity) +
-                                    " is not a multiple of the driver's " + std::to_string(g));
-  }
-  check_free(geometry, driver, at_start(geometry, chunks));
-  return geometry;
-}
+// Where timing takes events on streams, one in so many steps that load is timed: events cost a
+// microsecond or two each, and a step needs two a layer.
+constexpr int64_t kSampleEvery = 4;
 
 }  // namespace
-
-LayerEvents::LayerEvents(Driver& driver, int64_t layers) : barrier(driver), replayed(driver) {
-  for (int64_t l = 0; l < layers; ++l) {
-    ready.emplace_back(driver);
-    stored.emplace_back(driver);
-    done.emplace_back(driver);
-  }
-}
 
 Engine::Engine(const pie_geometry& geometry, const std::string& driver, double link_bytes_per_s,
                uint32_t debug, int64_t chunks)
@@ -54,14 +21,65 @@ Engine::Engine(const pie_geometry& geometry, const std::string& driver, double l
       driver_(make_driver(driver, link_bytes_per_s)),
       geometry_(fitting(geometry, *driver_, chunks)),
       arena_(*driver_, geometry_),
-      pool_(*driver_, geometry_, at_start(geometry_, chunks)),
-      h2d_(*driver_),
-      d2h_(*driver_),
-      stall_(*driver_) {
-  reset_events();
-}
+      pool_(*driver_, geometry_, chunks_at_start(geometry_, chunks)),
+      order_(*driver_, geometry_.layers, geometry_.slots),
+      plans_(geometry_, pool_),
+      graphs_(*driver_, geometry_, arena_, pool_) {}
 
 Engine::~Engine() { driver_->synchronize(); }
+
+void Engine::set_option(int option, bool on) {
+  if (step_.open) throw Error(PIE_ERR_STATE, "an option is set inside a step");
+  if (option == PIE_OPTION_HEAD_FIRST) {
+    head_first_ = on;
+  } else if (option == PIE_OPTION_OVERLAP) {
+    driver_->prefer_overlap(on);
+  } else {
+    throw Error(PIE_ERR_CONFIG, "no option " + std::to_string(option));
+  }
+}
+
+bool Engine::begin_step(const pie_plan& plan, Stream compute, bool graph) {
+  open_step(plan, true, compute);
+  step_.fits = graph && fits_graph();
+  or_abort([&] {
+    order_.submit_barrier(graphs_.emptied());
+    submit_first(head_first_ ? kHead : geometry_.layers,
+                 head_first_ || step_.fits ? kHead : geometry_.slots);
+  });
+  return step_.fits;
+}
+
+void Engine::open_step(const pie_plan& plan, bool forward, Stream compute) {
+  if (step_.open) {
+    throw Error(PIE_ERR_STATE, "step " + std::to_string(plan.step) + " begins inside step " +
+                                   std::to_string(step_.number) + "; end or abort that first");
+  }
+  if (graphs_.capturing()) {
+    throw Error(PIE_ERR_STATE, "a step begins inside a capture; end that first");
+  }
+  order_.check_streams();
+  graphs_.check(false);
+  driver_->stream_error(compute);  // throws where there is no such stream
+  PlanReader::Moves moves = plans_.read(plan, order_.newest_step());
+  Step step;
+  step.number = plan.step;
+  step.compute = compute;
+  step.stores = std::move(moves.stores);
+  step.promotions = std::move(moves.promotions);
+  step.forward = forward;
+  step.gates.reserve(geometry_.layers);
+  step.streams_in = !step.promotions.empty() || (forward && !plans_.loads().empty());
+  step.stats.step = plan.step;
+  step.open = true;
+  step_ = std::move(step);
+  order_.open_step(plan.step, compute);
+  // Counted by steps that copy: their numbers may keep a rhythm of their own.
+  if (forward) ++gated_steps_;
+  const bool sampled = !forward || gated_steps_ % kSampleEvery == 0;
+  driver_->sample(sampled);
+  order_.stall().begin(plan.step, compute, forward && sampled);
+}
 
 // Runs a part of an open step; what fails in it ends the step, and is what the caller hears of.
 template <typename Body>
@@ -78,28 +96,6 @@ void Engine::or_abort(Body&& body) {
   }
 }
 
-bool Engine::begin_step(const pie_plan& plan, Stream compute, bool graph) {
-  open_step(plan, true, compute);
-  step_.fits = graph && fits_graph();
-  or_abort([&] {
-    submit_barrier();
-    submit_first(head_first_ ? kHead : geometry_.layers,
-                 head_first_ || step_.fits ? kHead : geometry_.slots);
-  });
-  return step_.fits;
-}
-
-void Engine::set_option(int option, bool on) {
-  if (step_.open) throw Error(PIE_ERR_STATE, "an option is set inside a step");
-  if (option == PIE_OPTION_HEAD_FIRST) {
-    head_first_ = on;
-  } else if (option == PIE_OPTION_OVERLAP) {
-    driver_->prefer_overlap(on);
-  } else {
-    throw Error(PIE_ERR_CONFIG, "no option " + std::to_string(option));
-  }
-}
-
 // Rule 21: what is not submitted yet of the first layers, stores first: a load means the newest
 // record of its layer's store.
 void Engine::submit_first(int64_t stores, int64_t loads) {
@@ -110,46 +106,99 @@ void Engine::submit_first(int64_t stores, int64_t loads) {
   while (step_.next_load < loads) submit_load(step_.next_load);
 }
 
-// Rule 4: a layer's KV write comes after the store that reads the same pages, and after the copy
-// that fills the page first: the last block of a request that comes back is written on.
+void Engine::submit_store(int64_t layer) {
+  order_.before_store(layer);
+  if (!debug(PIE_DEBUG_SKIP_STORES)) {
+    step_.stats.bytes_stored += copy(Direction::kDeviceToHost, step_.stores, layer);
+  }
+  order_.after_store(layer);
+  step_.next_store = layer + 1;
+}
+
+void Engine::submit_load(int64_t layer) {
+  order_.before_load(layer, !step_.promotions.empty());
+  if (!debug(PIE_DEBUG_SKIP_LOADS)) {
+    const int64_t promoted = copy(Direction::kHostToDevice, step_.promotions, layer);
+    const bool fill = step_.forward && !plans_.loads().empty();
+    if (debug(PIE_DEBUG_POISON) && fill) poison(layer);
+    const int64_t loaded = fill ? copy(Direction::kHostToDevice, plans_.loads(), layer) : 0;
+    step_.stats.bytes_promoted += promoted;
+    step_.stats.bytes_loaded += promoted + loaded;
+  }
+  order_.after_load(layer);
+  step_.next_load = layer + 1;
+}
+
+void Engine::finish_promotions() {
+  step_.forward = false;
+  if (step_.promotions.empty()) return;
+  while (step_.next_load < geometry_.layers) submit_load(step_.next_load);
+}
+
+// One batch; returns its bytes.
+int64_t Engine::copy(Direction direction, const Runs& runs, int64_t layer) {
+  if (runs.empty()) return 0;
+  const bool in = direction == Direction::kHostToDevice;
+  scratch_.clear();
+  for (const pie_run& run : runs) {
+    const Address device = arena_.page(layer, run.block);
+    const Address host = pool_.page(run.row, layer);
+    const auto size = static_cast<size_t>(run.count * geometry_.page);
+    scratch_.push_back(CopyOp{in ? device : host, in ? host : device, size});
+  }
+  const Stream stream = in ? order_.h2d() : order_.d2h();
+  driver_->copy_batch(stream, direction, scratch_.data(), scratch_.size());
+  step_.stats.copies += static_cast<int64_t>(scratch_.size());
+  return blocks_of(runs) * geometry_.page;
+}
+
+void Engine::poison(int64_t layer) {
+  driver_->memset_async(order_.h2d(), arena_.page(layer, geometry_.resident), 0xFF,
+                        static_cast<size_t>(geometry_.pooled * geometry_.page));
+}
+
 void Engine::before_write(int64_t layer) {
   check_layer(layer);
-  if (capturing()) return graphs_->capture.before_write(layer);
+  if (graphs_.capturing()) return graphs_.capture().before_write(layer);
   submit_rest();
   step_.gates.write(layer);
-  wait_for_stores(layer);
-  if (!step_.promotions.empty()) wait_on_compute(events_->ready[static_cast<size_t>(layer)]);
+  order_.before_write(layer, !step_.promotions.empty());
 }
 
-void Engine::wait_for_stores(int64_t layer) {
-  if (!store_pending_[static_cast<size_t>(layer)]) return;
-  wait_on_compute(events_->stored[static_cast<size_t>(layer)]);
-  store_pending_[static_cast<size_t>(layer)] = false;
-}
-
-// Rule 5: attention comes after the loads and promotions of its layer. The record that this wait
-// means was submitted by begin_step or by after_attention(layer - B), earlier in program order.
 void Engine::before_attention(int64_t layer) {
   check_layer(layer);
   if (debug(PIE_DEBUG_SKIP_GATE) && layer == geometry_.layers / 2) return;
-  if (capturing()) return graphs_->capture.before_attention(layer);
+  if (graphs_.capturing()) return graphs_.capture().before_attention(layer);
   submit_rest();
   step_.gates.enter(layer);
   if (!step_.streams_in) return;
-  wait_on_compute(events_->ready[static_cast<size_t>(layer)]);
+  order_.before_attention(layer);
   if (debug(PIE_DEBUG_LATE_SUBMIT)) submit_load(layer);
 }
 
-// Rule 6: the slot is free for layer + B only when this attention is over.
 void Engine::after_attention(int64_t layer) {
   check_layer(layer);
-  if (capturing()) return graphs_->capture.after_attention(layer);
+  if (graphs_.capturing()) return graphs_.capture().after_attention(layer);
   submit_rest();
   step_.gates.leave(layer);
-  driver_->event_record(events_->done[static_cast<size_t>(layer)], step_.compute);
+  order_.after_attention(layer);
   const int64_t next = layer + geometry_.slots;
   if (step_.streams_in && next < geometry_.layers && !debug(PIE_DEBUG_LATE_SUBMIT)) {
     submit_load(next);
+  }
+}
+
+void Engine::check_layer(int64_t layer) const {
+  if (!step_.open && !graphs_.capturing()) {
+    throw Error(PIE_ERR_STATE, "a gate was called without begin_step");
+  }
+  if (step_.open && step_.in_graph) {
+    throw Error(PIE_ERR_STATE, "a gate was called in step " + std::to_string(step_.number) +
+                                   ", which runs in a graph");
+  }
+  if (layer < 0 || layer >= geometry_.layers) {
+    throw Error(PIE_ERR_GATE, "no layer " + std::to_string(layer) + "; there are " +
+                                  std::to_string(geometry_.layers));
   }
 }
 
@@ -166,92 +215,164 @@ pie_stats Engine::end_step() {
     throw;
   }
   try {
-    if (step_.in_graph) leave_graph();
+    if (step_.in_graph) {
+      order_.after_launch();
+      graphs_.tables().empty(step_.compute);
+    }
   } catch (const Error&) {
     step_.open = false;
     throw;
   }
   const pie_stats stats = close_step();
-  check_streams();
-  check_replays(false);
+  order_.check_streams();
+  graphs_.check(false);
   return stats;
+}
+
+pie_stats Engine::close_step() {
+  step_.open = false;
+  pie_stats& stats = step_.stats;
+  const Counters in = driver_->counters(Direction::kHostToDevice);
+  const Counters out = driver_->counters(Direction::kDeviceToHost);
+  stats.bytes_finished = in.bytes - reported_in_.bytes;
+  stats.load_seconds = in.seconds - reported_in_.seconds;
+  stats.store_seconds = out.seconds - reported_out_.seconds;
+  reported_in_ = in;
+  reported_out_ = out;
+  stats.gates = step_.in_graph ? geometry_.layers : step_.gates.passed();
+  order_.stall().end();
+  const StallClock::Result found = order_.stall().collect();
+  stats.stall_step = found.step;
+  stats.stall_seconds = found.seconds;
+  return stats;
+}
+
+void Engine::skip_counters() {
+  reported_in_ = driver_->counters(Direction::kHostToDevice);
+  reported_out_ = driver_->counters(Direction::kDeviceToHost);
 }
 
 pie_stats Engine::run_idle(const pie_plan& plan, Stream compute) {
   open_step(plan, false, compute);
   or_abort([&] {
-    submit_barrier();
+    order_.submit_barrier(graphs_.emptied());
     for (int64_t l = 0; l < geometry_.layers; ++l) {
       if (!step_.stores.empty()) submit_store(l);
       if (!step_.promotions.empty()) submit_load(l);
     }
   });
-  // Rule 7: no gate follows, so the compute waits for all of it here.
-  const auto last = static_cast<size_t>(geometry_.layers - 1);
   try {
-    if (!step_.stores.empty()) wait_on_compute(events_->stored[last]);
-    if (!step_.promotions.empty()) wait_on_compute(events_->ready[last]);
+    order_.after_idle(!step_.stores.empty(), !step_.promotions.empty());
   } catch (const Error&) {
     step_.open = false;
     throw;
   }
-  store_pending_.assign(store_pending_.size(), false);
   const pie_stats stats = close_step();
-  check_streams();
+  order_.check_streams();
   return stats;
 }
 
 void Engine::abort_step() {
-  stall_.drop();
+  order_.stall().drop();
   // Rule 18: a replay may be under way, or there may be none: its promotions are made again, after
   // it.
-  if (step_.open && step_.in_graph) wait_for_compute();
+  if (step_.open && step_.in_graph) order_.wait_for_compute();
   std::exception_ptr lost;  // copies that cannot be made: said when all else is in order
   try {
     // Rule 21: no gate was passed, perhaps. Stores first: a promotion may fill a page they read.
-    if (step_.open && driver_->stream_error(d2h_).empty()) submit_first(geometry_.layers, 0);
-    if (step_.open && driver_->stream_error(h2d_).empty()) finish_promotions();
+    if (step_.open && !order_.fails(order_.d2h())) submit_first(geometry_.layers, 0);
+    if (step_.open && !order_.fails(order_.h2d())) finish_promotions();
   } catch (const Error&) {
     lost = std::current_exception();
   }
   step_.open = false;
-  for (const Stream stream : {Stream{d2h_}, Stream{h2d_}, last_compute_}) {
-    try {
-      driver_->stream_synchronize(stream);
-    } catch (const Error& error) {
-      if (error.code() != PIE_ERR_STATE) driver_->stream_recover(stream);
-    }  // PIE_ERR_STATE: the compute stream is gone
-  }
-  reset_events();
-  if (graphs_ != nullptr) {
-    graphs_->tables.drop(h2d_);
-    check_replays(true);
-  }
+  order_.recover();
+  graphs_.drop(order_.h2d());
   if (lost != nullptr) std::rethrow_exception(lost);
 }
 
-// Nothing is said of what failed there.
-void Engine::wait_for_compute() {
-  try {
-    driver_->stream_synchronize(last_compute_);
-  } catch (const Error&) {
-  }
+void Engine::drain() {
+  order_.drain();
+  graphs_.check(true);
 }
 
-void Engine::drain() {
-  driver_->stream_synchronize(d2h_);
-  driver_->stream_synchronize(h2d_);
-  check_replays(true);
+void Engine::finish() {
+  driver_->synchronize();
+  try {
+    graphs_.check(true);
+  } catch (const Error& error) {
+    if (error.code() == PIE_ERR_GATE) throw;
+  }  // Else the device is lost, of which others tell.
+}
+
+void Engine::use_graphs(const void* image, size_t size, int64_t pieces, int blocks) {
+  if (step_.open) throw Error(PIE_ERR_STATE, "use_graphs inside a step");
+  graphs_.prepare(image, size, pieces, blocks);
+}
+
+void Engine::begin_capture(Stream compute) {
+  if (step_.open) throw Error(PIE_ERR_STATE, "begin_capture inside a step");
+  graphs_.begin_capture(compute);
+}
+
+void Engine::end_capture() { graphs_.end_capture(); }
+
+// Debug switches that change a step's order or work on the host have no place in a graph.
+bool Engine::fits_graph() const {
+  if (debug(PIE_DEBUG_SKIP_GATE | PIE_DEBUG_LATE_SUBMIT | PIE_DEBUG_POISON)) return false;
+  if (!step_.stores.empty() && !step_.promotions.empty()) return false;
+  return graphs_.hold(plans_.loads().size() + step_.promotions.size());
+}
+
+// Rules 15 and 16: the replay comes after the stores, which may go to rows that it reads, and after
+// the head's loads. All else that it copies it orders itself, by the edges of its capture.
+void Engine::enter_graph() {
+  const std::string step = "step " + std::to_string(step_.number);
+  if (!step_.open) throw Error(PIE_ERR_STATE, "enter_graph without begin_step");
+  if (!step_.fits) throw Error(PIE_ERR_STATE, "enter_graph: " + step + " does not fit a graph");
+  if (step_.in_graph || !step_.gates.none()) {
+    throw Error(PIE_ERR_STATE, "enter_graph: " + step + " has begun to run otherwise");
+  }
+  submit_first(geometry_.layers, kHead);  // Rule 21: no gate does.
+  step_.in_graph = true;
+  order_.stall().leave();
+  order_.before_launch(step_.streams_in ? kHead - 1 : -1);
+  const Runs& loads = plans_.loads();
+  LayerPieces pieces;
+  if (!debug(PIE_DEBUG_SKIP_LOADS)) pieces = graphs_.pieces(step_.promotions, loads);
+  graphs_.tables().fill(step_.compute, step_.number, pieces, kHead);
+  if (pieces.empty()) return;
+  const int64_t bytes = (geometry_.layers - kHead) * geometry_.page;
+  const int64_t promoted = blocks_of(step_.promotions) * bytes;
+  step_.stats.bytes_promoted += promoted;
+  step_.stats.bytes_loaded += promoted + blocks_of(loads) * bytes;
+  step_.stats.copies += static_cast<int64_t>(pieces.size()) * (geometry_.layers - kHead);
+}
+
+void Engine::self_test() {
+  if (step_.open) throw Error(PIE_ERR_STATE, "self_test inside a step");
+  const auto forget = [&] {
+    abort_step();
+    plans_.forget();
+    order_.forget_steps();
+  };
+  try {
+    pie::self_test(*this, forget);
+  } catch (const Error&) {
+    skip_counters();
+    throw;
+  }
+  skip_counters();
 }
 
 void Engine::zero_ring() {
   if (step_.open) throw Error(PIE_ERR_STATE, "zero_ring inside a step");
   driver_->synchronize();  // Warm-up may still run, on a stream that is not ordered with this one.
   for (int64_t s = 0; s < geometry_.slots; ++s) {
-    driver_->memset_async(h2d_, arena_.page(s, geometry_.resident), 0,
+    driver_->memset_async(order_.h2d(), arena_.page(s, geometry_.resident), 0,
                           static_cast<size_t>(geometry_.slot_bytes));
   }
-  driver_->stream_synchronize(h2d_);
+  driver_->stream_synchronize(order_.h2d());
 }
 
 void Engine::check_chunk(int64_t chunk) const {
@@ -269,30 +390,8 @@ void Engine::commit_chunk(int64_t chunk) {
 void Engine::release_chunk(int64_t chunk) {
   check_chunk(chunk);
   pool_.hide(chunk);
-  for (const Stream stream : {Stream{h2d_}, Stream{d2h_}}) {
-    const OwnedEvent submitted(*driver_);
-    driver_->event_record(submitted, stream);
-    try {
-      driver_->event_synchronize(submitted);
-    } catch (const Error&) {
-    }  // A copy failed; the engine's thread sees it. None is under way.
-  }
+  order_.wait_for_copies();
   pool_.drop(chunk);
-}
-
-void Engine::finish_promotions() {
-  step_.forward = false;
-  if (step_.promotions.empty()) return;
-  while (step_.next_load < geometry_.layers) submit_load(step_.next_load);
-}
-
-// Only when both copy streams are idle. New events drop the records that failed; what the compute
-// does meanwhile is covered by the barrier of the next step (rule 3).
-void Engine::reset_events() {
-  events_ = std::make_unique<LayerEvents>(*driver_, geometry_.layers);
-  slot_user_.assign(static_cast<size_t>(geometry_.slots), -1);
-  store_pending_.assign(static_cast<size_t>(geometry_.layers), false);
-  need_barrier_ = true;
 }
 
 }  // namespace pie

@@ -1,42 +1,21 @@
 // Carries out step plans: who copies what, when, and who waits for it. Makes no choice.
 //
-// One thread calls everything and submits in program order; the order rules are numbered in
-// csrc/DESIGN.md and named in engine.cpp where they are kept.
+// One thread calls everything and submits in program order. Who waits for whom is in order.h, by
+// the numbers of the rules in csrc/DESIGN.md.
 #pragma once
 
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "drivers/owned.h"
 #include "engine/gates.h"
-#include "engine/graph_capture.h"
-#include "engine/graph_tables.h"
+#include "engine/graph_steps.h"
+#include "engine/order.h"
 #include "engine/plan.h"
-#include "engine/stall.h"
 #include "memory/arena.h"
 #include "memory/pool.h"
 
 namespace pie {
-
-// One event a layer, of each meaning. The newest record of each is the one that counts.
-struct LayerEvents {
-  LayerEvents(Driver& driver, int64_t layers);
-  std::vector<OwnedEvent> ready;   // H2D stream: the layer's loads and promotions are there
-  std::vector<OwnedEvent> stored;  // D2H stream: the layer's stores are out
-  std::vector<OwnedEvent> done;    // compute: the layer's attention is over
-  OwnedEvent barrier;              // compute: all that was submitted before the step
-  OwnedEvent replayed;             // compute: the newest replay of a step is over
-};
-
-// What steps in CUDA graphs need, from use_graphs() on.
-struct Graphs {
-  Graphs(Driver& driver, const Geometry& geometry, int64_t pieces)
-      : tables(driver, geometry.layers, pieces),
-        capture(driver, tables, geometry.layers, geometry.slots) {}
-  GraphTables tables;
-  GraphCapture capture;
-};
 
 class Engine {
  public:
@@ -95,7 +74,6 @@ class Engine {
   void release_chunk(int64_t chunk);
 
  private:
-  friend class SelfTest;
   // Layers whose copies go ahead of what the caller submits before the first gate, such as the
   // inputs of the step, or the launch of a graph.
   static constexpr int64_t kHead = 1;
@@ -105,8 +83,6 @@ class Engine {
     Stream compute = 0;
     bool forward = false;     // runs the model: ring pages are loaded
     bool streams_in = false;  // has loads or promotions: the gates wait
-    bool barrier = false;     // what the compute did before is not known
-    Stream before = 0;        // compute stream of the step before
     int64_t next_store = 0;   // the first layer whose stores are not submitted
     int64_t next_load = 0;    // the first layer whose loads are not submitted
     bool fits = false;        // a graph
@@ -119,49 +95,33 @@ class Engine {
   void open_step(const pie_plan& plan, bool forward, Stream compute);
   template <typename Body>
   void or_abort(Body&& body);
-  void submit_barrier();
-  void submit_store(int64_t layer);
-  void submit_load(int64_t layer);
   void submit_first(int64_t stores, int64_t loads);
   void submit_rest() { submit_first(geometry_.layers, geometry_.slots); }
+  void submit_store(int64_t layer);
+  void submit_load(int64_t layer);
   void finish_promotions();
+  int64_t copy(Direction direction, const Runs& runs, int64_t layer);
+  void poison(int64_t layer);
   bool fits_graph() const;
-  bool capturing() const { return graphs_ != nullptr && graphs_->capture.on(); }
-  LayerPieces graph_pieces() const;
-  void leave_graph();
-  void check_replays(bool wait);
-  void wait_for_compute();
-  void wait_for_stores(int64_t layer);
-  void wait_on_compute(Event event);
-  int64_t copy_runs(Stream stream, Direction direction, const Runs& runs, int64_t layer);
-  void check_streams();
   void check_layer(int64_t layer) const;
-  void check_held(const char* name, const Runs& runs) const;
   void check_chunk(int64_t chunk) const;
   pie_stats close_step();
-  void reset_events();
+  void skip_counters();
   bool debug(uint32_t flag) const { return (debug_ & flag) != 0; }
 
-  // Torn down from the bottom up: events, streams, pool, arena, driver.
+  // Torn down from the bottom up: graphs, events, streams, pool, arena, driver.
   const uint32_t debug_;
   const std::unique_ptr<Driver> driver_;
   const Geometry geometry_;
   const Arena arena_;
   Pool pool_;
-  const OwnedStream h2d_, d2h_;
-  std::unique_ptr<LayerEvents> events_;
-  std::unique_ptr<Graphs> graphs_;  // null: use_graphs() was not called
+  Order order_;
+  PlanReader plans_;
+  GraphSteps graphs_;
 
   bool head_first_ = true;
   Step step_;
-  Runs loads_;  // of the newest step
-  int64_t last_step_ = 0;
   int64_t gated_steps_ = 0;
-  Stream last_compute_ = 0;          // of the newest step, open or not
-  bool need_barrier_ = true;         // what the compute did since last_step_ is not known
-  std::vector<int64_t> slot_user_;   // the layer that used a ring slot last, -1: none
-  std::vector<bool> store_pending_;  // stores that no compute was told to wait for
-  StallClock stall_;
   std::vector<CopyOp> scratch_;
   Counters reported_in_, reported_out_;
 };

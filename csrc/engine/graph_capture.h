@@ -34,7 +34,7 @@ class GraphCapture {
   const int64_t layers_, slots_;
   const OwnedStream copies_;
   const OwnedEvent edge_;                 // where the branch leaves
-  std::vector<OwnedEvent> ready_, done_;  // one a layer, as in LayerEvents
+  std::vector<OwnedEvent> ready_, done_;  // one a layer, as in Order
   Stream compute_ = 0;
   bool on_ = false, forked_ = false;
   int64_t loaded_ = 0;  // layers whose load is captured

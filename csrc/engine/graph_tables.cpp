@@ -20,8 +20,8 @@ size_t aligned(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
 }  // namespace
 
-// Of a slot: the count of layers, the numbers, the count that came home, the tables one after the
-// other. On the device the count that came home is not there.
+// A slot has, in this order: the count of layers, the numbers, the count that came home, the tables
+// one after the other. On the device the count that came home is not there.
 GraphTables::GraphTables(Driver& driver, int64_t layers, int64_t pieces)
     : driver_(driver),
       layers_(layers),

@@ -1,7 +1,5 @@
-// The start-up check: alias coherence, then the whole hand-over, in the real arena and pool.
-//
-// The compute of the test is copies on a stream of its own: host to device stands for a KV write,
-// device to host for attention's reads. Steps follow one another without waiting.
+#include "engine/self_test.h"
+
 #include <algorithm>
 #include <cstring>
 #include <random>
@@ -13,8 +11,6 @@ namespace {
 
 constexpr int64_t kBlocks = 4;
 constexpr int64_t kStagingBytes = 64 << 20;
-
-}  // namespace
 
 class SelfTest {
  public:
@@ -168,18 +164,14 @@ class SelfTest {
   bool borrowed_ = false;  // the last chunk is there for the test only
 };
 
-void Engine::self_test() {
-  if (step_.open) throw Error(PIE_ERR_STATE, "self_test inside a step");
-  SelfTest test(*this);
+}  // namespace
+
+void self_test(Engine& engine, const std::function<void()>& forget) {
+  SelfTest test(engine);
   const auto clean = [&] {
-    abort_step();
-    loads_.clear();
-    last_step_ = 0;
-    last_compute_ = 0;
+    forget();
     test.clean();
-    zero_ring();
-    reported_in_ = driver_->counters(Direction::kHostToDevice);
-    reported_out_ = driver_->counters(Direction::kDeviceToHost);
+    engine.zero_ring();
   };
   try {
     test.run();

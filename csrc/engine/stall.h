@@ -1,4 +1,4 @@
-// How long a compute stream stood at the gates of a step, where a wait does not block the caller.
+// How long a compute stream stood at the gates of a step.
 #pragma once
 
 #include <vector>
@@ -7,17 +7,19 @@
 
 namespace pie {
 
-// One step at a time is timed, by events around its waits; the result is there once they have all
-// passed, some steps later. Two events with a wait between them that is over lie some microseconds
-// apart, too: a pair around a wait for nothing tells how far, and that is no stall.
+// Where a wait blocks the caller, each step is timed by the clock. Else one step at a time is
+// timed, by events around its waits; the result is there once they have all passed, some steps
+// later. Two events with a wait between them that is over lie some microseconds apart, too: a pair
+// around a wait for nothing tells how far, and that is no stall.
 class StallClock {
  public:
   explicit StallClock(Driver& driver) : driver_(driver), nothing_(driver) {}
 
-  // Time the coming step, unless the last timed one is still under way. True if it is timed.
-  bool begin(int64_t step, Stream compute);
-  // The wait itself, with events around it while a step is timed.
-  void wait(Stream compute, Event event);
+  // A step begins. `events`: it is timed by events where that is how, unless the last one that was
+  // is still under way.
+  void begin(int64_t step, Stream compute, bool events);
+  // The wait itself, timed.
+  void wait(Event event);
   void end() { timing_ = false; }
   // The step that begin() was of has no gates.
   void leave() {
@@ -36,14 +38,17 @@ class StallClock {
   struct Pair {
     OwnedEvent before, after;
   };
-  void timed_wait(const Pair& pair, Stream compute, Event event);
+  void timed_wait(const Pair& pair, Event event);
 
   Driver& driver_;
   std::vector<Pair> pairs_;  // the first one is the one that waits for nothing
   OwnedEvent nothing_;       // never recorded
   size_t used_ = 0;
-  int64_t step_ = -1;
-  bool timing_ = false;
+  int64_t step_ = -1;    // timed by events; -1: none
+  bool timing_ = false;  // the newest step is that
+  int64_t newest_ = -1;  // the step that began last
+  Stream compute_ = 0;   // its compute stream
+  double blocked_ = 0;   // seconds that its waits blocked the caller
 };
 
 }  // namespace pie

@@ -7,7 +7,7 @@
 namespace pie {
 namespace {
 
-// Of a pool: 64 TiB of 64 MiB each. The table of chunks has an entry for each.
+// Most chunks of a pool: 64 TiB of 64 MiB each. The table of chunks has an entry for each.
 constexpr int64_t kMostChunks = int64_t{1} << 20;
 
 std::string text_of(const Geometry& g) {

@@ -19,7 +19,7 @@ class Geometry {
   int64_t page_offset(int64_t layer, int64_t block) const {
     return layer * layer_stride + shift + block * page;
   }
-  // Of the first chunks of the pool.
+  // Bytes of the first chunks of the pool.
   int64_t bytes_of_chunks(int64_t chunks) const {
     return (chunks < num_chunks ? chunks * chunk_rows : rows) * layers * page;
   }

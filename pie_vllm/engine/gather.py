@@ -19,7 +19,7 @@ ENTRY = "pie_gather"
 """The kernel's name in an image; its arguments are described in ``gather.cu``."""
 
 SECONDS = 60.0
-"""That NVRTC may take; it needs one."""
+"""Seconds that NVRTC may take; it needs one."""
 
 NATIVE = Path(__file__).resolve().parent.parent / "_native"
 

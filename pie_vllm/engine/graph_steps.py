@@ -28,10 +28,10 @@ class GraphSteps:
         Whatever ``use_gather`` was told: the copies in a graph are always the kernel's.
 
         Args:
-            image: with the kernel of ``gather.cu``; see ``pie_vllm.engine.gather``.
+            image: machine code of ``gather.cu``, see ``pie_vllm.engine.gather``.
             pieces: runs to the device, loads and promotions, that a step in a graph may have.
                 Each takes 24 bytes a layer on the device, and four times that on the host.
-            blocks: of each layer's grid, 1 to 12.
+            blocks: thread blocks of the kernel, 1 to 12.
 
         Raises:
             UnsupportedError: the driver runs no kernels, or the image is for other devices.
@@ -48,7 +48,7 @@ class GraphSteps:
         then. The first gate forks from the stream, the last layer joins it again.
 
         Args:
-            compute_stream: that the model is being captured on.
+            compute_stream: stream that the model is being captured on.
 
         Raises:
             TransferError: the stream is not capturing, a step or a capture is open, or

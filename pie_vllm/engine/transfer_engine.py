@@ -38,17 +38,18 @@ class TransferEngine:
     A step may also run in a CUDA graph that holds the copies: see ``GraphSteps``.
 
     Args:
-        geometry: all sizes; ``granularity`` a multiple of the driver's.
+        geometry: all sizes; ``granularity`` is a multiple of the driver's.
         driver: ``"host"``, ``"cuda"`` (the device whose context is current on this
             thread, else the first) or ``"cuda:N"``.
         link_bytes_per_s: emulated link speed per direction; ``None`` is as fast
             as the machine.
         debug: negative controls, words of ``native.DEBUG_FLAGS``.
-        chunks: of the pool that are there from the start, at least one; ``None`` is all.
+        chunks: number of the pool's chunks that are there from the start, at least one; ``None``
+            is all.
         library_path: another build of the native library, for tests.
 
     Attributes:
-        geometry: as given.
+        geometry: all sizes, as given.
         arena: the device memory.
         handle: the native engine, for other calls of the C interface.
         graphs: the steps in CUDA graphs, and their captures.
@@ -95,11 +96,6 @@ class TransferEngine:
         address, size = ctypes.c_uint64(), ctypes.c_int64()
         self.handle.call("pie_arena", ctypes.byref(address), ctypes.byref(size))
         self.arena = DeviceArena(address.value, size.value, driver, self)
-
-    @property
-    def closed(self) -> bool:
-        """Whether ``close`` was called."""
-        return self.handle.address is None
 
     @property
     def host_bytes(self) -> int:
@@ -261,11 +257,11 @@ class TransferEngine:
         """Have a kernel load small pieces from now on; an error changes nothing.
 
         Args:
-            image: with the kernel of ``gather.cu``; see ``pie_vllm.engine.gather``. None is
-                the one in use.
+            image: machine code of ``gather.cu``, see ``pie_vllm.engine.gather``; None is the one in
+                use.
             threshold_bytes: a layer's loads of smaller pieces, on average, are the kernel's
                 if they are 16 or more. 0 is no kernel, whatever the image.
-            blocks: of the kernel's grid, 1 to 12; each takes an SM while it runs.
+            blocks: thread blocks of the kernel, 1 to 12; each takes an SM while it runs.
 
         Raises:
             UnsupportedError: the driver runs no kernels, or the image is for other devices.

@@ -17,7 +17,7 @@
 #include <string>
 #include <vector>
 
-#include "pie.h"
+#include "testing.h"
 
 namespace {
 
@@ -95,7 +95,7 @@ class Replay {
     for (int i = 0; i < 8; ++i) sizes[i] = next(in);
     steps_left_ = next(in);
     must(pie_open(&g_, "host", 0, 0, -1, &engine_));
-    must(pie_inject(engine_, PIE_FAULT_LATE, 3, 0, 0.2, seed));
+    must(pie_test_inject(engine_, PIE_FAULT_LATE, 3, 0, 0.2, seed));
     must(pie_stream_create(engine_, &compute_));
     int64_t bytes;
     must(pie_arena(engine_, &arena_, &bytes));
@@ -117,7 +117,8 @@ class Replay {
       events_.push_back(0);
       must(pie_event_create(engine_, &events_.back()));
       must(pie_event_record(engine_, events_.back(), compute_));
-      if (events_.size() > 1) must(pie_event_synchronize(engine_, events_[events_.size() - 2]));
+      if (events_.size() > 1)
+        must(pie_test_event_synchronize(engine_, events_[events_.size() - 2]));
     }
     must(pie_stream_synchronize(engine_, compute_));
     return wrong_ ? -1 : done;
@@ -142,9 +143,9 @@ class Replay {
     for (int64_t layer = 0; layer < g_.num_layers; ++layer) {
       tasks_.push_back({this, &step, layer});
       if (gated) must(pie_before_write(engine_, layer));
-      must(pie_launch_host(engine_, compute_, write, &tasks_.back()));
+      must(pie_test_launch_host(engine_, compute_, write, &tasks_.back()));
       if (gated) must(pie_before_attention(engine_, layer));
-      must(pie_launch_host(engine_, compute_, check, &tasks_.back()));
+      must(pie_test_launch_host(engine_, compute_, check, &tasks_.back()));
       if (gated) must(pie_after_attention(engine_, layer));
     }
     if (gated) must(pie_end_step(engine_, &stats));

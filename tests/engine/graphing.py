@@ -8,18 +8,18 @@ from collections.abc import Callable
 from typing import Any
 
 from pie_vllm.engine.step_stats import StepStats
-from pie_vllm.engine.streams import DriverStream
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.plan import StepPlan
 from tests.engine.driving import View
 from tests.engine.standin_fixtures import GLOBAL, HOST_FN
 from tests.helpers.cuda_calls import Cuda
 from tests.helpers.standin import load
+from tests.helpers.streams import DriverStream
 
 Body = Callable[[int], Any] | None
 LAYERS = range(6)
 PIECES = 4
-"""That tables of these tests hold."""
+"""Pieces that tables of these tests hold."""
 
 
 class GraphModel:

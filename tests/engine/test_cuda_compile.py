@@ -135,7 +135,7 @@ sys.stdout.buffer.write(found.image)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """As an installed package has it, compiled where there was no nvcc."""
+    """The kernel of an installed package that was built where there was no nvcc."""
     shutil.copy(KERNEL, tmp_path)
     return tmp_path
 
@@ -171,7 +171,7 @@ def test_nvrtc_that_refuses_is_a_reason(folder: Path) -> None:
 
 @pytest.fixture
 def no_cuda_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if cuda-python were missing."""
+    """Has cuda-python missing."""
     (tmp_path / "without" / "cuda").mkdir(parents=True)
     (tmp_path / "without" / "cuda" / "__init__.py").write_text("raise ImportError('no cuda')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "without"))

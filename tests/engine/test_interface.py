@@ -12,12 +12,12 @@ import pytest
 
 from pie_vllm.engine import native
 from pie_vllm.engine.native import DEFAULT_LIBRARY, GeometryStruct, PlanStruct, load_library
-from pie_vllm.engine.streams import inject
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import ConfigError, IntegrityError, TransferError
 from tests.engine.driving import PAGE, geometry, plan, run_step
-from tests.helpers.builds import CSRC, PROGRAMS, build_program
+from tests.helpers.builds import CSRC, PROGRAMS, TESTING, build_program
 from tests.helpers.standin import ENVIRONMENT, include_folder, library_folder
+from tests.helpers.streams import inject
 
 CONFIG, PLAN, STATE = 1, 2, 5
 MOST = 2**63 - 1
@@ -26,9 +26,7 @@ NUMBERS = (ctypes.c_double, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32, ctype
 
 def nothing(kind: Any) -> Any:
     """0, or a null pointer."""
-    if issubclass(kind, NUMBERS):
-        return 0
-    return kind() if kind is native.HOST_FN else None
+    return 0 if issubclass(kind, NUMBERS) else None
 
 
 def text() -> str:
@@ -80,7 +78,7 @@ def test_null_runs_and_impossible_counts_are_refused() -> None:
 
 
 def test_a_closed_engine_is_an_error_for_every_call() -> None:
-    """Of its gates too, whatever the step was that it was closed in."""
+    """Gates too say so, whatever the step was that it was closed in."""
     for stores in ((), ((1, 1, 1),)):
         engine = TransferEngine(geometry())
         engine.begin_step(plan(1, stores=stores))
@@ -225,15 +223,15 @@ def run_fuzz(program: Path, first: int, seeds: int, *driver: str, **environment:
 @pytest.mark.fuzz
 @pytest.mark.parametrize("driver", ["host", "cuda"])
 def test_random_calls(tmp_path: Path, fuzz_seeds: range, driver: str) -> None:
-    """Of the library that is installed; CUDA's over the stand-in for libcuda, which is slower."""
+    """Calls the installed library; CUDA's over the stand-in for libcuda, which is slower."""
     if driver == "cuda" and include_folder() is None:
         pytest.skip("no cuda.h: neither the package nvidia-cuda-runtime nor a toolkit")
     program = tmp_path / "fuzz_interface"
-    source, folder = PROGRAMS / "fuzz_interface.cpp", DEFAULT_LIBRARY.parent
-    flags = ["-std=c++17", "-O1", "-g1", f"-Wl,-rpath,{folder}", f"-iquote{CSRC}"]
+    files = [PROGRAMS / "fuzz_interface.cpp", TESTING, DEFAULT_LIBRARY]
+    flags = ["-std=c++17", "-O1", "-g1", f"-Wl,-rpath,{DEFAULT_LIBRARY.parent}", f"-iquote{CSRC}"]
     compiler = os.environ.get("CXX", "g++")
     subprocess.run(
-        [compiler, *flags, str(source), str(DEFAULT_LIBRARY), "-ldl", "-o", str(program)],
+        [compiler, *flags, *map(str, files), "-ldl", "-o", str(program)],
         check=True,
     )
     if driver == "host":

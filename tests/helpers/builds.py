@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import os
 import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from benchmarks.harness.builds import build_once
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 PROGRAMS = ROOT / "tests" / "csrc"
 """C++ programs and headers of tests."""
 
+TESTING = PROGRAMS / "testing.cpp"
+
 PARTS = {
     "gather": [],
     "free_memory": [CSRC / "drivers" / "free_memory.cpp"],
     "placement": [CSRC / "drivers" / "placement.cpp"],
 }
-"""Sources that a program of that name needs beside its own; any other program needs the engine."""
+"""Sources that a program of that name needs beside its own; any other program needs the engine
+and its interface for tests."""
 
 
 @cache
@@ -44,7 +51,7 @@ def build_program(name: str, folder: Path, sanitize: str | None = None) -> Path:
         RuntimeError: there is no compiler, or it failed; the text has its output.
     """
     script = build_script()
-    parts = PARTS.get(name, script.SOURCES)
+    parts = PARTS.get(name, [*script.SOURCES, TESTING])
     without = [] if script.cuda_headers() else script.CUDA_SOURCES
     files = [*(file for file in parts if file not in without), PROGRAMS / f"{name}.cpp"]
     with tempfile.TemporaryDirectory() as scratch:
@@ -52,3 +59,14 @@ def build_program(name: str, folder: Path, sanitize: str | None = None) -> Path:
         unit.write_text("".join(f'#include "{file}"\n' for file in files))
         script.build(folder / name, [unit], shared=False, sanitize=sanitize)
     return folder / name
+
+
+def testing_library() -> Path:
+    """The library with the interface for tests; built when it is not there."""
+    script = build_script()
+    digest = hashlib.sha256(repr((script.FLAGS, os.environ.get("CXX"))).encode())
+    for source in [*script.HEADERS, TESTING, PROGRAMS / "testing.h"]:
+        digest.update(source.name.encode() + source.read_bytes())
+    target = ROOT / "build" / f"testing-{digest.hexdigest()[:16]}" / "libpie_testing.so"
+    build_once(target, lambda: script.build(target, [TESTING], shared=True, sanitize=None))
+    return target

@@ -20,7 +20,7 @@ class FailingPlans:
 
     def look(self, plan: Any, engine: Any) -> None:
         """At the plan of the step that the engine carries out next."""
-        from pie_vllm.engine.streams import inject
+        from tests.helpers.streams import inject
 
         if not self.orders:
             return

@@ -86,7 +86,7 @@ int Device::attribute(CUdevice_attribute which) const {
   return api_.cuDeviceGetAttribute(&value, which, device_) == CUDA_SUCCESS ? value : 0;
 }
 
-// As the driver says, else as the PCI bus says; -1 where neither knows.
+// The answer of the driver, else of the PCI bus; -1 where neither knows.
 int Device::find_numa_node() const {
   int node = -1;
   if (api_.cuDeviceGetAttribute(&node, CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID, device_) == CUDA_SUCCESS &&

@@ -42,7 +42,7 @@ class Device {
   // Where kernels find an address of that memory.
   Address reach(Address host) const;
 
-  // As compilers call it: "sm_90".
+  // The architecture by its compilers' name: "sm_90".
   std::string arch() const;
 
  private:

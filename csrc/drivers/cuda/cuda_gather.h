@@ -29,7 +29,7 @@ class Gather {
   void set_blocks(int blocks) { kernel_.set_blocks(blocks); }
 
  private:
-  // As the kernel reads it, from CPU memory. More pieces than these take several launches.
+  // Pieces of a table, which the kernel reads from CPU memory. More pieces take several launches.
   static constexpr size_t kPieces = 4096;
   struct Table {
     uint64_t count, unused;

@@ -17,7 +17,7 @@ class Kernel {
   // Addresses of the device; copied is 0 for nothing to count. `call` is what the result is of.
   CUresult launch(CUstream stream, Address table, Address count, Address copied,
                   const char*& call) const;
-  // Of the grid from now on. Throws PIE_ERR_CONFIG.
+  // Blocks of the grid from now on. Throws PIE_ERR_CONFIG.
   void set_blocks(int blocks);
 
  private:

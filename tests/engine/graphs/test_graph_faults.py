@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from pie_vllm.engine.streams import DriverStream
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import GateError, TransferError
 from tests.engine.driving import View, plan
@@ -15,6 +14,7 @@ from tests.engine.graphing import GLOBAL, GraphModel
 from tests.helpers.cuda_calls import Cuda
 from tests.helpers.gather_kernel import IMAGE, GatherKernel
 from tests.helpers.standin import Standin, load
+from tests.helpers.streams import DriverStream
 
 MakeEngine = Callable[..., TransferEngine]
 pytestmark = pytest.mark.usefixtures("kernel")

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
-from pie_vllm.engine.streams import DriverStream
 from pie_vllm.engine.transfer_engine import TransferEngine
 from tests.engine.driving import View, inject, latched, plan, run_step
 from tests.engine.graphing import LAYERS, PIECES, GraphModel, Seen
 from tests.helpers.gather_kernel import IMAGE, GatherKernel
+from tests.helpers.streams import DriverStream
 
 MakeEngine = Callable[..., TransferEngine]
 Capture = Callable[..., GraphModel]
@@ -83,7 +83,7 @@ def test_the_head_is_loaded_before_the_replay(
 def test_the_loads_of_a_replay_begin_before_its_first_write(
     model: GraphModel, stream: DriverStream, view: View
 ) -> None:
-    """As many as the ring has room for, beside the first layer."""
+    """So many as the ring has room for, beside the first layer's."""
     view.write_row(0, 3)
     found = []
 
@@ -194,7 +194,7 @@ def test_a_new_compute_stream_comes_after_the_replay(
 def test_a_chunk_is_given_back_only_after_the_replay(
     make_engine: MakeEngine, capture: Capture, kernel: GatherKernel
 ) -> None:
-    """Which reads its rows; the stand-in sees memory that goes too early."""
+    """The replay reads its rows; the stand-in sees memory that goes too early."""
     engine = make_engine()
     engine.graphs.prepare(IMAGE, PIECES)
     stream, view = DriverStream(engine), View(engine)

@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import pytest
 
-from pie_vllm.engine.streams import DriverStream, counters
+from pie_vllm.engine.streams import counters
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import ConfigError, GateError, TransferError, UnsupportedError
 from tests.engine.driving import View, geometry, inject, latched, plan
 from tests.engine.graphing import PIECES, GraphModel
 from tests.helpers.gather_kernel import IMAGE, GatherKernel
 from tests.helpers.standin import load
+from tests.helpers.streams import DriverStream
 
 MakeEngine = Callable[..., TransferEngine]
 Capture = Callable[..., GraphModel]
@@ -69,7 +70,7 @@ def test_a_replay_that_did_not_copy_all_layers_fails_the_engine(
 
 
 def test_a_count_is_looked_at_before_its_buffer_comes_round(model: GraphModel) -> None:
-    """As many steps are under way as there are buffers."""
+    """Steps take all buffers."""
     engine = model.engine
     with latched(model.stream) as latch:
         for step in range(1, 5):

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 
-from pie_vllm.engine.streams import DriverStream
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import TransferError
 from tests.engine.driving import View, plan, run_step
 from tests.engine.graphing import LAYERS, PIECES, GraphModel, Seen
 from tests.helpers.gather_kernel import IMAGE
 from tests.helpers.standin import load
+from tests.helpers.streams import DriverStream
 
 MakeEngine = Callable[..., TransferEngine]
 Capture = Callable[..., GraphModel]
