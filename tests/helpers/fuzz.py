@@ -161,7 +161,7 @@ def random_case(seed: int, *, asynchronous: bool | None = None, **sizes: int) ->
         "long_prefill_token_threshold": rng.choice([0, 0, 0, 8, 40]),
         "policy": rng.choice(["fcfs", "fcfs", "priority"]),
         "scheduler_reserve_full_isl": rng.random() < 0.8,
-        "parking": "lru" if rng.random() < 0.5 or parks else "off",
+        "parking": rng.choice(("lru", "lru", "off", "off")[: 2 if parks else 4]),
     }
     longest = max(1, min(rng.choice([10, 50, capacity // 2, capacity - 10]), capacity - 20))
     answer = max(1, min(60, capacity - longest - 1))

@@ -51,8 +51,8 @@ def books(pool: FakePool) -> tuple[Any, ...]:
         queue.available_pooled,
         queue.withheld,
         len(parking),
-        list(parking.tails),
-        dict(parking.restores),
+        parking.tails.rows(),
+        dict(parking.copies.restores),
         dict(pool.cached),
         sorted(residency.victims.holders),
     )
