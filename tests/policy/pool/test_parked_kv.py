@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from pie_vllm.errors import IntegrityError
 from pie_vllm.policy.admission.restore import ParkedKey, cancel, restore
+from pie_vllm.policy.pool.parked_kv import Parking
+from pie_vllm.policy.pool.rows import RowLedger
 from tests.helpers.parked_steps import come_back, copied, leave, make, take
 
 
@@ -219,3 +223,47 @@ def test_rows_that_a_step_reads_are_no_rows_for_demotion() -> None:
     cancel(pool.residency, hits)
     pool.residency.end_step({}, (), False, None)
     assert queue.available_pooled == 2
+
+
+def parking_of(rows: int) -> tuple[RowLedger, Parking]:
+    """Parking over rows alone; pooled ids are 10 and above."""
+    ledger = RowLedger(rows, 10)
+    return ledger, Parking(ledger, rows, "lru")
+
+
+def block(block_id: int, key: str | None) -> SimpleNamespace:
+    """A cached block, or one that is not full."""
+    return SimpleNamespace(block_id=block_id, block_hash=key)
+
+
+@pytest.mark.parametrize("key", ["p", None])
+def test_the_row_of_a_promoted_block_lasts_for_the_step(key: str | None) -> None:
+    """The step copies from it; after that it is parked, or free where it has no key."""
+    rows, parking = parking_of(1)
+    rows.take(10)
+    parking.promoted(block(10, key))
+    assert (parking.held, rows.num_parked) == (1, 1)
+    assert not parking.has("p")
+    assert not parking.keep(block(3, "x")), "there is no other row"
+    assert parking.pending
+    parking.take()
+    assert (parking.held, parking.has("p")) == (0, key is not None)
+    assert parking.keep(block(3, "x"))
+    assert not parking.parked("p")
+    parking.check_integrity()
+
+
+def test_a_tail_gives_way_to_a_pooled_block_when_nothing_else_is_parked() -> None:
+    """The oldest one, and only after all full blocks."""
+    rows, parking = parking_of(3)
+    parking.keep_tail("a", block(1, None), 0, 5)
+    parking.keep_tail("b", block(2, None), 0, 5)
+    assert parking.keep(block(3, "x"))
+    parking.take()
+    assert parking.row_for(block(4, "y"), 10) == (2, False)
+    assert (len(parking), len(parking.tails)) == (0, 2)
+    assert parking.row_for(block(5, "z"), 11) == (0, False)
+    assert parking.tails.find("a") is None
+    assert parking.tails.find("b") is not None
+    assert rows.num_parked == 1
+    parking.check_integrity()
