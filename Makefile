@@ -9,7 +9,7 @@ PYTEST := $(PYTHON_IN_VENV) -m pytest
 PYTEST_ARGS ?=
 FUZZ_SEEDS ?= 10000
 CONFORMANCE_ARGS ?=
-NATIVE_SOURCES = $(shell find csrc tests/standin -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu')
+NATIVE_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu')
 
 # vLLM: no usage reports, no look-ups on a model hub.
 export VLLM_NO_USAGE_STATS := 1

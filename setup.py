@@ -55,9 +55,7 @@ setup(
         Extension(
             "pie_vllm._native.libpie",
             sources=relative(native.SOURCES),
-            depends=relative(
-                [*native.HEADERS, *native.TEST_SOURCES, native.GATHER, ROOT / "csrc" / "build.py"]
-            ),
+            depends=relative([*native.HEADERS, native.GATHER, ROOT / "csrc" / "build.py"]),
             language="c++",
         )
     ],

@@ -2,6 +2,7 @@
 
 Starts `vllm serve … --block-manager pie`, streams 32 chats at once from it through the OpenAI
 client, does the same with stock vLLM at the same number of device bytes for KV, and compares.
+Pie runs as a user starts it: nothing is tuned, so pool and ring have their default sizes.
 
     python -m benchmarks.demo        (or: make demo)
 """
@@ -13,30 +14,21 @@ import signal
 import sys
 from pathlib import Path
 
-from benchmarks.harness.display import console, table
+from benchmarks.harness.display import console
 from benchmarks.harness.load import Load
-from benchmarks.harness.machine import facts, fast_dtype, write_json
+from benchmarks.harness.machine import facts, fast_dtype
 from benchmarks.harness.options import plain_parser
-from benchmarks.harness.server import ServerError
-from benchmarks.harness.serving_run import Setting, run_server
-from benchmarks.harness.shape import PieSizes, kv_shape, wide_ring
+from benchmarks.harness.result_file import write_json
+from benchmarks.harness.shape import PieSizes, kv_shape
+from benchmarks.real.demo_picture import draw
+from benchmarks.real.demo_report import compare, explain, introduce, result
+from benchmarks.real.server import ServerError
+from benchmarks.real.serving_run import ServedRun, Setting, run_server
 
-OUTPUT = Path("build/demo.json")
+OUTPUT = Path("build/demo")
 BLOCK_SIZE = 128
-SECONDS_A_SIDE = 100.0
-"""Allowed for one side's load, so that the demo ends within minutes on a slow machine too."""
-MIB = 2**20
-
-ROWS = (
-    ("throughput, tokens/s", "tok_s", 0),
-    ("time to first token, p50, ms", "ttft_p50_ms", 0),
-    ("time to first token, p99, ms", "ttft_p99_ms", 0),
-    ("time per output token, p50, ms", "tpot_p50_ms", 1),
-    ("time per output token, p99, ms", "tpot_p99_ms", 1),
-    ("gap between tokens, p99, ms", "itl_p99_ms", 0),
-    ("preemptions (KV thrown away, computed again)", "preemptions", 0),
-    ("blocks pooled, peak", "pie_pooled_peak", 0),
-)
+SIDE_SECONDS_MAX = 100.0
+"""Time for the load of one side, so that the demo ends within minutes on a slow machine too."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,28 +38,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--chats", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--device-blocks", type=int, default=40, help="KV on the device, in blocks")
-    parser.add_argument("--pool-blocks", type=int, default=80, help="size of the CPU pool")
-    parser.add_argument("--ring-slots", type=int, default=2)
+    parser.add_argument("--pool-blocks", type=int, help="size of the CPU pool; pie's own default")
     parser.add_argument("--compiled", action="store_true", help="torch.compile instead of eager")
     parser.add_argument("--only", choices=("pie", "stock"), help="run one side; no comparison")
     return parser.parse_args()
-
-
-def introduce(setting: Setting, load: Load, device_blocks: int, pie: PieSizes) -> None:
-    """Say what is compared, and with which sizes."""
-    block = setting.shape.block_bytes
-    need = -(-(load.tokens + 40) // setting.block_size) * load.chats
-    ring = pie.ring_slots * pie.pool_blocks * setting.shape.page_bytes
-    console.print(
-        f"{load.chats} chats of {load.tokens} tokens need about {need} KV blocks of "
-        f"{setting.block_size} tokens in {setting.dtype}; the device is given {device_blocks} "
-        f"({device_blocks * block / MIB:.0f} MiB) on both sides.\n"
-        f"Pie adds a CPU pool of {pie.pool_blocks} blocks ({pie.pool_blocks * block / MIB:.0f} "
-        f"MiB) and pays for a ring of {ring / MIB:.0f} MiB out of its device bytes: "
-        f"{ring / block / device_blocks:.0%}, more than the default share of 5 %, because "
-        "here the pool is larger than the device.\n"
-        "No GPU is used: device memory, pool and copies share this machine's memory and cores."
-    )
 
 
 def adopt(load: Load, tokens: int) -> Load:
@@ -77,59 +51,24 @@ def adopt(load: Load, tokens: int) -> Load:
     return Load(load.chats, tokens)
 
 
-def cell(figures: dict[str, float] | None, key: str, digits: int) -> str:
-    """One figure for the table."""
-    if figures is None or key not in figures:
-        return "-"
-    return f"{figures[key]:,.{digits}f}"
-
-
-def compare(pie: dict[str, float] | None, stock: dict[str, float] | None) -> None:
-    """Print both sides next to each other, and the ratio of the throughputs."""
-    rows = [(label, cell(pie, key, n), cell(stock, key, n)) for label, key, n in ROWS]
-    for label, key in (("loaded from", "bytes_loaded"), ("stored to", "bytes_stored")):
-        value = f"{pie[f'pie_{key}'] / MIB:,.0f}" if pie else "-"
-        rows.append((f"{label} the CPU pool, MiB", value, "-"))
-    table("Same load, same device bytes for KV", ("", "pie", "stock"), rows)
-    if pie and stock:
-        console.print(f"pie / stock: {pie['tok_s'] / stock['tok_s']:.2f} x the throughput")
-
-
-def result(pie: dict[str, float] | None, stock: dict[str, float] | None) -> dict[str, object]:
-    """The figures under the names that build/demo.json promises, and all others below them."""
-    named: dict[str, object] = {}
-    if pie:
-        named |= {
-            "pie_tok_s": pie["tok_s"],
-            "pie_preemptions": int(pie["preemptions"]),
-            "pooled_blocks_peak": int(pie["pie_pooled_peak"]),
-            "bytes_loaded": int(pie["pie_bytes_loaded"]),
-            "bytes_stored": int(pie["pie_bytes_stored"]),
-        }
-    if stock:
-        named |= {"stock_tok_s": stock["tok_s"], "stock_preemptions": int(stock["preemptions"])}
-    if pie and stock:
-        named["ratio"] = pie["tok_s"] / stock["tok_s"]
-    return named | {"pie": pie, "stock": stock, "machine": facts()}
-
-
 def main() -> int:
-    """Run both sides and write build/demo.json."""
+    """Run both sides, write build/demo.json and build/demo.png."""
     args = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     dtype, logs = fast_dtype(), Path("build/logs")
     shape = kv_shape(args.model, BLOCK_SIZE, dtype)
     setting = Setting(args.model, shape, BLOCK_SIZE, dtype, 1024, args.compiled, logs)
-    load = Load(args.chats, args.tokens)
-    sizes = wide_ring(shape, args.device_blocks, args.pool_blocks, args.ring_slots)
-    introduce(setting, load, args.device_blocks, sizes)
-    pie = stock = None
+    load, blocks = Load(args.chats, args.tokens), args.device_blocks
+    sizes = PieSizes(args.pool_blocks)
+    introduce(setting, load, blocks, sizes)
+    pie: ServedRun | None = None
+    stock: ServedRun | None = None
     try:
         if args.only != "stock":
-            pie = run_server("demo-pie", setting, load, args.device_blocks, sizes, SECONDS_A_SIDE)
-            load = adopt(load, int(pie["tokens_per_chat"]))
+            pie = run_server("demo-pie", setting, load, blocks, sizes, SIDE_SECONDS_MAX, True)
+            load = adopt(load, int(pie.figures["tokens_per_chat"]))
         if args.only != "pie":
-            stock = run_server("demo-stock", setting, load, args.device_blocks, None)
+            stock = run_server("demo-stock", setting, load, blocks, None, None, True)
     except ServerError as error:
         console.print(str(error), markup=False)
         return 1
@@ -137,8 +76,13 @@ def main() -> int:
         console.print("stopped; the server is down")
         return 130
     compare(pie, stock)
-    write_json(OUTPUT, result(pie, stock))
-    console.print(f"all figures: {OUTPUT}; the servers' logs: {setting.logs}")
+    if pie is not None:
+        explain(setting, load, pie.figures, stock.figures if stock else None)
+    found = result(pie, stock) | {"machine": facts()}
+    write_json(OUTPUT.with_suffix(".json"), found)
+    picture = draw(OUTPUT.with_suffix(".png"), load, blocks, pie, stock)
+    console.print(f"all figures: {OUTPUT.with_suffix('.json')}; the servers' logs: {setting.logs}")
+    console.print(f"picture: {picture}")
     return 0
 
 

@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.display import say_written, working
-from benchmarks.harness.in_process import scheduler_of
 from benchmarks.harness.load import Load
-from benchmarks.harness.machine import facts, write_json
-from benchmarks.harness.one_run import WARM_UP, add_chats, make_llm, pie_counters, run_steps
+from benchmarks.harness.machine import facts
 from benchmarks.harness.options import parser_of, run_spec
+from benchmarks.harness.result_file import write_result
 from benchmarks.harness.shape import kv_shape, wide_ring
-from benchmarks.harness.side import serve, sides
-from benchmarks.harness.wave import Wave, run_wave
-from benchmarks.harness.wave_report import plot, print_summary, summary
-from benchmarks.throughput import pie_keys
+from benchmarks.real.in_process import scheduler_of
+from benchmarks.real.one_run import WARM_UP, add_chats, make_llm, pie_counters, run_steps
+from benchmarks.real.side import serve, sides
+from benchmarks.real.wave import Wave, run_wave
+from benchmarks.real.wave_report import plot, print_summary, summary
 
 WAVES = 3
 LONGER_CHATS = 2
@@ -61,7 +61,7 @@ def hold_all(llm: Any) -> None:
 
     scheduler = scheduler_of(llm)
     residency = scheduler.kv_cache_manager.residency
-    scheduler.pie_pool.order = PoolOrder(residency.geometry.num_chunks, idle=False)
+    scheduler.pie_controller.pool.order = PoolOrder(residency.geometry.num_chunks, idle=False)
     add_chats(llm, WARM_UP)
     run_steps(llm, WARM_UP)  # Orders travel with steps.
     deadline = time.monotonic() + GROWTH_SECONDS
@@ -85,7 +85,7 @@ def specs(args: Namespace) -> dict[str, dict[str, Any]]:
     shape = kv_shape(args.model, args.block_size, args.dtype)
     sizes = wide_ring(shape, args.device_blocks, args.pool_blocks, args.ring_slots)
     # Off: so that no measured time has a part in the schedule.
-    keys = pie_keys(shape, sizes) | {"target_slowdown": "off"}
+    keys = sizes.engine_keys(shape) | {"target_slowdown": "off"}
     found = {}
     for name, seconds in (("elastic", args.idle_seconds), ("held", NEVER)):
         spec = run_spec(args, shape, args.device_blocks, keys | {"pool_idle_seconds": seconds})
@@ -127,10 +127,7 @@ def main() -> None:
         f"Elastic pool: {WAVES} waves of {args.chats} chats x {args.tokens} tokens, {args.dtype}"
     )
     setup = {"repeats": args.repeats, "light_tokens": args.light_tokens, "specs": specs(args)}
-    write_json(
-        args.output.with_suffix(".json"),
-        {"question": title, "machine": facts(), "setup": setup, **data},
-    )
+    write_result(args.output, {"question": title, "machine": facts(), "setup": setup, **data})
     plot(args.output.with_suffix(".png"), title, rounds)
     say_written(args.output)
 

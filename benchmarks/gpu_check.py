@@ -140,7 +140,7 @@ class Results:
         """Read what there is.
 
         Args:
-            folder: of the files.
+            folder: folder of the files.
             dry: whether this is a dry run.
             page: called whenever the files were written, to write one more.
         """

@@ -18,13 +18,13 @@ from typing import Any
 
 from benchmarks.harness.display import console, working
 from benchmarks.harness.load import Load
-from benchmarks.harness.machine import facts, write_json
-from benchmarks.harness.one_run import add_chats, make_llm
+from benchmarks.harness.machine import facts
 from benchmarks.harness.options import parser_of, run_spec
+from benchmarks.harness.result_file import write_result
 from benchmarks.harness.shape import PieSizes, kv_shape
-from benchmarks.harness.side import Sides, serve, sides
 from benchmarks.harness.stats import paired_ratio, percentile
-from benchmarks.throughput import pie_keys
+from benchmarks.real.one_run import add_chats, make_llm
+from benchmarks.real.side import Sides, serve, sides
 
 
 def child(spec: dict[str, Any]) -> None:
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="of a turn")
     args: argparse.Namespace = parser.parse_args()
     shape = kv_shape(args.model, args.block_size, args.dtype)
-    pie = pie_keys(shape, PieSizes(args.pool_blocks, args.ring_slots, None))
+    pie = PieSizes(args.pool_blocks, args.ring_slots).engine_keys(shape)
     specs = {
         name: run_spec(args, shape, args.all_blocks, keys)
         for name, keys in (("stock", None), ("pie", pie))
@@ -84,9 +84,9 @@ def main() -> None:
         f"pie / stock, {len(turns['pie'])} pairs of turns: {ratio.text(3)}; of the whole time "
         f"{whole:.3f}; median step {middle['pie']:.1f} against {middle['stock']:.1f} ms"
     )
-    write_json(
-        args.output.with_suffix(".json"),
-        {"facts": facts(), "ratio": ratio.as_dict(), "whole": whole, "step_ms": middle},
+    write_result(
+        args.output,
+        {"machine": facts(), "ratio": ratio.as_dict(), "whole": whole, "step_ms": middle},
     )
 
 

@@ -3,7 +3,7 @@
 The chats of `benchmarks.throughput` at equal device bytes, with the host driver's link held to each
 of several speeds per direction ("none" is as fast as memory copies are), between stock vLLM with
 the same device bytes and stock vLLM with memory for every chat. Beside each figure stands what the
-simulator says of the same chats, see `benchmarks.harness.agreement`:
+simulator says of the same chats, see `benchmarks.real.agreement`:
 
     python -m benchmarks.link_speeds [--speeds 0.1,0.3,1,3,none] [--repeats 3]
 """
@@ -14,30 +14,29 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.agreement import add_simulated
-from benchmarks.harness.drawing import drawing
 from benchmarks.harness.load import Load
-from benchmarks.harness.options import parser_of, run_spec
-from benchmarks.harness.report import publish
-from benchmarks.harness.rounds import Figures, Question, column, in_all, run_rounds
+from benchmarks.harness.options import add_redraw, parser_of, run_spec
+from benchmarks.harness.report import publish, redraw
+from benchmarks.harness.rounds import Figures, Question, run_rounds
 from benchmarks.harness.shape import PieSizes, kv_shape
-from benchmarks.harness.stats import draw_curve, spread
-from benchmarks.throughput import MIB, compare_answers, pie_keys, run_once
+from benchmarks.real.agreement import add_simulated
+from benchmarks.real.fresh_process import MIB, compare_answers, run_once
+from benchmarks.real.link_picture import plot
 
 ASKED = 0.95
-"""Before the ring's share of the blocks is accounted for."""
+"""Ratio to stock at equal bytes that is asked for at every speed, the ring's bytes paid."""
 
 
 UNUSED_GBPS = 1000.0
-"""Of a link without a limit over which nothing was loaded: finite, and faster than any."""
+"""Speed that stands for an unlimited link over which nothing was loaded: finite, above any."""
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = parser_of("link_speeds", __doc__)
+    add_redraw(parser)
     parser.add_argument("--speeds", default="0.1,0.3,1,3,10,none", help="GB/s, comma-separated")
     parser.add_argument("--target-slowdown", type=float, default=0.01)
     return parser.parse_args()
@@ -46,14 +45,14 @@ def parse_arguments() -> argparse.Namespace:
 def specs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The runs: two of stock vLLM, and one of pie for each speed."""
     shape = kv_shape(args.model, args.block_size, args.dtype)
-    sizes = PieSizes(args.pool_blocks, args.ring_slots, None)  # the ring follows the link
+    sizes = PieSizes(args.pool_blocks, args.ring_slots)  # the ring follows the link
 
     runs = {
         "stock_equal": run_spec(args, shape, args.device_blocks, None),
         "stock_all": run_spec(args, shape, args.all_blocks, None),
     }
     for speed in args.speeds.split(","):
-        keys = pie_keys(shape, sizes) | {"target_slowdown": args.target_slowdown}
+        keys = sizes.engine_keys(shape) | {"target_slowdown": args.target_slowdown}
         if speed != "none":
             keys["emulated_link_gbps"] = float(speed)
         runs[f"pie_{speed}"] = run_spec(args, shape, args.device_blocks, keys)
@@ -77,58 +76,12 @@ def add_shares(
             run["bandwidth_gbps"] = run["loaded_mib"] * MIB / 1e9 / busy if busy else given
 
 
-def plot(path: Path, title: str, figures: Mapping[str, Sequence[Figures]]) -> None:
-    """Throughput and stall share against the link's speed, and the gaps between tokens."""
-    speeds = [name for name in figures if name.startswith("pie_")]
-    places = range(len(speeds))
-    with drawing(path, title, (16, 4.5), 1, 3) as (left, middle, right):
-        throughput = [column(figures[name], "tok_s") for name in speeds]
-        left.plot(places, [spread(values).median for values in throughput], color="tab:orange")
-        for place, values in zip(places, throughput, strict=True):
-            left.plot([place] * len(values), values, "k.", markersize=5)
-        for name, style in (("stock_equal", "--"), ("stock_all", ":")):
-            if name in figures:
-                level = spread(column(figures[name], "tok_s")).median
-                left.axhline(level, color="tab:gray", linestyle=style, label=name)
-        if all(in_all(figures[name], "simulated_tok_s") for name in speeds):
-            said = [spread(column(figures[name], "simulated_tok_s")).median for name in speeds]
-            left.plot(places, said, color="tab:blue", linestyle=":", label="simulated")
-        left.set_ylim(bottom=0)
-        left.set_ylabel("tokens/s, median; dots are runs")
-        left.legend()
-        stalls = [spread(column(figures[name], "stall_share")).median for name in speeds]
-        middle.bar(places, [100 * share for share in stalls], color="tab:orange")
-        middle.set_ylabel("stall, % of the time")
-        draw_gaps(right, figures)
-        for axes in (left, middle):
-            axes.set_xticks(places, [name.removeprefix("pie_") for name in speeds])
-            axes.set_xlabel("link, GB/s per direction")
-
-
-def draw_gaps(axes: Any, figures: Mapping[str, Sequence[Figures]]) -> None:
-    """Draw the gaps between tokens: stock's, and at each speed those with pooled KV and without."""
-    from matplotlib import pyplot
-
-    speeds = [name for name in figures if name.startswith("pie_")]
-    shades = pyplot.get_cmap("plasma")
-    colors = {name: shades(place / len(speeds)) for place, name in enumerate(speeds)}
-    for run in figures.get("stock_equal", ()):
-        draw_curve(axes, run["itl_curve_ms"], "stock_equal", color="tab:gray")
-    for name in speeds:
-        for kind, style in (("pooled", "-"), ("resident", "--")):
-            for run in figures[name]:
-                points = run.get(f"itl_{kind}_curve_ms")
-                if points:
-                    draw_curve(axes, points, f"{name}, {kind}", color=colors[name], linestyle=style)
-    axes.set_xscale("log")
-    axes.set_xlabel("time between tokens, ms")
-    labels = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # Runs share one.
-    axes.legend(labels.values(), labels.keys(), fontsize=8)
-
-
 def main() -> None:
     """Run all rounds, print the comparison, write JSON and plot."""
     args = parse_arguments()
+    if args.redraw:
+        redraw(args.output, plot)
+        return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     runs = specs(args)
 

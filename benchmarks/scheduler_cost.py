@@ -26,109 +26,18 @@ stock's side shows; it is held against the target.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.harness.display import console, table, working
-from benchmarks.harness.machine import RESULTS, facts, write_json
+from benchmarks.harness.machine import facts
 from benchmarks.harness.options import plain_parser
-from benchmarks.harness.parked_side import MOST_STEPS, ParkedCost, parked_costs
-from benchmarks.harness.scheduler_side import (
-    BLOCK_SIZE,
-    REQUESTS,
-    PieSide,
-    Side,
-    difference_of,
-    tiers,
-    two_sides,
-)
+from benchmarks.harness.result_file import RESULTS, write_result
+from benchmarks.real.parked_side import STEPS_MAX, ParkedCost, parked_costs
+from benchmarks.real.scheduler_phases import PHASES, Cost, costs
 
 TARGET_US = 100.0
-PHASES = ("idle", "steady", "demoting", "rotating")
-
-
-class Cost(NamedTuple):
-    """One phase; medians over its steps, microseconds."""
-
-    stock_us: float
-    pie_us: float
-    own_us: float
-    difference_us: float
-    difference_error_us: float
-    demotions: float
-    pooled: float
-
-
-class Sample(NamedTuple):
-    """One step of both schedulers, nanoseconds."""
-
-    stock: int
-    pie: int
-    own: int
-    demotions: int
-    pooled: int
-
-
-def measure(stock: Side, pie: PieSide, phase: str, steps: int) -> list[Sample]:
-    """Steps of a phase; the phases are measured in the order of PHASES, one after the other."""
-    if phase == "steady":
-        pie.fill()
-    samples = []
-    for turn in range(steps):
-        before = pie.residency.demotions
-        if phase == "rotating":
-            stock.leave_out(turn)
-            pie.leave_out(turn)
-        if phase in ("steady", "rotating"):
-            pie.release(REQUESTS // BLOCK_SIZE)
-        times = {}
-        for side in (stock, pie) if turn % 2 else (pie, stock):
-            times[side] = side.step()
-        own = times[pie] - pie.scheduler.inner
-        own += pie.scheduler.allocating - stock.scheduler.allocating
-        own -= times[stock] - stock.scheduler.inner  # What taking these times costs.
-        done = pie.residency.demotions - before
-        samples.append(Sample(times[stock], times[pie], own, done, pie.residency.pooled_in_use))
-    return samples
-
-
-def cost(samples: Sequence[Sample]) -> Cost:
-    """Medians."""
-    difference, error = difference_of([(s.stock, s.pie) for s in samples])
-    return Cost(
-        stock_us=median(s.stock for s in samples) / 1e3,
-        pie_us=median(s.pie for s in samples) / 1e3,
-        own_us=median(s.own for s in samples) / 1e3,
-        difference_us=difference,
-        difference_error_us=error,
-        demotions=sum(s.demotions for s in samples) / len(samples),
-        pooled=sum(s.pooled for s in samples) / len(samples),
-    )
-
-
-def one_round(
-    blocks: int, steps: int, phases: Sequence[str] = PHASES, asynchronous: bool = True
-) -> dict[str, list[Sample]]:
-    """All phases once, over ``blocks`` blocks, resident and pooled."""
-    stock, pie = two_sides(tiers(blocks), steps, len(PHASES), asynchronous)
-    # As vLLM's engine core does after its start: objects made so far are not scanned again.
-    gc.collect()
-    gc.freeze()
-    try:
-        return {phase: measure(stock, pie, phase, steps) for phase in phases}
-    finally:
-        gc.unfreeze()
-
-
-def costs(
-    blocks: int, steps: int, rounds: int = 1, phases: Sequence[str] = PHASES, **options: Any
-) -> dict[str, Cost]:
-    """The phases' costs over several rounds."""
-    results = [one_round(blocks, steps, phases, **options) for _ in range(rounds)]
-    return {phase: cost([s for r in results for s in r[phase]]) for phase in phases}
+"""Upper bound asked of the CPU time of pie's own code in a steady step, microseconds."""
 
 
 def summary(result: dict[str, Cost]) -> dict[str, Any]:
@@ -197,7 +106,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64, help="at most 64 with 10000 blocks")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sync", action="store_true", help="the plain schedulers, not async")
-    parser.add_argument("--output", type=Path, default=RESULTS / "scheduler_cost.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "scheduler_cost")
     args = parser.parse_args()
     results = {}
     for blocks in map(int, args.blocks.split(",")):
@@ -206,14 +115,14 @@ def main() -> None:
     parked = {}
     for blocks in map(int, args.parked.split(",")):
         with working(f"{blocks:,} parked"):
-            steps = min(args.steps, MOST_STEPS)
+            steps = min(args.steps, STEPS_MAX)
             parked[blocks] = parked_costs(blocks, steps, args.rounds, not args.sync)
     show(results)
     show_parked(parked)
     data = {str(n): summary(result) for n, result in results.items()}
-    facts_of_run = {"facts": facts(), "asynchronous": not args.sync, "target_us": TARGET_US}
+    facts_of_run = {"machine": facts(), "asynchronous": not args.sync, "target_us": TARGET_US}
     parked_data = {str(n): one._asdict() for n, one in parked.items()}
-    write_json(args.output, {**facts_of_run, "blocks": data, "parked": parked_data})
+    write_result(args.output, {**facts_of_run, "blocks": data, "parked": parked_data})
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.harness.load import Load
-from benchmarks.harness.options import parser_of
-from benchmarks.harness.report import publish
+from benchmarks.harness.options import add_redraw, parser_of
+from benchmarks.harness.report import publish, redraw
 from benchmarks.harness.rounds import Figures, Question, run_rounds
-from benchmarks.harness.serving_run import Setting, run_server, server_arguments
 from benchmarks.harness.shape import PieSizes, kv_shape, wide_ring
+from benchmarks.real.serving_run import Setting, run_server, server_arguments
 
 MIB = 2**20
 QUESTIONS = (
@@ -32,6 +32,7 @@ QUESTIONS = (
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = parser_of("serving", __doc__)
+    add_redraw(parser)
     parser.add_argument("--only", default="", help="comma-separated configurations")
     return parser.parse_args()
 
@@ -39,6 +40,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run all rounds, print the comparison, write JSON and plot."""
     args = parse_arguments()
+    if args.redraw:
+        redraw(args.output)
+        return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     load = Load(args.chats, args.tokens)
     shape = kv_shape(args.model, args.block_size, args.dtype)
@@ -54,10 +58,11 @@ def main() -> None:
 
     def runner(name: str) -> Callable[[int], Figures]:
         def run(index: int) -> Figures:
-            figures: Figures = dict(run_server(f"{name}-{index}", setting, load, *sides[name]))
+            run_figures = run_server(f"{name}-{index}", setting, load, *sides[name]).figures
+            figures: Figures = dict(run_figures)
             if sides[name][1] is not None:
-                figures["loaded_mib"] = figures["pie_bytes_loaded"] / MIB
-                figures["stored_mib"] = figures["pie_bytes_stored"] / MIB
+                figures["loaded_mib"] = figures["pie_loaded_bytes"] / MIB
+                figures["stored_mib"] = figures["pie_stored_bytes"] / MIB
             return figures
 
         return run

@@ -1,23 +1,26 @@
 """Does the decider settle in 50 steps after the load doubles, the link halves, long prompts come?
 
 In simulation, on a device whose link brings 180 blocks in a step of 19 ms: several random traces
-of each shift. Settled is, of any 50 steps that begin 50 or more after the shift: the mean limit is
-within a fifth of the long run's, and the stall within 1.1 times the target.
+of each shift. A trace has settled if any 50 steps that begin 50 or more after the shift have a
+mean limit within a fifth of the long run's, and a stall within 1.1 times the target.
 
     python -m benchmarks.settling [--seeds 10]
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.display import table, working
 from benchmarks.harness.drawing import drawing
-from benchmarks.harness.machine import RESULTS, facts, write_json
+from benchmarks.harness.machine import facts
 from benchmarks.harness.options import plain_parser
-from benchmarks.harness.shifts import (
+from benchmarks.harness.result_file import RESULTS, write_result
+from benchmarks.harness.stats import spread
+from benchmarks.simulated.shifts import (
     BEYOND,
     NAMES,
     SETTLE,
@@ -28,7 +31,6 @@ from benchmarks.harness.shifts import (
     stall_share,
     tokens_per_second,
 )
-from benchmarks.harness.stats import spread
 from pie_vllm.simulation.traces import Outcome
 
 SHIFTS = (*NAMES, BEYOND)
@@ -37,6 +39,18 @@ SHOWN = range(-150, 300)
 """Steps around the shift that the plot shows."""
 WINDOW = 20
 """Steps of the running means in the plot."""
+
+FIGURES = {
+    "limit_before": ("limit before", 0),
+    "limit": ("limit in the long run", 0),
+    "least": ("least of it, settled", 2),
+    "most": ("greatest of it, settled", 2),
+    "first_stall": (f"stall, first {SETTLE} steps", 4),
+    "stall": ("greatest stall, settled", 4),
+    "tok_s_before": ("tokens/s before", 0),
+    "tok_s_after": ("tokens/s in the long run", 0),
+}
+"""Figures of a trace: their words in the table, and digits after the point."""
 
 
 def play(name: str, seed: int) -> tuple[dict[str, Any], Outcome]:
@@ -55,15 +69,20 @@ def play(name: str, seed: int) -> tuple[dict[str, Any], Outcome]:
     }, outcome
 
 
+def summary(cases: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How many traces of a shift there are and settled; median and extremes of their figures."""
+    spreads = {key: spread([case[key] for case in cases]).as_dict() for key in FIGURES}
+    return {"traces": len(cases), "settled": sum(case["reached"] for case in cases), **spreads}
+
+
 def plot(path: Path, outcomes: dict[str, Outcome]) -> None:
-    """Limit, stall and throughput over time, a column for each shift, one trace each."""
+    """Limit, stall and throughput over time, a row for each shift, one trace each."""
     title = f"Shifts of load and link, simulated; running means of {WINDOW} steps"
-    shared = {"sharex": True, "sharey": "row"}
-    with drawing(path, title, (16, 8), 3, len(outcomes), **shared) as axes:
-        for column, (name, outcome) in enumerate(outcomes.items()):
+    with drawing(path, title, (8, 10), len(outcomes), 3, sharex=True, sharey="col") as axes:
+        for row, (name, outcome) in enumerate(outcomes.items()):
             first = first_after(outcome)
             recent = {i: range(first + i - WINDOW + 1, first + i + 1) for i in SHOWN}
-            rows = (
+            shown = (
                 (
                     "admission limit, blocks",
                     [outcome.decisions[first + i].pooled_admission_max for i in SHOWN],
@@ -71,16 +90,16 @@ def plot(path: Path, outcomes: dict[str, Outcome]) -> None:
                 ("stall, %", [100 * stall_share(outcome, recent[i]) for i in SHOWN]),
                 ("tokens/s", [tokens_per_second(outcome, recent[i]) for i in SHOWN]),
             )
-            for axis, (label, values) in zip(axes[:, column], rows, strict=True):
+            for axis, (label, values) in zip(axes[row], shown, strict=True):
                 axis.plot(list(SHOWN), values, color="tab:orange")
                 axis.axvline(0, color="black", linewidth=1)
                 axis.axvline(SETTLE, color="tab:gray", linestyle=":")
                 axis.set_ylim(bottom=0)
-                if not column:
-                    axis.set_ylabel(label)
-            axes[1, column].axhline(1.0, color="tab:gray", linestyle="--")
-            axes[0, column].set_title(name)
-            axes[2, column].set_xlabel("steps after the shift")
+                axis.set_title(label if not row else "")
+                if row == len(outcomes) - 1:
+                    axis.set_xlabel("steps after the shift")
+            axes[row, 0].set_ylabel(name)
+            axes[row, 1].axhline(1.0, color="tab:gray", linestyle="--")
 
 
 def main() -> None:
@@ -99,23 +118,13 @@ def main() -> None:
                 shown.setdefault(name, outcome)
                 task.note(f"{name}, trace {seed + 1}")
 
-    def cell(name: str, key: str, digits: int) -> str:
-        return spread([case[key] for case in cases[name]]).text(digits)
-
-    keys = (
-        ("limit_before", "limit before", 0),
-        ("limit", "limit in the long run", 0),
-        ("least", "least of it, settled", 2),
-        ("most", "most of it, settled", 2),
-        ("first_stall", f"stall, first {SETTLE} steps", 4),
-        ("stall", "most stall, settled", 4),
-        ("tok_s_before", "tokens/s before", 0),
-        ("tok_s_after", "tokens/s in the long run", 0),
-    )
-    rows = [[label, *(cell(name, key, digits) for name in SHIFTS)] for key, label, digits in keys]
-    settled = [f"{sum(c['reached'] for c in cases[name])} of {args.seeds}" for name in SHIFTS]
-    table(f"Settled after {SETTLE} steps", ["", *SHIFTS], [["settled", *settled], *rows])
-    write_json(args.output.with_suffix(".json"), {"facts": facts(), "shifts": cases})
+    data = {name: summary(found) for name, found in cases.items()}
+    rows = [["settled", *(f"{one['settled']} of {args.seeds}" for one in data.values())]]
+    for key, (label, digits) in FIGURES.items():
+        cells = [spread([case[key] for case in found]).text(digits) for found in cases.values()]
+        rows.append([label, *cells])
+    table(f"Settled after {SETTLE} steps", ["", *SHIFTS], rows)
+    write_result(args.output, {"machine": facts(), "shifts": data}, {"cases": cases})
     plot(args.output.with_suffix(".png"), shown)
 
 

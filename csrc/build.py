@@ -1,8 +1,7 @@
-"""Builds the engine with a C++17 compiler alone: the library, or a C++ test program.
+"""Builds the engine with a C++17 compiler alone.
 
 ``python csrc/build.py --out DIR`` writes ``DIR/libpie.so``, with ``--sanitize address|thread``
-under that sanitizer; ``--test`` builds ``DIR/random_plans``, ``--test NAME`` another program of
-``test/``. The compiler is ``$CXX`` or g++.
+under that sanitizer. The compiler is ``$CXX`` or g++.
 
 The CUDA driver is part of it where cuda.h of CUDA 12.8 or newer is found, in ``$CUDA_HOME``, in
 the package nvidia-cuda-runtime or under /usr/local/cuda. No library of CUDA is linked. Where there
@@ -23,24 +22,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
-SOURCES = sorted([*CSRC.glob("*.cpp"), *CSRC.glob("drivers/*.cpp")])
-CUDA_SOURCES = sorted(CSRC.glob("drivers/cuda*.cpp"))
-HEADERS = sorted([*CSRC.glob("*.h"), *CSRC.glob("drivers/*.h")])
-TEST_SOURCES = sorted(CSRC.glob("test/*"))
-TESTS = {
-    "random_plans": [*SOURCES, CSRC / "test" / "random_plans.cpp"],
-    "free_memory": [CSRC / "drivers" / "free_memory.cpp", CSRC / "test" / "free_memory.cpp"],
-    "fuzz_interface": [*SOURCES, CSRC / "test" / "fuzz_interface.cpp"],
-    "gather": [CSRC / "test" / "gather.cpp"],
-    "placement": [CSRC / "drivers" / "placement.cpp", CSRC / "test" / "placement.cpp"],
-}
-GATHER = CSRC / "gather.cu"
+SOURCES = sorted(CSRC.rglob("*.cpp"))
+CUDA_SOURCES = sorted(CSRC.glob("drivers/cuda/*.cpp"))
+HEADERS = sorted(CSRC.rglob("*.h"))
+GATHER = CSRC / "kernels" / "gather.cu"
 GATHER_FILES = ("gather.cu", "gather.fatbin")  # beside the library
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")  # A100, H100 and H200, B200
 PTX = "compute_90"  # for what none of them covers: the CUDA driver compiles it
 # No host code is made, so the C++ compiler's version, which nvcc checks, is all the same.
 CUDA_FLAGS = ["-std=c++17", "-allow-unsupported-compiler", "-Xptxas", "-v"]
 FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS += ["-iquote", str(CSRC)]
 
 OLDEST_CUDA_HEADER = 12080
 """Declares cuMemcpyBatchAsync."""
@@ -115,16 +107,6 @@ def build_library(target: Path, sanitize: str | None = None) -> None:
         build_fatbin(target.with_name("gather.fatbin"))
 
 
-def build_test(target: Path, sanitize: str | None = None) -> None:
-    """Builds the C++ test program that the target is named for."""
-    with tempfile.TemporaryDirectory() as scratch:
-        unit = Path(scratch) / "all.cpp"  # in one piece: a third of the time
-        without = [] if cuda_headers() else CUDA_SOURCES
-        files = [file for file in TESTS[target.name] if file not in without]
-        unit.write_text("".join(f'#include "{file}"\n' for file in files))
-        build(target, [unit], shared=False, sanitize=sanitize)
-
-
 def cuda_targets() -> tuple[str, list[str]] | None:
     """The CUDA compiler, and those of our architectures that it knows; None without either."""
     nvcc = os.environ.get("NVCC", shutil.which("nvcc"))
@@ -191,12 +173,9 @@ def main() -> None:
     where.add_argument("--out", type=Path, metavar="DIR")
     where.add_argument("--cuda", type=Path, metavar="DIR")
     parser.add_argument("--sanitize", choices=["address", "thread"])
-    parser.add_argument("--test", nargs="?", const="random_plans", choices=sorted(TESTS))
     args = parser.parse_args()
     if args.cuda:
         check_cuda(args.cuda)
-    elif args.test:
-        build_test(args.out / args.test, args.sanitize)
     else:
         build_library(args.out / "libpie.so", args.sanitize)
 

@@ -1,4 +1,6 @@
 // The C interface: pointers are checked, exceptions become codes, and nothing else happens here.
+#include "capi.h"
+
 #include <algorithm>
 #include <exception>
 #include <memory>
@@ -6,12 +8,6 @@
 #include <new>
 #include <string>
 #include <vector>
-
-#include "engine.h"
-
-struct pie_engine {
-  pie::Engine engine;
-};
 
 namespace {
 
@@ -255,9 +251,6 @@ int pie_counters_of(pie_engine* engine, int direction, pie_counters* counters) {
     at(counters, "counters") = {c.bytes, c.copies, c.seconds};
   });
 }
-int pie_inject(pie_engine* engine, int fault, int directions, double a, double b, uint64_t seed) {
-  return guarded([&] { driver(engine).inject(fault, directions, a, b, seed); });
-}
 
 int pie_stream_create(pie_engine* engine, uint64_t* stream) {
   return guarded([&] {
@@ -271,16 +264,6 @@ int pie_stream_destroy(pie_engine* engine, uint64_t stream) {
 }
 int pie_stream_synchronize(pie_engine* engine, uint64_t stream) {
   return guarded([&] { driver(engine).stream_synchronize(stream); });
-}
-int pie_stream_wait(pie_engine* engine, uint64_t stream, uint64_t event) {
-  return guarded([&] { driver(engine).stream_wait(stream, event); });
-}
-int pie_launch_host(pie_engine* engine, uint64_t stream, void (*fn)(void*), void* arg) {
-  return guarded([&] {
-    pie::Driver& device = driver(engine);
-    at(fn, "fn");
-    device.launch_host(stream, fn, arg);
-  });
 }
 int pie_copy(pie_engine* engine, uint64_t stream, int direction, uint64_t dst, uint64_t src,
              int64_t bytes) {
@@ -303,16 +286,6 @@ int pie_event_destroy(pie_engine* engine, uint64_t event) {
 }
 int pie_event_record(pie_engine* engine, uint64_t event, uint64_t stream) {
   return guarded([&] { driver(engine).event_record(event, stream); });
-}
-int pie_event_query(pie_engine* engine, uint64_t event, int* complete) {
-  return guarded([&] {
-    pie::Driver& device = driver(engine);
-    int& answer = at(complete, "complete");
-    answer = device.event_query(event) ? 1 : 0;
-  });
-}
-int pie_event_synchronize(pie_engine* engine, uint64_t event) {
-  return guarded([&] { driver(engine).event_synchronize(event); });
 }
 int pie_event_elapsed(pie_engine* engine, uint64_t start, uint64_t end, double* seconds) {
   return guarded([&] {

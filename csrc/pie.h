@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define PIE_ABI_VERSION 6
+#define PIE_ABI_VERSION 7
 #define PIE_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -46,14 +46,6 @@ enum {
 };
 
 enum { PIE_HOST_TO_DEVICE = 0, PIE_DEVICE_TO_HOST = 1 };
-
-/* Faults of the host driver, for pie_inject. */
-enum {
-  PIE_FAULT_NONE = 0, /* take all faults of these directions back */
-  PIE_FAULT_FAIL = 1, /* the a-th copy from now fails (1: the next) */
-  PIE_FAULT_LATE = 2, /* each batch waits a..b ms first, uniform, seeded */
-  PIE_FAULT_TORN = 3, /* each batch stops for a ms between its halves */
-};
 
 /* As pie_vllm.geometry.Geometry. */
 typedef struct {
@@ -112,8 +104,6 @@ PIE_API int pie_bytes(pie_engine* engine, int64_t* host, int64_t* device);
  * so far; a plan that names a row of a chunk that is not there is refused with PIE_ERR_PLAN. */
 PIE_API int pie_commit_chunk(pie_engine* engine, int64_t chunk);
 PIE_API int pie_release_chunk(pie_engine* engine, int64_t chunk);
-/* Host address of a row's page of one layer. */
-PIE_API int pie_row_page(pie_engine* engine, int64_t row, int64_t layer, uint64_t* address);
 
 /* Between steps. */
 PIE_API int pie_set_option(pie_engine* engine, int option, int value);
@@ -162,23 +152,20 @@ PIE_API int pie_end_capture(pie_engine* engine);
 
 /* Totals of copies that are complete; those that a graph made are not among them. */
 PIE_API int pie_counters_of(pie_engine* engine, int direction, pie_counters* counters);
-/* directions: bit 0 host to device, bit 1 device to host. */
-PIE_API int pie_inject(pie_engine* engine, int fault, int directions, double a, double b,
-                       uint64_t seed);
 
-/* The engine's driver, for tests and for the runner that has no streams of its own. */
+/* Diagnostics: what the GPU check (benchmarks/gpu) needs on the machine of a user to see rows and
+ * to time single copies of the engine's driver. Serving calls none of these. */
+
+/* Host address of a row's page of one layer. */
+PIE_API int pie_row_page(pie_engine* engine, int64_t row, int64_t layer, uint64_t* address);
 PIE_API int pie_stream_create(pie_engine* engine, uint64_t* stream);
 PIE_API int pie_stream_destroy(pie_engine* engine, uint64_t stream);
 PIE_API int pie_stream_synchronize(pie_engine* engine, uint64_t stream);
-PIE_API int pie_stream_wait(pie_engine* engine, uint64_t stream, uint64_t event);
-PIE_API int pie_launch_host(pie_engine* engine, uint64_t stream, void (*fn)(void*), void* arg);
 PIE_API int pie_copy(pie_engine* engine, uint64_t stream, int direction, uint64_t dst, uint64_t src,
                      int64_t bytes);
 PIE_API int pie_event_create(pie_engine* engine, uint64_t* event);
 PIE_API int pie_event_destroy(pie_engine* engine, uint64_t event);
 PIE_API int pie_event_record(pie_engine* engine, uint64_t event, uint64_t stream);
-PIE_API int pie_event_query(pie_engine* engine, uint64_t event, int* complete);
-PIE_API int pie_event_synchronize(pie_engine* engine, uint64_t event);
 PIE_API int pie_event_elapsed(pie_engine* engine, uint64_t start, uint64_t end, double* seconds);
 
 #ifdef __cplusplus

@@ -1,299 +1,301 @@
-"""Settings, parsed and checked once."""
+"""The settings: one table, from which flags, keys, checks, error texts and documentation come."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from inspect import Parameter, Signature
 from typing import Any
 
 from pie_vllm.errors import ConfigError
-from pie_vllm.policy.control.decider import DEFAULT_TARGET_SLOWDOWN
-from pie_vllm.policy.control.elastic_pool import DEFAULT_IDLE_SECONDS
-from pie_vllm.policy.pool.parked_index import DEFAULT_POLICY, POLICIES
+from pie_vllm.geometry import DEFAULT_RING_SLOTS, RING_FRACTION_MAX
+from pie_vllm.setting_values import (
+    AUTO,
+    OFF,
+    UNSET,
+    Values,
+    choice,
+    count,
+    number,
+    share,
+    switch,
+    words,
+)
 
 BLOCK_MANAGER_KEY = "block_manager"
 SETTINGS_KEY = "pie"
 BLOCK_MANAGERS = ("default", "pie")
+SIMILARITY_MIN = 0.8
+"""Similarity from which a name counts as a misspelling of another (``difflib``'s ratio)."""
 
-FLAGS = {
-    "pool_gib": "--pie-pool-gib",
-    "ring_slots": "--pie-ring-slots",
-    "ring_fraction": "--pie-ring-fraction",
-    "target_slowdown": "--pie-target-slowdown",
-    "link_gbps": "--pie-link-gbps",
-    "parking": "--pie-parking",
-    "full_graphs": "--pie-full-graphs",
-}
-"""Command line flag of each setting that has one."""
-
-
-MOST_GIB = 2.0**30
+POOL_GIB_MAX = 2.0**30
 """No machine has so much memory; beyond it numbers of bytes overflow."""
 
-MOST_GBPS = 1e6
+LINK_GBPS_MAX = 1e6
 """No link is so fast."""
 
-MOST_SLOTS = 1 << 20
+RING_SLOTS_MAX = 1 << 20
 """No model has so many layers."""
 
-
-def _fail(key: str, value: object, wanted: str) -> ConfigError:
-    name = FLAGS.get(key, f'additional_config["pie"]["{key}"]')
-    return ConfigError(f"{name} is {value!r}; it must be {wanted}.")
+TARGET_SLOWDOWN_DEFAULT = 0.01
+POOL_IDLE_SECONDS_DEFAULT = 60.0
 
 
-def _number(value: object) -> float:
-    """A number, also as text; not a number if it is none."""
-    try:
-        return math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
+@dataclass(frozen=True)
+class Setting:
+    """One setting.
+
+    Attributes:
+        name: key of ``additional_config["pie"]``, keyword of ``engine_args``, field of
+            ``PieConfig``.
+        values: what it may be.
+        default: parsed value where none is given.
+        help: what it does, for ``--help`` and ``docs/configuration.md``.
+        flag: command line flag, also a YAML key without the dashes; None if it has none.
+        old_flag: flag that still works in this release, with a note that names the key.
+        section: heading that it stands under in ``docs/configuration.md``.
+        unset: what is done without a value, where neither a word nor the default says it.
+        removed: values that were accepted once, each with why it is gone and the way out.
+    """
+
+    name: str
+    values: Values
+    default: Any
+    help: str
+    flag: str | None = None
+    old_flag: str | None = None
+    section: str = "Settings"
+    unset: str = ""
+    removed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The name that users know it by: its flag, or else its key."""
+        return self.flag or f'additional_config["{SETTINGS_KEY}"]["{self.name}"]'
+
+    @property
+    def default_text(self) -> str:
+        """The default as users write it, or what is done without a value."""
+        if self.unset:
+            return self.unset
+        spelt = self.values.spell(self.default)
+        return str(spelt).lower() if isinstance(spelt, bool) else str(spelt)
+
+    def parse(self, value: object, label: str | None = None) -> Any:
+        """The value that is used.
+
+        Args:
+            value: what the user gave.
+            label: what the user gave it by; the setting's own label if None.
+
+        Raises:
+            ConfigError: names the setting, the value and what it must be.
+        """
+        label = label or self.label
+        if isinstance(value, str) and value in self.removed:
+            raise ConfigError(f"{label} is {value!r}, which is gone: {self.removed[value]}")
+        try:
+            return self.values.parse(value)
+        except ValueError:
+            raise ConfigError(f"{label} is {value!r}; it must be {self.values.wanted}.") from None
 
 
-def _parse_size(key: str, value: object, wanted: str, most: float) -> float | None:
-    if value is None or _is(value, "auto"):
-        return None
-    size = _number(value)
-    if not 0 < size <= most:
-        raise _fail(key, value, f"{wanted} above 0 and up to {most:g}, or 'auto'")
-    return size
+ADVANCED = "Advanced settings"
+FOR_TESTS = "Settings for tests and emulation"
+
+SETTINGS = (
+    Setting(
+        "pool_gib",
+        number("a number of GiB", "GIB", AUTO, POOL_GIB_MAX),
+        None,
+        "Upper bound on the CPU memory that pooled KV takes, in GiB, over all ranks of "
+        "--tensor-parallel-size together. Memory is taken as needed and given back when idle. "
+        "'auto' is the smaller of four times the device's KV bytes and half of the free CPU "
+        "memory, by the system's count and the cgroup's limit.",
+        flag="--pie-pool-gib",
+    ),
+    Setting(
+        "target_slowdown",
+        share("a step's time", OFF),
+        TARGET_SLOWDOWN_DEFAULT,
+        "How much longer steps may take because of pooled KV, as a share of their time. It counts "
+        "waiting for copies and, except on a CPU, what copies take from the compute beside them. "
+        "What the link cannot bring within it is not pooled, or its requests take turns. 'off' "
+        "pools as much as fits, whatever it costs.",
+        flag="--pie-target-slowdown",
+    ),
+    Setting(
+        "parking",
+        choice(("lru",), OFF),
+        "lru",
+        "Which cached KV leaves the pool first when its rows run out. With prefix caching, KV "
+        "whose block gets another use is kept (parked) in the pool and copied back when a request "
+        "asks for it, also after a preemption. 'lru' gives up the least recently used block. 'off' "
+        "parks nothing.",
+        flag="--pie-parking",
+        removed={
+            "arc": "behind the device's prefix cache it found fewer blocks than 'lru' on traces of "
+            "real requests. Use 'lru', or leave the setting out."
+        },
+    ),
+    Setting(
+        "full_graphs",
+        switch(),
+        False,
+        "Experimental, not yet proven on a GPU. On CUDA, a step that only decodes keeps its FULL "
+        "CUDA graph when it loads KV, with the copies inside the graph; without it such steps run "
+        "piecewise.",
+        flag="--pie-full-graphs",
+    ),
+    Setting(
+        "ring_slots",
+        count("slots", RING_SLOTS_MAX, UNSET),
+        None,
+        "Layers whose pooled pages fit the device at once.",
+        old_flag="--pie-ring-slots",
+        section=ADVANCED,
+        unset=f"{DEFAULT_RING_SLOTS}, or the number of layers if that is less",
+    ),
+    Setting(
+        "ring_fraction",
+        share("the device's KV bytes", AUTO),
+        None,
+        "Share of the device's KV bytes that the ring of pooled pages may take. It bounds how many "
+        "blocks can be pooled at once; one request of --max-model-len may raise it. 'auto' is as "
+        f"wide as what the link brings in one step, and at most {RING_FRACTION_MAX:g}.",
+        old_flag="--pie-ring-fraction",
+        section=ADVANCED,
+    ),
+    Setting(
+        "link_gbps",
+        number("a speed in GB/s", "GBPS", AUTO, LINK_GBPS_MAX),
+        None,
+        "Speed from the CPU to the device in GB/s, in place of what is measured at start "
+        "('auto'). No more is counted on, so a low value leaves the rest of the link to others.",
+        old_flag="--pie-link-gbps",
+        section=ADVANCED,
+    ),
+    Setting(
+        "pool_idle_seconds",
+        number("a number of seconds", "SECONDS"),
+        POOL_IDLE_SECONDS_DEFAULT,
+        "Time for which the pool keeps CPU memory that nothing needs.",
+        section=ADVANCED,
+    ),
+    Setting(
+        "limit_contention",
+        switch(UNSET),
+        None,
+        "Whether what copies take from the compute beside them counts as slowdown, or the time "
+        "waited for them alone.",
+        section=ADVANCED,
+        unset="true, but false where copies run on the compute's own cores, as on a CPU",
+    ),
+    Setting(
+        "emulated_link_gbps",
+        number("a speed in GB/s", "GBPS", UNSET),
+        None,
+        "Speed in GB/s, per direction, to which the copies of the host driver are held.",
+        section=FOR_TESTS,
+        unset="as fast as memory copies are",
+    ),
+    Setting(
+        "debug",
+        words(),
+        (),
+        "Switches of the engine that check it, or break it on purpose.",
+        section=FOR_TESTS,
+        unset="none",
+    ),
+)
+"""All settings, in the order of the documentation."""
+
+BY_NAME = {setting.name: setting for setting in SETTINGS}
 
 
-def _is(value: object, word: str) -> bool:
-    """Whether a value is that word; arrays, which compare by element, are not."""
-    return isinstance(value, str) and value == word
-
-
-def _off(value: object) -> bool:
-    """Whether a value says ``off``, which YAML reads as false where it is not quoted."""
-    return value is False or _is(value, "off")
-
-
-def parse_pool_gib(value: object) -> float | None:
-    """A pool size in GiB, or None for ``auto``. Raises ConfigError."""
-    return _parse_size("pool_gib", value, "a number of GiB", MOST_GIB)
-
-
-def parse_link_gbps(value: object) -> float | None:
-    """A speed in GB/s, or None for ``auto``. Raises ConfigError."""
-    return _parse_size("link_gbps", value, "a speed in GB/s", MOST_GBPS)
-
-
-def parse_ring_slots(value: object) -> int | None:
-    """A number of ring slots, or None for the default. Raises ConfigError."""
-    if value is None:
-        return None
-    try:
-        slots = int(str(value)) if not isinstance(value, bool) else 0
-    except ValueError:
-        slots = 0
-    if not 1 <= slots <= MOST_SLOTS:
-        raise _fail("ring_slots", value, f"a whole number of slots, 1 or more, up to {MOST_SLOTS}")
-    return slots
-
-
-def parse_parking(value: object) -> str | None:
-    """A policy of eviction of parked KV, or None for ``off``. Raises ConfigError."""
-    if _off(value):
-        return None
-    if not isinstance(value, str) or value not in POLICIES:
-        raise _fail("parking", value, f"one of {', '.join(sorted(POLICIES))}, or 'off'")
-    return str(value)
-
-
-def _parse_share(key: str, value: object, wanted: str) -> float:
-    share = _number(value)
-    if not 0 < share < 1:
-        raise _fail(key, value, wanted)
-    return share
-
-
-def parse_ring_fraction(value: object) -> float | None:
-    """A share of the device's KV bytes, or None for ``auto``. Raises ConfigError."""
-    if value is None or _is(value, "auto"):
-        return None
-    wanted = "a share of the device's KV bytes between 0 and 1, or 'auto'"
-    return _parse_share("ring_fraction", value, wanted)
-
-
-def parse_target_slowdown(value: object) -> float | None:
-    """A share of a step's time, or None for ``off``. Raises ConfigError."""
-    if _off(value):
-        return None
-    return _parse_share(
-        "target_slowdown", value, "a share of a step's time between 0 and 1, or 'off'"
-    )
-
-
-def parse_full_graphs(value: object) -> bool:
-    """Whether steps that load may run in FULL graphs. Raises ConfigError."""
-    if isinstance(value, bool):
-        return value
-    raise _fail("full_graphs", value, "true or false")
+def _default(name: str) -> Any:
+    return BY_NAME[name].default
 
 
 @dataclass(frozen=True)
 class PieConfig:
-    """Settings of the pie block manager.
+    """Checked settings of the pie block manager: a field for each row of ``SETTINGS``.
 
-    Attributes:
-        pool_gib: CPU memory for KV in all, GiB; None chooses (``auto``).
-        ring_slots: ``B``; None chooses.
-        ring_fraction: share of the device's KV bytes that the ring may take; None takes what
-            the link can feed (``auto``).
-        target_slowdown: time that pooling may cost, as a share of a step's time;
-            None pools as much as fits, whatever it costs.
-        link_gbps: speed from the CPU to the device, GB/s, in place of what is measured at
-            start; no more is counted on later. None measures (``auto``).
-        parking: which KV goes first where more would be parked than the pool has rows for: a name
-            of ``pie_vllm.policy.pool.parked_index.POLICIES``; None parks nothing.
-        full_graphs: whether steps that load KV may run in FULL CUDA graphs, with the copies
-            inside. Not yet proven on a GPU.
-        emulated_link_gbps: speed that the host driver's link is held to, GB/s per direction;
-            None is as fast as memory copies are. For tests and emulation.
-        limit_contention: whether what copies take from the compute beside them counts as
-            slowdown, not the stall alone; None is yes, but no where the copies run on the
-            compute's own cores, as on a CPU, whatever the link.
-        pool_idle_seconds: how long the pool keeps CPU memory that is not needed.
-        debug: switches of the engine that break or check it on purpose.
+    A row says what its setting means. None stands for ``auto`` or ``off``.
     """
 
-    pool_gib: float | None = None
-    ring_slots: int | None = None
-    ring_fraction: float | None = None
-    target_slowdown: float | None = DEFAULT_TARGET_SLOWDOWN
-    link_gbps: float | None = None
-    parking: str | None = DEFAULT_POLICY
-    full_graphs: bool = False
-    emulated_link_gbps: float | None = None
-    limit_contention: bool | None = None
-    pool_idle_seconds: float = DEFAULT_IDLE_SECONDS
-    debug: tuple[str, ...] = ()
+    pool_gib: float | None = _default("pool_gib")
+    target_slowdown: float | None = _default("target_slowdown")
+    parking: str | None = _default("parking")
+    full_graphs: bool = _default("full_graphs")
+    ring_slots: int | None = _default("ring_slots")
+    ring_fraction: float | None = _default("ring_fraction")
+    link_gbps: float | None = _default("link_gbps")
+    pool_idle_seconds: float = _default("pool_idle_seconds")
+    limit_contention: bool | None = _default("limit_contention")
+    emulated_link_gbps: float | None = _default("emulated_link_gbps")
+    debug: tuple[str, ...] = _default("debug")
 
     @classmethod
     def from_mapping(cls, settings: object) -> PieConfig:
-        """Check the value of ``additional_config["pie"]``.
+        """Check the value of ``additional_config["pie"]``; None is an empty one.
 
         Raises:
             ConfigError: not a mapping, an unknown key, or a bad value.
         """
         if settings is None:
             settings = {}
-        valid = [field.name for field in fields(cls)]
         if not isinstance(settings, Mapping):
             raise ConfigError(
-                f'additional_config["pie"] is {settings!r}; it must be a mapping with keys '
-                f"among {', '.join(valid)}."
+                f'additional_config["{SETTINGS_KEY}"] is {settings!r}; it must be a mapping with '
+                f"keys among {', '.join(BY_NAME)}."
             )
-        unknown = sorted(str(key) for key in settings if key not in valid)
+        unknown = sorted(str(key) for key in settings if key not in BY_NAME)
         if unknown:
-            raise ConfigError(
-                f"unknown pie setting{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}; "
-                f"valid settings are {', '.join(valid)}."
-            )
+            raise ConfigError(_unknown(unknown))
         return cls(
-            pool_gib=parse_pool_gib(settings.get("pool_gib")),
-            ring_slots=parse_ring_slots(settings.get("ring_slots")),
-            ring_fraction=parse_ring_fraction(settings.get("ring_fraction")),
-            target_slowdown=parse_target_slowdown(
-                settings.get("target_slowdown", DEFAULT_TARGET_SLOWDOWN)
-            ),
-            link_gbps=parse_link_gbps(settings.get("link_gbps")),
-            parking=parse_parking(settings.get("parking", DEFAULT_POLICY)),
-            full_graphs=parse_full_graphs(settings.get("full_graphs", False)),
-            emulated_link_gbps=_parse_emulated(settings.get("emulated_link_gbps")),
-            limit_contention=_parse_limit(settings.get("limit_contention")),
-            pool_idle_seconds=_parse_idle(settings.get("pool_idle_seconds", DEFAULT_IDLE_SECONDS)),
-            debug=_parse_debug(settings.get("debug", ())),
+            **{
+                name: setting.parse(settings[name])
+                for name, setting in BY_NAME.items()
+                if name in settings
+            }
         )
 
     @property
     def emulated_link(self) -> float | None:
-        """Bytes per second that the host driver's link is held to."""
+        """Bytes per second to which the host driver's copies are held."""
         return None if self.emulated_link_gbps is None else self.emulated_link_gbps * 1e9
 
-    def to_mapping(self) -> dict[str, Any]:
-        """The settings as plain values that ``from_mapping`` takes back."""
-        settings = asdict(self)
-        settings["debug"] = list(self.debug)
-        for name in ("target_slowdown", "parking"):
-            if settings[name] is None:
-                settings[name] = "off"
-        return settings
+
+def _unknown(keys: list[str]) -> str:
+    """The error of unknown keys, with the settings that they resemble."""
+    close = [get_close_matches(key, BY_NAME, n=1, cutoff=SIMILARITY_MIN) for key in keys]
+    meant = ", ".join(name for names in close for name in names)
+    return (
+        f"unknown pie setting{'s' if len(keys) > 1 else ''} {', '.join(keys)}; "
+        f"{f'did you mean {meant}? ' if meant else ''}"
+        f"valid settings are {', '.join(BY_NAME)}."
+    )
 
 
-def _parse_emulated(value: object) -> float | None:
-    return None if value is None else _above_zero("emulated_link_gbps", value, "a speed in GB/s")
-
-
-def _parse_limit(value: object) -> bool | None:
-    if value is None or isinstance(value, bool):
-        return value
-    raise _fail("limit_contention", value, "true or false")
-
-
-def _parse_idle(value: object) -> float:
-    return _above_zero("pool_idle_seconds", value, "a number of seconds")
-
-
-def _above_zero(key: str, value: object, wanted: str) -> float:
-    found = _number(value) if isinstance(value, (int, float)) else math.nan
-    if not 0 < found < math.inf:
-        raise _fail(key, value, f"{wanted} above 0")
-    return found
-
-
-def _parse_debug(value: object) -> tuple[str, ...]:
-    if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
-        raise _fail("debug", value, "a list of words")
-    return tuple(value)
-
-
-def engine_args(
-    *,
-    pool_gib: float | str | None = None,
-    ring_slots: int | None = None,
-    ring_fraction: float | str | None = None,
-    target_slowdown: float | str | None = None,
-    link_gbps: float | str | None = None,
-    parking: str | None = None,
-    full_graphs: bool | None = None,
-    **other: Any,
-) -> dict[str, Any]:
+def engine_args(**settings: Any) -> dict[str, Any]:
     """Keyword arguments that make ``vllm.LLM`` use the pie block manager.
 
     Example: ``LLM(model, **pie_vllm.engine_args(pool_gib=1.0))``.
 
     Args:
-        pool_gib: CPU memory for KV in all, GiB, or ``"auto"`` (the default).
-        ring_slots: layers that the ring holds; default 3.
-        ring_fraction: share of the device's KV bytes for the ring, or ``"auto"`` (the
-            default): what the link can feed.
-        target_slowdown: slowdown allowed as a share of a step's time, or ``"off"``; default 0.01.
-        link_gbps: speed from the CPU to the device, GB/s, no more than which is counted on, or
-            ``"auto"`` (the default): measured at start.
-        parking: policy of eviction of parked KV, ``"lru"`` or ``"arc"``, or ``"off"``.
-        full_graphs: whether steps that load KV may run in FULL CUDA graphs; default False.
-            Experimental: not yet proven on a GPU.
-        other: further keys of ``additional_config["pie"]``.
+        settings: settings by the names of ``PieConfig``'s fields, with the values that
+            ``docs/configuration.md`` lists; None is as if it was left out.
 
     Raises:
-        ConfigError: an unknown key or a bad value.
+        ConfigError: an unknown name or a bad value.
     """
-    settings = {
-        key: value
-        for key, value in {
-            "pool_gib": pool_gib,
-            "ring_slots": ring_slots,
-            "ring_fraction": ring_fraction,
-            "target_slowdown": target_slowdown,
-            "link_gbps": link_gbps,
-            "parking": parking,
-            "full_graphs": full_graphs,
-            **other,
-        }.items()
-        if value is not None
-    }
-    PieConfig.from_mapping(settings)
-    return {"additional_config": {BLOCK_MANAGER_KEY: "pie", SETTINGS_KEY: settings}}
+    given = {name: value for name, value in settings.items() if value is not None}
+    PieConfig.from_mapping(given)
+    return {"additional_config": {BLOCK_MANAGER_KEY: "pie", SETTINGS_KEY: given}}
+
+
+vars(engine_args)["__signature__"] = Signature(  # For help() and completion.
+    [Parameter(s.name, Parameter.KEYWORD_ONLY, default=s.values.spell(s.default)) for s in SETTINGS]
+)

@@ -24,10 +24,10 @@ class TransferError(PieError, RuntimeError):
 
 
 class CopyError(TransferError):
-    """A copy, or another call of the device's driver, failed while a step ran.
+    """A copy or another call of the device's driver failed while a step ran.
 
-    What the step copied is not known to be right; the engine goes on after ``abort_step`` where
-    the device can.
+    The KV that the step copied may be wrong. The engine can go on after ``abort_step`` if the
+    device can.
     """
 
 

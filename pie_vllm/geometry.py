@@ -1,4 +1,4 @@
-"""Sizes of everything, from the model, the device bytes and the pool bytes.
+"""Sizes of the resident pages, the ring and the pool.
 
 Words (``p`` page bytes, ``L`` layers, ``R`` resident blocks, ``W`` pooled
 blocks, ``B`` ring slots, ``g`` mapping granularity):
@@ -21,33 +21,35 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pie_vllm.errors import ConfigError
 
 DEFAULT_RING_SLOTS = 3
-"""One slot being read, one ready, one being filled: B = 2 hides a copy only if
-it never takes longer than the layer before it."""
+"""Ring slots: one being read, one ready, one being filled. Two hide a copy only if it never takes
+longer than the layer before it."""
 
-MOST_RING_FRACTION = 0.15
-"""Of the device's KV bytes, for a ring whose width follows the link. It is there for devices of a
-few blocks: with thousands of blocks a link feeds some percent at most."""
+RING_FRACTION_MAX = 0.15
+"""Upper bound on the share of the device's KV bytes for a ring whose width follows the link. It
+matters on devices of a few blocks: with thousands of blocks a link feeds some percent of them."""
 
 UNKNOWN_LINK_FRACTION = 0.05
-"""The same, for a link that could not be measured."""
+"""Share of the device's KV bytes for the ring where the link could not be measured."""
 
 CHUNK_BYTES = 64 << 20
-"""Aim for the size of a chunk of the host pool; a chunk holds whole rows."""
+"""Target size of a chunk of the host pool; a chunk holds whole rows."""
 
 PAGE_TABLE_SHARE = 512
-"""Bytes of the CPU pool for which a CUDA device may take one byte of its own memory: an entry of
-8 bytes in the device's page tables for each page of 4 KiB that is registered. Larger pages take
-less, so it is the most; not measured yet."""
+"""Bytes of the CPU pool for which a CUDA device may take one byte of its own memory: its page
+tables have an entry of 8 bytes for each registered page of 4 KiB. Larger pages take less, so this
+is an upper bound; it is not measured yet."""
 
 MIN_RESIDENT_BLOCKS = 4
-"""Null block, a tail that is being written, the block after it, one spare."""
+"""Resident blocks without which nothing runs: the null block, a tail that is being written, the
+block after it, one spare."""
 
-MOST_BYTES = 2**63 - 1
-"""Of any size: the native engine counts in 64 bits."""
+BYTES_MAX = 2**63 - 1
+"""Upper bound on every size in bytes: the native engine counts in signed 64 bits."""
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -56,15 +58,23 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def page_table_bytes(pool_bytes: int) -> int:
-    """Device memory that the page tables of a pool of so many bytes may take on CUDA."""
+    """Upper bound on the device bytes that a pool's page tables take on CUDA."""
     return cdiv(pool_bytes, PAGE_TABLE_SHARE)
 
 
 def check_device_bytes(left: int, tables: int, pool_bytes: int) -> int:
-    """The device bytes that are left for KV beside the pool's page tables.
+    """Check that device bytes are left for KV beside the pool's page tables.
+
+    Args:
+        left: device bytes for KV without the page tables.
+        tables: bytes of the page tables.
+        pool_bytes: bytes of the CPU pool.
+
+    Returns:
+        ``left``.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: none are left.
     """
     if left > 0:
         return left
@@ -82,16 +92,16 @@ def cdiv(a: int, b: int) -> int:
 
 
 def blocks_fed(link_bytes_per_s: float, step_seconds: float, row_bytes: int) -> int:
-    """Pooled blocks that a link can make use of: ``ceil(link * step / row_bytes)``.
+    """Pooled blocks that a link brings in one step: ``ceil(link * step / row_bytes)``, at least 1.
 
-    What one step brings: in the simulator (60 random machines and loads with links of 0.1 to
-    400 GB/s, 2026-11-22) windows of half of it to twice of it are within 2 % of the best in the
-    mean, and wider ones cost more residents than they give.
+    In the simulator (60 random machines and loads with links of 0.1 to 400 GB/s, 2026-11-22)
+    windows of half to twice this number are within 2 % of the best in the mean; wider ones cost
+    more residents than they give.
 
     Args:
-        link_bytes_per_s: from the CPU to the device.
-        step_seconds: of a step that decodes, attention left out.
-        row_bytes: of one block in all layers.
+        link_bytes_per_s: speed from the CPU to the device, bytes per second.
+        step_seconds: duration of a step that only decodes, without its attention.
+        row_bytes: bytes of one block in all layers.
     """
     return max(1, math.ceil(link_bytes_per_s * step_seconds / row_bytes))
 
@@ -101,14 +111,14 @@ class Geometry:
     """All sizes that scheduler, workers and engine share.
 
     Attributes:
-        num_layers: ``L``, attention layers with KV.
+        num_layers: ``L``, number of attention layers with KV.
         page_bytes: ``p``, bytes of one block in one layer.
-        resident_blocks: ``R``, with vLLM's null block (id 0).
-        pooled_blocks: ``W``, ids that can be in use at once.
-        ring_slots: ``B``.
-        rows: blocks that the CPU pool holds, at least ``W``.
+        resident_blocks: ``R``, number of resident blocks, vLLM's null block (id 0) included.
+        pooled_blocks: ``W``, number of pooled ids that can be in use at once.
+        ring_slots: ``B``, number of layers whose pooled pages the ring holds.
+        rows: number of blocks that the CPU pool holds, at least ``W``.
         chunk_rows: rows of one chunk; no run of rows crosses a chunk.
-        granularity: ``g``, bytes; what the driver maps in one piece.
+        granularity: ``g``, bytes that the driver maps in one piece.
     """
 
     num_layers: int
@@ -122,12 +132,12 @@ class Geometry:
 
     @property
     def num_blocks(self) -> int:
-        """``R + W``, what vLLM's block pool counts."""
+        """``R + W``, the size of vLLM's block pool."""
         return self.resident_blocks + self.pooled_blocks
 
     @property
     def row_bytes(self) -> int:
-        """``L * p``: one block over all layers."""
+        """``L * p``, bytes of one block in all layers."""
         return self.num_layers * self.page_bytes
 
     @property
@@ -152,12 +162,12 @@ class Geometry:
 
     @property
     def virtual_bytes(self) -> int:
-        """Bytes of address space of the arena; aliases counted once a layer."""
+        """Bytes of the arena's address range, in which each layer has its own view of a slot."""
         return self.num_layers * self.layer_stride
 
     @property
     def ring_bytes(self) -> int:
-        """Device bytes of the ring, paid also while nothing is pooled."""
+        """Device bytes of the ring, taken also while nothing is pooled."""
         return self.ring_slots * self.slot_bytes
 
     @property
@@ -194,14 +204,67 @@ class Geometry:
         return layer * self.layer_stride + self.shift + block * self.page_bytes
 
 
-def _device_bytes(layers: int, page: int, r: int, w: int, slots: int, g: int) -> int:
-    return layers * round_up(r * page, g) + slots * round_up(w * page, g)
+class _Device(NamedTuple):
+    """Device memory that residents and ring divide, in the words of this module.
 
+    Attributes:
+        num_layers: ``L``.
+        page_bytes: ``p``.
+        ring_slots: ``B``.
+        granularity: ``g``.
+        device_bytes: device memory for KV, ring included.
+    """
 
-def _most_resident(layers: int, page: int, w: int, slots: int, g: int, budget: int) -> int:
-    """The largest R whose bytes, with W pooled blocks' ring, fit the budget."""
-    left = budget - slots * round_up(w * page, g)
-    return max(0, (left // layers) // g * g // page)
+    num_layers: int
+    page_bytes: int
+    ring_slots: int
+    granularity: int
+    device_bytes: int
+
+    def needed_bytes(self, resident: int, window: int) -> int:
+        """Device bytes of ``R`` resident and ``W`` pooled blocks."""
+        own = round_up(resident * self.page_bytes, self.granularity)
+        slot = round_up(window * self.page_bytes, self.granularity)
+        return self.num_layers * own + self.ring_slots * slot
+
+    def residents(self, window: int) -> int:
+        """The largest ``R`` that fits beside the ring of ``W`` pooled blocks."""
+        left = self.device_bytes - self.needed_bytes(0, window)
+        return max(0, (left // self.num_layers) // self.granularity * self.granularity) // (
+            self.page_bytes
+        )
+
+    def widened(self, window: int, rows: int, needed: int) -> int:
+        """The least ``W`` from ``window`` to ``rows`` with ``R + W >= needed``, or the nearest.
+
+        A further pooled block costs ``B`` pages and a resident one ``L >= B``, so ``R + W`` does
+        not fall as ``W`` grows, up to rounding; bisection finds the edge.
+        """
+        low, high = window, rows
+        while low < high and self.residents(high) < MIN_RESIDENT_BLOCKS:
+            high = (low + high) // 2
+        while low < high:
+            middle = (low + high) // 2
+            if self.residents(middle) + middle >= needed:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def narrowed(self, window: int, resident_min: int, needed: int) -> int:
+        """The largest ``W`` up to ``window`` with ``R >= resident_min``, or else 1.
+
+        Where ``R + W`` would then be below ``needed``, ``window`` as it is. ``R`` does not grow
+        with ``W``, so bisection finds the edge.
+        """
+        low, high = 1, window
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.residents(middle) >= resident_min:
+                low = middle
+            else:
+                high = middle - 1
+        return low if self.residents(low) + low >= needed else window
 
 
 def plan_geometry(
@@ -220,14 +283,12 @@ def plan_geometry(
 ) -> Geometry:
     """Divide ``device_bytes`` into resident pages and a ring.
 
-    ``rows = pool_bytes // (L * p)``. The window is ``W = min(rows,
-    ring_fraction * device_bytes // (B * p))``, without a given fraction also
-    at most ``fed_blocks``; where ``R + W`` would then be below
-    ``needed_blocks``, ``W`` grows to the least value that reaches it.
-    ``R`` is what the rest of the device bytes holds:
-    ``L * roundup(R * p, g) + B * roundup(W * p, g) <= device_bytes``. Where
-    that is not above ``whole_blocks``, ``W`` shrinks as far as it takes, and
-    where that cannot be, the caller finds fewer residents than it asked for.
+    The pool has ``rows = pool_bytes // (L * p)``. The window is ``W = min(rows, ring_fraction *
+    device_bytes // (B * p))``, without a given fraction also at most ``fed_blocks``; where
+    ``R + W`` would be below ``needed_blocks``, ``W`` grows to the least value that reaches it.
+    ``R`` is what the other device bytes hold: ``L * roundup(R * p, g) + B * roundup(W * p, g) <=
+    device_bytes``. Where that is not above ``whole_blocks``, ``W`` shrinks as far as it takes; if
+    no ``W`` will do, the caller finds fewer residents than it asked for.
 
     Args:
         num_layers: attention layers with KV, at least 1.
@@ -238,9 +299,9 @@ def plan_geometry(
         needed_blocks: blocks of one request of ``max_model_len`` tokens.
         ring_slots: ``B``; ``None`` takes ``min(3, L)``.
         ring_fraction: share of ``device_bytes`` that the ring may take; ``None`` is
-            ``MOST_RING_FRACTION`` with ``fed_blocks``.
-        fed_blocks: what the link can make use of; see ``blocks_fed``.
-        chunk_bytes: aim for the size of one chunk of the pool.
+            ``RING_FRACTION_MAX`` with ``fed_blocks``.
+        fed_blocks: blocks that the link brings in one step; see ``blocks_fed``.
+        chunk_bytes: target size of one chunk of the pool.
         whole_blocks: blocks that one step must be able to write, all of them resident.
 
     Raises:
@@ -259,144 +320,109 @@ def plan_geometry(
         ring_fraction,
         fed_blocks,
     )
+    slots = _slots(ring_slots, num_layers)
+    rows = _rows(pool_bytes, num_layers * page_bytes)
+    device = _Device(num_layers, page_bytes, slots, granularity, device_bytes)
+    share = RING_FRACTION_MAX if ring_fraction is None else ring_fraction
+    window = min(rows, int(share * device_bytes) // (slots * page_bytes))
+    if ring_fraction is None and fed_blocks is not None:
+        window = min(window, fed_blocks)
+    needed = needed_blocks + 1  # vLLM's null block takes one id.
+    window = _fitted(device, window, rows, needed, whole_blocks)
+    geometry = Geometry(
+        num_layers=num_layers,
+        page_bytes=page_bytes,
+        resident_blocks=device.residents(window),
+        pooled_blocks=window,
+        ring_slots=slots,
+        rows=rows,
+        chunk_rows=max(1, min(rows, chunk_bytes // (num_layers * page_bytes))),
+        granularity=granularity,
+    )
+    _check_geometry(geometry, device, needed)
+    return geometry
+
+
+def _slots(ring_slots: int | None, num_layers: int) -> int:
+    """``B``. Raises ConfigError."""
     slots = min(DEFAULT_RING_SLOTS, num_layers) if ring_slots is None else ring_slots
     if not 1 <= slots <= num_layers:
         raise ConfigError(
-            f"--pie-ring-slots {slots} is not possible: the model has {num_layers} attention "
-            f"layers. Use a value from 1 to {num_layers} (2 or more to copy ahead)."
+            f'additional_config["pie"]["ring_slots"] {slots} is not possible: the model has '
+            f"{num_layers} attention layers. Use a value from 1 to {num_layers} (2 or more to copy "
+            "ahead)."
         )
-    row_bytes = num_layers * page_bytes
-    rows = pool_bytes // row_bytes
-    if rows < 1:
+    return slots
+
+
+def _rows(pool_bytes: int, row_bytes: int) -> int:
+    """Blocks that the pool holds. Raises ConfigError."""
+    if pool_bytes < row_bytes:
         raise ConfigError(
             f"--pie-pool-gib is too small: {pool_bytes} bytes hold no block. One block of this "
             f"model takes {row_bytes} bytes in all layers; give at least "
             f"{row_bytes / 2**30:.6f} GiB."
         )
-    need = needed_blocks + 1  # vLLM's null block takes one id.
-    share = MOST_RING_FRACTION if ring_fraction is None else ring_fraction
-    window = min(rows, int(share * device_bytes) // (slots * page_bytes))
-    if ring_fraction is None and fed_blocks is not None:
-        window = min(window, fed_blocks)
-    sizes = (num_layers, page_bytes)
-    resident = _most_resident(*sizes, window, slots, granularity, device_bytes)
-    if resident + window < need or window < 1:
-        window, resident = _widen(
-            need, max(window, 1), rows, num_layers, page_bytes, slots, granularity, device_bytes
-        )
-    if resident <= whole_blocks:
-        window, resident = _narrow(
-            whole_blocks + 1, need, window, num_layers, page_bytes, slots, granularity, device_bytes
-        )
+    return pool_bytes // row_bytes
+
+
+def _fitted(device: _Device, window: int, rows: int, needed: int, whole_blocks: int) -> int:
+    """``W``, where a longest request and a step's blocks ask for another than ``window``."""
+    if window < 1 or device.residents(window) + window < needed:
+        window = device.widened(max(window, 1), rows, needed)
+    if device.residents(window) <= whole_blocks:
+        window = device.narrowed(window, whole_blocks + 1, needed)
+    return window
+
+
+def _check_geometry(found: Geometry, device: _Device, needed: int) -> None:
+    """Refuse sizes with which an engine could not start or could not serve a longest request.
+
+    Raises:
+        ConfigError: says what is missing.
+    """
+    resident, window = found.resident_blocks, found.pooled_blocks
     if resident < MIN_RESIDENT_BLOCKS:
-        least = _device_bytes(*sizes, MIN_RESIDENT_BLOCKS, window, slots, granularity)
+        least = device.needed_bytes(MIN_RESIDENT_BLOCKS, window)
         raise ConfigError(
-            f"the device's KV memory of {device_bytes} bytes is too small for a ring of {slots} "
-            f"slots x {window} pooled blocks and {MIN_RESIDENT_BLOCKS} resident blocks of "
-            f"{page_bytes} bytes a layer: {least} bytes are needed. Raise "
+            f"the device's KV memory of {device.device_bytes} bytes is too small for a ring of "
+            f"{found.ring_slots} slots x {window} pooled blocks and {MIN_RESIDENT_BLOCKS} resident "
+            f"blocks of {found.page_bytes} bytes a layer: {least} bytes are needed. Raise "
             "--kv-cache-memory-bytes or --gpu-memory-utilization, or lower --max-model-len, "
-            "--pie-ring-slots or --block-size."
+            '--block-size or additional_config["pie"]["ring_slots"].'
         )
-    if resident + window < need:
-        missing = (need - resident - window) * row_bytes
+    if resident + window < needed:
+        missing = (needed - resident - window) * found.row_bytes
         raise ConfigError(
-            f"one request of --max-model-len needs {need} blocks, but {resident} resident and "
-            f"{window} pooled blocks (pool of {rows} rows) are all that fit. Raise "
+            f"one request of --max-model-len needs {needed} blocks, but {resident} resident and "
+            f"{window} pooled blocks (pool of {found.rows} rows) are all that fit. Raise "
             f"--pie-pool-gib by at least {missing / 2**30:.3f} GiB, raise the device's KV memory, "
             "or lower --max-model-len."
         )
-    chunk_rows = max(1, min(rows, chunk_bytes // row_bytes))
-    geometry = Geometry(
-        num_layers=num_layers,
-        page_bytes=page_bytes,
-        resident_blocks=resident,
-        pooled_blocks=window,
-        ring_slots=slots,
-        rows=rows,
-        chunk_rows=chunk_rows,
-        granularity=granularity,
-    )
-    if geometry.virtual_bytes > MOST_BYTES:
+    if found.virtual_bytes > BYTES_MAX:
         raise ConfigError(
-            f"{window} pooled blocks in each of {num_layers} layers take {geometry.virtual_bytes} "
-            f"bytes of addresses; {MOST_BYTES} are there. Lower --pie-pool-gib or "
-            "--pie-ring-fraction."
+            f"{window} pooled blocks in each of {found.num_layers} layers take "
+            f"{found.virtual_bytes} bytes of addresses; {BYTES_MAX} are there. Lower "
+            '--pie-pool-gib or additional_config["pie"]["ring_fraction"].'
         )
-    return geometry
 
 
 def _check_sizes(
     sizes: dict[str, int], ring_fraction: float | None, fed_blocks: int | None
 ) -> None:
-    """Refuse sizes that no machine has: their products would not be what they seem."""
+    """Refuse sizes that no machine has: their products would overflow.
+
+    Raises:
+        ConfigError: names the size.
+    """
     for name, value in sizes.items():
         least = 0 if "--pie-pool-gib" in name or "--kv-cache-memory-bytes" in name else 1
-        if not least <= value <= MOST_BYTES:
-            raise ConfigError(f"{name} cannot be {value}; {least} to {MOST_BYTES} can be.")
+        if not least <= value <= BYTES_MAX:
+            raise ConfigError(f"{name} cannot be {value}; {least} to {BYTES_MAX} can be.")
     if ring_fraction is not None and not 0 < ring_fraction < 1:
         raise ConfigError(
-            f"--pie-ring-fraction {ring_fraction} is not a share; use one above 0 and below 1."
+            f'additional_config["pie"]["ring_fraction"] {ring_fraction} is not a share; use one '
+            "above 0 and below 1."
         )
     if fed_blocks is not None and fed_blocks < 0:
         raise ConfigError(f"a link cannot feed {fed_blocks} blocks; measure it again.")
-
-
-def _widen(
-    need: int,
-    window: int,
-    rows: int,
-    num_layers: int,
-    page_bytes: int,
-    slots: int,
-    granularity: int,
-    device_bytes: int,
-) -> tuple[int, int]:
-    """The least W (and its R) with ``R + W >= need``, else the W that comes nearest.
-
-    A further pooled block costs ``B`` pages and a resident one ``L >= B``, so
-    ``R + W`` does not fall as W grows, up to rounding; bisection finds the edge.
-    """
-
-    def resident(w: int) -> int:
-        return _most_resident(num_layers, page_bytes, w, slots, granularity, device_bytes)
-
-    low, high = window, rows
-    while low < high and resident(high) < MIN_RESIDENT_BLOCKS:
-        high = (low + high) // 2
-    while low < high:
-        middle = (low + high) // 2
-        if resident(middle) + middle >= need:
-            high = middle
-        else:
-            low = middle + 1
-    return low, resident(low)
-
-
-def _narrow(
-    wanted: int,
-    need: int,
-    window: int,
-    num_layers: int,
-    page_bytes: int,
-    slots: int,
-    granularity: int,
-    device_bytes: int,
-) -> tuple[int, int]:
-    """The largest W (and its R) up to ``window`` with ``R >= wanted``, else the least W.
-
-    As far as ``R + W >= need``; bisection, since R does not grow with W.
-    """
-
-    def resident(w: int) -> int:
-        return _most_resident(num_layers, page_bytes, w, slots, granularity, device_bytes)
-
-    low, high = 1, window
-    while low < high:
-        middle = (low + high + 1) // 2
-        if resident(middle) >= wanted:
-            low = middle
-        else:
-            high = middle - 1
-    if resident(low) + low < need:
-        return window, resident(window)
-    return low, resident(low)

@@ -1,7 +1,8 @@
 """The contract between scheduler and workers: data only.
 
-With every step go a plan and an order for the pool's memory; with every result comes the pool's
-state. A prior goes once, from the workers at start.
+With every step go ``StepOrders``, with every result comes a ``StepReport``: attributes named
+``pie`` of vLLM's SchedulerOutput and ModelRunnerOutput. A prior goes once, from the workers at
+start.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 RETRY_SECONDS = 30.0
-"""Between a refusal of memory and the next attempt to take it."""
+"""Seconds between a refusal of memory and the next attempt to take it."""
 
 
 class Copy(NamedTuple):
-    """A run of ``count`` neighbouring blocks and rows: ``block + i`` and ``row + i``.
+    """Copy of ``count`` neighbouring blocks and rows: ``block + i`` and ``row + i``.
 
-    In a store the KV goes from block to row, in a load from row to block. A
-    load's blocks are all pooled (ring pages, needed in this step only) or all
-    resident (a promotion). No run crosses a chunk of the host pool.
+    A store copies KV from block to row, a load from row to block. A load's blocks are all pooled
+    (ring pages, needed in this step only) or all resident (a promotion). No run crosses a chunk
+    of the host pool.
     """
 
     block: int
@@ -27,7 +28,7 @@ class Copy(NamedTuple):
 
 
 def num_copied(copies: Iterable[Copy]) -> int:
-    """Blocks that these runs move."""
+    """Number of blocks that these runs copy."""
     return sum(copy.count for copy in copies)
 
 
@@ -40,17 +41,17 @@ class Relabel(NamedTuple):
 
 
 class StepPlan(NamedTuple):
-    """The work of one step, the same on every rank.
+    """Work of one step, the same on every rank.
 
     Attributes:
         step: number of the scheduler's step, from 1; steps without a plan count too.
-        stores: demotions: resident page to row, before the step's KV writes.
-        promotions: row to resident page, once.
-        loads: row to ring page of a pooled id, for every pooled block read.
-            ``None`` means: the same runs as in the step before.
+        stores: copies from resident pages to rows (demotions), before the step's KV writes.
+        promotions: copies from rows to resident pages.
+        loads: copies from rows to ring pages, for every pooled block that the step reads; None
+            for the runs of the step before.
         relabels: changes of block tables, before the step's inputs are made.
         forward: whether the step runs the model (has scheduled tokens).
-        pooled: pooled blocks in use when the plan was made.
+        pooled: number of pooled blocks in use when the plan was made.
     """
 
     step: int
@@ -63,13 +64,14 @@ class StepPlan(NamedTuple):
 
 
 class PoolOrder(NamedTuple):
-    """What the workers are to hold, sent with every step.
+    """Memory that the workers are to hold for the pool, sent with every step.
 
     Attributes:
-        chunks: of the pool, from the first on.
-        idle: leave to give back all chunks but the first once the idle time has passed, until an
-            order without leave. The scheduler counts on none of them until it has asked.
-        number: count of the orders so far that took something back: chunks, or such a leave.
+        chunks: number of chunks, from the first on.
+        idle: whether the workers may give back all chunks but the first once the idle time has
+            passed, until an order says otherwise. The scheduler counts on none of them until it
+            has asked for them again.
+        number: number of orders so far that took back chunks or the leave to go idle.
     """
 
     chunks: int
@@ -78,13 +80,15 @@ class PoolOrder(NamedTuple):
 
 
 class PoolState(NamedTuple):
-    """What the workers hold, sent with every result.
+    """Memory that the workers hold for the pool, sent with every result.
 
     Attributes:
-        chunks: from the first on, that all ranks hold and keep until an order of a higher number.
-        refused: how often memory could not be had, on all ranks.
-        number: of the order that was followed.
-        released: how often all chunks but the first were given back by leave.
+        chunks: number of chunks, from the first on, that all ranks hold and keep until an order
+            of a higher number.
+        refused: number of times that memory could not be had, over all ranks.
+        number: number of the order that was followed.
+        released: number of times that all chunks but the first were given back because the pool
+            was idle.
     """
 
     chunks: int
@@ -93,17 +97,87 @@ class PoolState(NamedTuple):
     released: int = 0
 
 
-class Prior(NamedTuple):
-    """What is known before the first step.
+class Totals(NamedTuple):
+    """Sums over all steps since the start, of one worker.
 
     Attributes:
-        bandwidth: from the CPU to the device, bytes per second; None if unknown.
-        most_bandwidth: that is counted on, whatever is measured; None is without end.
-        step_seconds: of a step that only decodes; None if unknown. The first such step replaces it.
-        request_seconds: by which it is longer for each further request; 0 if unknown.
-        prompt_seconds: of each prompt token; 0 if unknown.
-        limits_contention: whether what loads take from the compute counts as slowdown, not the
-            stall alone.
+        steps: number of steps with a plan.
+        bytes_loaded: bytes copied from the CPU pool to the device, promotions included.
+        bytes_stored: bytes copied from the device to the CPU pool.
+        load_seconds, store_seconds: seconds during which the link was busy, per direction.
+        stall_seconds: seconds during which the compute waited for a copy. A GPU measures some
+            steps, each of which stands for the steps before it.
+        gates: number of layers that passed their gate.
+        pooled_peak: maximum number of pooled blocks in use in one step.
+        bytes_finished: bytes of the loads that ``load_seconds`` covers; at most ``bytes_loaded``.
+        stall_step: number of the newest step with a known stall; -1 without one.
+        step_stall: stall of that step, in seconds.
+        graph_steps: number of steps with a plan that ran in a FULL graph, copies inside.
+    """
+
+    steps: int = 0
+    bytes_loaded: int = 0
+    bytes_stored: int = 0
+    load_seconds: float = 0.0
+    store_seconds: float = 0.0
+    stall_seconds: float = 0.0
+    gates: int = 0
+    pooled_peak: int = 0
+    bytes_finished: int = 0
+    stall_step: int = -1
+    step_stall: float = 0.0
+    graph_steps: int = 0
+
+
+class StepOrders(NamedTuple):
+    """Attribute ``pie`` of a step's SchedulerOutput: what pie's workers do beside vLLM's.
+
+    The scheduler keeps that output until the step's report comes, and reads the last three then.
+
+    Attributes:
+        plan: copies and relabels of the step; None if it has none.
+        pool: chunks of the CPU pool that the workers are to hold from this step on.
+        blocks: number of blocks that the step's requests have in use.
+        within_budget: whether its loads were meant to hide behind its compute.
+        restored: whether it copies parked KV back, which is then not computed.
+    """
+
+    plan: StepPlan | None
+    pool: PoolOrder
+    blocks: int = 0
+    within_budget: bool = True
+    restored: bool = False
+
+
+class StepReport(NamedTuple):
+    """Attribute ``pie`` of a step's ModelRunnerOutput: what became of the step.
+
+    Attributes:
+        totals: sums up to this step, taken when it was submitted.
+        pool: chunks of the CPU pool that were held then.
+        seconds: time of the forward pass; 0 if no model ran.
+        failure: error text of the step's first failed copy; empty if none failed.
+    """
+
+    totals: Totals
+    pool: PoolState
+    seconds: float = 0.0
+    failure: str = ""
+
+
+class Prior(NamedTuple):
+    """Measurements and settings that are known before the first step.
+
+    Attributes:
+        bandwidth: speed from the CPU to the device, bytes per second; None if unknown.
+        most_bandwidth: upper bound on the speed that is counted on, bytes per second, whatever is
+            measured; None if there is none.
+        step_seconds: duration of a step that only decodes; None if unknown. The first such step
+            replaces it.
+        request_seconds: time that each further request adds to it; 0 if unknown.
+        prompt_seconds: time that each prompt token adds to a step; 0 if unknown.
+        limits_contention: whether the compute time that loads take counts as slowdown, beside the
+            stall.
     """
 
     bandwidth: float | None = None

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from pie_vllm.errors import ConfigError
 from pie_vllm.geometry import (
+    BYTES_MAX,
     MIN_RESIDENT_BLOCKS,
-    MOST_BYTES,
-    MOST_RING_FRACTION,
+    RING_FRACTION_MAX,
     Geometry,
     blocks_fed,
     plan_geometry,
@@ -90,7 +90,7 @@ def test_a_ring_that_follows_the_link_is_as_wide_as_the_link_can_feed() -> None:
     widths = [plan(fed_blocks=blocks).pooled_blocks for blocks in (1, 10, 40, 1000)]
     assert widths[:3] == [1, 10, 40]
     assert 40 < widths[3] == plan().pooled_blocks
-    assert plan().ring_bytes <= MOST_RING_FRACTION * SIZES["device_bytes"] + 3 * 4096
+    assert plan().ring_bytes <= RING_FRACTION_MAX * SIZES["device_bytes"] + 3 * 4096
     assert plan(ring_fraction=0.05, fed_blocks=1) == plan(ring_fraction=0.05)
 
 
@@ -120,7 +120,7 @@ def test_no_run_of_rows_can_leave_the_pool() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"ring_slots": 31}, ["--pie-ring-slots 31", "30 attention"]),
+        ({"ring_slots": 31}, ['ring_slots"] 31', "30 attention"]),
         ({"pool_bytes": 100}, ["--pie-pool-gib", "100 bytes", "2949120"]),
         ({"device_bytes": 3 * 30 * 98_304}, ["too small", "--kv-cache-memory-bytes"]),
         ({"needed_blocks": 1000}, ["--max-model-len", "1001 blocks", "--pie-pool-gib"]),
@@ -166,7 +166,7 @@ def test_sizes_of_any_magnitude_are_planned_or_refused(fuzz_seeds: range) -> Non
             assert g.host_bytes <= wanted["pool_bytes"]  # type: ignore[operator]
             assert g.num_blocks > wanted["needed_blocks"]  # type: ignore[operator]
             assert 1 <= g.pooled_blocks <= g.rows
-            assert max(g.virtual_bytes, g.device_bytes, g.host_bytes) <= MOST_BYTES
+            assert max(g.virtual_bytes, g.device_bytes, g.host_bytes) <= BYTES_MAX
     assert planned > len(fuzz_seeds)
 
 
@@ -178,10 +178,10 @@ def test_sizes_of_any_magnitude_are_planned_or_refused(fuzz_seeds: range) -> Non
         ({"pool_bytes": 2**63}, ["--pie-pool-gib", str(2**63), "0 to"]),
         ({"device_bytes": 10**400}, ["--kv-cache-memory-bytes"]),
         ({"granularity": 0}, ["granularity", "cannot be 0"]),
-        ({"ring_fraction": math.nan}, ["--pie-ring-fraction nan", "above 0 and below 1"]),
+        ({"ring_fraction": math.nan}, ['ring_fraction"] nan', "above 0 and below 1"]),
         ({"fed_blocks": -1}, ["cannot feed -1 blocks"]),
         (
-            {"pool_bytes": MOST_BYTES, "device_bytes": MOST_BYTES, "ring_fraction": 0.9},
+            {"pool_bytes": BYTES_MAX, "device_bytes": BYTES_MAX, "ring_fraction": 0.9},
             ["bytes of addresses", "--pie-pool-gib"],
         ),
     ],

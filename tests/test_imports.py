@@ -1,28 +1,41 @@
-"""Policy stays pure: no torch, no vLLM, no clock."""
+"""Who imports whom: the layers of the package, and no circle among them."""
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
-from pathlib import Path
+from graphlib import CycleError, TopologicalSorter
 
-POLICY = Path(__file__).resolve().parents[1] / "pie_vllm" / "policy"
-FORBIDDEN = {"torch", "vllm", "time", "datetime", "numpy", "ctypes", "random"}
+import pytest
+
+from tests.helpers.source import import_graph, imports, modules
+
+IMPURE = {"torch", "vllm", "time", "datetime", "numpy", "ctypes", "random"}
+
+ENGAGES = {
+    ("pie_vllm.vllm.args", "pie_vllm.vllm.plugin"),
+    ("pie_vllm.vllm.settings", "pie_vllm.vllm.plugin"),
+}
+"""Imports of ``plugin.engage`` within a function, at the first sign that pie is wanted. It puts the
+patches in place, which need args and settings."""
+
+
+def inside(name: str, *packages: str) -> bool:
+    """Whether a module lies in one of these packages of ``pie_vllm``."""
+    return any(f"{name}.".startswith(f"pie_vllm.{package}.") for package in packages)
+
+
+def below(*packages: str) -> list[tuple[str, str]]:
+    """Each import of a module in one of these packages: the module and what it imports."""
+    found = [(m, i) for m, tree in modules().items() if inside(m, *packages) for i in imports(tree)]
+    assert found, f"no module in {packages}"
+    return found
 
 
 def test_policy_imports_neither_torch_nor_vllm_nor_a_clock() -> None:
     """Policy decides; it owns no bytes and injects no time or chance of its own."""
-    for path in POLICY.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            for name in names:
-                assert name.split(".")[0] not in FORBIDDEN, f"{path.name} imports {name}"
-                assert not name.startswith("pie_vllm.vllm"), f"{path.name} imports {name}"
+    for module, imported in below("policy"):
+        assert imported.split(".")[0] not in IMPURE, f"{module} imports {imported}"
 
 
 def test_importing_the_package_imports_no_torch_and_no_vllm() -> None:
@@ -34,12 +47,33 @@ def test_importing_the_package_imports_no_torch_and_no_vllm() -> None:
 
 def test_only_the_seam_imports_vllm() -> None:
     """One folder knows vLLM."""
-    package = POLICY.parent
-    for path in package.rglob("*.py"):
-        if path.is_relative_to(package / "vllm"):
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            assert not any(n.split(".")[0] == "vllm" for n in names), path
+    for module, tree in modules().items():
+        if not inside(module, "vllm"):
+            for imported in imports(tree):
+                assert imported.split(".")[0] != "vllm", f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize(
+    ("importers", "forbidden"),
+    [
+        (("policy", "engine", "simulation"), "vllm"),
+        (("policy", "simulation"), "engine"),
+        (("engine",), "policy"),
+        (("policy", "engine", "vllm"), "simulation"),
+    ],
+)
+def test_layers_import_downwards_only(importers: tuple[str, ...], forbidden: str) -> None:
+    """Policy and engine know neither each other nor the seam; the product knows no simulation."""
+    for module, imported in below(*importers):
+        assert not inside(imported, forbidden), f"{module} imports {imported}"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Not even for a type checker: a circle has no order to read it in."""
+    graph = import_graph()
+    for module, imported in ENGAGES:
+        graph[module].discard(imported)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail("import circle: " + " -> ".join(reversed(error.args[1])))

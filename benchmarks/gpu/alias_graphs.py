@@ -30,7 +30,7 @@ class GraphRounds:
         self._graphs: list[Any] = []
 
     def ways(self) -> dict[str, Way]:
-        """As Rounds.ways; each holds a graph for every pair of views."""
+        """The ways of `Rounds.ways`, each with a graph for every pair of views."""
         return {
             "engine's copy in before the graph, kernel in it reads another view": self._way(
                 self._reads, copies=True

@@ -20,7 +20,7 @@ from pie_vllm.engine.gather import ENTRY, GatherImage, gather_image
 
 CTAS = (1, 2, 4, 8, 12)
 THREADS = 512
-MOST_PIECE = 256 * KIB
+PIECE_BYTES_MAX = 256 * KIB
 WEIGHT_SETS, PASSES = 4, 8
 BESIDE_PIECE = 64 * KIB
 BESIDE_ROWS = (32, 256)
@@ -44,7 +44,7 @@ def gather(context: Context, compute: Compute, sizes: Sizes, peak: float) -> Non
     target = torch.zeros(2 * area, dtype=torch.int8, device=compute.device)
     wrong = 0
     with compute.on():
-        for piece in (piece for piece in sizes.pieces if piece <= MOST_PIECE):
+        for piece in (piece for piece in sizes.pieces if piece <= PIECE_BYTES_MAX):
             for count in (count for count in sizes.counts if count * piece <= area):
                 if not context.has_time(5, "all sizes of the gather kernel"):
                     return
@@ -106,7 +106,7 @@ def beside(
     """What the kernel takes from compute, by its CTAs, and what it copies meanwhile.
 
     Args:
-        context: of the stage.
+        context: context of the stage.
         compute: where the products run.
         products: the compute.
         launch: a kernel of so many CTAs on a stream of its own; what it returns waits for it.

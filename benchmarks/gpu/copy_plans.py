@@ -17,7 +17,7 @@ from pie_vllm.plan import Copy, StepPlan
 KIB, MIB = 1 << 10, 1 << 20
 DIRECTIONS = ("load", "store", "both")
 ASKED_SHARE = 0.95
-"""Of the peak, for loads of real plans."""
+"""Share of the peak that loads of real plans should reach."""
 
 
 PIECES = tuple(4 * KIB << i for i in range(13))
@@ -31,10 +31,10 @@ class Sizes(NamedTuple):
         area: bytes on each side.
         pieces: bytes of a piece.
         counts: pieces of a batch.
-        repeats: of each measurement; the median counts.
-        layers: of the plans of the sweep.
-        real_layers: of the real plans.
-        real_blocks: that one of them loads.
+        repeats: number of runs of each measurement, whose median counts.
+        layers: number of layers of the plans of the sweep.
+        real_layers: number of layers of the real plans.
+        real_blocks: number of blocks that one of them loads.
     """
 
     area: int = 256 * MIB

@@ -25,7 +25,7 @@ from pie_vllm.geometry import round_up
 
 REFUSED = "--block-manager pie does not support"
 ENGINE_SECONDS, DRY_SECONDS = 75, 15
-"""That one engine is counted on for, start and answers."""
+"""Time that one engine is counted on for, start and answers, in seconds."""
 
 ENGINE_SHARE = 0.25
 """At most, of a limit: a comparison of two engines is begun under any."""
@@ -44,9 +44,9 @@ class Setting(NamedTuple):
     """What stock and pie both run with.
 
     Attributes:
-        runner: of the model, "v1" or "v2".
-        backend: of attention.
-        dtype: of weights and KV.
+        runner: model runner, "v1" or "v2".
+        backend: name of the attention backend.
+        dtype: number format of weights and KV.
         mode: "eager", "piecewise" graphs, "compiled" for vLLM's default ones, or "full" for these
             with pie's copies in FULL graphs.
         steps: "async" with two steps in flight, or "sync".
@@ -97,11 +97,11 @@ class Job(NamedTuple):
     """What all engines of this stage share.
 
     Attributes:
-        context: of the stage.
+        context: context of the stage.
         model: its folder.
         shape: its sizes.
-        lengths: of the prompts.
-        tokens: of each answer.
+        lengths: lengths of the prompts, in tokens.
+        tokens: number of tokens of each answer.
         pooled: blocks that can be pooled.
         resident: blocks that are resident at least.
         unit: what the driver maps in one piece.
@@ -161,7 +161,7 @@ def choose(context: Context) -> list[Setting]:
 
 
 def engine_seconds(context: Context) -> float:
-    """That an engine is counted on for under this stage's limit."""
+    """Time that an engine is counted on for under this stage's limit, in seconds."""
     known = DRY_SECONDS if context.dry else ENGINE_SECONDS
     return min(known, ENGINE_SHARE * context.limit)
 

@@ -44,7 +44,8 @@ LINK_FIELDS = (
     "compute_mode",
     "mig.mode.current",
 )
-"""Of nvidia-smi. An idle device may have its link at a lower generation: see the greatest too."""
+"""Fields of nvidia-smi that are asked for. An idle device may have its link at a lower generation:
+see the greatest too."""
 
 PACKAGES = (
     *("torch", "vllm", "triton", "transformers", "flashinfer-python", "numpy", "safetensors"),

@@ -110,7 +110,7 @@ def prepared(context: Context, engine: TransferEngine, images: Images = gather_i
             context.report.note(f"engine: no gather kernel: {found.reason}")
             return False
         try:
-            engine.use_graphs(found.image, pieces)
+            engine.graphs.prepare(found.image, pieces)
         except PieError as error:
             context.report.note(f"engine: gather kernel, compiled {found.origin}: {error}")
             continue

@@ -31,7 +31,7 @@ STREAMING_SIDES: tuple[tuple[str, str, dict[str, Any]], ...] = (
 """Part of the stage, name of the side, and its settings beside those of all."""
 
 LINK_SHARE = 0.5
-"""Of what the link brings in a step, KV that does not fit the device."""
+"""KV that does not fit the device, as a share of what the link brings in a step."""
 
 RING_SLOTS = 3
 
@@ -43,7 +43,7 @@ class Load(NamedTuple):
         chats: how many.
         prompt: tokens of each.
         turn: steps of a turn.
-        turns: of each side.
+        turns: number of turns of each side.
         settle: streaming turns before those, in which the controller learns.
     """
 
@@ -63,9 +63,9 @@ class Bench:
 
     Attributes:
         load: chats and steps.
-        shape: of the model.
+        shape: shape of the model.
         block: tokens of a block.
-        block_bytes: of a block in all layers.
+        block_bytes: bytes of a block in all layers.
         longest: tokens of a chat at the end of the idle turns.
     """
 
@@ -91,7 +91,7 @@ class Bench:
         return Side(llm, pie, kv, in_one_process(True))
 
     def blocks(self, tokens: int) -> int:
-        """That all chats hold with so many tokens each."""
+        """Blocks that all chats hold with so many tokens each."""
         return self.load.chats * -(-tokens // self.block)
 
     def begin(self, engine: EngineProcess, tokens: int) -> None:

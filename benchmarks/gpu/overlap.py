@@ -32,7 +32,8 @@ from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.plan import Copy, StepPlan
 
 SHARES = (0.0, 0.25, 0.5, 0.8, 0.95, 1.1, 1.5, 2.0)
-"""Of what the link brings while the layers compute; 0 is gates and stores alone."""
+"""Loads of a step, as shares of what the link brings while the layers compute; 0 is gates and
+stores alone."""
 
 INPUT_SHARES = (0.0, 0.5, 0.95)
 """At which small copies beside loads are measured."""
@@ -48,16 +49,16 @@ SLOWDOWN = 1.01
 
 
 class Sizes(NamedTuple):
-    """Of this stage.
+    """Sizes of this stage.
 
     Attributes:
-        layers: of the model.
+        layers: number of layers of the model.
         page: bytes of a block in one layer: 16 tokens of 8 KV heads of 128 in bf16.
         layer: widths.
         batches: requests of a step.
-        steps: of one measurement.
-        turns: of measurements with and without loads.
-        most_blocks: that a step may load.
+        steps: number of steps of one measurement.
+        turns: number of measurements with and without loads.
+        most_blocks: upper bound on the blocks that a step loads.
     """
 
     layers: int = 32
@@ -209,10 +210,10 @@ class Bench:
     """Times runs of steps.
 
     Attributes:
-        sizes: of the stage.
-        engine: that copies.
-        row_bytes: of a block in all layers.
-        load_seconds: that copies to the device took in the last run, for each step.
+        sizes: sizes of the stage.
+        engine: engine that copies.
+        row_bytes: bytes of a block in all layers.
+        load_seconds: time that copies to the device took in the last run, for each step.
         submission: seconds of this thread for a step of the last run; beyond a step's time they
             are what steps wait for.
         stalls: seconds of those steps of the last run that were timed.

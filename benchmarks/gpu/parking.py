@@ -24,9 +24,9 @@ from benchmarks.gpu.harness.engines import EngineError, EngineProcess
 from benchmarks.gpu.harness.models import EIGHT_B, TINY, write_config
 from benchmarks.gpu.harness.sides import Side, common, in_one_process, run_in_groups
 from benchmarks.gpu.serving import GIB, missing_arguments
-from benchmarks.harness.arrivals import LAST_TOKEN, RATE_SHARE, SingleChats, TurnChats
 from benchmarks.harness.rounds import Figures, Question
 from benchmarks.harness.stats import Spread, paired_ratio, spread
+from benchmarks.real.arrivals import LAST_TOKEN, RATE_SHARE, SingleChats, TurnChats
 
 LOADS = ("returning", "preempted")
 SIDES = ("stock", "pie", "connector", "pie_off", "stock_all")
@@ -45,23 +45,24 @@ AIMS = (
     Question("pie", "connector", 1.0),
     Question("pie", "connector", 1.0, "ttft_p50_ms", less=True),
 )
-"""Of both loads; to miss them fails nothing."""
+"""What is aimed at in both loads; to miss it fails nothing."""
 
 MUST = (Question("pie", "stock", 0.3, "prefill_tokens", less=True),)
-"""Of the chats that come back: a count, which no machine's speed changes much."""
+"""Share of stock's prompt tokens that chats which come back may compute: a count, which no
+machine's speed changes much."""
 
 SPARE_BLOCKS = 64
-"""That stock_all and the pool have beside those of every chat."""
+"""Blocks that stock_all and the pool have beside those of every chat."""
 
 
 class Size(NamedTuple):
-    """Of the loads, and of the device.
+    """Sizes of the loads and of the device.
 
     Attributes:
         device: tokens of KV that it holds, for all sides but stock_all.
         turns: chats of `returning`; the size of their first prompts follows from `device`.
         single: chats of `preempted`.
-        repeats: of each load.
+        repeats: number of runs of each load.
     """
 
     device: int
@@ -102,7 +103,7 @@ class Rounds:
     """The loads on engines in turn.
 
     Attributes:
-        figures: of each load and side, round by round.
+        figures: figures of each load and side, round by round.
     """
 
     def __init__(self, context: Context, size: Size, loads: list[str]) -> None:

@@ -53,8 +53,8 @@ class Load(NamedTuple):
     Attributes:
         chats: how many.
         shortest, longest: prompts.
-        tokens: of each answer.
-        repeats: of the whole load.
+        tokens: number of tokens of each answer.
+        repeats: number of runs of the whole load.
     """
 
     chats: int = 96

@@ -1,1 +1,1 @@
-"""Parts that the benchmarks and the demo share."""
+"""What the benchmarks of `real`, of `simulated` and the demo share."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -11,8 +10,6 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-RESULTS = Path("benchmarks/results")
 
 
 def cpu_model() -> str:
@@ -80,9 +77,3 @@ def module_name() -> str:
     """The benchmark module that is running."""
     spec = sys.modules["__main__"].__spec__
     return spec.name if spec else Path(sys.argv[0]).name
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write `data` to `path`, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=2) + "\n")

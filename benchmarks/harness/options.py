@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.machine import RESULTS, fast_dtype
+from benchmarks.harness.machine import fast_dtype
+from benchmarks.harness.result_file import RESULTS
 from benchmarks.harness.shape import KvShape
 
 
@@ -37,10 +38,17 @@ def parser_of(module: str, description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def add_redraw(parser: argparse.ArgumentParser) -> None:
+    """Add the option of a benchmark whose plot can be drawn from its result file."""
+    parser.add_argument(
+        "--redraw", action="store_true", help="draw the plot of the result file; run nothing"
+    )
+
+
 def run_spec(
     args: argparse.Namespace, shape: KvShape, device_blocks: int, pie: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """What `benchmarks.harness.one_run` is given; `pie` are arguments of `engine_args`."""
+    """What `benchmarks.real.one_run` is given; `pie` are arguments of `engine_args`."""
     return {
         "load": {"chats": args.chats, "tokens": args.tokens},
         "llm": {

@@ -8,7 +8,8 @@ from typing import Any
 
 from benchmarks.harness.display import say_written, table
 from benchmarks.harness.drawing import drawing
-from benchmarks.harness.machine import facts, write_json
+from benchmarks.harness.machine import facts
+from benchmarks.harness.result_file import numbers_of, read_result, write_result
 from benchmarks.harness.rounds import Figures, Question, answers, column, in_all, summarize
 from benchmarks.harness.stats import spread
 
@@ -70,7 +71,7 @@ def print_answers(
         data[question.name] = {**ratio.as_dict(), "asked": question.asked, "reached": reached}
     if rows:
         table(
-            "Paired by round: median [least .. most]",
+            "Paired by round: median [least .. greatest]",
             ["ratio", "measured", "asked", "reached"],
             rows,
         )
@@ -81,7 +82,7 @@ def plot(path: Path, title: str, figures: Mapping[str, Sequence[Figures]]) -> No
     """Draw throughput (bars, every run a dot) and inter-token latency of the configurations."""
     names = list(figures)
     places = range(len(names))
-    with drawing(path, title, (11, 4.5), 1, 2) as (left, right):
+    with drawing(path, title, (8, 4), 1, 2) as (left, right):
         colors = ["tab:orange" if name.startswith("pie") else "tab:gray" for name in names]
         throughput = [column(figures[name], "tok_s") for name in names]
         left.bar(places, [spread(values).median for values in throughput], color=colors)
@@ -96,7 +97,7 @@ def plot(path: Path, title: str, figures: Mapping[str, Sequence[Figures]]) -> No
             bars = [place + offset for place in places]
             right.bar(bars, medians, width=0.4, color=colors, alpha=shade)
             for x, height in zip(bars, medians, strict=True):
-                right.annotate(label, (x, height), ha="center", va="bottom", fontsize=8)
+                right.annotate(label, (x, height), ha="center", va="bottom", fontsize="small")
         right.set_ylabel("time between tokens, ms")
         for axes in (left, right):
             axes.set_xticks(places, [name.replace("_", "\n") for name in names])
@@ -110,7 +111,10 @@ def publish(
     figures: Mapping[str, Sequence[Figures]],
     draw: Callable[[Path, str, Mapping[str, Sequence[Figures]]], None] = plot,
 ) -> None:
-    """Print everything, and write `stem`.json and, by `draw`, `stem`.png."""
+    """Print everything, and write `stem`.json and, by `draw`, `stem`.png.
+
+    The file has the plain numbers of each run; the rest is in the whole of the result.
+    """
     print_figures(title, figures)
     ratios = print_answers(questions, figures)
     keys = [key for key, _, _ in FIGURES]
@@ -120,8 +124,17 @@ def publish(
         "setup": dict(setup),
         "ratios": ratios,
         "medians": {name: summarize(rounds, keys) for name, rounds in figures.items()},
-        "runs": {name: list(rounds) for name, rounds in figures.items()},
+        "runs": {name: [numbers_of(run) for run in rounds] for name, rounds in figures.items()},
     }
-    write_json(stem.with_suffix(".json"), data)
+    write_result(stem, data, {"runs": {name: list(rounds) for name, rounds in figures.items()}})
     draw(stem.with_suffix(".png"), title, figures)
+    say_written(stem)
+
+
+def redraw(
+    stem: Path, draw: Callable[[Path, str, Mapping[str, Sequence[Figures]]], None] = plot
+) -> None:
+    """Draw `stem`.png anew, from `stem`.json alone."""
+    data = read_result(stem)
+    draw(stem.with_suffix(".png"), data["question"], data["runs"])
     say_written(stem)

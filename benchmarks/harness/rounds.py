@@ -22,8 +22,8 @@ class Question:
     Attributes:
         above: configuration whose figure is divided.
         below: configuration whose figure divides it.
-        asked: the least ratio that counts as reached; the most where less is better.
-        key: of the figure, throughput if nothing is said.
+        asked: lower bound of a ratio that counts as reached; upper bound where less is better.
+        key: name of the figure; throughput by default.
         less: whether less is better.
     """
 
@@ -35,7 +35,7 @@ class Question:
 
     @property
     def name(self) -> str:
-        """As results name it."""
+        """Name of the ratio in results."""
         ratio = f"{self.above} / {self.below}"
         return ratio if self.key == "tok_s" else f"{self.key}, {ratio}"
 

@@ -1,4 +1,4 @@
-#include "free_memory.h"
+#include "drivers/free_memory.h"
 
 #include <algorithm>
 #include <fstream>

@@ -1,4 +1,4 @@
-#include "pages.h"
+#include "drivers/pages.h"
 
 #include <linux/mempolicy.h>
 #include <sys/mman.h>
@@ -13,7 +13,7 @@
 #include <thread>
 #include <vector>
 
-#include "placement.h"
+#include "drivers/placement.h"
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23

@@ -3,7 +3,7 @@
 
 #include <cstddef>
 
-#include "../driver.h"
+#include "drivers/driver.h"
 
 namespace pie::pages {
 

@@ -1,4 +1,4 @@
-#include "placement.h"
+#include "drivers/placement.h"
 
 #include <algorithm>
 #include <sstream>

@@ -15,7 +15,7 @@ class _CudaArray:
     """What torch needs to know to view CUDA memory; keeps its owner alive.
 
     Attributes:
-        owner: of the memory.
+        owner: owner of the memory.
     """
 
     def __init__(self, address: int, size: int, owner: object) -> None:
@@ -36,11 +36,11 @@ class DeviceArena:
     object alive, but after ``TransferEngine.close()`` they must not be touched.
 
     Attributes:
-        address: first byte; a multiple of the mapping granularity.
-        size: bytes, ``Geometry.virtual_bytes``; aliased ring pages counted
+        address: address of the first byte; a multiple of the mapping granularity.
+        size: size in bytes, ``Geometry.virtual_bytes``; aliased ring pages counted
             once a layer.
         driver: kind of the driver, ``"host"`` or ``"cuda"``.
-        index: of the device, where the driver was told one (``"cuda:1"``).
+        index: number of the device, where the driver was told one (``"cuda:1"``).
     """
 
     def __init__(self, address: int, size: int, driver: str, owner: object) -> None:
@@ -83,7 +83,7 @@ class DeviceArena:
         """The range as a one-dimensional int8 tensor, without a copy.
 
         Args:
-            device: where the memory is; None is the driver's own device.
+            device: device that the memory is on; None is the driver's own device.
 
         Raises:
             TransferError: the engine is closed, or torch would have made a copy.

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from pie_vllm.engine import nvrtc
-from pie_vllm.engine.native import error_of
 from pie_vllm.errors import PieError
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ ENTRY = "pie_gather"
 """The kernel's name in an image; its arguments are described in ``gather.cu``."""
 
 SECONDS = 60.0
-"""That NVRTC may take; it needs one."""
+"""Seconds that NVRTC may take; it needs one."""
 
 NATIVE = Path(__file__).resolve().parent.parent / "_native"
 
@@ -75,11 +74,8 @@ def gather_image(
 
 def device_arch(engine: TransferEngine) -> str | None:
     """The architecture of the engine's device, as ``"sm_90"``; None: it runs no kernels."""
-    library, handle = engine.native
     text = ctypes.create_string_buffer(32)
-    code = library.pie_device_arch(handle, text, len(text))
-    if code:
-        raise error_of(library, code)
+    engine.handle.call("pie_device_arch", text, len(text))
     return text.value.decode() or None
 
 

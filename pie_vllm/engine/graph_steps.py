@@ -5,28 +5,33 @@ from __future__ import annotations
 from pie_vllm.engine.handle import EngineHandle
 
 
-class GraphSteps(EngineHandle):
-    """The calls that only such steps need.
+class GraphSteps:
+    """The calls that only such steps need; ``TransferEngine.graphs`` is one.
 
-    After ``use_graphs``, each graph is captured with the gate calls of all layers between
-    ``begin_capture`` and ``end_capture``. A step of it is ``begin_step(graph=True)``,
-    ``enter_graph``, the graph's launch, ``end_step``. In steps without a plan a graph may be
-    launched without any call: it loads nothing. No graph may be launched after ``close``.
+    After ``prepare``, each graph is captured with the engine's gate calls of all layers between
+    ``begin_capture`` and ``end_capture``. A step of it is the engine's ``begin_step(graph=True)``,
+    ``enter``, the graph's launch, ``end_step``. In steps without a plan a graph may be launched
+    without any call: it loads nothing. No graph may be launched after the engine's ``close``.
     """
 
-    _writes_wait = False
-    """Whether ``before_write`` has to tell the engine."""
+    def __init__(self, handle: EngineHandle) -> None:
+        """No tables yet.
 
-    def use_graphs(self, image: bytes, pieces: int, blocks: int = 8) -> None:
+        Args:
+            handle: the engine's.
+        """
+        self._handle = handle
+
+    def prepare(self, image: bytes, pieces: int, blocks: int = 8) -> None:
         """Prepare tables and the kernel for captured steps, once; an error changes nothing.
 
         Whatever ``use_gather`` was told: the copies in a graph are always the kernel's.
 
         Args:
-            image: with the kernel of ``gather.cu``; see ``pie_vllm.engine.gather``.
+            image: machine code of ``gather.cu``, see ``pie_vllm.engine.gather``.
             pieces: runs to the device, loads and promotions, that a step in a graph may have.
                 Each takes 24 bytes a layer on the device, and four times that on the host.
-            blocks: of each layer's grid, 1 to 12.
+            blocks: thread blocks of the kernel, 1 to 12.
 
         Raises:
             UnsupportedError: the driver runs no kernels, or the image is for other devices.
@@ -34,8 +39,7 @@ class GraphSteps(EngineHandle):
             TransferError: memory cannot be had, a call failed, the kernel did wrong when tried,
                 a step is open, or the tables are there already.
         """
-        size, library = len(image), self._library
-        self._check(library.pie_use_graphs(self._open(), image, size, pieces, blocks))
+        self._handle.call("pie_use_graphs", image, len(image), pieces, blocks)
 
     def begin_capture(self, compute_stream: int) -> None:
         """Put the copies of the gate calls that follow into the capture of a stream.
@@ -44,14 +48,14 @@ class GraphSteps(EngineHandle):
         then. The first gate forks from the stream, the last layer joins it again.
 
         Args:
-            compute_stream: that the model is being captured on.
+            compute_stream: stream that the model is being captured on.
 
         Raises:
             TransferError: the stream is not capturing, a step or a capture is open, or
-                ``use_graphs`` was not called.
+                ``prepare`` was not called.
         """
-        self._check(self._library.pie_begin_capture(self._open(), compute_stream))
-        self._writes_wait = True
+        self._handle.call("pie_begin_capture", compute_stream)
+        self._handle.writes_wait = True
 
     def end_capture(self) -> None:
         """End the capture mode, also on an error; before the stream's capture ends.
@@ -61,10 +65,10 @@ class GraphSteps(EngineHandle):
                 used.
             TransferError: no capture is open.
         """
-        self._writes_wait = False
-        self._check(self._library.pie_end_capture(self._open()))
+        self._handle.writes_wait = False
+        self._handle.call("pie_end_capture")
 
-    def enter_graph(self) -> None:
+    def enter(self) -> None:
         """Run the open step in a captured graph; its launch on the compute stream follows.
 
         Fills the tables in stream order, and has the compute wait for the stores and for
@@ -76,4 +80,4 @@ class GraphSteps(EngineHandle):
                 already, or a call failed; abort the step.
             GateError: a graph of an earlier step did not copy all its layers.
         """
-        self._check(self._library.pie_enter_graph(self._open()))
+        self._handle.call("pie_enter_graph")

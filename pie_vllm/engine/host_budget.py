@@ -40,10 +40,10 @@ def taking(
     the kernel ends a process then.
 
     Args:
-        size: bytes.
-        available: says how many bytes can be taken.
-        path: of the lock.
-        seconds: to wait for the lock.
+        size: bytes to take.
+        available: returns how many bytes can be taken.
+        path: path of the lock; None is ``lock_path()``.
+        seconds: longest wait for the lock in seconds.
 
     Raises:
         TransferError: so much is not free, or somebody else does not get done.

@@ -18,53 +18,54 @@ from pie_vllm.plan import Copy, StepPlan
 RUN_LENGTHS = (1, 4, 16)
 """Neighbouring blocks that make one copy of a layer: single pages, and runs as rows merge to."""
 
-FEWEST_PIECES = 16
-"""In a batch that the gather kernel takes, as in ``cuda_gather.h``."""
+GATHER_PIECES_MIN = 16
+"""Minimum number of copies in a batch that the gather kernel takes, as in ``cuda_gather.h``."""
 
-MOST_BLOCKS = FEWEST_PIECES * RUN_LENGTHS[1]
-"""Each way, unless the link copies them in less than ``BATCH_SECONDS``."""
+BLOCKS_MAX = GATHER_PIECES_MIN * RUN_LENGTHS[1]
+"""Upper bound on blocks copied per direction, unless that takes less than ``BATCH_SECONDS``."""
 
 GATHER_GAIN = 1.1
-"""Times as fast as the copy engines the kernel must be: it takes SMs, and measurements differ."""
+"""Speed-up over the copy engines from which the kernel is used: it takes SMs."""
 
 GATHER_CTAS = (1, 2, 4, 8)
-"""Widths of the kernel that are tried. At 64 KiB in flight a CTA, PCIe 5 should need 2 to 4."""
+"""Grid sizes of the kernel that are tried. At 64 KiB in flight per CTA, PCIe 5 needs 2 to 4."""
 
 CTAS_SHARE = 0.97
-"""Of the fastest width's speed, that the one in use must reach: fewer leave more to the model."""
+"""Fraction of the fastest grid's speed that the grid in use must reach."""
 
 UNMEASURED_CTAS = 8
+"""Grid size where none was measured."""
 
 SECONDS = 0.025
-"""That one measurement is to last about: long against the start of a copy."""
+"""Target duration of one measurement in seconds: long against the start of a copy."""
 
 BATCH_SECONDS = 0.0005
-"""That a batch must last at least: its start, and the events around it, take microseconds."""
+"""Minimum duration of a batch in seconds: its start and its events take microseconds."""
 
-MOST_TIMES = 64
-"""Batches of a measurement, at most."""
+BATCHES_MAX = 64
+"""Maximum number of batches in one measurement."""
 
 REPEATS = 2
-"""The faster counts: a machine that does something else for a moment makes a link seem slow."""
+"""Measurements of which the fastest counts: other work on the machine makes a link seem slow."""
 
 SCRATCH_BYTES = 64 << 20
-"""On the device and in CPU memory, while the measurement lasts; more only for larger pages."""
+"""Bytes of scratch memory on each side during a measurement; more only for larger pages."""
 
 FAST_SCRATCH_BYTES = 1 << 30
-"""The same for a link that copies batches of that scratch in too short a time."""
+"""Bytes of scratch memory for a link that copies the smaller scratch in too short a time."""
 
 FAST_LAYERS = 2
-"""For such a link: more than one, so that copies of a layer follow those of another."""
+"""Layers for such a link: more than one, so that copies of a layer follow those of another."""
 
 
 class PieceSpeed(NamedTuple):
     """Bytes per second of copies of one size.
 
     Attributes:
-        piece_bytes: of one copy.
-        load: from the CPU pool to the device.
-        store: from the device to the CPU pool.
-        gather: as ``load``, by the gather kernel; None: not measured.
+        piece_bytes: size of one copy in bytes.
+        load: bytes per second from the CPU pool to the device, by the copy engines.
+        store: bytes per second from the device to the CPU pool.
+        gather: bytes per second to the device by the gather kernel; None: not measured.
     """
 
     piece_bytes: int
@@ -82,12 +83,12 @@ class LinkSpeed(NamedTuple):
     """What was measured.
 
     Attributes:
-        pieces: each direction alone, single pages first.
-        load_both, store_both: each direction while the other is busy too, bytes per second,
-            with the longest runs.
-        no_gather: why the gather kernel was not measured; empty where it was, or is not meant.
-        by_ctas: bytes per second of single pages by the gather kernel, for each of its widths.
-        submit_seconds: of the calling thread for each copy of a batch of single pages; 0 where
+        pieces: speeds of each direction alone, single pages first.
+        load_both: bytes per second of loads while stores run too, with the longest runs.
+        store_both: bytes per second of stores while loads run too, with the longest runs.
+        no_gather: reason why the gather kernel was not measured; empty where there is none.
+        by_ctas: grid sizes of the gather kernel, each with its bytes per second of single pages.
+        submit_seconds: seconds of the calling thread per copy in a batch of single pages; 0 where
             the driver copies within its calls.
     """
 
@@ -157,7 +158,7 @@ class LinkSpeed(NamedTuple):
 
 
 def fewest_ctas(by_ctas: Sequence[tuple[int, float]]) -> int:
-    """The least width whose speed is within 3 % of the best; 8 of none."""
+    """The smallest grid whose speed is within 3 % of the best; ``UNMEASURED_CTAS`` of none."""
     if not by_ctas:
         return UNMEASURED_CTAS
     least = CTAS_SHARE * max(rate for _, rate in by_ctas)
@@ -168,7 +169,7 @@ def scratch_geometry(
     num_layers: int,
     page_bytes: int,
     granularity: int,
-    blocks: int = MOST_BLOCKS,
+    blocks: int = BLOCKS_MAX,
     scratch_bytes: int = SCRATCH_BYTES,
 ) -> Geometry:
     """Blocks to copy, within ``scratch_bytes`` on the device if three pages are.
@@ -176,24 +177,24 @@ def scratch_geometry(
     Arguments as ``measure_link``; fewer layers where blocks are large, down to one block each way.
 
     Args:
-        num_layers: at most.
-        page_bytes: one block in one layer.
+        num_layers: upper bound on layers.
+        page_bytes: bytes of one block in one layer.
         granularity: bytes that the driver maps in one piece.
-        blocks: each way, at most.
-        scratch_bytes: of both sides each.
+        blocks: upper bound on blocks copied per direction.
+        scratch_bytes: upper bound on bytes on each side.
     """
     wanted = round_up((2 * blocks + 1) * page_bytes, granularity)
     layers = max(1, min(num_layers, scratch_bytes // wanted))
     layer_bytes = scratch_bytes // layers // granularity * granularity
-    most = max(1, min(blocks, (layer_bytes // page_bytes - 1) // 2))
+    blocks_max = max(1, min(blocks, (layer_bytes // page_bytes - 1) // 2))
     return Geometry(
         num_layers=layers,
         page_bytes=page_bytes,
-        resident_blocks=2 * most + 1,
+        resident_blocks=2 * blocks_max + 1,
         pooled_blocks=1,
         ring_slots=1,
-        rows=2 * most,
-        chunk_rows=2 * most,
+        rows=2 * blocks_max,
+        chunk_rows=2 * blocks_max,
         granularity=granularity,
     )
 
@@ -216,9 +217,9 @@ def measure_link(
 
     Args:
         num_layers: attention layers with KV.
-        page_bytes: one block in one layer.
+        page_bytes: bytes of one block in one layer.
         granularity: bytes that the driver maps in one piece.
-        driver: of the engine.
+        driver: the engine's driver.
         link_bytes_per_s: emulated speed of the host driver; None is the machine's.
         gather: where the gather kernel is from, for a device that runs kernels; None: leave it out.
 
@@ -236,7 +237,7 @@ def measure_link(
         if blocks <= sizes.rows // 2:
             return bench.measure(gather)
     layers = min(num_layers, FAST_LAYERS)
-    blocks = max(blocks, FEWEST_PIECES * RUN_LENGTHS[-1])
+    blocks = max(blocks, GATHER_PIECES_MIN * RUN_LENGTHS[-1])
     larger = scratch_geometry(layers, page_bytes, granularity, blocks, FAST_SCRATCH_BYTES)
     try:
         engine = opened(larger)
@@ -262,7 +263,7 @@ class _Moved(NamedTuple):
 class _Bench:
     def __init__(self, engine: TransferEngine) -> None:
         self._engine, self._step = engine, 0
-        self._most = engine.geometry.rows // 2
+        self._blocks_max = engine.geometry.rows // 2
         self._blocks = 1
         # The host driver copies within its calls, which are no submission then.
         self._submits = device_arch(engine) is not None
@@ -272,12 +273,12 @@ class _Bench:
         self._move(1, 1)  # Starts the streams.
         row_bytes = self._engine.geometry.row_bytes
         rate = _load_rate(self._move(1, 1, stores=False))
-        self._blocks = max(1, min(self._most, int(SECONDS * rate / row_bytes)))
+        self._blocks = max(1, min(self._blocks_max, int(SECONDS * rate / row_bytes)))
         self._move(self._blocks, 1)  # Touches the pages.
         # A single page's start is most of its time where the link is fast.
         for _ in range(2):
             rate = max(rate, _load_rate(self._move(self._blocks, 1, stores=False)))
-            self._blocks = max(1, min(self._most, int(SECONDS * rate / row_bytes)))
+            self._blocks = max(1, min(self._blocks_max, int(SECONDS * rate / row_bytes)))
         return rate
 
     def measure(self, gather: Images | None) -> LinkSpeed:
@@ -299,11 +300,11 @@ class _Bench:
         return self._with_gather(found, gather)
 
     def _with_gather(self, found: LinkSpeed, images: Images) -> LinkSpeed:
-        """The same with the kernel's speeds, or with the reason where there are none."""
+        """``found`` with the kernel's speeds, or with the reason where there are none."""
         blocks, pieces = self._blocks, list(found.pieces)
-        lengths = [length for length in RUN_LENGTHS if blocks // length >= FEWEST_PIECES]
+        lengths = [length for length in RUN_LENGTHS if blocks // length >= GATHER_PIECES_MIN]
         if not lengths:
-            return found._replace(no_gather=f"fewer than {FEWEST_PIECES} pages were measured")
+            return found._replace(no_gather=f"fewer than {GATHER_PIECES_MIN} pages were measured")
         threshold = 1 + max(pieces[i].piece_bytes for i in range(len(lengths)))
         loaded = load_gather(self._engine, threshold, images=images, blocks=GATHER_CTAS[-1])
         if isinstance(loaded, NoGather):
@@ -327,17 +328,17 @@ class _Bench:
     def _repeat(self, count: int, length: int, **ways: bool) -> list[_Moved]:
         first = self._move(count, length, **ways)
         taken = max(first.load_seconds, first.store_seconds, first.submit_seconds)
-        times = max(1, min(MOST_TIMES, int(SECONDS / taken))) if taken > 0 else 1
+        times = max(1, min(BATCHES_MAX, int(SECONDS / taken))) if taken > 0 else 1
         return [self._move(count, length, times=times, **ways) for _ in range(REPEATS)]
 
     def _move(
         self, blocks: int, length: int, *, loads: bool = True, stores: bool = True, times: int = 1
     ) -> _Moved:
-        """Store blocks 1 to ``most`` to rows from 0, load the blocks after them from the others."""
-        most = self._most
+        """Store blocks from 1 to rows from 0, load the blocks after them from the others."""
+        blocks_max = self._blocks_max
         runs = [(first, min(length, blocks - first)) for first in range(0, blocks, length)]
         out = tuple(Copy(1 + first, first, count) for first, count in runs) if stores else ()
-        back = [Copy(1 + most + first, most + first, count) for first, count in runs]
+        back = [Copy(1 + blocks_max + first, blocks_max + first, count) for first, count in runs]
         before = [counters(self._engine, direction) for direction in ("load", "store")]
         submit = 0.0
         for _ in range(times):

@@ -23,7 +23,7 @@ from pie_vllm.errors import (
 from pie_vllm.geometry import Geometry
 from pie_vllm.plan import Copy, StepPlan
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 """What this package expects of ``pie_abi_version()``."""
 
 DEFAULT_LIBRARY = Path(__file__).resolve().parent.parent / "_native" / "libpie.so"
@@ -132,10 +132,7 @@ def _fitting(name: str, value: int) -> int:
 
 
 OPTION_HEAD_FIRST, OPTION_OVERLAP = 0, 1
-"""As in ``pie.h``."""
-
-HOST_FN = ctypes.CFUNCTYPE(None, c_void_p)
-"""A callback on a stream; takes the interpreter lock itself."""
+"""Numbers of the options in ``pie.h``."""
 
 _E = c_void_p
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -166,18 +163,13 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pie_begin_capture": (_E, c_uint64),
     "pie_end_capture": (_E,),
     "pie_counters_of": (_E, c_int, POINTER(CountersStruct)),
-    "pie_inject": (_E, c_int, c_int, c_double, c_double, c_uint64),
     "pie_stream_create": (_E, POINTER(c_uint64)),
     "pie_stream_destroy": (_E, c_uint64),
     "pie_stream_synchronize": (_E, c_uint64),
-    "pie_stream_wait": (_E, c_uint64, c_uint64),
-    "pie_launch_host": (_E, c_uint64, HOST_FN, c_void_p),
     "pie_copy": (_E, c_uint64, c_int, c_uint64, c_uint64, _Int64),
     "pie_event_create": (_E, POINTER(c_uint64)),
     "pie_event_destroy": (_E, c_uint64),
     "pie_event_record": (_E, c_uint64, c_uint64),
-    "pie_event_query": (_E, c_uint64, POINTER(c_int)),
-    "pie_event_synchronize": (_E, c_uint64),
     "pie_event_elapsed": (_E, c_uint64, c_uint64, POINTER(c_double)),
 }
 

@@ -32,8 +32,8 @@ class Board:
     """Notes of all ranks in a store that they share; no rank ever waits for another.
 
     vLLM's executor returns one rank's output of a step, so the state of the pool that reaches the
-    scheduler is that of the leader. It reports what all ranks hold: of another rank that is what
-    its newest note says, cut to what was ordered since. And only the leader decides that the leave
+    scheduler is that of the leader. It reports what all ranks hold: for another rank, what its
+    newest note says, cut to what was ordered since. Only the leader decides that the leave
     to give memory back is used, since its report is what the scheduler asks for; the others
     follow its note.
 
@@ -47,10 +47,10 @@ class Board:
         """Join a board; nothing is known of the others.
 
         Args:
-            store: shared by all ranks.
-            rank: of this process; 0 leads.
-            ranks: how many there are.
-            name: of this board in the store, the same on all ranks and never used before.
+            store: the store that all ranks share.
+            rank: number of this process among the ranks; 0 leads.
+            ranks: number of ranks.
+            name: name of this board in the store, the same on all ranks and never used before.
         """
         self.leads = rank == 0
         self._store = store

@@ -20,9 +20,9 @@ logger = logging.getLogger("vllm.pie")
 
 
 NICENESS = 10
-"""Of the thread beside the process's own: filling fresh memory must not take a core from a step."""
+"""Niceness added to the thread: filling fresh memory must not take a core from a step."""
 
-LONGEST_WAIT = 3600.0
+WAIT_SECONDS_MAX = 3600.0
 """Seconds that the thread sleeps in one piece; a longer idle time takes several."""
 
 
@@ -97,10 +97,10 @@ class PoolKeeper:
         """Start the thread.
 
         Args:
-            engine: whose chunks these are; it holds the first one.
+            engine: the engine whose chunks these are; it holds the first one.
             chunk_rows: rows of a chunk.
-            idle_seconds: time without an order after which the leave to give back is used; ``inf``
-                is never.
+            idle_seconds: seconds without an order after which the leave to give back is used;
+                ``inf`` is never.
             budget: entered around the taking of one chunk; raises PieError to refuse it.
             board: what the ranks tell each other; None is a single rank.
         """
@@ -195,7 +195,7 @@ class PoolKeeper:
     def _run(self) -> None:
         _step_back()
         while not self._closing:
-            wait = LONGEST_WAIT
+            wait = WAIT_SECONDS_MAX
             if self._board is not None:
                 with self._changed:
                     own, idle = self._own(), self._order.idle
@@ -233,7 +233,7 @@ class PoolKeeper:
             if self._board is None or not self._board.news(self._own()):
                 retry = self._retry - now if self._wanted > self._ready else math.inf
                 left = self._expires - now if self._wanted > 1 else math.inf
-                self._changed.wait(max(0.0, min(wait, left, retry, LONGEST_WAIT)))
+                self._changed.wait(max(0.0, min(wait, left, retry, WAIT_SECONDS_MAX)))
             return None
 
     def _may_release(self) -> bool:

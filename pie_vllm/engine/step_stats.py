@@ -17,13 +17,13 @@ class StepStats(NamedTuple):
         load_seconds: seconds that copies host to device took, of those that
             finished since the last report; with two steps in flight they may
             belong to the step before.
-        store_seconds: the same, device to host.
+        store_seconds: seconds that copies device to host took, of those that finished since then.
         stall_seconds: seconds that the compute stood at the gates of step
             ``stall_step``; 0 where that is -1.
         gates: layers that passed ``before_attention``.
         copies: runs copied, all layers.
         bytes_promoted: the part of ``bytes_loaded`` that went to resident pages.
-        bytes_finished: bytes host to device that ``load_seconds`` is of.
+        bytes_finished: bytes host to device whose copies took ``load_seconds``.
         stall_step: this step where a wait blocks the calling thread. On an
             asynchronous compute stream one step in four is timed by events, and
             reported with the first step that ends after them; -1 is none.

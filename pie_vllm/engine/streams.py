@@ -1,22 +1,18 @@
-"""Streams, events, faults and counters of an engine's driver.
+"""Counters, streams and events of an engine's driver.
 
-For tests, and for a runner that has no streams of its own. Their meaning is
-CUDA's, on the host driver too: a wait means the newest record submitted before
-it, and an event that was never recorded counts as complete.
+Calibration reads the counters. All else is for the GPU check (``benchmarks/gpu``), which times
+single copies. Streams and events mean what CUDA's do, on the host driver too.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from pie_vllm.engine.native import HOST_FN, CountersStruct, error_of
+from pie_vllm.engine.native import CountersStruct
 from pie_vllm.engine.transfer_engine import TransferEngine
-from pie_vllm.errors import ConfigError
 
-_DIRECTIONS = {"load": 1, "store": 2, "both": 3}
-_FAULTS = {"none": 0, "fail": 1, "late": 2, "torn": 3}
+_DIRECTIONS = {"load": 0, "store": 1}
 
 
 class Counters(NamedTuple):
@@ -33,54 +29,11 @@ class Counters(NamedTuple):
     seconds: float
 
 
-def _call(engine: TransferEngine, name: str, *arguments: Any) -> None:
-    library, handle = engine.native
-    code = getattr(library, name)(handle, *arguments)
-    if code:
-        raise error_of(library, code)
-
-
 def counters(engine: TransferEngine, direction: str) -> Counters:
     """Totals of ``"load"`` (host to device) or ``"store"`` since the engine began."""
     result = CountersStruct()
-    _call(engine, "pie_counters_of", _DIRECTIONS[direction] - 1, ctypes.byref(result))
+    engine.handle.call("pie_counters_of", _DIRECTIONS[direction], ctypes.byref(result))
     return Counters(result.bytes, result.copies, result.seconds)
-
-
-def inject(
-    engine: TransferEngine,
-    fault: str,
-    *,
-    direction: str = "both",
-    nth: int = 1,
-    milliseconds: float = 0.0,
-    up_to: float = 0.0,
-    seed: int = 0,
-) -> None:
-    """Make the host driver's copies fail, come late or come in two halves.
-
-    Args:
-        engine: whose copies.
-        fault: ``"fail"`` (the ``nth`` copy from now), ``"late"`` (each batch,
-            that is each layer's copies, waits ``milliseconds``, or a random
-            time up to ``up_to``), ``"torn"`` (each batch stops for
-            ``milliseconds`` between its halves) or ``"none"`` (all back).
-        direction: ``"load"``, ``"store"`` or ``"both"``.
-        nth: for ``"fail"``; 1 is the next copy.
-        milliseconds: for ``"late"`` and ``"torn"``.
-        up_to: for ``"late"``, milliseconds.
-        seed: of the random times.
-
-    Raises:
-        ConfigError: an unknown fault or direction.
-    """
-    if fault not in _FAULTS or direction not in _DIRECTIONS:
-        raise ConfigError(
-            f"unknown fault {fault!r} or direction {direction!r}; valid are "
-            f"{', '.join(_FAULTS)} and {', '.join(_DIRECTIONS)}"
-        )
-    first = float(nth) if fault == "fail" else milliseconds
-    _call(engine, "pie_inject", _FAULTS[fault], _DIRECTIONS[direction], first, up_to, seed)
 
 
 def row_page(engine: TransferEngine, row: int, layer: int) -> Any:
@@ -90,7 +43,7 @@ def row_page(engine: TransferEngine, row: int, layer: int) -> Any:
         IntegrityError: no such row or layer.
     """
     address = ctypes.c_uint64()
-    _call(engine, "pie_row_page", row, layer, ctypes.byref(address))
+    engine.handle.call("pie_row_page", row, layer, ctypes.byref(address))
     array: Any = (ctypes.c_uint8 * engine.geometry.page_bytes).from_address(address.value)
     array.owner = engine
     return array
@@ -106,25 +59,14 @@ class DriverStream:
     def __init__(self, engine: TransferEngine) -> None:
         """Start an idle stream."""
         self._engine = engine
-        self._callbacks: list[Any] = []
         number = ctypes.c_uint64()
-        _call(engine, "pie_stream_create", ctypes.byref(number))
+        engine.handle.call("pie_stream_create", ctypes.byref(number))
         self.id = number.value
 
-    def launch(self, body: Callable[[], object]) -> None:
-        """Run ``body`` on the stream; it must not raise and must not call the engine."""
-        callback = HOST_FN(lambda _: (body(), None)[1])
-        self._callbacks.append(callback)
-        _call(self._engine, "pie_launch_host", self.id, callback, None)
-
     def copy(self, direction: str, dst: int, src: int, size: int) -> None:
-        """Copy ``size`` bytes between addresses on the stream; direction as in ``inject``."""
-        code = _DIRECTIONS[direction] - 1
-        _call(self._engine, "pie_copy", self.id, code, dst, src, size)
-
-    def wait(self, event: DriverEvent) -> None:
-        """Later work waits for the event's newest record."""
-        _call(self._engine, "pie_stream_wait", self.id, event.id)
+        """Copy ``size`` bytes between addresses on the stream, as a ``"load"`` or ``"store"``."""
+        code = _DIRECTIONS[direction]
+        self._engine.handle.call("pie_copy", self.id, code, dst, src, size)
 
     def synchronize(self) -> None:
         """Block until all work is done.
@@ -132,13 +74,11 @@ class DriverStream:
         Raises:
             TransferError: some of it failed.
         """
-        _call(self._engine, "pie_stream_synchronize", self.id)
-        self._callbacks.clear()
+        self._engine.handle.call("pie_stream_synchronize", self.id)
 
     def close(self) -> None:
         """Finish the work, then end the stream."""
-        _call(self._engine, "pie_stream_destroy", self.id)
-        self._callbacks.clear()
+        self._engine.handle.call("pie_stream_destroy", self.id)
 
 
 class DriverEvent:
@@ -148,26 +88,12 @@ class DriverEvent:
         """An event without a record."""
         self._engine = engine
         number = ctypes.c_uint64()
-        _call(engine, "pie_event_create", ctypes.byref(number))
+        engine.handle.call("pie_event_create", ctypes.byref(number))
         self.id = number.value
 
     def record(self, stream: DriverStream | None = None) -> None:
         """A new record, complete when the stream's work so far is."""
-        _call(self._engine, "pie_event_record", self.id, stream.id if stream else 0)
-
-    def query(self) -> bool:
-        """Whether the newest record is complete; true without one."""
-        complete = ctypes.c_int()
-        _call(self._engine, "pie_event_query", self.id, ctypes.byref(complete))
-        return bool(complete.value)
-
-    def synchronize(self) -> None:
-        """Block until the newest record is complete.
-
-        Raises:
-            TransferError: its stream had failed.
-        """
-        _call(self._engine, "pie_event_synchronize", self.id)
+        self._engine.handle.call("pie_event_record", self.id, stream.id if stream else 0)
 
     def seconds_until(self, end: DriverEvent) -> float:
         """Seconds from this event's record to ``end``'s, both complete.
@@ -176,9 +102,9 @@ class DriverEvent:
             TransferError: one of them is not complete.
         """
         seconds = ctypes.c_double()
-        _call(self._engine, "pie_event_elapsed", self.id, end.id, ctypes.byref(seconds))
+        self._engine.handle.call("pie_event_elapsed", self.id, end.id, ctypes.byref(seconds))
         return seconds.value
 
     def close(self) -> None:
         """Forget the event; waits submitted before are not touched."""
-        _call(self._engine, "pie_event_destroy", self.id)
+        self._engine.handle.call("pie_event_destroy", self.id)

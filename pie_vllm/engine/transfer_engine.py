@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pie_vllm.engine.arena import DeviceArena
 from pie_vllm.engine.graph_steps import GraphSteps
+from pie_vllm.engine.handle import EngineHandle
 from pie_vllm.engine.native import (
     OPTION_HEAD_FIRST,
     OPTION_OVERLAP,
@@ -27,28 +28,31 @@ from pie_vllm.geometry import Geometry
 from pie_vllm.plan import StepPlan
 
 
-class TransferEngine(GraphSteps):
+class TransferEngine:
     """Arena, host pool, copy streams and the order between them.
 
     A step is ``begin_step``, then for every layer in order ``before_write``,
     ``before_attention``, ``after_attention``, then ``end_step``. Steps without
     a plan may run in between without any call.
 
-    A step may also run in a CUDA graph that holds the copies: ``GraphSteps`` says how.
+    A step may also run in a CUDA graph that holds the copies: see ``GraphSteps``.
 
     Args:
-        geometry: all sizes; ``granularity`` a multiple of the driver's.
+        geometry: all sizes; ``granularity`` is a multiple of the driver's.
         driver: ``"host"``, ``"cuda"`` (the device whose context is current on this
             thread, else the first) or ``"cuda:N"``.
         link_bytes_per_s: emulated link speed per direction; ``None`` is as fast
             as the machine.
         debug: negative controls, words of ``native.DEBUG_FLAGS``.
-        chunks: of the pool that are there from the start, at least one; ``None`` is all.
+        chunks: number of the pool's chunks that are there from the start, at least one; ``None``
+            is all.
         library_path: another build of the native library, for tests.
 
     Attributes:
-        geometry: as given.
+        geometry: all sizes, as given.
         arena: the device memory.
+        handle: the native engine, for other calls of the C interface.
+        graphs: the steps in CUDA graphs, and their captures.
 
     Raises:
         ConfigError: an unknown debug word, or sizes that cannot work.
@@ -70,11 +74,12 @@ class TransferEngine(GraphSteps):
     ) -> None:
         """Reserve, map and populate all memory, and start the copy streams."""
         flags = debug_flags(debug)
-        super().__init__(load_library(library_path))
-        library = self._library
+        library = load_library(library_path)
+        self.handle = EngineHandle(library)
+        self.graphs = GraphSteps(self.handle)
         self.geometry = geometry
         handle = ctypes.c_void_p()
-        self._check(
+        self.handle.check(
             library.pie_open(
                 ctypes.byref(geometry_struct(geometry)),
                 driver.encode(),
@@ -84,12 +89,12 @@ class TransferEngine(GraphSteps):
                 ctypes.byref(handle),
             )
         )
-        self._handle = handle.value
+        self.handle.address = handle.value
         self._before_write = library.pie_before_write
         self._before_attention = library.pie_before_attention
         self._after_attention = library.pie_after_attention
         address, size = ctypes.c_uint64(), ctypes.c_int64()
-        self._check(library.pie_arena(self._handle, ctypes.byref(address), ctypes.byref(size)))
+        self.handle.call("pie_arena", ctypes.byref(address), ctypes.byref(size))
         self.arena = DeviceArena(address.value, size.value, driver, self)
 
     @property
@@ -104,7 +109,7 @@ class TransferEngine(GraphSteps):
 
     def _bytes(self) -> tuple[int, int]:
         host, device = ctypes.c_int64(), ctypes.c_int64()
-        self._check(self._library.pie_bytes(self._open(), ctypes.byref(host), ctypes.byref(device)))
+        self.handle.call("pie_bytes", ctypes.byref(host), ctypes.byref(device))
         return host.value, device.value
 
     def begin_step(self, plan: StepPlan, compute_stream: int = 0, *, graph: bool = False) -> bool:
@@ -117,11 +122,11 @@ class TransferEngine(GraphSteps):
                 means the loads of step ``plan.step - 1``.
             compute_stream: stream that the model runs on; 0 is the calling
                 thread on the host driver and the default stream on CUDA.
-            graph: the step may run in a captured graph, whose launch follows ``enter_graph``;
+            graph: the step may run in a captured graph, whose launch follows ``graphs.enter``;
                 without that call it has gates like any other.
 
         Returns:
-            Whether it fits a graph: not without ``graph`` and ``use_graphs``, with more runs to
+            Whether it fits a graph: not without ``graph`` and ``graphs.prepare``, with more runs to
             the device than tables hold, with both stores and promotions, or with a debug
             switch that graphs cannot follow.
 
@@ -133,12 +138,12 @@ class TransferEngine(GraphSteps):
                 failed; the step is aborted then.
         """
         arrays, fits = PlanArrays(plan), ctypes.c_int()
-        arguments = self._open(), ctypes.byref(arrays.struct), compute_stream
+        arguments = ctypes.byref(arrays.struct), compute_stream
         if graph:
-            self._check(self._library.pie_begin_graph_step(*arguments, ctypes.byref(fits)))
+            self.handle.call("pie_begin_graph_step", *arguments, ctypes.byref(fits))
         else:
-            self._check(self._library.pie_begin_step(*arguments))
-        self._writes_wait = graph or bool(plan.stores or plan.promotions)
+            self.handle.call("pie_begin_step", *arguments)
+        self.handle.writes_wait = graph or bool(plan.stores or plan.promotions)
         return bool(fits.value)
 
     def before_write(self, layer: int) -> None:
@@ -149,11 +154,11 @@ class TransferEngine(GraphSteps):
         Raises:
             TransferError: a store failed, no step is open, or the engine is closed.
         """
-        if not self._writes_wait:
+        if not self.handle.writes_wait:
             return
-        code = self._before_write(self._handle, layer)
+        code = self._before_write(self.handle.address, layer)
         if code:
-            raise error_of(self._library, code)
+            raise error_of(self.handle.library, code)
 
     def before_attention(self, layer: int) -> None:
         """Order the layer's attention after its loads and promotions, and count its gate.
@@ -161,9 +166,9 @@ class TransferEngine(GraphSteps):
         Raises:
             TransferError: a load failed, or no step is open.
         """
-        code = self._before_attention(self._handle, layer)
+        code = self._before_attention(self.handle.address, layer)
         if code:
-            raise error_of(self._library, code)
+            raise error_of(self.handle.library, code)
 
     def after_attention(self, layer: int) -> None:
         """Free the layer's ring slot and submit the loads of layer ``layer + B``.
@@ -171,9 +176,9 @@ class TransferEngine(GraphSteps):
         Raises:
             TransferError: no step is open.
         """
-        code = self._after_attention(self._handle, layer)
+        code = self._after_attention(self.handle.address, layer)
         if code:
-            raise error_of(self._library, code)
+            raise error_of(self.handle.library, code)
 
     def end_step(self) -> StepStats:
         """Close the step. Does not wait for copies; the step is closed also on an error.
@@ -190,7 +195,7 @@ class TransferEngine(GraphSteps):
                 ``abort_step`` to go on.
         """
         stats = StatsStruct()
-        self._check(self._library.pie_end_step(self._open(), ctypes.byref(stats)))
+        self.handle.call("pie_end_step", ctypes.byref(stats))
         return step_stats(stats)
 
     def abort_step(self) -> None:
@@ -206,7 +211,7 @@ class TransferEngine(GraphSteps):
             IntegrityError: the memory of a promotion's row is not there any more; all else is done.
             GateError: a graph of an earlier step did not copy all its layers.
         """
-        self._check(self._library.pie_abort_step(self._open()))
+        self.handle.call("pie_abort_step")
 
     def drain(self) -> None:
         """Wait for the copies submitted so far.
@@ -215,7 +220,7 @@ class TransferEngine(GraphSteps):
             TransferError: one of them failed.
             GateError: a graph of an earlier step did not copy all its layers.
         """
-        self._check(self._library.pie_drain(self._open()))
+        self.handle.call("pie_drain")
 
     def run_idle(self, plan: StepPlan, compute_stream: int = 0) -> StepStats:
         """Stores and promotions of a step that runs no model; no ring loads, no gates.
@@ -229,7 +234,7 @@ class TransferEngine(GraphSteps):
         """
         arrays, stats = PlanArrays(plan), StatsStruct()
         arguments = ctypes.byref(arrays.struct), compute_stream, ctypes.byref(stats)
-        self._check(self._library.pie_run_idle(self._open(), *arguments))
+        self.handle.call("pie_run_idle", *arguments)
         return step_stats(stats)
 
     def self_test(self) -> None:
@@ -242,29 +247,29 @@ class TransferEngine(GraphSteps):
         Raises:
             TransferError: bytes came back wrong; pooled blocks must not be used.
         """
-        self._check(self._library.pie_self_test(self._open()))
+        self.handle.call("pie_self_test")
 
     def zero_ring(self) -> None:
         """Zero all ring slots; only while the device is idle, such as after warm-up."""
-        self._check(self._library.pie_zero_ring(self._open()))
+        self.handle.call("pie_zero_ring")
 
     def use_gather(self, image: bytes | None, threshold_bytes: int, blocks: int = 8) -> None:
         """Have a kernel load small pieces from now on; an error changes nothing.
 
         Args:
-            image: with the kernel of ``gather.cu``; see ``pie_vllm.engine.gather``. None is
-                the one in use.
+            image: machine code of ``gather.cu``, see ``pie_vllm.engine.gather``; None is the one in
+                use.
             threshold_bytes: a layer's loads of smaller pieces, on average, are the kernel's
                 if they are 16 or more. 0 is no kernel, whatever the image.
-            blocks: of the kernel's grid, 1 to 12; each takes an SM while it runs.
+            blocks: thread blocks of the kernel, 1 to 12; each takes an SM while it runs.
 
         Raises:
             UnsupportedError: the driver runs no kernels, or the image is for other devices.
             ConfigError: a size or a number that cannot work.
             TransferError: a call failed, or the kernel copied wrong bytes when tried.
         """
-        size, library = len(image or b""), self._library
-        self._check(library.pie_use_gather(self._open(), image, size, threshold_bytes, blocks))
+        size = len(image or b"")
+        self.handle.call("pie_use_gather", image, size, threshold_bytes, blocks)
 
     def submit_head_first(self, on: bool) -> None:
         """Whether ``begin_step`` submits the copies of one layer alone, which is so at start.
@@ -276,7 +281,7 @@ class TransferEngine(GraphSteps):
         Raises:
             TransferError: a step is open.
         """
-        self._check(self._library.pie_set_option(self._open(), OPTION_HEAD_FIRST, on))
+        self.handle.call("pie_set_option", OPTION_HEAD_FIRST, on)
 
     def prefer_overlap(self, on: bool) -> None:
         """Whether batches ask a CUDA device for copies that overlap with compute; so at start.
@@ -284,7 +289,7 @@ class TransferEngine(GraphSteps):
         Raises:
             TransferError: a step is open.
         """
-        self._check(self._library.pie_set_option(self._open(), OPTION_OVERLAP, on))
+        self.handle.call("pie_set_option", OPTION_OVERLAP, on)
 
     def commit_chunk(self, chunk: int) -> None:
         """Take the memory of a chunk of the pool; one other thread may call it beside steps.
@@ -293,7 +298,7 @@ class TransferEngine(GraphSteps):
             TransferError: the memory cannot be had.
             ConfigError: there is no such chunk.
         """
-        self._check(self._library.pie_commit_chunk(self._open(), chunk))
+        self.handle.call("pie_commit_chunk", chunk)
 
     def release_chunk(self, chunk: int) -> None:
         """Give the memory of a chunk back once the copies submitted so far are over.
@@ -304,7 +309,7 @@ class TransferEngine(GraphSteps):
         Raises:
             ConfigError: there is no such chunk.
         """
-        self._check(self._library.pie_release_chunk(self._open(), chunk))
+        self.handle.call("pie_release_chunk", chunk)
 
     def close(self) -> None:
         """Drain all streams and give all memory back; again is fine.
@@ -314,11 +319,10 @@ class TransferEngine(GraphSteps):
         Raises:
             GateError: a graph of an earlier step did not copy all its layers; all is given back.
         """
-        handle, self._handle = self._handle, None
-        self._writes_wait = True  # So that this gate, too, says that the engine is closed.
-        if handle is not None:
+        address = self.handle.close()
+        if address is not None:
             self.arena.release()
-            self._check(self._library.pie_close(handle))
+            self.handle.check(self.handle.library.pie_close(address))
 
     def __enter__(self) -> TransferEngine:
         """The engine itself."""

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
+from pie_vllm.policy.block import BlockId
 from pie_vllm.policy.placement.free_queue import TieredFreeBlockQueue
 from pie_vllm.policy.placement.interfaces import PrefixEntries
 
@@ -17,7 +18,7 @@ class Block:
     __slots__ = ("block_hash", "block_id", "is_null", "ref_cnt")
 
     def __init__(self, block_id: int) -> None:
-        self.block_id = block_id
+        self.block_id = BlockId(block_id)
         self.ref_cnt = 0
         self.is_null = False
         self.block_hash: Any = None

@@ -2,50 +2,40 @@
 
 First come first served, chunked prompts, one token a step for each request past its prompt,
 preemption of the last. Its blocks are found again where requests have keys, as with vLLM's prefix
-cache. Whom it admits is what ``PieBlockSpaceManager`` admits, but that no residents are kept for
-the next block of requests that are left out of the step.
+cache. Whom it admits and what it leaves out, the policy decides, as for vLLM.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pie_vllm.geometry import cdiv
-from pie_vllm.policy.admission.chunk import (
-    PROMPT_RESERVE,
-    Asked,
-    Runs,
-    decide_chunk,
-    plenty,
-    promised,
-)
-from pie_vllm.policy.admission.leaving import keep_tail
-from pie_vllm.policy.admission.lookup import ParkedHits, ParkedLookup, Room
-from pie_vllm.policy.admission.restore import cancel, restore, restore_part, restored_at_once
-from pie_vllm.policy.admission.waits import Patience
-from pie_vllm.policy.control.decider import Decision
+from pie_vllm.policy.admission.chunk import Asked, Runs
+from pie_vllm.policy.admission.lookup import ParkedHits
+from pie_vllm.policy.admission.transaction import Admission, Candidate, Claims
 from pie_vllm.policy.placement.residency import Residency
 from pie_vllm.simulation.prefix_cache import PrefixBook, give_back
 
 
 @dataclass(eq=False)
 class Request:
-    """One request.
+    """One request; what the policy reads of it is named as in vLLM.
 
     Attributes:
-        request_id: its name.
-        prompt: tokens, those of a chat's turns before included.
-        left: tokens of the answer that are still to come.
-        keys: of its blocks in the prefix cache; none are cached without.
-        arrived: seconds on the clock.
-        known: tokens that it has: the prompt and what was answered.
-        computed: of these, those whose KV it has.
-        reached: most that were ever computed.
-        cached: blocks at the front of its table that the prefix cache was told of.
-        table: its blocks.
+        request_id: Its name.
+        prompt: Number of tokens of its prompt, those of a chat's turns before included.
+        left: Number of tokens of the answer that are still to come.
+        keys: Keys of its blocks in the prefix cache; none are cached without.
+        arrived: Seconds on the clock.
+        num_tokens: Number of tokens that it has: the prompt and what was answered.
+        num_computed_tokens: Number of these whose KV it has.
+        is_prefill_chunk: Whether its newest step left some of them to compute.
+        reached: Largest number of tokens that were ever computed.
+        cached: Number of blocks at the front of its table that the prefix cache was told of.
+        table: Its blocks.
     """
 
     request_id: str
@@ -53,36 +43,41 @@ class Request:
     left: int
     keys: Sequence[Hashable] = ()
     arrived: float = 0.0
-    known: int = field(init=False)
-    computed: int = 0
+    num_tokens: int = field(init=False)
+    num_computed_tokens: int = 0
+    is_prefill_chunk: bool = False
     reached: int = 0
     cached: int = 0
     table: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.known = self.prompt
+        self.num_tokens = self.prompt
 
 
 class Scheduled(NamedTuple):
     """What runs in a step.
 
     Attributes:
-        ran: requests and the tokens that they compute, by id.
-        fresh: those of them that were admitted in it.
+        tokens: Number of tokens that each request computes, by id.
+        fresh: Ids of those that were admitted in the step.
     """
 
-    ran: dict[str, tuple[Request, int]]
+    tokens: dict[str, int]
     fresh: set[str]
 
 
 class SimulatedScheduler:
-    """Gives requests blocks and tokens.
+    """Gives requests blocks and tokens; the policy's controller looks at it as ``SchedulerView``.
 
     Attributes:
-        waiting, running: requests, the first to be served first.
-        chunk_blocks: blocks that prompts may fill in the newest step.
-        preemptions: so far.
-        restored: parked blocks and tails that came back to requests so far.
+        waiting, running: Requests, the first to be served first.
+        requests: All of them by id.
+        admission: Decides about those that wait.
+        running_max: Maximum number of running requests.
+        tokens_max: Maximum number of tokens that a step computes.
+        left_out: Ids of the running requests that compute nothing in the newest step.
+        preemptions: Number of preemptions so far.
+        restored: Number of parked blocks and tails that came back to requests so far.
     """
 
     def __init__(
@@ -91,8 +86,8 @@ class SimulatedScheduler:
         tables: dict[str, list[Any]],
         book: PrefixBook,
         block_size: int,
-        max_running: int,
-        max_tokens: int,
+        running_max: int,
+        tokens_max: int,
     ) -> None:
         """Before the first request.
 
@@ -101,179 +96,176 @@ class SimulatedScheduler:
             tables: blocks of each request; the residency's own.
             book: the prefix cache; its entries are the residency's.
             block_size: tokens of a block.
-            max_running: requests at once.
-            max_tokens: tokens that one step may compute.
+            running_max: requests at once.
+            tokens_max: tokens that one step may compute.
         """
         self._residency, self._tables, self._book = residency, tables, book
-        self._size, self._max_running, self._max_tokens = block_size, max_running, max_tokens
-        self._lookup = ParkedLookup(residency, book.get, block_size)
-        self._patience = Patience()
+        self._size = block_size
+        self.running_max, self.tokens_max = running_max, tokens_max
+        self.admission = Admission(residency, book.get, block_size)
+        self.admission.on_restored_ahead = self._restored_ahead
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.chunk_blocks = cdiv(max_tokens, block_size)
+        self.requests: dict[str, Request] = {}
+        self.left_out: frozenset[str] = frozenset()
         self.preemptions = self.restored = 0
 
-    def schedule(self, decision: Decision, left_out: Collection[str]) -> Scheduled:
-        """Schedule a step, in which these requests do not run; counts no token as computed."""
-        budget = self._tokens(decision, left_out)
-        ran: dict[str, tuple[Request, int]] = {}
+    # What the controller asks.
+
+    @property
+    def newcomers(self) -> bool:
+        """Whether requests wait: none of them holds blocks."""
+        return bool(self.waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of requests that wait."""
+        return len(self.waiting)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Number of requests that have not ended."""
+        return len(self.requests)
+
+    def leave_out(self, request_ids: Sequence[str]) -> None:
+        """Have these running requests compute nothing in the coming step."""
+        self.left_out = frozenset(request_ids)
+
+    def asked(self) -> Asked:
+        """What running requests ask of the coming step."""
+        running = (
+            Runs(
+                r.num_computed_tokens,
+                r.num_tokens - r.num_computed_tokens,
+                r.is_prefill_chunk,
+                r.request_id in self.left_out,
+            )
+            for r in self.running
+        )
+        return Asked.of(running, self._size)
+
+    def claims(self) -> Claims:
+        """What running requests still need while waiting requests are looked at."""
+        tails = sum(
+            r.request_id in self.left_out and r.num_computed_tokens % self._size == 0
+            for r in self.running
+        )
+        return Claims(any(r.is_prefill_chunk for r in self.running), tails)
+
+    # Requests.
+
+    def add(self, request: Request) -> None:
+        """Take a request, which waits."""
+        self.requests[request.request_id] = request
+        self.waiting.append(request)
+
+    def schedule(self, tokens_max: int) -> Scheduled:
+        """Schedule a step of so many tokens at most; counts none of them as computed."""
+        budget, index, preempted = tokens_max, 0, False
+        tokens: dict[str, int] = {}
         fresh: set[str] = set()
-        preempted = False
-        for request in list(self.running):
-            if request.request_id in left_out or request not in self.running or budget <= 0:
+        while index < len(self.running) and budget > 0:
+            request = self.running[index]
+            index += 1
+            if request.request_id in self.left_out:
                 continue
-            tokens = min(request.known - request.computed, budget)
-            while not self._allocate(request, tokens):
+            count = min(request.num_tokens - request.num_computed_tokens, budget)
+            while not self._allocate(request, count):
                 last = self.running.pop()
                 preempted = True
-                budget += ran.pop(last.request_id, (last, 0))[1]
+                budget += tokens.pop(last.request_id, 0)
                 self._preempt(last)
                 if last is request:
                     break
             else:
-                ran[request.request_id] = (request, tokens)
-                budget -= tokens
+                tokens[request.request_id] = count
+                budget -= count
         while self.waiting and budget > 0 and not preempted:
-            request = self.waiting[0]
-            if len(self.running) >= self._max_running:
+            if len(self.running) >= self.running_max:
                 break
-            tokens = self._admit(request, budget, decision, bool(ran))
-            if not tokens:
+            request = self.waiting[0]
+            count = self._admit(request, budget)
+            if not count:
                 break
             self.running.append(self.waiting.popleft())
-            ran[request.request_id] = (request, tokens)
+            tokens[request.request_id] = count
             fresh.add(request.request_id)
-            budget -= tokens
-        return Scheduled(ran, fresh)
-
-    def _tokens(self, decision: Decision, left_out: Collection[str]) -> int:
-        """How many tokens the step may compute."""
-        queue, size, most = self._residency.queue, self._size, self._max_tokens
-        self.chunk_blocks = cdiv(most, size)
-        if plenty(queue, most, len(self.running), size):
-            return most
-        asked = Asked.of(
-            (
-                Runs(r.computed, r.known - r.computed, self._works(r), r.request_id in left_out)
-                for r in self.running
-            ),
-            size,
-        )
-        chunk = decide_chunk(
-            queue, asked, bool(self.waiting), decision.prompt_demotion_max, most, size
-        )
-        self.chunk_blocks = chunk.blocks
-        return chunk.tokens
+            budget -= count
+        return Scheduled(tokens, fresh)
 
     def finish(self, request: Request) -> None:
         """A running request has its answer."""
         self.running.remove(request)
-        self._free(request)
+        del self.requests[request.request_id]
+        self._free(request, finished=True)
 
     def _preempt(self, request: Request) -> None:
         self.preemptions += 1
-        name, table = request.request_id, request.table
-        keep_tail(self._residency, name, table, request.computed, self._size)
-        self._free(request)
-        request.computed = 0
+        self._free(request, finished=False)
+        request.num_computed_tokens = 0
         self.waiting.appendleft(request)
 
-    def _prompts(self) -> bool:
-        """Whether a running request has prompt tokens left."""
-        return any(self._works(r) for r in self.running)
+    def _free(self, request: Request, *, finished: bool) -> None:
+        name = request.request_id
+        self.admission.releases(name, request.num_computed_tokens, finished=finished)
+        give_back(self._residency.queue, self._tables.pop(name))
+        request.table = []
 
-    @staticmethod
-    def _works(request: Request) -> bool:
-        """Whether a request has prompt tokens left."""
-        return request.known > request.computed + 1
+    def _restored_ahead(self, _: str, blocks: int) -> None:
+        self.restored += blocks
 
-    def _find(self, request: Request, decision: Decision) -> tuple[list[Any], ParkedHits]:
-        """What a waiting request need not compute: cached blocks, and parked ones behind them."""
-        residency, size = self._residency, self._size
-        keys = request.keys[: (request.known - 1) // size]
-        hits = self._book.hits(keys)
-        found = None
-        if residency.parking.any and decision.restore_enabled:
-            queue = residency.queue
-            kept = PROMPT_RESERVE if self._prompts() else 0
-            pooled = queue.available_pooled - (residency.window - decision.pooled_admission_max)
-            room = Room(queue.free_residents - kept, pooled, self.chunk_blocks)
-            after = keys[len(hits) :]
-            found = self._lookup.find(request.request_id, request.known, after, hits, room)
-        return hits, found or ParkedHits.none(len(hits) * size)
+    # Blocks.
 
-    def _admit(self, request: Request, budget: int, decision: Decision, others: bool) -> int:
+    def _admit(self, request: Request, budget: int) -> int:
         """Admit a waiting request; returns the tokens that it computes, 0 if there is no room."""
-        residency, parking = self._residency, self._residency.parking
-        queue, size, name = residency.queue, self._size, request.request_id
-        hits, parked = self._find(request, decision)
-        blocks = cdiv(request.known, size)
-        if parked.cut and others and self._patience.wait(name, blocks):
-            return 0  # There will be room once others are done.
-        kept_back = residency.window - decision.pooled_admission_max if others else 0
-        needed = blocks - sum(block.ref_cnt > 0 for block in hits)
-        if needed + kept_back > queue.available_in_all:
+        name, size, tokens = request.request_id, self._size, request.num_tokens
+        keys = request.keys[: (tokens - 1) // size]
+        hits = self._book.hits(keys)
+        parked = self.admission.find_parked(name, tokens, keys[len(hits) :], hits)
+        if parked is None:
+            parked = ParkedHits.none(len(hits) * size)
+        count = min(tokens - parked.tokens, budget)
+        beside = bool(self.running)
+        candidate = Candidate(name, tokens, 0, hits, parked, count, tokens, True, beside)
+        transaction = self.admission.prepare(candidate)
+        if transaction is None:
             return 0
-        most = restored_at_once(residency, decision.restore_blocks_max)
-        if others and parked.residents > most and self._patience.wait(name, blocks):
-            restore_part(residency, parked.found, len(hits), most)
-            self.restored += most
-            return 0
-        tokens = min(request.known - parked.tokens, budget)
-        partial = parked.tokens + tokens < request.known or self._prompts()
-        if parked.parked:
-            hits += restore(residency, parked.found, len(hits), parked.residents)
-        tail = None
-        if parked.tail_tokens:
-            tail = parking.take_tail(name)
-            residency.withhold()
-        residency.admit(name, len(hits))
         self._tables[name] = request.table
-        idle = sum(block.ref_cnt == 0 for block in hits)
-        prompts = PROMPT_RESERVE if others and partial else 0
-        queue.admission(idle - parked.residents, promised(queue, 0, prompts))
-        try:
-            new = cdiv(parked.tokens + tokens, size) - len(hits)
-            admitted = new + idle <= queue.num_free_blocks
-            if admitted:
-                self._touch(request, hits)
-                self._take(request, new)
-        finally:
-            queue.admission()
+        with transaction:
+            admitted = self._adopt(request, transaction.hits, cdiv(candidate.reached, size))
         if not admitted:
-            residency.forget(name)
-            cancel(residency, hits)
-            if tail is not None:
-                parking.put_back(name, tail)
-            residency.withhold()
+            del self._tables[name]
+            transaction.roll_back()
             return 0
-        residency.admitted(name)
-        self._patience.forget(name)
-        request.cached, request.computed = len(hits), parked.tokens
-        self._cache(request, parked.tokens + tokens)
-        if tail is None:
-            parking.drop_tail(name)
-        else:
-            parking.restore_tail(tail, request.table[len(hits)].block_id)
-        self.restored += parked.parked + (tail is not None)
-        return tokens
+        transaction.commit()
+        request.cached, request.num_computed_tokens = len(transaction.hits), parked.tokens
+        self._cache(request, candidate.reached)
+        self.restored += parked.parked + transaction.has_tail
+        return count
+
+    def _adopt(self, request: Request, hits: Sequence[Any], blocks: int) -> bool:
+        """Give a request these blocks and others up to a number, if they can be had."""
+        queue = self._residency.queue
+        idle = sum(block.ref_cnt == 0 for block in hits)
+        if blocks - len(hits) + idle > queue.num_free_blocks:
+            return False
+        for block in hits:
+            if block.ref_cnt == 0:
+                queue.remove(block)
+            block.ref_cnt += 1
+            request.table.append(block)
+        self._take(request, blocks - len(hits))
+        return True
 
     def _allocate(self, request: Request, tokens: int) -> bool:
         """Give a running request the blocks for so many more tokens, if they can be had."""
-        end = request.computed + tokens
+        end = request.num_computed_tokens + tokens
         count = cdiv(end, self._size) - len(request.table)
         if count > self._residency.queue.num_free_blocks:
             return False
         self._take(request, count)
         self._cache(request, end)
         return True
-
-    def _touch(self, request: Request, hits: Sequence[Any]) -> None:
-        for block in hits:
-            if block.ref_cnt == 0:
-                self._residency.queue.remove(block)
-            block.ref_cnt += 1
-            request.table.append(block)
 
     def _take(self, request: Request, count: int) -> None:
         if count > 0:
@@ -287,8 +279,3 @@ class SimulatedScheduler:
         for index in range(request.cached, min(end // self._size, len(request.keys))):
             self._book.put(request.table[index], request.keys[index])
             request.cached = index + 1
-
-    def _free(self, request: Request) -> None:
-        self._residency.forget(request.request_id)
-        give_back(self._residency.queue, self._tables.pop(request.request_id))
-        request.table = []

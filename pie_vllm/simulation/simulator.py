@@ -1,7 +1,8 @@
-"""Replays a trace of requests through the real tiers, turns and decider, with a model of time.
+"""Replays a trace of requests through the real policy, with a model of time.
 
 For tests, for choosing constants, and for projections: deterministic, no model, no copies. The
-scheduler around the policy is ``pie_vllm.simulation.scheduler``. There is no prefix cache
+scheduler around the policy is ``pie_vllm.simulation.scheduler``; the controller that it calls is
+the one that vLLM's scheduler calls, and all of the pool's memory is there. There is no prefix cache
 unless asked for; with one, KV may be parked, and a chat finds what is left of its turns before.
 """
 
@@ -13,20 +14,22 @@ from heapq import heapify, heappop, heappush
 from typing import Any
 
 from pie_vllm.geometry import Geometry
-from pie_vllm.plan import StepPlan, num_copied
-from pie_vllm.policy.control.decider import Decision
-from pie_vllm.policy.control.detector import Observation
-from pie_vllm.policy.control.turns import Turns
-from pie_vllm.policy.placement.promotion import tail_room
+from pie_vllm.plan import PoolState, StepOrders, StepReport, Totals, num_copied
+from pie_vllm.policy.control.decider import Decides, Decision
+from pie_vllm.policy.controller import Controller
 from pie_vllm.policy.placement.residency import Residency
-from pie_vllm.policy.placement.store_ahead import Ahead
 from pie_vllm.simulation.prefix_cache import Block, Free, PrefixBook
 from pie_vllm.simulation.scheduler import Request, SimulatedScheduler
-from pie_vllm.simulation.traces import Decides, Job, Outcome, Profile, Static, StepTime
+from pie_vllm.simulation.traces import Job, Outcome, Profile, Static, StepCost, StepTime
 
 
 class Simulation:
-    """One trace on one machine; ``run`` plays it to the end."""
+    """One trace on one machine; ``run`` plays it to the end.
+
+    Attributes:
+        residency: Where blocks live.
+        controller: The policy around each step.
+    """
 
     def __init__(
         self,
@@ -61,9 +64,8 @@ class Simulation:
         Raises:
             ValueError: a turn continues none of the jobs before it.
         """
-        self._geometry, self._profile, self._decider = geometry, profile, decider
+        self._geometry, self._profile = geometry, profile
         self._size = block_size
-        self._max_tokens = max_tokens
         self._jobs = jobs
         self._keys: list[list[Hashable]] = []
         self._history: list[int] = []  # Tokens of the turns before each job.
@@ -82,8 +84,11 @@ class Simulation:
         self._scheduler = SimulatedScheduler(
             self.residency, tables, book, block_size, max_running, max_tokens
         )
+        self.controller = Controller(
+            self._scheduler, self.residency, self._scheduler.admission, decider, block_size
+        )
         self._changes = deque(changes)
-        self._turns = Turns()
+        self._totals = Totals()
         self._scatter = scatter
         self._clock = self._stall = 0.0
         self._number = self._tokens = self._prompt_tokens = self._recomputed = 0
@@ -125,7 +130,7 @@ class Simulation:
             self._stall,
             self._number,
             scheduler.preemptions,
-            self._turns.left_out,
+            self.controller.turns.left_out,
             self._loads,
             self._decisions,
             self._times,
@@ -145,75 +150,71 @@ class Simulation:
             arrived, number = heappop(coming)
             job, keys = self._jobs[number], self._keys[number]
             prompt = self._history[number] + job.prompt
-            waiting.append(Request(str(number), prompt, job.answer, keys, arrived))
+            self._scheduler.add(Request(str(number), prompt, job.answer, keys, arrived))
         while self._changes and self._changes[0][0] <= self._clock:
             self._profile = self._changes.popleft()[1]
 
     def _step(self) -> None:
         self._number += 1
-        scheduler, residency, size = self._scheduler, self.residency, self._size
-        running, parking = scheduler.running, residency.parking
-        prompts = sum(max(0, r.known - r.computed - 1) for r in running)
-        room = residency.queue.num_free_blocks * size
-        decision = self._decider.decide(min(prompts, self._max_tokens, room))
-        parking.allowance = decision.park_blocks_max
-        restored = parking.restored_blocks
-        left_out = self._turns.begin_step(running, residency, decision)
-        ran, fresh = scheduler.schedule(decision, set(left_out))
-        for request, tokens in ran.values():
-            self._compute(request, tokens)
-            tell = residency.computed_again if request.request_id in fresh else residency.computed
-            tell(request.request_id, request.computed // size)
-        over = residency.pooled_in_use > decision.pooled_admission_max
-        headroom = tail_room(len(running), size) if over or not scheduler.waiting else None
-        several = any(tokens > 1 for _, tokens in ran.values())
-        ahead = Ahead.of(decision, self._turns.taken, len(running), scheduler.chunk_blocks, several)
-        plan = residency.end_step(ran, fresh, bool(ran), headroom, decision.load_blocks_max, ahead)
-        self._turns.end_step(ran, residency)
-        self._pass_time(ran, plan, restored=parking.restored_blocks != restored)
-        self._decisions.append(decision)
+        scheduler, controller = self._scheduler, self.controller
+        terms = controller.begin_step()
+        scheduled = scheduler.schedule(terms.tokens)
+        ran = [scheduler.requests[name] for name in scheduled.tokens]
+        for request in ran:
+            self._compute(request, scheduled.tokens[request.request_id])
+        tokens = sum(scheduled.tokens.values())
+        orders = controller.end_step(scheduled.tokens, tokens, scheduled.fresh)
+        self._decisions.append(controller.decision)
+        cost = self._cost(orders, ran, tokens)
+        controller.observe(orders, self._report(orders, cost), tokens, len(ran))
+        began, before = self._clock, self._tokens
+        self._clock += cost.seconds
+        self._stall += cost.stall
+        for request in ran:
+            if not request.is_prefill_chunk:
+                self._answer(request)
+        answered = self._tokens - before
+        self._times.append(StepTime(began, cost.compute, cost.stall, answered, cost.slowed))
 
     def _compute(self, request: Request, tokens: int) -> None:
-        before, after = request.computed, request.computed + tokens
+        before = request.num_computed_tokens
+        after = request.num_computed_tokens = before + tokens
+        request.is_prefill_chunk = after < request.num_tokens
         self._prompt_tokens += max(0, min(after, request.prompt) - before)
         self._recomputed += max(0, min(after, request.reached) - before)
-        request.computed, request.reached = after, max(after, request.reached)
+        request.reached = max(after, request.reached)
 
-    def _pass_time(
-        self, ran: dict[str, tuple[Request, int]], plan: StepPlan | None, *, restored: bool
-    ) -> None:
-        profile, row = self._profile, self._geometry.row_bytes
-        loads = self.residency.reading.num_blocks
-        if plan is not None:
-            loads += num_copied(plan.promotions)
-        tokens = sum(count for _, count in ran.values())
-        blocks = sum(len(request.table) for request, _ in ran.values())
+    def _cost(self, orders: StepOrders, ran: Sequence[Request], tokens: int) -> StepCost:
+        """How long the step takes on the machine."""
+        profile, plan = self._profile, orders.plan
+        blocks = sum(len(request.table) for request in ran)
         compute = profile.step_seconds(len(ran), tokens - len(ran), blocks)
         if self._scatter is not None:
             compute *= self._scatter()
-        slowed = profile.load_cost(loads)
-        compute += slowed
-        load = loads * row / profile.link
-        stall = max(load - compute, load * profile.exposed)
-        if plan is not None and profile.store_link is not None:
-            store = num_copied(plan.stores) * row / profile.store_link
-            stall = max(stall, store - compute, store * profile.exposed)
-        began = self._clock
-        self._clock += compute + stall
-        self._stall += stall
+        loads, stores = self.residency.read_set.num_blocks, 0
+        if plan is not None:
+            loads += num_copied(plan.promotions)
+            stores = num_copied(plan.stores)
         self._loads.append(loads)
-        seconds, loaded = compute + stall, loads * row
-        seen = Observation(tokens, len(ran), seconds, stall, loaded, load, blocks, restored)
-        self._decider.observe(seen, within_budget=not self._turns.exceeds)
-        before = self._tokens
-        for request, _ in ran.values():
-            if request.computed == request.known:
-                self._answer(request)
-        self._times.append(StepTime(began, compute, stall, self._tokens - before, slowed))
+        return profile.step(compute, loads, stores, self._geometry.row_bytes)
+
+    def _report(self, orders: StepOrders, cost: StepCost) -> StepReport:
+        """What workers would say of the step, with its stall known at once."""
+        before, loaded = self._totals, self._loads[-1] * self._geometry.row_bytes
+        totals = self._totals = before._replace(
+            bytes_loaded=before.bytes_loaded + loaded,
+            bytes_finished=before.bytes_finished + loaded,
+            load_seconds=before.load_seconds + cost.load,
+        )
+        if orders.plan is not None:
+            totals = self._totals = totals._replace(
+                stall_step=orders.plan.step, step_stall=cost.stall
+            )
+        return StepReport(totals, PoolState(self._geometry.num_chunks), cost.seconds)
 
     def _answer(self, request: Request) -> None:
         """A request has its next token now."""
-        request.known += 1
+        request.num_tokens += 1
         request.left -= 1
         self._tokens += 1
         self._first.setdefault(request.request_id, self._clock - request.arrived)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from pie_vllm.policy.control.decider import Decision
-from pie_vllm.policy.control.detector import Observation
+from pie_vllm.policy.control.detector import Detector, Observation
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,45 @@ class Profile:
     def load_cost(self, loads: int) -> float:
         """Seconds by which so many loads of blocks slow the compute beside them."""
         return self.per_streaming_step + self.per_load * loads if loads else 0.0
+
+    def step(self, compute: float, loads: int, stores: int, row_bytes: int) -> StepCost:
+        """How long a step takes that copies.
+
+        Args:
+            compute: seconds of the step with all its KV on the device.
+            loads: blocks that come to the device.
+            stores: blocks that go to the CPU.
+            row_bytes: of a block.
+        """
+        slowed = self.load_cost(loads)
+        compute += slowed
+        load = loads * row_bytes / self.link
+        stall = max(load - compute, load * self.exposed)
+        if self.store_link is not None:
+            store = stores * row_bytes / self.store_link
+            stall = max(stall, store - compute, store * self.exposed)
+        return StepCost(compute, stall, slowed, load)
+
+
+class StepCost(NamedTuple):
+    """How long a step takes.
+
+    Attributes:
+        compute: Seconds, with those that loads take from it.
+        stall: Seconds that it waits for copies.
+        slowed: Seconds of ``compute`` that loads took from it.
+        load: Seconds that the link is busy with loads.
+    """
+
+    compute: float
+    stall: float
+    slowed: float
+    load: float
+
+    @property
+    def seconds(self) -> float:
+        """Seconds in all."""
+        return self.compute + self.stall
 
 
 class Job(NamedTuple):
@@ -143,18 +182,12 @@ class Outcome(NamedTuple):
         return self.tokens / self.seconds
 
 
-class Decides(Protocol):
-    """A Decider, or something in its place."""
-
-    def decide(self, prompt_tokens: int = 0) -> Decision:
-        """For the step that is about to be scheduled."""
-
-    def observe(self, seen: Observation, *, within_budget: bool = True) -> None:
-        """Learn from a step."""
-
-
 class Static:
-    """The same limit in every step: what the decider is measured against."""
+    """The same limit in every step: what the decider is measured against.
+
+    Attributes:
+        detector: Knows nothing.
+    """
 
     def __init__(self, limit: int, budget: int | None = None, spare: int = 0) -> None:
         """Admit up to ``limit`` pooled blocks; load up to ``budget``, ``limit`` if None."""
@@ -163,6 +196,7 @@ class Static:
             pooled_admission_max=limit,
             spare_load_blocks_max=spare,
         )
+        self.detector = Detector()
 
     def decide(self, prompt_tokens: int = 0) -> Decision:  # noqa: ARG002
         """Always the same."""

@@ -1,4 +1,4 @@
-"""The seam to vLLM: the only folder that imports it."""
+"""Seam to vLLM: the only folder that imports it."""
 
 from __future__ import annotations
 

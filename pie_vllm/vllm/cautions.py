@@ -1,4 +1,4 @@
-"""What pie runs with, though it takes from what pie is for: said once at start, by name."""
+"""Cautions: settings that pie runs with at a cost, each named in a warning at start."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ logger = init_logger("vllm.pie")
 
 
 def caution(config: Any) -> None:
-    """Log a warning for each setting of a finished VllmConfig that has an effect on pie."""
+    """Log a warning for each such setting of a finished VllmConfig."""
     for text in cautions(config):
         logger.warning("%s", text)
 
 
 def cautions(config: Any) -> list[str]:
-    """What there is to say: the setting, its effect and the way out."""
+    """The warnings: each names the setting, its effect and the way out."""
     offload, found = config.offload_config, []
     if offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0:
         found.append(
@@ -24,7 +24,8 @@ def cautions(config: Any) -> list[str]:
             "each step loads them over the link that pooled KV comes over. The link was measured "
             "without them: less KV is hidden behind the compute than the measurement says, until "
             "the slowdown that steps show has lowered the budget. The CPU memory that they take "
-            "is not the pool's. Offload fewer weights, or set --pie-link-gbps to what they leave."
+            "is not the pool's. Offload fewer weights, or set "
+            'additional_config["pie"]["link_gbps"] to what they leave.'
         )
     if config.observability_config.kv_cache_metrics:
         found.append(

@@ -1,7 +1,7 @@
 """Entry point of ``vllm.general_plugins``: called in every vLLM process.
 
-Most of them never use pie: what is loaded here adds the flags and the check whether pie is asked
-for, and imports nothing for it. All else is put in place by ``engage``, once pie is asked for.
+Most of them never use pie: this module adds the flags and the check whether pie is asked for, and
+imports nothing of vLLM for it. ``engage`` puts all else in place, once pie is asked for.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 from pie_vllm.vllm.compat.loading import once_loaded
 
 ENGINE_ARGS = "vllm.engine.arg_utils"
-"""The module of vLLM that is patched for those who may ask for pie."""
+"""Module of vLLM in which the flags and the check are added."""
 
 
 def _never_raises(function: Callable[..., None]) -> Callable[..., None]:
-    """So that nothing here can keep vLLM from starting: it then runs without pie, and says so."""
+    """Guard a function so that its error is a warning, and vLLM runs without pie."""
 
     @wraps(function)
     def guarded(*args: Any) -> None:
@@ -37,7 +37,7 @@ def _never_raises(function: Callable[..., None]) -> Callable[..., None]:
 
 @_never_raises
 def register() -> None:
-    """Add ``--block-manager`` and the ``--pie-*`` flags to vLLM; twice is once. Never raises."""
+    """Add ``--block-manager`` and the ``--pie-*`` flags to vLLM, once. Never raises."""
     once_loaded(ENGINE_ARGS, _install)
 
 
@@ -49,9 +49,9 @@ def _install(module: ModuleType) -> None:
 
 
 def engage() -> None:
-    """Put in place what an engine with pie needs of vLLM, in this process; twice is once.
+    """Patch what an engine with pie needs of vLLM, once in this process.
 
-    Called where pie is configured, and where its settings arrive from another process.
+    It is called where pie is configured, and where its settings arrive from another process.
     """
     from pie_vllm.vllm.compat import engine_core, loggers, weights
     from pie_vllm.vllm.scheduler_side import handshake, prometheus

@@ -1,21 +1,37 @@
-"""What pie does not run with yet: each refused by name, with the way out."""
+"""Refusals: what pie does not run with yet, each by name, with the reason and the way out."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from pie_vllm.errors import UnsupportedError
 from pie_vllm.vllm.compat import cuda_graphs
 
 _PLAIN = ("auto", "float32", "bfloat16", "float16")
 CACHE_DTYPES = {"cpu": _PLAIN, "cuda": (*_PLAIN, "fp8", "fp8_e4m3", "fp8_e5m2")}
-"""Of KV, by device. Scales of these are one a layer, outside of the pages."""
+"""KV cache types by device. Their scales are one per layer and lie outside the pages."""
 
 BACKENDS = {"cpu": ("CPU_ATTN",), "cuda": ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")}
-"""Attention backends by device, vLLM's names."""
+"""Attention backends by device, in vLLM's names."""
 
 GRAPH_DEVICES = ("cuda",)
-"""Those whose FULL graphs can hold copies."""
+"""Devices whose FULL graphs can hold copies."""
+
+
+class _Feature(NamedTuple):
+    """A feature of vLLM that pie refuses.
+
+    Attributes:
+        found: whether the configuration asks for it.
+        what: its name, with the flag.
+        why: reason, as a clause.
+        way_out: what to do in place of it, as a command.
+    """
+
+    found: bool
+    what: str
+    why: str
+    way_out: str
 
 
 def _refuse(what: str, why: str, way_out: str) -> UnsupportedError:
@@ -26,7 +42,7 @@ def _refuse(what: str, why: str, way_out: str) -> UnsupportedError:
 
 
 def check_engine_args(args: Any, scheduler: str, worker: str) -> None:
-    """Refuse before vLLM builds its configuration.
+    """Refuse engine arguments with a scheduler or worker class of the user's own.
 
     Args:
         args: vLLM's EngineArgs.
@@ -34,7 +50,7 @@ def check_engine_args(args: Any, scheduler: str, worker: str) -> None:
         worker: name of pie's own worker class.
 
     Raises:
-        UnsupportedError: a scheduler or worker class of the user's own.
+        UnsupportedError: names the class.
     """
     if args.scheduler_cls not in (None, scheduler):
         raise _refuse(
@@ -49,10 +65,10 @@ def check_engine_args(args: Any, scheduler: str, worker: str) -> None:
 
 
 def check_classes(config: Any, scheduler: str, worker: str) -> None:
-    """Refuse a finished VllmConfig with other classes than pie's: tokens would be wrong.
+    """Refuse a finished configuration with other classes than pie's: tokens would be wrong.
 
     Args:
-        config: vLLM's.
+        config: vLLM's VllmConfig.
         scheduler: name of pie's own scheduler class.
         worker: name of pie's own worker class.
 
@@ -76,12 +92,12 @@ def _name(found: Any) -> str:
 
 
 def check_step(scheduler_output: Any) -> None:
-    """Refuse a step that pie's scheduler did not make; in warm-up vLLM makes its own.
+    """Refuse a step that pie's scheduler did not make. Steps of vLLM's warm-up are not checked.
 
     Raises:
-        UnsupportedError: it has no plan, not even an empty one.
+        UnsupportedError: the step has no plan, not even an empty one.
     """
-    if not hasattr(scheduler_output, "pie_plan"):
+    if not hasattr(scheduler_output, "pie"):
         raise UnsupportedError(
             "a step reached the worker of --block-manager pie without a plan: it comes from "
             "another scheduler, or something copied it without its attributes, and its tokens "
@@ -91,122 +107,135 @@ def check_step(scheduler_output: Any) -> None:
 
 
 def check_config(config: Any, device: str) -> None:
-    """Refuse what a finished VllmConfig asks for, before the model loads.
+    """Refuse what a finished configuration asks for, before the model loads.
 
     Args:
-        config: vLLM's.
+        config: vLLM's VllmConfig.
         device: a key of ``args.WORKERS``.
 
     Raises:
         UnsupportedError: names the first feature found.
     """
-    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
-    parallel_why = "block plans were not tested over several ranks"
-    table: tuple[tuple[bool, str, str, str], ...] = (
-        (model.use_mla, "MLA models", "their KV layout differs", "Choose another model"),
-        (
+    for feature in (
+        *_model_features(config),
+        *_kv_features(config, device),
+        *_parallel_features(config.parallel_config),
+    ):
+        if feature.found:
+            raise _refuse(feature.what, feature.why, feature.way_out)
+    check_hosts(config.parallel_config)
+    check_graphs(config.compilation_config)
+
+
+def _model_features(config: Any) -> tuple[_Feature, ...]:
+    """Kinds of models, and of decoding."""
+    model = config.model_config
+    return (
+        _Feature(model.use_mla, "MLA models", "their KV layout differs", "Choose another model"),
+        _Feature(
             model.runner_type == "pooling",
             "pooling models",
             "they were not tested",
             "Choose a generative model",
         ),
-        (
+        _Feature(
             model.is_encoder_decoder,
             "encoder-decoder models",
             "cross attention keeps KV in a second group",
             "Choose a decoder-only model",
         ),
-        (
+        _Feature(
             config.diffusion_config is not None or bool(model.is_diffusion),
             "diffusion models (--diffusion-config)",
             "they need a scheduler of their own, whose steps compute blocks of tokens anew",
             "Choose another model",
         ),
-        (
+        _Feature(
             config.speculative_config is not None,
             "speculative decoding (--speculative-config)",
             "draft layers run several passes over the ring in one step",
             "Remove --speculative-config",
         ),
-        (
+    )
+
+
+def _kv_features(config: Any, device: str) -> tuple[_Feature, ...]:
+    """Other owners, readers and layouts of KV memory."""
+    cache, events = config.cache_config, config.kv_events_config
+    return (
+        _Feature(
             config.kv_transfer_config is not None or cache.kv_offloading_size is not None,
             "KV connectors and offloading (--kv-transfer-config, --kv-offloading-size)",
             "they read KV pages by address, and pooled pages are not there",
             "Remove them",
         ),
-        (
-            bool(config.kv_events_config and config.kv_events_config.enable_kv_cache_events),
+        _Feature(
+            bool(events and events.enable_kv_cache_events),
             "KV events (--kv-events-config)",
             "a block's tier is not part of them",
             "Remove --kv-events-config",
         ),
-        (
-            bool(model.enable_sleep_mode),
+        _Feature(
+            bool(config.model_config.enable_sleep_mode),
             "sleep mode (--enable-sleep-mode)",
             "its allocator does not own the arena",
             "Remove --enable-sleep-mode",
         ),
-        (
+        _Feature(
             cache.cache_dtype not in CACHE_DTYPES[device],
             f"--kv-cache-dtype {cache.cache_dtype} on this device",
             f"it was tested with {', '.join(CACHE_DTYPES[device])}",
             "Set it to auto",
         ),
-        (
+        _Feature(
             cache.num_gpu_blocks_override is not None,
             "--num-gpu-blocks-override",
             "it bypasses the sizes of the tiers",
             "Set --kv-cache-memory-bytes instead",
         ),
-        (
+        _Feature(
             bool(cache.kv_sharing_fast_prefill),
             "--kv-sharing-fast-prefill",
             "layers that share KV would read another layer's ring slot",
             "Remove it",
         ),
-        (
-            parallel.pipeline_parallel_size > 1,
-            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}",
-            parallel_why,
-            "Set it to 1",
-        ),
-        (
-            parallel.data_parallel_size > 1,
-            f"--data-parallel-size {parallel.data_parallel_size}",
-            parallel_why,
-            "Set it to 1",
-        ),
-        (
-            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
-            "context parallelism (--decode-context-parallel-size, --prefill-context-parallel-size)",
-            "a block then spans ranks",
-            "Set it to 1",
-        ),
-        (
-            bool(parallel.use_ubatching),
-            "dual batch overlap (--enable-dbo)",
-            "two interleaved batches break the order of the ring",
-            "Remove --enable-dbo",
-        ),
-        (
+        _Feature(
             bool(config.aux_output_config.enabled),
             "--enable-return-routed-experts (--aux-output-config)",
             "vLLM keeps experts of full blocks, as many as it evicts in its own order, and a "
             "request may resume within a block or on KV that is kept longer",
             "Remove it",
         ),
-        (
+        _Feature(
             config.attention_config.hisparse_config is not None,
             "HiSparse",
             "it keeps KV in a pool of its own",
             "Remove it from --attention-config",
         ),
     )
-    for found, what, why, way_out in table:
-        if found:
-            raise _refuse(what, why, way_out)
-    check_hosts(parallel)
-    check_graphs(config.compilation_config)
+
+
+def _parallel_features(parallel: Any) -> tuple[_Feature, ...]:
+    """Ways to spread a model over ranks, and a step over batches."""
+    why = "block plans were not tested over several ranks"
+    pipeline, data = parallel.pipeline_parallel_size, parallel.data_parallel_size
+    decode = parallel.decode_context_parallel_size
+    return (
+        _Feature(pipeline > 1, f"--pipeline-parallel-size {pipeline}", why, "Set it to 1"),
+        _Feature(data > 1, f"--data-parallel-size {data}", why, "Set it to 1"),
+        _Feature(
+            decode > 1 or parallel.prefill_context_parallel_size > 1,
+            "context parallelism (--decode-context-parallel-size, --prefill-context-parallel-size)",
+            "a block then spans ranks",
+            "Set it to 1",
+        ),
+        _Feature(
+            bool(parallel.use_ubatching),
+            "dual batch overlap (--enable-dbo)",
+            "two interleaved batches break the order of the ring",
+            "Remove --enable-dbo",
+        ),
+    )
 
 
 def check_hosts(parallel: Any) -> None:
@@ -282,7 +311,7 @@ def check_graphs(compilation: Any) -> None:
 
 
 def check_graph_mode(mode: Any) -> None:
-    """Refuse modes of CUDA graphs that leave no graph for steps that copy KV.
+    """Refuse a mode of CUDA graphs that leaves no graph for steps that copy KV.
 
     Raises:
         UnsupportedError: names the mode.
@@ -297,7 +326,7 @@ def check_graph_mode(mode: Any) -> None:
 
 
 def check_full_graphs(wanted: bool, device: str) -> None:
-    """Refuse copies in FULL graphs where there are none.
+    """Refuse ``full_graphs`` on a device that has no FULL graphs.
 
     Raises:
         UnsupportedError: names the flag and the device.
@@ -307,7 +336,7 @@ def check_full_graphs(wanted: bool, device: str) -> None:
 
 
 def no_full_graphs(why: str) -> UnsupportedError:
-    """The error where ``--pie-full-graphs`` cannot be had."""
+    """The error of ``--pie-full-graphs`` where it cannot work."""
     return UnsupportedError(
         f'--pie-full-graphs (additional_config["pie"]["full_graphs"]) is on, but {why}. Leave '
         "it out, or set --no-pie-full-graphs."
@@ -315,7 +344,7 @@ def no_full_graphs(why: str) -> UnsupportedError:
 
 
 def check_specs(specs: dict[str, Any]) -> Any:
-    """The one KV cache spec of all layers.
+    """Check that all layers have one KV cache spec, and return it.
 
     Raises:
         UnsupportedError: layers differ, or are not full attention.
@@ -347,7 +376,7 @@ def check_layers(names: list[str], context: dict[str, Any], device: str) -> None
     """Refuse attention implementations that were not tested, or whose KV write cannot be gated.
 
     Args:
-        names: of the layers with KV.
+        names: names of the layers with KV.
         context: vLLM's layers by name.
         device: a key of ``args.WORKERS``.
 

@@ -1,4 +1,4 @@
-"""How the settings travel inside vLLM's configuration."""
+"""The checked settings inside vLLM's configuration, and with it in every process."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pie_vllm.config import SETTINGS_KEY, PieConfig
 from pie_vllm.errors import UnsupportedError
 from pie_vllm.geometry import Geometry
 from pie_vllm.plan import Prior
-from pie_vllm.vllm.wanted import wants_pie
+from pie_vllm.vllm.opt_in import wants_pie
 
 __all__ = ["PieSettings", "of", "take", "wants_pie"]
 
 
 class PieSettings(dict[str, Any]):
-    """The value of ``additional_config["pie"]`` once it has been checked.
+    """Value of ``additional_config["pie"]`` once it has been checked.
 
     It is empty as a dict: vLLM hashes ``additional_config`` into the key of its
     compile cache, and sizes of the pool must not cause a compilation.
 
     Attributes:
-        config: the checked settings.
-        geometry: the sizes, known once the workers have sized the tiers.
-        prior: what the worker with the slowest link measured at start.
+        config: checked settings.
+        geometry: sizes of both tiers; None until the workers have chosen them.
+        prior: measurements at start by the worker with the slowest link.
     """
 
     def __init__(self, config: PieConfig) -> None:
@@ -32,12 +32,12 @@ class PieSettings(dict[str, Any]):
         self.prior = Prior()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the attributes, which a dict subclass would otherwise lose."""
+        """Pickle the attributes and mark the process that unpickles them as one with pie."""
         return (_arrived, (self.config,), {"geometry": self.geometry, "prior": self.prior})
 
 
 def _arrived(config: PieConfig) -> PieSettings:
-    """Settings that come from another process: this one is a part of an engine with pie."""
+    """Settings from another process, which make this one a part of an engine with pie."""
     from pie_vllm.vllm.plugin import engage
 
     engage()
@@ -56,7 +56,7 @@ def of(vllm_config: Any) -> PieSettings:
     """The checked settings in a finished VllmConfig.
 
     Raises:
-        UnsupportedError: they are gone, though pie's classes are there.
+        UnsupportedError: the settings are gone, though pie's classes are there.
     """
     settings = (vllm_config.additional_config or {}).get(SETTINGS_KEY)
     if not isinstance(settings, PieSettings):

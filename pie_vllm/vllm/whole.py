@@ -1,4 +1,4 @@
-"""What vLLM computes in one step or not at all, so that its blocks must be resident together."""
+"""Inputs that vLLM computes as a whole, in one step, so that their blocks are resident together."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pie_vllm.geometry import cdiv
 
 
 class Whole(NamedTuple):
-    """Tokens that one step computes together.
+    """An input that one step computes as a whole.
 
     Attributes:
-        tokens: at most.
-        spare: resident blocks needed beside theirs: one for a prompt's block that is begun.
-        what: computes them in one step.
-        way_out: how to have fewer of them, with a place for a number of tokens.
+        tokens: largest number of its tokens.
+        spare: number of resident blocks needed beside its own: one for a prompt's block that is
+            begun.
+        what: subject and verb of the error: what computes how many tokens.
+        way_out: command that makes it smaller, with a place for a number of tokens.
     """
 
     tokens: int
@@ -24,11 +25,11 @@ class Whole(NamedTuple):
     way_out: str
 
     def blocks(self, block_size: int) -> int:
-        """Resident blocks that the step must find, the null block apart."""
+        """Number of resident blocks that the step needs, without the null block."""
         return cdiv(self.tokens, block_size) + self.spare
 
     def check(self, resident_blocks: int, block_size: int) -> None:
-        """Refuse a device that does not hold them.
+        """Refuse a device that does not hold the blocks.
 
         Raises:
             ConfigError: says how many tokens it holds.
@@ -44,13 +45,14 @@ class Whole(NamedTuple):
 
 
 def whole_of(config: Any) -> Whole | None:
-    """What a finished VllmConfig does not split; None where all prompts may be split anywhere.
+    """The largest input that a finished VllmConfig does not split; None if it splits all.
 
-    Two places of ``Scheduler.schedule`` do not: a waiting request's prompt without chunked prefill
-    (v1/core/sched/scheduler.py:1161 in 0.32, :1338 in 0.33) breaks the loop where the step has
-    fewer tokens left, and ``_try_schedule_encoder_inputs`` (:1870, :2099) goes back to the token
-    before an image, a part of which the model cannot attend to. Encoder-decoder models, pooling
-    models, alignment to state blocks and speculation, the others, are refused by name.
+    Two places of ``Scheduler.schedule`` do not split. A waiting request's prompt without chunked
+    prefill (v1/core/sched/scheduler.py:1161 in 0.32, :1338 in 0.33) breaks the loop where the step
+    has fewer tokens left. ``_try_schedule_encoder_inputs`` (:1870, :2099) goes back to the token
+    before an image, because the model cannot attend to a part of one. The other places
+    (encoder-decoder and pooling models, alignment to state blocks, speculation) are refused by
+    name.
     """
     scheduler, model = config.scheduler_config, config.model_config
     if not scheduler.enable_chunked_prefill:
@@ -64,16 +66,16 @@ def whole_of(config: Any) -> Whole | None:
     if model.supports_multimodal_inputs and (
         scheduler.disable_chunked_mm_input or model.is_mm_prefix_lm
     ):
-        most = min(scheduler.max_num_batched_tokens, model.max_model_len)
+        tokens_max = min(scheduler.max_num_batched_tokens, model.max_model_len)
         what = (
             "--disable-chunked-mm-input computes"
             if not model.is_mm_prefix_lm
             else "a model that attends to images as a whole computes"
         )
         return Whole(
-            most,
+            tokens_max,
             1,
-            f"{what} an image of up to --max-num-batched-tokens, here {most} tokens,",
+            f"{what} an image of up to --max-num-batched-tokens, here {tokens_max} tokens,",
             "lower --max-num-batched-tokens to {}, if that is at least the largest image",
         )
     return None

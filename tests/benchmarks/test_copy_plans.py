@@ -12,7 +12,7 @@ import pytest
 from benchmarks.gpu import overlap
 from benchmarks.gpu.copy_plans import PIECES, QUICK, Mover, Sizes, mixed_runs, real_plans
 from benchmarks.gpu.harness import compute
-from benchmarks.gpu.harness.compute import MOST_CHUNK, granularity, in_chunks, shape
+from benchmarks.gpu.harness.compute import CHUNK_BYTES_MAX, granularity, in_chunks, shape
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.records import Reporter, collect, failed_checks
 from pie_vllm.engine.transfer_engine import TransferEngine
@@ -73,7 +73,7 @@ GIB2 = 2 << 30
 def test_no_chunk_of_the_check_is_too_large_to_register(layers: int, page: int) -> None:
     """Whatever the pool."""
     sizes = shape(layers, page, 4, 1, 1, 4096, 2 << 20)
-    assert sizes.chunk_rows * sizes.row_bytes <= MOST_CHUNK < GIB2
+    assert sizes.chunk_rows * sizes.row_bytes <= CHUNK_BYTES_MAX < GIB2
     full = overlap.Sizes()
     sizes = shape(full.layers, full.page, 5, full.most_blocks, 3, 2 * full.most_blocks, 2 << 20)
     assert sizes.num_chunks > 1
@@ -95,14 +95,14 @@ def test_runs_are_divided_where_chunks_end() -> None:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a row or some: plans name many of them."""
-    monkeypatch.setattr(compute, "MOST_CHUNK", 3 << 20)
+    monkeypatch.setattr(compute, "CHUNK_BYTES_MAX", 3 << 20)
 
 
 @pytest.mark.usefixtures("small_chunks", "standin")
 def test_stages_run_over_several_chunks(tmp_path: Path) -> None:
     """The engine refuses runs that cross from one to the next."""
     assert len(measured(tmp_path, QUICK)) == 6
-    compute.MOST_CHUNK = 7 * 6 * 8192
+    compute.CHUNK_BYTES_MAX = 7 * 6 * 8192
     report = Reporter(tmp_path / "overlap.jsonl")
     deadline = time.monotonic() + 100
     context = Context("host", True, ("ring2",), 100, deadline, tmp_path, report)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness.counters import last_pie_line
+from benchmarks.real.counters import last_pie_line
 
 
 @pytest.mark.parametrize("words", ["none", "residents:3,deferred:1"])

@@ -68,7 +68,7 @@ def steps_of(debug: tuple[str, ...] = ()) -> Iterator[Steps]:
     where.stream = device.stream
     where.synchronize = device.synchronize  # type: ignore[method-assign]
     with opened(SIZES, cuda_on_cpu.driver_granularity(), "cuda", debug) as engine:
-        engine.use_graphs(IMAGE, engine.geometry.pooled_blocks)
+        engine.graphs.prepare(IMAGE, engine.geometry.pooled_blocks)
         model = Model(engine, where, SIZES.layer, SIZES.requests, SIZES.most)
         model.device = device
 
@@ -90,7 +90,7 @@ def steps_of(debug: tuple[str, ...] = ()) -> Iterator[Steps]:
 @pytest.mark.parametrize("chunk", [1 << 30, 7 * SIZES.layers * SIZES.page])
 def test_pages_are_right_with_changing_plans(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loads, stores, promotions and steps without a plan; nothing is out of order."""
-    monkeypatch.setattr(compute, "MOST_CHUNK", chunk)
+    monkeypatch.setattr(compute, "CHUNK_BYTES_MAX", chunk)
     with steps_of() as steps:
         rounds(steps, 60)
         steps.engine.drain()

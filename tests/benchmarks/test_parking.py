@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from benchmarks import parking
-from benchmarks.harness.answering import answer_all, figures
-from benchmarks.harness.arrivals import Arrivals, Ask, SingleChats, Source, TurnChats, Turns
-from benchmarks.harness.churn import take_turns
-from benchmarks.harness.parking_report import Part, plot, print_part
-from benchmarks.harness.parking_run import source_of
 from benchmarks.harness.rounds import Question
-from benchmarks.harness.token_record import TokenRecord, watched_tokens
+from benchmarks.real import parking_loads
+from benchmarks.real.answering import answer_all, figures
+from benchmarks.real.arrivals import Arrivals, Ask, SingleChats, Source, TurnChats, Turns
+from benchmarks.real.churn import take_turns
+from benchmarks.real.parking_report import Part, plot, print_part
+from benchmarks.real.parking_run import source_of
+from benchmarks.real.token_record import TokenRecord, watched_tokens
 
 
 @dataclass
@@ -190,23 +191,23 @@ def test_the_chats_that_return_are_four_times_the_device(monkeypatch: pytest.Mon
     """Whatever its size; a load that cannot be made says so."""
     for words, blocks in (((), 64), ((), 100), (("--turns", "5", "--chats", "60"), 75)):
         args = asked_of(monkeypatch, *words)
-        load = parking.turn_chats(args, blocks)
+        load = parking_loads.turn_chats(args, blocks)
         device = blocks * args.block_size
         assert load.working_set == pytest.approx(4 * device, rel=0.01)
         assert load.at_once * load.longest < 0.8 * device  # What is under way fits without a pool.
     with pytest.raises(SystemExit, match="--chats 1000"):
-        parking.turn_chats(asked_of(monkeypatch, "--chats", "1000"), 64)
+        parking_loads.turn_chats(asked_of(monkeypatch, "--chats", "1000"), 64)
 
 
 def test_fresh_chats_fit_the_device_and_the_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """No preemption in the one, many in the other."""
     args = asked_of(monkeypatch)
-    fresh, heavy = (parking.single_chats(name, args) for name in ("fresh", "preempted"))
+    fresh, heavy = (parking_loads.single_chats(name, args) for name in ("fresh", "preempted"))
 
     def blocks(ask: Ask) -> int:
         return -(-(len(ask.prompt) + ask.tokens) // args.block_size)
 
-    at_once = parking.at_once_without_pool(args, fresh)
+    at_once = parking_loads.at_once_without_pool(args, fresh)
     most = max(map(blocks, fresh.asks(None)))
     assert 1 < at_once * most < (1 - args.ring_fraction) * args.device_blocks
     assert sum(map(blocks, fresh.asks(None))) > 3 * args.device_blocks  # Idle prefixes go.
@@ -216,18 +217,18 @@ def test_fresh_chats_fit_the_device_and_the_others_do_not(monkeypatch: pytest.Mo
 
 def test_all_sides_get_the_same_load_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for memory and pie; further settings of pie reach it as they are."""
-    args = asked_of(monkeypatch, "--pie", 'policy="arc"', "--pie", "pool_gib=2.5")
+    args = asked_of(monkeypatch, "--pie", 'parking="off"', "--pie", "pool_gib=2.5")
     shape = parking.kv_shape(args.model, args.block_size, args.dtype)
-    chats = parking.turn_chats(args, 64)
-    stock, pie = (parking.spec_of(args, shape, 64, chats, pie=pie) for pie in (False, True))
+    chats = parking_loads.turn_chats(args, 64)
+    stock, pie = (parking_loads.spec_of(args, shape, 64, chats, pie=pie) for pie in (False, True))
     assert stock["pie"] is None
-    assert (pie["pie"]["policy"], pie["pie"]["pool_gib"]) == ("arc", 2.5)
+    assert (pie["pie"]["parking"], pie["pie"]["pool_gib"]) == ("off", 2.5)
     assert {**stock, "pie": 0} == {**pie, "pie": 0}
     assert stock["llm"]["enable_prefix_caching"] is True
     assert stock["llm"]["max_model_len"] >= chats.longest
     assert isinstance(source_of(stock["load"]), Turns)
-    single = parking.single_chats("preempted", args)
-    source = source_of(parking.spec_of(args, shape, 32, single, 2.0)["load"])
+    single = parking_loads.single_chats("preempted", args)
+    source = source_of(parking_loads.spec_of(args, shape, 32, single, 2.0)["load"])
     assert isinstance(source, Arrivals)
     assert source._left[-1].due > 0
 
@@ -268,12 +269,12 @@ def run_of(tok_s: float, again: int) -> dict[str, float]:
 def test_the_report_says_what_was_missed(tmp_path: Any, capsys: Any) -> None:
     """A ratio in the wrong direction and a token recomputed are not as asked."""
     runs = {"stock_equal": [run_of(10, 500)] * 2, "pie": [run_of(12, 0), run_of(12, 3)]}
-    part = Part("a load", parking.QUESTIONS["preempted"], runs, none_again=("pie",))
+    part = Part("a load", parking_loads.QUESTIONS["preempted"], runs, none_again=("pie",))
     said = print_part(part)
     assert said["ratios"]["pie / stock_equal"]["reached"] is False
     assert said["ratios"]["latency_p99_s, pie / stock_equal"]["median"] == pytest.approx(10 / 12)
     assert said["ratios"]["latency_p99_s, pie / stock_equal"]["reached"] is False
-    assert said["recomputed_tokens"] == {"pie": {"most": 3, "asked": 0, "reached": False}}
+    assert said["recomputed_tokens"] == {"pie": {"max": 3, "asked": 0, "reached": False}}
     assert "NOT as asked" in capsys.readouterr().out
     good = {"stock_equal": runs["stock_equal"], "pie": [run_of(20, 0)] * 2}
     said = print_part(Part("a load", part.questions, good, none_again=("pie",)))

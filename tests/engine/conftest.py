@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from pie_vllm.engine.streams import DriverStream
 from pie_vllm.engine.transfer_engine import TransferEngine
 from tests.engine.driving import PAGE, View, geometry
 from tests.engine.graphing import GraphModel
@@ -18,6 +17,7 @@ from tests.engine.standin_fixtures import Graphs
 from tests.helpers.cuda_calls import Cuda
 from tests.helpers.gather_kernel import GatherKernel, gather_kernel
 from tests.helpers.standin import include_folder, load
+from tests.helpers.streams import DriverStream
 
 
 @pytest.fixture(params=["host", "cuda"])

@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pie_vllm.engine import streams
 from pie_vllm.engine.step_stats import StepStats
-from pie_vllm.engine.streams import DriverStream, row_page
+from pie_vllm.engine.streams import row_page
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.geometry import Geometry
 from pie_vllm.plan import Copy, StepPlan
+from tests.helpers import streams
 from tests.helpers.standin import load
+from tests.helpers.streams import DriverStream
 
 PAGE = mmap.PAGESIZE
 """What the host driver maps in one piece; the stand-in for libcuda does the same here."""
@@ -102,7 +103,7 @@ class View:
     def __init__(self, engine: TransferEngine) -> None:
         self.engine = engine
         self.geometry = engine.geometry
-        # Of the CUDA driver too: device memory of the stand-in is host memory.
+        # Holds for the CUDA driver too: device memory of the stand-in is host memory.
         memory = (ctypes.c_uint8 * engine.arena.size).from_address(engine.arena.address)
         self.bytes: Pages = np.frombuffer(memory, dtype=np.uint8)
 

@@ -8,18 +8,18 @@ from collections.abc import Callable
 from typing import Any
 
 from pie_vllm.engine.step_stats import StepStats
-from pie_vllm.engine.streams import DriverStream
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.plan import StepPlan
 from tests.engine.driving import View
 from tests.engine.standin_fixtures import GLOBAL, HOST_FN
 from tests.helpers.cuda_calls import Cuda
 from tests.helpers.standin import load
+from tests.helpers.streams import DriverStream
 
 Body = Callable[[int], Any] | None
 LAYERS = range(6)
 PIECES = 4
-"""That tables of these tests hold."""
+"""Pieces that tables of these tests hold."""
 
 
 class GraphModel:
@@ -40,7 +40,7 @@ class GraphModel:
         """Capture it.
 
         Args:
-            engine: after ``use_graphs``.
+            engine: after ``graphs.prepare``.
             stream: that the model runs on.
             written: resident blocks that every replay may write.
             gates: all that a layer does between its write and the end of its attention, in
@@ -55,13 +55,13 @@ class GraphModel:
         self.cuda.do("cuStreamBeginCapture", stream.id, GLOBAL)
         graph = ctypes.c_uint64()
         try:
-            engine.begin_capture(stream.id)
+            engine.graphs.begin_capture(stream.id)
             try:
                 self._host(self._begin)
                 for layer in range(engine.geometry.num_layers):
                     (gates or self.layer)(layer)
             finally:
-                engine.end_capture()
+                engine.graphs.end_capture()
         finally:
             code = self.cuda.result("cuStreamEndCapture", stream.id, ctypes.byref(graph))
             if code == 0:
@@ -97,7 +97,7 @@ class GraphModel:
     def run(self, step: StepPlan, write: Body = None, attend: Body = None) -> StepStats:
         """A step of the plan in this graph; it must fit."""
         assert self.engine.begin_step(step, self.stream.id, graph=True)
-        self.engine.enter_graph()
+        self.engine.graphs.enter()
         self.launch(write, attend)
         return self.engine.end_step()
 

@@ -37,7 +37,7 @@ def test_an_emulated_link_is_measured(link: float) -> None:
 
 @pytest.mark.alone
 def test_pieces_are_single_pages_and_longer_runs() -> None:
-    """As far as the link copies so many in a short time."""
+    """Longer runs are left out where the link takes too long for so many."""
     sizes = [piece.piece_bytes for piece in measure(None).pieces]
     assert sizes[:2] == [65_536, 4 * 65_536]
     assert sizes == sorted(set(sizes))
@@ -72,7 +72,7 @@ def test_the_log_names_directions_and_sizes() -> None:
 
 
 def test_an_unknown_driver_is_refused() -> None:
-    """As by the engine."""
+    """The error is the engine's."""
     with pytest.raises((UnsupportedError, TransferError)):
         measure(None, driver="none")
 

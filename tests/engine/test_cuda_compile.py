@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pie_vllm.engine.gather import ENTRY, GatherImage, NoGather, gather_image
+from tests.helpers.builds import CSRC, build_script
 from tests.helpers.standin import include_folder
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+KERNEL = CSRC / "kernels" / "gather.cu"
 
 FAKE_CXX = """#!/bin/sh
 all="$*"
@@ -111,11 +111,7 @@ def test_an_nvcc_that_lacks_an_architecture_compiles_the_others(tmp_path: Path) 
 def test_the_library_is_built_without_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And does not get the machine code of an older text."""
     monkeypatch.setenv("NVCC", "")
-    spec = importlib.util.spec_from_file_location("pie_csrc_build", CSRC / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    native: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(native)
+    native = build_script()
     empty = tmp_path / "empty.cpp"
     empty.touch()
     monkeypatch.setattr(native, "SOURCES", [empty])
@@ -139,8 +135,8 @@ sys.stdout.buffer.write(found.image)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """As an installed package has it, compiled where there was no nvcc."""
-    shutil.copy(CSRC / "gather.cu", tmp_path)
+    """The kernel of an installed package that was built where there was no nvcc."""
+    shutil.copy(KERNEL, tmp_path)
     return tmp_path
 
 
@@ -175,7 +171,7 @@ def test_nvrtc_that_refuses_is_a_reason(folder: Path) -> None:
 
 @pytest.fixture
 def no_cuda_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if cuda-python were missing."""
+    """Has cuda-python missing."""
     (tmp_path / "without" / "cuda").mkdir(parents=True)
     (tmp_path / "without" / "cuda" / "__init__.py").write_text("raise ImportError('no cuda')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "without"))
@@ -205,4 +201,4 @@ def test_each_lack_has_its_reason(folder: Path) -> None:
 def test_the_package_has_the_kernel() -> None:
     """Whether nvcc is there or not."""
     kernel = Path(sys.modules[gather_image.__module__].__file__ or "").parents[1] / "_native"
-    assert (kernel / "gather.cu").read_bytes() == (CSRC / "gather.cu").read_bytes()
+    assert (kernel / "gather.cu").read_bytes() == (KERNEL).read_bytes()

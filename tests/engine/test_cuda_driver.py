@@ -11,11 +11,12 @@ import pytest
 
 from pie_vllm.engine.link_calibration import measure_link
 from pie_vllm.engine.native import driver_granularity
-from pie_vllm.engine.streams import DriverStream, counters
+from pie_vllm.engine.streams import counters
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import TransferError, UnsupportedError
 from tests.engine.driving import PAGE, View, geometry, plan, run_step
 from tests.helpers.standin import Standin, load
+from tests.helpers.streams import DriverStream
 
 LAYERS = range(6)
 MakeEngine = Callable[..., TransferEngine]
@@ -251,7 +252,7 @@ def test_a_chunk_that_cannot_be_registered_is_refused(
 
 
 def test_chunks_come_and_go_in_another_thread(make_engine: MakeEngine) -> None:
-    """That thread has no context of its own."""
+    """The other thread has no context of its own."""
     engine = make_engine(chunks=1)
     errors: list[BaseException] = []
 
@@ -299,7 +300,7 @@ def test_no_copy_is_of_memory_that_is_not_registered(
 def test_a_chunk_that_is_too_large_to_register_is_refused(
     make_engine: MakeEngine, standin: Standin
 ) -> None:
-    """As by Linux 6.11 to 6.13 from 2 GiB on; what there is stays."""
+    """Linux 6.11 to 6.13 refuse 2 GiB and more; what there is stays."""
     engine = make_engine(chunks=1)
     standin.set(register_most=4096)
     live = standin.live()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pie_vllm.engine.streams import DriverStream, counters
+from pie_vllm.engine.streams import counters
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.geometry import Geometry
 from tests.engine.driving import PAGE, View, inject, latched, plan, run_step
@@ -26,6 +26,7 @@ from tests.engine.gathering import (
 from tests.engine.test_random_plans import Runner
 from tests.helpers.gather_kernel import IMAGE, GatherKernel
 from tests.helpers.standin import load
+from tests.helpers.streams import DriverStream
 
 MakeEngine = Callable[..., TransferEngine]
 pytestmark = pytest.mark.usefixtures("kernel")
@@ -211,7 +212,7 @@ def test_a_batch_larger_than_a_table(make_engine: MakeEngine, kernel: GatherKern
 
 
 def test_a_device_with_its_own_addresses(make_engine: MakeEngine) -> None:
-    """Of tables and of chunks, which come and go."""
+    """Tables and chunks, which come and go, have other addresses there."""
     load().set(can_use_host_pointer=0)
     engine = make_engine(chunks=1, **SIZES)
     engine.use_gather(IMAGE, 1001)

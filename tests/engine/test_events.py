@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from pie_vllm.engine.streams import DriverEvent, DriverStream
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import TransferError
 from tests.engine.driving import host_only, inject, latched
+from tests.helpers.streams import DriverEvent, DriverStream
 
 
 def test_stream_runs_in_order(engine: TransferEngine) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from pie_vllm.engine.host_memory import available_host_bytes
+from tests.helpers.builds import build_program
 
-BUILD = Path(__file__).resolve().parents[2] / "csrc" / "build.py"
 MEMINFO = "MemTotal:  9000000 kB\nMemFree: 1 kB\nMemAvailable:  8000000 kB\n"
 V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
 LIMITED = {
@@ -23,10 +22,7 @@ LIMITED = {
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("free_memory")
-    command = [sys.executable, str(BUILD), "--test", "free_memory", "--out", str(folder)]
-    subprocess.run(command, check=True)
-    return folder / "free_memory"
+    return build_program("free_memory", tmp_path_factory.mktemp("free_memory"))
 
 
 @pytest.mark.parametrize(

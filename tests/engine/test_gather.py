@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
+from tests.helpers.builds import build_program
 
 
 @pytest.mark.parametrize(
@@ -19,8 +17,6 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 def test_every_byte_is_copied_once(
     tmp_path: Path, seeds: int, sanitize: str | None, run_native: Callable[..., str]
 ) -> None:
-    """Random tables, grids and blocks; see ``csrc/test/gather.cpp``."""
-    build = [sys.executable, str(CSRC / "build.py"), "--test", "gather", "--out", str(tmp_path)]
-    subprocess.run([*build, *(["--sanitize", sanitize] if sanitize else [])], check=True)
-    output = run_native(tmp_path / "gather", "1", str(seeds))
+    """Random tables, grids and blocks; see ``tests/csrc/gather.cpp``."""
+    output = run_native(build_program("gather", tmp_path, sanitize), "1", str(seeds))
     assert f"{seeds} seeds, no wrong byte" in output

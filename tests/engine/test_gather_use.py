@@ -22,7 +22,6 @@ from pie_vllm.engine.link_calibration import (
     fewest_ctas,
     measure_link,
 )
-from pie_vllm.engine.streams import DriverStream
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import ConfigError, TransferError, UnsupportedError
 from pie_vllm.geometry import Geometry
@@ -30,6 +29,7 @@ from tests.engine.driving import PAGE, geometry, plan, run_step
 from tests.engine.gathering import PAGE_BYTES, SIZES, Paths, Seen, singles, write_rows
 from tests.helpers.gather_kernel import IMAGE, GatherKernel, any_image
 from tests.helpers.standin import Standin, load
+from tests.helpers.streams import DriverStream
 
 MakeEngine = Callable[..., TransferEngine]
 pytestmark = pytest.mark.usefixtures("kernel")

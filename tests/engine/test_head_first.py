@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 
-from pie_vllm.engine.streams import DriverStream
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import ConfigError, GateError, TransferError
 from tests.engine.driving import View, host_only, inject, plan, run_step
 from tests.engine.test_order import LAYERS, NEW, OLD, rows_hold
 from tests.helpers.standin import load
+from tests.helpers.streams import DriverStream
 
 FULL = {"stores": ((3, 0, 1),), "promotions": ((4, 1, 1),), "loads": ((8, 2, 1),)}
 cuda_only = pytest.mark.parametrize("driver", ["cuda"], indirect=True)
@@ -54,7 +54,7 @@ def test_the_first_gate_submits_the_rest(engine: TransferEngine, first: str) -> 
 
 @cuda_only
 def test_all_at_once_where_it_is_asked_for(engine: TransferEngine) -> None:
-    """As before; and the option is one of whole steps."""
+    """All is submitted at once; the option is one of whole steps."""
     engine.submit_head_first(False)
     assert at_start(engine) == 6 + 4
     with pytest.raises(TransferError, match="inside a step"):
@@ -140,10 +140,10 @@ def engine_row(engine: TransferEngine) -> ctypes.Array[ctypes.c_uint8]:
 
 @host_only
 def test_an_unknown_option_is_refused(engine: TransferEngine) -> None:
-    library, handle = engine.native
+    library, handle = engine.handle.library, engine.handle.opened()
     assert library.pie_set_option(handle, 7, 1) != 0
     with pytest.raises(ConfigError, match="no option 7"):
-        engine._check(library.pie_set_option(handle, 7, 1))
+        engine.handle.check(library.pie_set_option(handle, 7, 1))
 
 
 @cuda_only

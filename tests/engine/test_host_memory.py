@@ -108,7 +108,7 @@ def node(number: int, cpus: str, **kib: int) -> dict[str, str]:
 
 
 def test_memory_of_nodes_without_cpus_does_not_count(tmp_path: Path) -> None:
-    """As on a GH200, whose GPU's memory is such a node; its files in memory are no free memory."""
+    """A GH200's GPU memory is such a node; its files in memory are no free memory."""
     kib = GIB >> 10
     files = {
         **node(0, "0-71", MemTotal=480 * kib, MemFree=5 * kib, FilePages=2 * kib, Shmem=kib),

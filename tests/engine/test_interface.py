@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ import pytest
 
 from pie_vllm.engine import native
 from pie_vllm.engine.native import DEFAULT_LIBRARY, GeometryStruct, PlanStruct, load_library
-from pie_vllm.engine.streams import inject
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import ConfigError, IntegrityError, TransferError
 from tests.engine.driving import PAGE, geometry, plan, run_step
+from tests.helpers.builds import CSRC, PROGRAMS, TESTING, build_program
 from tests.helpers.standin import ENVIRONMENT, include_folder, library_folder
+from tests.helpers.streams import inject
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
 CONFIG, PLAN, STATE = 1, 2, 5
 MOST = 2**63 - 1
 NUMBERS = (ctypes.c_double, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint64)
@@ -27,9 +26,7 @@ NUMBERS = (ctypes.c_double, ctypes.c_int, ctypes.c_int64, ctypes.c_uint32, ctype
 
 def nothing(kind: Any) -> Any:
     """0, or a null pointer."""
-    if issubclass(kind, NUMBERS):
-        return 0
-    return kind() if kind is native.HOST_FN else None
+    return 0 if issubclass(kind, NUMBERS) else None
 
 
 def text() -> str:
@@ -50,7 +47,7 @@ def test_null_pointers_are_errors(name: str) -> None:
     if kinds[0] is not native._E or not pointers:
         return
     with TransferEngine(geometry()) as engine:
-        arguments[0] = engine.native[1]
+        arguments[0] = engine.handle.opened()
         code = function(*arguments)
         if name in ("pie_use_gather", "pie_use_graphs", "pie_device_arch"):
             assert code in (0, 6)  # a size of 0: nothing is read
@@ -63,7 +60,7 @@ def test_null_pointers_are_errors(name: str) -> None:
 
 def test_null_runs_and_impossible_counts_are_refused() -> None:
     with TransferEngine(geometry()) as engine:
-        library, handle = engine.native
+        library, handle = engine.handle.library, engine.handle.opened()
         runs = (ctypes.c_int64 * 3)(0, 0, 1)
         at = ctypes.addressof(runs)
         for wrong in (
@@ -81,11 +78,11 @@ def test_null_runs_and_impossible_counts_are_refused() -> None:
 
 
 def test_a_closed_engine_is_an_error_for_every_call() -> None:
-    """Of its gates too, whatever the step was that it was closed in."""
+    """Gates too say so, whatever the step was that it was closed in."""
     for stores in ((), ((1, 1, 1),)):
         engine = TransferEngine(geometry())
         engine.begin_step(plan(1, stores=stores))
-        library, handle = engine.native
+        library, handle = engine.handle.library, engine.handle.opened()
         engine.close()
         for gate in (engine.before_write, engine.before_attention, engine.after_attention):
             with pytest.raises(TransferError, match="closed"):
@@ -226,15 +223,15 @@ def run_fuzz(program: Path, first: int, seeds: int, *driver: str, **environment:
 @pytest.mark.fuzz
 @pytest.mark.parametrize("driver", ["host", "cuda"])
 def test_random_calls(tmp_path: Path, fuzz_seeds: range, driver: str) -> None:
-    """Of the library that is installed; CUDA's over the stand-in for libcuda, which is slower."""
+    """Calls the installed library; CUDA's over the stand-in for libcuda, which is slower."""
     if driver == "cuda" and include_folder() is None:
         pytest.skip("no cuda.h: neither the package nvidia-cuda-runtime nor a toolkit")
     program = tmp_path / "fuzz_interface"
-    source, folder = CSRC / "test" / "fuzz_interface.cpp", DEFAULT_LIBRARY.parent
-    flags = ["-std=c++17", "-O1", "-g1", f"-Wl,-rpath,{folder}"]
+    files = [PROGRAMS / "fuzz_interface.cpp", TESTING, DEFAULT_LIBRARY]
+    flags = ["-std=c++17", "-O1", "-g1", f"-Wl,-rpath,{DEFAULT_LIBRARY.parent}", f"-iquote{CSRC}"]
     compiler = os.environ.get("CXX", "g++")
     subprocess.run(
-        [compiler, *flags, str(source), str(DEFAULT_LIBRARY), "-ldl", "-o", str(program)],
+        [compiler, *flags, *map(str, files), "-ldl", "-o", str(program)],
         check=True,
     )
     if driver == "host":
@@ -249,9 +246,8 @@ def test_random_calls(tmp_path: Path, fuzz_seeds: range, driver: str) -> None:
 @pytest.mark.timeout(900)
 def test_random_calls_under_the_address_sanitizer(tmp_path: Path, fuzz_seeds: range) -> None:
     """What does not crash may still read and write where nothing is."""
-    build = [sys.executable, str(CSRC / "build.py"), "--test", "fuzz_interface"]
-    subprocess.run([*build, "--out", str(tmp_path), "--sanitize", "address"], check=True)
-    run_fuzz(tmp_path / "fuzz_interface", 1, max(1, len(fuzz_seeds) // 4))
+    program = build_program("fuzz_interface", tmp_path, "address")
+    run_fuzz(program, 1, max(1, len(fuzz_seeds) // 4))
 
 
 def test_the_fuzz_names_the_seed_that_crashed(tmp_path: Path) -> None:

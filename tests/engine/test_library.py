@@ -6,20 +6,18 @@ import contextlib
 import gc
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pie_vllm.engine.native import ABI_VERSION, DEBUG_FLAGS, load_library
-from pie_vllm.engine.streams import DriverEvent, DriverStream
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import NativeLibraryError, TransferError
 from tests.engine.driving import geometry, inject, plan, run_step
+from tests.helpers.builds import CSRC, build_program
 from tests.helpers.standin import library_folder
-
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
+from tests.helpers.streams import DriverEvent, DriverStream
 
 
 def test_missing_library(tmp_path: Path) -> None:
@@ -117,10 +115,7 @@ def test_random_plans_under_a_sanitizer(
     tmp_path: Path, sanitize: str, run_native: Callable[..., str]
 ) -> None:
     """Over both drivers; the stand-in for libcuda finds no violation either."""
-    build = [sys.executable, str(CSRC / "build.py"), "--test", "--out", str(tmp_path)]
-    subprocess.run([*build, "--sanitize", sanitize], check=True)
+    program = build_program("random_plans", tmp_path, sanitize)
     for driver in ("host", "cuda"):
-        output = run_native(
-            tmp_path / "random_plans", "1", "40", driver, libraries=library_folder(sanitize)
-        )
+        output = run_native(program, "1", "40", driver, libraries=library_folder(sanitize))
         assert "40 seeds, no wrong byte" in output

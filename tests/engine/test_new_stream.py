@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pie_vllm.engine.streams import DriverStream
 from pie_vllm.engine.transfer_engine import TransferEngine
 from tests.engine.driving import View, inject, plan, run_step
+from tests.helpers.streams import DriverStream
 
 OLD, NEW = 11, 22
 LAYERS = range(6)
@@ -46,7 +46,7 @@ def test_it_comes_after_the_stores_of_a_step(
 def test_it_comes_after_the_old_compute(
     engine: TransferEngine, stream: DriverStream, other: DriverStream, view: View
 ) -> None:
-    """Of a step that copied nothing."""
+    """The step copied nothing."""
     view.write_all(3, OLD)
     seen: list[bool] = []
     run_step(engine, plan(1), attend=view.late_write(3, NEW, DELAY), stream=stream)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from pie_vllm.engine.streams import DriverStream
 from pie_vllm.engine.transfer_engine import TransferEngine
 from tests.engine.driving import View, inject, latched, plan, run_step
+from tests.helpers.streams import DriverStream
 
 OLD, NEW, OTHER = 11, 22, 33
 LAYERS = range(6)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
+from tests.helpers.builds import build_program
 
 
 def test_nodes_are_chosen(tmp_path: Path, run_native: Callable[..., str]) -> None:
-    """The table of cases; see ``csrc/test/placement.cpp``."""
-    build = [sys.executable, str(CSRC / "build.py"), "--test", "placement", "--out", str(tmp_path)]
-    subprocess.run(build, check=True)
-    assert "all right" in run_native(tmp_path / "placement")
+    """The table of cases; see ``tests/csrc/placement.cpp``."""
+    assert "all right" in run_native(build_program("placement", tmp_path))

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
-from pie_vllm.engine.streams import DriverStream
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import ConfigError, IntegrityError
 from tests.engine.driving import View, geometry, inject, plan, run_step
 from tests.helpers.process import resident_bytes
+from tests.helpers.streams import DriverStream
 
 
 @pytest.fixture

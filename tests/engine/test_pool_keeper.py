@@ -48,7 +48,7 @@ class Chunks:
 
 
 def niceness() -> int:
-    """Of the calling thread; higher is less urgent."""
+    """Niceness of the calling thread; higher is less urgent."""
     return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 

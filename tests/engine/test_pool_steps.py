@@ -39,7 +39,7 @@ class Both:
     def run(
         self, step: StepPlan | None, order: PoolOrder, write: Callable[[int], None] | None = None
     ) -> PoolState:
-        """As ``PieWorkerMixin.execute_model``."""
+        """What ``PieWorkerMixin.execute_model`` does."""
         if step is not None:
             self.keeper.prepare(step.stores, step.promotions, step.loads or ())
             run_step(self.engine, step, write=write)

@@ -8,11 +8,12 @@ from collections.abc import Callable
 import pytest
 
 from pie_vllm.engine.step_stats import StepStats
-from pie_vllm.engine.streams import DriverStream, counters
+from pie_vllm.engine.streams import counters
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.geometry import Geometry
 from pie_vllm.plan import Copy, StepPlan
 from tests.engine.driving import PAGE, View, inject
+from tests.helpers.streams import DriverStream
 
 Holds = dict[int, int]
 

@@ -72,7 +72,7 @@ def test_forbidden_calls_break_the_capture(
 
 
 def test_other_threads_under_a_capture(cuda: Cuda, graphs: Graphs) -> None:
-    """Of the whole process, and of one thread."""
+    """Both modes: the whole process, and one thread."""
     stream, codes = cuda.stream(), []
     context = cuda.make("cuCtxGetCurrent")
     event = cuda.event()

@@ -216,7 +216,7 @@ def test_memory_that_is_not_registered_is_slow_and_waits(cuda: Cuda) -> None:
 
 
 def test_a_registration_may_be_too_large(cuda: Cuda) -> None:
-    """As for Linux 6.11 to 6.13, from 2 GiB on."""
+    """Linux 6.11 to 6.13 refuse it from 2 GiB on."""
     memory = mmap.mmap(-1, 2 * MIB)
     at = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     cuda.standin.set(register_most=2 * MIB)

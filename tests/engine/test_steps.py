@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
-from pie_vllm.engine.streams import DriverStream, counters
+from pie_vllm.engine.streams import counters
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import GateError, IntegrityError, TransferError
 from tests.engine.driving import View, host_only, inject, plan, run_step
+from tests.helpers.streams import DriverStream
 
 LAYERS = range(6)
 MakeEngine = Callable[..., TransferEngine]
@@ -247,7 +248,7 @@ def test_a_failed_engine_closes(make_engine: MakeEngine) -> None:
     engine.begin_step(plan(1, loads=((8, 0, 1),), stores=((0, 0, 1),)))
     engine.close()
     engine.close()
-    assert engine.closed
+    assert engine.handle.address is None
     with pytest.raises(TransferError, match="closed"):
         engine.begin_step(plan(2))
     with pytest.raises(TransferError, match="closed"):

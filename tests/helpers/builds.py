@@ -1,25 +1,72 @@
-"""What is built when it is needed, and kept under build/, by whichever process comes first."""
+"""C++ programs of tests over the engine."""
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Callable
+import hashlib
+import importlib.util
+import os
+import tempfile
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.builds import build_once
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+PROGRAMS = ROOT / "tests" / "csrc"
+"""C++ programs and headers of tests."""
+
+TESTING = PROGRAMS / "testing.cpp"
+
+PARTS = {
+    "gather": [],
+    "free_memory": [CSRC / "drivers" / "free_memory.cpp"],
+    "placement": [CSRC / "drivers" / "placement.cpp"],
+}
+"""Sources that a program of that name needs beside its own; any other program needs the engine
+and its interface for tests."""
 
 
-def build_once(target: Path, make: Callable[[], object]) -> None:
-    """Make ``target`` if it is not there, in one process; others that want it wait.
+@cache
+def build_script() -> Any:
+    """csrc/build.py as a module."""
+    spec = importlib.util.spec_from_file_location("pie_csrc_build", CSRC / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build_program(name: str, folder: Path, sanitize: str | None = None) -> Path:
+    """Build ``tests/csrc/NAME.cpp`` with what it needs of the engine; returns the program.
 
     Args:
-        target: a file in a folder of its own.
-        make: makes the folder, and puts the file there whole, by a rename.
+        name: of the program.
+        folder: where it is put.
+        sanitize: None, "address" or "thread".
+
+    Raises:
+        RuntimeError: there is no compiler, or it failed; the text has its output.
     """
-    if target.exists():
-        return
-    folder = target.parent
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the folder, which may be replaced.
-    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            make()
+    script = build_script()
+    parts = PARTS.get(name, [*script.SOURCES, TESTING])
+    without = [] if script.cuda_headers() else script.CUDA_SOURCES
+    files = [*(file for file in parts if file not in without), PROGRAMS / f"{name}.cpp"]
+    with tempfile.TemporaryDirectory() as scratch:
+        unit = Path(scratch) / "all.cpp"  # In one piece: a third of the time.
+        unit.write_text("".join(f'#include "{file}"\n' for file in files))
+        script.build(folder / name, [unit], shared=False, sanitize=sanitize)
+    return folder / name
+
+
+def testing_library() -> Path:
+    """The library with the interface for tests; built when it is not there."""
+    script = build_script()
+    digest = hashlib.sha256(repr((script.FLAGS, os.environ.get("CXX"))).encode())
+    for source in [*script.HEADERS, TESTING, PROGRAMS / "testing.h"]:
+        digest.update(source.name.encode() + source.read_bytes())
+    target = ROOT / "build" / f"testing-{digest.hexdigest()[:16]}" / "libpie_testing.so"
+    build_once(target, lambda: script.build(target, [TESTING], shared=True, sanitize=None))
+    return target

@@ -8,9 +8,9 @@ import numpy as np
 
 from pie_vllm.engine.pool_keeper import PoolKeeper
 from pie_vllm.engine.step_stats import StepStats
-from pie_vllm.engine.streams import DriverEvent, DriverStream
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.plan import PoolOrder, PoolState, StepPlan
+from tests.helpers.streams import DriverEvent, DriverStream
 from tests.helpers.tagrunner import Work, check
 
 LAYER_TAG = 1 << 40

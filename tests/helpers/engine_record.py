@@ -51,7 +51,8 @@ class Recorder:
         record = self._record
         if tokens:  # Pie pauses for rows of its pool that are on their way.
             record["schedule"].append([[self._numbers[r], count] for r, count in tokens.items()])
-        record["plans"].append(getattr(output, "pie_plan", None))
+        orders = getattr(output, "pie", None)
+        record["plans"].append(orders.plan if orders else None)
         record["most_running"] = max(record["most_running"], len(tokens))
         manager = self._scheduler.kv_cache_manager
         residency = getattr(manager, "residency", None)

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import cuda_on_cpu, graphs_on_cpu, pool_faults, standin
+from tests.helpers import cuda_on_cpu, failing_ranks, graphs_on_cpu, pool_faults, standin
 from tests.helpers.engine_record import Recorder, copy_bytes
 from tests.helpers.failing_engine import FailingCopies
 from tests.helpers.process import resident_bytes
@@ -75,12 +75,12 @@ class Engine:
 
     def turns_left_out(self) -> int:
         """Requests left out of steps so far."""
-        turns = getattr(self.core.scheduler, "pie_turns", None)
-        return turns.left_out if turns else 0
+        controller = getattr(self.core.scheduler, "pie_controller", None)
+        return controller.turns.left_out if controller else 0
 
     def admissions(self) -> dict[str, Any]:
         """What pie's requests found in the prefix cache and computed again, so far."""
-        found = getattr(self.core.scheduler.kv_cache_manager, "admissions", None)
+        found = getattr(self.core.scheduler.kv_cache_manager, "hit_counts", None)
         if found is None:
             return {}
         ahead = self.core.scheduler.kv_cache_manager.residency.parking.ahead_blocks
@@ -234,6 +234,7 @@ def main() -> None:
     cuda_on_cpu.enable()
     graphs_on_cpu.enable()
     pool_faults.enable()
+    failing_ranks.enable()
     engine: Engine | None = None
     for line in sys.stdin:
         job = json.loads(line)

@@ -11,7 +11,7 @@ import numpy as np
 from vllm.v1.outputs import ModelRunnerOutput
 
 from pie_vllm.geometry import Geometry
-from pie_vllm.plan import Copy, StepPlan
+from pie_vllm.plan import Copy, StepPlan, StepReport, Totals
 from tests.helpers.tagrunner import MASK, VOCABULARY, DictMemory, TagRunner
 
 SPOILT = 0x2AAAAAAA
@@ -94,14 +94,14 @@ class HonestRunner(TagRunner):
                 state.tokens.append(token)
                 state.extend_tags()
             sampled.append([state.tokens[end]])
-        self.memory.hold(output.pie_pool)
-        result = ModelRunnerOutput(
+        self.memory.hold(output.pie.pool)
+        result: Any = ModelRunnerOutput(
             req_ids=names,
             req_id_to_index={r: i for i, r in enumerate(names)},
             sampled_token_ids=sampled,
         )
-        result.pie_pool = self.memory.state
-        result.pie_failure = "injected" if self.memory.failed else ""
+        failure = "injected" if self.memory.failed else ""
+        result.pie = StepReport(Totals(), self.memory.state, failure=failure)
         return result
 
     def _compute(self, name: str, start: int, end: int) -> bool:

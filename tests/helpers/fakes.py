@@ -35,19 +35,19 @@ class FakePool:
         null.is_null = True
         null.ref_cnt = 0
 
-    def _move(self, source: FakeBlock, target: FakeBlock) -> None:
+    def _move(self, source: Any, target: Any) -> None:
         assert target.block_hash is None
         if source.block_hash is not None:
             target.block_hash, source.block_hash = source.block_hash, None
             self.cached[target.block_hash] = target
 
-    def _put(self, block: FakeBlock, key: Any, index: int) -> None:  # noqa: ARG002
+    def _put(self, block: Any, key: Any, index: int) -> None:  # noqa: ARG002
         assert block.block_hash is None
         assert key not in self.cached
         block.block_hash = key
         self.cached[key] = block
 
-    def drop(self, block: FakeBlock) -> None:
+    def drop(self, block: Any) -> None:
         """Remove a block's prefix-cache entry."""
         if block.block_hash is not None:
             del self.cached[block.block_hash]

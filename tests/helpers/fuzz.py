@@ -27,8 +27,8 @@ def make_driver(
 ) -> Driver:
     """A scheduler over the sizes, with as many steps in flight as its kind has."""
     scheduler = scheduling.make(sizes, BLOCK_SIZE, **options)
-    scheduler.pie_decider = decider or scheduler.pie_decider
-    scheduler.pie_pool = pool or scheduler.pie_pool
+    scheduler.pie_controller.decider = decider or scheduler.pie_controller.decider
+    scheduler.pie_controller.pool = pool or scheduler.pie_controller.pool
     runner = TagRunner(memory or DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE)
     in_flight = 1 + options.get("async_scheduling", False)
     return Driver(scheduler, runner, in_flight=in_flight, check=check)
@@ -161,7 +161,7 @@ def random_case(seed: int, *, asynchronous: bool | None = None, **sizes: int) ->
         "long_prefill_token_threshold": rng.choice([0, 0, 0, 8, 40]),
         "policy": rng.choice(["fcfs", "fcfs", "priority"]),
         "scheduler_reserve_full_isl": rng.random() < 0.8,
-        "parking": rng.choice(["lru", "arc"] if parks else ["lru", "arc", "off", "off"]),
+        "parking": "lru" if rng.random() < 0.5 or parks else "off",
     }
     longest = max(1, min(rng.choice([10, 50, capacity // 2, capacity - 10]), capacity - 20))
     answer = max(1, min(60, capacity - longest - 1))
@@ -221,7 +221,7 @@ def nothing_left(driver: Driver) -> None:
     assert queue.free_in_all == manager.geometry.num_blocks - 1, "an id is not free"
     assert not residency.tables
     assert not residency.victims.holders
-    assert not residency.reading.by_request
+    assert not residency.read_set.by_request
     assert not parking.tails, "a tail of a request that is gone"
     assert rows.num_parked == len(parking), "a row is parked under no key"
     assert not parking.held, "a row is kept for a step that is done"

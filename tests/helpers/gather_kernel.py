@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+from benchmarks.harness.builds import build_once
 from pie_vllm.engine.gather import ENTRY, GatherImage, NoGather
-from tests.helpers.builds import build_once
+from tests.helpers.builds import CSRC, PROGRAMS
 from tests.helpers.standin import BUILDS, FLAGS, SOURCES, Standin, compile_native, load
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
 SOURCE = SOURCES / "test" / "gather_kernel.cpp"
 IMAGE = b"any bytes load on the stand-in"
 
@@ -24,10 +24,11 @@ def any_image(arch: str | None, *, ahead: bool = True) -> GatherImage | NoGather
 
 
 def _build() -> Path:
-    files = [SOURCE, SOURCES / "standin.h", CSRC / "gather.cu", CSRC / "test" / "gather_host.h"]
+    kernel = CSRC / "kernels" / "gather.cu"
+    files = [SOURCE, SOURCES / "standin.h", kernel, PROGRAMS / "gather_host.h"]
     digest = hashlib.sha256(repr(FLAGS).encode() + b"".join(f.read_bytes() for f in files))
     target = BUILDS / f"gather-{digest.hexdigest()[:16]}" / "gather.so"
-    flags = ("-shared", "-O2", f"-I{CSRC / 'test'}")
+    flags = ("-shared", "-O2", f"-iquote{CSRC}", f"-iquote{PROGRAMS}")
     build_once(target, lambda: compile_native(target, SOURCE, *flags))
     return target
 

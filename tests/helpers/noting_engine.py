@@ -11,7 +11,7 @@ from pie_vllm.config import PieConfig
 from pie_vllm.engine.step_stats import StepStats
 from pie_vllm.errors import TransferError
 from pie_vllm.plan import Copy, StepPlan
-from pie_vllm.vllm.compat import cuda_graphs, patching
+from pie_vllm.vllm.compat import cuda_graphs, model_runner
 from pie_vllm.vllm.worker_side import cache_engine
 from pie_vllm.vllm.worker_side.cache_engine import PieCacheEngine
 from tests.helpers import scheduling
@@ -23,7 +23,7 @@ STREAM = 7
 
 
 class Engine:
-    """Notes its calls; a step fits a graph if ``fits`` says so."""
+    """Notes its calls, with those of its graph steps; a step fits a graph if ``fits`` says so."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.geometry = GEOMETRY
@@ -31,6 +31,7 @@ class Engine:
         self.fits = True
         self.fail: str | None = None
         self.in_graph = False
+        self.graphs = self
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_"):
@@ -48,8 +49,8 @@ class Engine:
         self.in_graph = False
         return graph and self.fits
 
-    def enter_graph(self) -> None:
-        self.calls.append("enter_graph")
+    def enter(self) -> None:
+        self.calls.append("enter")
         if not self.fits:
             raise TransferError("the step does not fit a graph")
         self.in_graph = True
@@ -64,7 +65,7 @@ class Engine:
 def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cache engines have such an engine, and change nothing else of a runner than its graphs."""
     monkeypatch.setattr(cache_engine, "TransferEngine", Engine)
-    monkeypatch.setattr(patching, "before_inputs", lambda _, __: None)
+    monkeypatch.setattr(model_runner, "before_inputs", lambda _, __: None)
     monkeypatch.setattr(cache_engine, "use_graphs", lambda *_, **__: "used")
 
 

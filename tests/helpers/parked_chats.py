@@ -44,7 +44,7 @@ def crowd(made: Driver, count: int = 12) -> None:
 
 
 def computed_again(made: Driver) -> int:
-    return int(made.scheduler.kv_cache_manager.admissions.recomputed_tokens)
+    return int(made.scheduler.kv_cache_manager.hit_counts.recomputed_tokens)
 
 
 def parking(made: Driver) -> Parking:

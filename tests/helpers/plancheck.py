@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pie_vllm.plan import Copy, StepPlan
+from pie_vllm.policy.block import BlockId
 from pie_vllm.policy.placement.residency import Residency
 
 
@@ -33,7 +34,7 @@ class PlanCheck:
             scheduled: the requests that run in it.
         """
         wanted = self._wanted(scheduled)
-        owned = {self._residency.rows.row_of(b) for b in self._holding()}
+        owned: set[int] = {self._residency.rows.row_of(b) for b in self._holding()}
         owned |= self._residency.parking.rows()
         if plan is None:
             assert not wanted, "a step reads pooled blocks and has no plan"
@@ -62,9 +63,9 @@ class PlanCheck:
         row_of = self._residency.rows.row_of
         return {i: row_of(i) for i in ids if i >= self._boundary}
 
-    def _holding(self) -> list[int]:
-        last = self._boundary + self._residency.window
-        return [i for i in range(self._boundary, last) if self._residency.rows.holds(i)]
+    def _holding(self) -> list[BlockId]:
+        pooled = self._residency.blocks[self._boundary :]
+        return [b.block_id for b in pooled if self._residency.rows.holds(b.block_id)]
 
     def _pairs(self, runs: Iterable[Copy]) -> dict[int, int]:
         pairs: dict[int, int] = {}

@@ -90,7 +90,7 @@ def main(model: str, folder: Path) -> None:
     def parked_hits() -> int:
         core: Any = llm.llm_engine.engine_core
         manager = core.engine_core.scheduler.kv_cache_manager
-        return int(manager.admissions.hits.parked)
+        return int(manager.hit_counts.hits.parked)
 
     before = ask(range(1), LoRARequest("live", 1, live))
     ask(range(1, 16))

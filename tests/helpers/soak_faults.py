@@ -63,8 +63,8 @@ def _small_chunks(module: Any) -> None:
 
 
 def _patch(module: Any) -> None:
-    from pie_vllm.engine.streams import inject
     from pie_vllm.errors import TransferError
+    from tests.helpers.streams import inject
 
     shares = json.loads(os.environ[SWITCH])
     rng = random.Random(7)

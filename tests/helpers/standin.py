@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.builds import build_once
+from benchmarks.harness.builds import build_once
 
 SOURCES = Path(__file__).resolve().parents[1] / "standin"
 BUILDS = Path(__file__).resolve().parents[2] / "build" / "standin-cuda"

@@ -20,7 +20,7 @@ import numpy as np
 from vllm.v1.outputs import ModelRunnerOutput
 
 from pie_vllm.geometry import Geometry
-from pie_vllm.plan import PoolOrder, PoolState, StepPlan
+from pie_vllm.plan import PoolOrder, PoolState, StepPlan, StepReport, Totals
 
 MASK = (1 << 31) - 1
 VOCABULARY = 997
@@ -211,7 +211,7 @@ class TagRunner:
 
     def execute(self, output: Any) -> ModelRunnerOutput:
         """Carry out one step (or submit it) and return what vLLM's runner would."""
-        plan: StepPlan | None = output.pie_plan
+        plan: StepPlan | None = output.pie.plan
         for request_id in output.finished_req_ids:
             self.requests.pop(request_id, None)
         if plan is not None:
@@ -259,14 +259,14 @@ class TagRunner:
                 state.extend_tags()
             sampled.append([state.tokens[end]])
         self.memory.run(plan, work)
-        self.memory.hold(output.pie_pool)
+        self.memory.hold(output.pie.pool)
         ids = list(scheduled)
         result: Any = ModelRunnerOutput(
             req_ids=ids,
             req_id_to_index={r: i for i, r in enumerate(ids)},
             sampled_token_ids=sampled,
         )
-        result.pie_pool = self.memory.state
+        result.pie = StepReport(Totals(), self.memory.state)
         return result
 
     def _add(self, work: Work, request_id: str, state: _State, start: int, end: int) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.harness.server import VllmServer
+from benchmarks.real.server import VllmServer
 
 START_LINE = re.compile(
     r"Pie: (?P<resident>\d+) resident blocks, (?P<pooled>\d+) pooled blocks, "

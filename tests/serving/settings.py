@@ -23,7 +23,7 @@ WITHOUT_WHITESPACE = (
 )
 """A grammar that allows whitespace lets a small model write nothing else until its last token."""
 
-SOON_IDLE = '--additional-config={"pie": {"pool_idle_seconds": 2}}'
+SOON_IDLE = "--additional-config.pie.pool_idle_seconds=2"
 LOADED = ("--api-server-count=2", WITHOUT_WHITESPACE, SOON_IDLE)
 """Further arguments of the server under load."""
 
@@ -52,10 +52,5 @@ def make_server(model: Path, name: str, *more: str, pie: bool = True) -> Server:
     ]
     if pie:
         sizes = wide_ring(shape, DEVICE_BLOCKS, POOL_BLOCKS, RING_SLOTS)
-        arguments += [
-            "--block-manager=pie",
-            f"--pie-pool-gib={sizes.pool_gib(shape)}",
-            f"--pie-ring-slots={sizes.ring_slots}",
-            f"--pie-ring-fraction={sizes.ring_fraction}",
-        ]
+        arguments += ["--block-manager=pie", *sizes.server_options(shape)]
     return Server(model, arguments, LOGS / f"{name}.log")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from benchmarks.harness.counters import last_pie_line
+from benchmarks.real.counters import last_pie_line
 from tests.helpers.model import REPOSITORY
 from tests.serving.conftest import Pair
 from tests.serving.process import (

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness.counters import last_pie_line
+from benchmarks.real.counters import last_pie_line
 from tests.serving.process import Server, Usage, frames_of_ours, tracebacks_in_service
 from tests.serving.settings import make_server
 from tests.serving.traffic import CLIENTS, Answer, alone, differing, interrupted, load, load_for

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.harness.shifts import (
+from benchmarks.simulated.shifts import (
     GEOMETRY,
     NAMES,
     SHIFT,

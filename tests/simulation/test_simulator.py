@@ -7,9 +7,9 @@ from statistics import median
 
 import pytest
 
-from benchmarks.harness import cases
-from benchmarks.harness.cases import Case, contending, limit_at, random_case, scattered
-from benchmarks.harness.shifts import GEOMETRY, Shift, shift
+from benchmarks.simulated import cases
+from benchmarks.simulated.cases import Case, contending, limit_at, random_case, scattered
+from benchmarks.simulated.shifts import GEOMETRY, Shift, shift
 from pie_vllm.geometry import Geometry
 from pie_vllm.plan import Prior
 from pie_vllm.policy.control.decider import Decider

@@ -11,7 +11,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import StreamingUpdate
 
 from pie_vllm.errors import UnsupportedError
-from pie_vllm.policy.pool.parked_kv import Tail
+from pie_vllm.policy.pool.tails import Tail
 from tests.helpers import parked_chats, scheduling
 from tests.helpers.deciders import Fixed
 from tests.helpers.fuzz import BLOCK_SIZE, make_driver
@@ -57,10 +57,10 @@ def test_the_watermark_leaves_what_the_device_alone_would_have(
 ) -> None:
     """With a limit, or without CPU memory, no less is used than without pie; else the share."""
     manager = driver(watermark=share).scheduler.kv_cache_manager
-    manager.begin_step(Fixed(limit).decide(), 0)
+    manager.admission.begin_step(Fixed(limit).decide(), 0)
     manager.residency.queue.withheld = manager.residency.queue.missing = withheld
     usable = RESIDENT + min(limit, POOLED - withheld)
-    left = manager._headroom()
+    left = manager.admission.headroom()
     device = manager.geometry.device_bytes // manager.geometry.row_bytes
     assert device == 18
     assert usable - left >= min(usable, device - int(share * device))
@@ -73,7 +73,7 @@ def test_a_limit_and_missing_memory_are_not_counted_twice() -> None:
     """Ids without CPU memory are among those beyond the limit: 15 + 20 blocks hold 30."""
     made = driver(Fixed(20), max_model_len=560)
     manager = made.scheduler.kv_cache_manager
-    manager.begin_step(Fixed(20).decide(), 0)
+    manager.admission.begin_step(Fixed(20).decide(), 0)
     queue = manager.residency.queue
     for withheld, admitted in ((14, True), (20, False)):
         queue.withheld = queue.missing = withheld
@@ -107,7 +107,7 @@ def test_adapters_of_requests_left_out_still_count() -> None:
         assert len({r.lora_request.lora_int_id for r in scheduler.running if r.lora_request}) <= 1
         waited += any(r.lora_request is two for r in scheduler.waiting)
     made.verify()
-    assert scheduler.pie_turns.left_out > 0
+    assert scheduler.pie_controller.turns.left_out > 0
     assert waited > 0
 
 
@@ -121,9 +121,9 @@ def test_a_turn_shortens_no_other_wait() -> None:
     due = scheduler.current_step + 5
     for request in scheduler.running:
         request.next_decode_eligible_step = due
-    left_out = scheduler.pie_turns.left_out
+    left_out = scheduler.pie_controller.turns.left_out
     made.step()
-    assert scheduler.pie_turns.left_out > left_out
+    assert scheduler.pie_controller.turns.left_out > left_out
     assert all(r.next_decode_eligible_step == due for r in scheduler.running)
     made.run()
     made.verify()
@@ -141,10 +141,10 @@ def test_a_cap_of_hits_holds_for_parked_kv(
     manager = made.scheduler.kv_cache_manager
     request = make_request("again", [*chat, 1], 5, BLOCK_SIZE)
     parking = manager.residency.parking
-    parking.tails["again"] = Tail(0, 10, 161)
+    parking.tails._tails["again"] = Tail(0, 10, 161)
     caps = () if cap is None else (cap,)
     blocks, tokens, _ = manager.get_computed_blocks(request, *caps)
-    del parking.tails["again"]
+    del parking.tails._tails["again"]
     assert not blocks.blocks[0], "all of it is parked"
     assert tokens == (161 if cap is None else cap // BLOCK_SIZE * BLOCK_SIZE)
 
@@ -159,10 +159,10 @@ def test_an_updated_session_has_no_tail_of_older_tokens() -> None:
     made.run_until(lambda: session.num_computed_tokens == 21 and bool(made.queue))
     scheduler.running.remove(session)
     scheduler._preempt_request(session, 0.0)
-    assert "session" in parking.tails
+    assert "session" in parking.tails._tails
     update = make_request("session", [5] * 8, 2, BLOCK_SIZE, resumable=True)
     scheduler._update_request_as_session(session, StreamingUpdate.from_request(update))
-    assert "session" not in parking.tails
+    assert "session" not in parking.tails._tails
 
 
 def test_blocks_are_not_taken_out_of_their_table() -> None:

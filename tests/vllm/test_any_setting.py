@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.engine.arg_utils import EngineArgs
 
-from pie_vllm.config import PieConfig
+from pie_vllm.config import BY_NAME, PieConfig
 from pie_vllm.errors import ConfigError
-from pie_vllm.vllm.wanted import wants_pie
+from pie_vllm.vllm.opt_in import wants_pie
 
 pytestmark = pytest.mark.vllm
 
@@ -38,7 +37,7 @@ def attempt(chosen: dict[str, Any]) -> tuple[str, PieConfig | None]:
         return str(error), None
 
 
-@pytest.mark.parametrize("key", [field.name for field in fields(PieConfig)])
+@pytest.mark.parametrize("key", list(BY_NAME))
 def test_any_value_is_taken_or_refused_by_name(key: str) -> None:
     """No other error, and nothing taken that later overflows."""
     taken = 0
@@ -48,14 +47,15 @@ def test_any_value_is_taken_or_refused_by_name(key: str) -> None:
             assert key in refused or key.replace("_", "-") in refused
             continue
         taken += 1
-        assert PieConfig.from_mapping(config.to_mapping()) == config
         found = getattr(config, key)
+        spelt = BY_NAME[key].values.spell(found)
+        assert PieConfig.from_mapping({key: spelt}) == config
         if isinstance(found, float):
             assert 0 < found * 2**30 < 1e20 or key in ("pool_idle_seconds", "emulated_link_gbps")
     assert 0 < taken < len(VALUES)
 
 
-@given(st.dictionaries(st.sampled_from([f.name for f in fields(PieConfig)]), ANYTHING))
+@given(st.dictionaries(st.sampled_from(list(BY_NAME)), ANYTHING))
 def test_any_settings_are_taken_or_refused(chosen: dict[str, Any]) -> None:
     """As above, whatever Hypothesis finds."""
     refused, config = attempt(chosen)

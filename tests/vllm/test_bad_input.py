@@ -13,8 +13,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 import pie_vllm
+from pie_vllm.engine.host_memory import check_pool_fits
 from pie_vllm.engine.native import load_library
-from pie_vllm.engine.pool_size import check_pool_fits
 from pie_vllm.errors import ConfigError, NativeLibraryError, UnsupportedError
 from pie_vllm.vllm import refusals
 from pie_vllm.vllm.args import device_of, worker_class
@@ -40,20 +40,22 @@ def configure(model: Path, pie: Any = None, **arguments: Any) -> Any:
         ({"pool_gib": float("nan")}, ["--pie-pool-gib", "nan"]),
         ({"pool_gib": True}, ["--pie-pool-gib", "True"]),
         ({"pool_gib": 1e6}, ["--pie-pool-gib", "does not fit", "GiB of CPU memory are free"]),
-        ({"ring_slots": 0}, ["--pie-ring-slots", "1 or more"]),
-        ({"ring_slots": 2.5}, ["--pie-ring-slots", "2.5"]),
-        ({"ring_fraction": 1.0}, ["--pie-ring-fraction", "between 0 and 1"]),
-        ({"ring_fraction": "half"}, ["--pie-ring-fraction", "half"]),
+        ({"ring_slots": 0}, ['"ring_slots"] is 0', "1 or more"]),
+        ({"ring_slots": 2.5}, ['"ring_slots"] is 2.5']),
+        ({"ring_fraction": 1.0}, ['"ring_fraction"] is 1.0', "between 0 and 1"]),
+        ({"ring_fraction": "half"}, ['"ring_fraction"] is', "half"]),
         ({"target_slowdown": 0}, ["--pie-target-slowdown", "between 0 and 1", "off"]),
         ({"target_slowdown": 1.5}, ["--pie-target-slowdown", "1.5"]),
         ({"target_slowdown": "none"}, ["--pie-target-slowdown", "none"]),
-        ({"link_gbps": -1}, ["--pie-link-gbps", "-1", "GB/s above 0", "auto"]),
-        ({"link_gbps": "fast"}, ["--pie-link-gbps", "fast"]),
-        ({"parking": "mru"}, ["--pie-parking", "'mru'", "arc, lru", "off"]),
+        ({"link_gbps": -1}, ['"link_gbps"] is -1', "GB/s above 0", "auto"]),
+        ({"link_gbps": "fast"}, ['"link_gbps"] is', "fast"]),
+        ({"parking": "mru"}, ["--pie-parking", "'mru'", "must be 'lru' or 'off'"]),
+        ({"parking": "arc"}, ["--pie-parking is 'arc'", "gone: ", "traces", "Use 'lru'"]),
         ({"parking": True}, ["--pie-parking", "True"]),
         ({"full_graphs": "yes"}, ["--pie-full-graphs", "'yes'", "true or false"]),
         ({"full_graphs": 1}, ["--pie-full-graphs is 1"]),
         ({"emulated_link_gbps": 0}, ["emulated_link_gbps", "above 0"]),
+        ({"pool_gb": 1}, ["setting pool_gb; did you mean pool_gib?"]),
         ({"pool": 1}, ["unknown pie setting pool", "pool_gib", "ring_slots", "ring_fraction"]),
         ([1], ["must be a mapping", "pool_gib"]),
         ({"debug": "poison"}, ["debug", "list of words"]),

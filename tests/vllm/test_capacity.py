@@ -15,8 +15,8 @@ import pytest
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 
+from pie_vllm.policy import controller
 from pie_vllm.policy.admission.chunk import Chunk
-from pie_vllm.vllm.scheduler_side import scheduler as pie_scheduler
 from tests.helpers import scheduling
 from tests.helpers.deciders import Fixed
 from tests.helpers.fuzz import BLOCK_SIZE
@@ -93,7 +93,7 @@ def pie(load: str, resident: int, pooled: int, **options: Any) -> Took:
     # One chunk: what the steps of a growing pool wait for is not what is counted here.
     sizes = scheduling.geometry(resident, pooled, chunk_rows=pooled)
     scheduler = scheduling.make(sizes, BLOCK_SIZE, **{**OPTIONS, **options})
-    scheduler.pie_decider = Fixed(pooled)
+    scheduler.pie_controller.decider = Fixed(pooled)
     return play(scheduler, load)
 
 
@@ -111,9 +111,9 @@ def test_two_tiers_serve_as_many_as_one(load: str, resident: int, pooled: int) -
 
 def test_a_chunk_of_half_of_the_residents_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: a constant chunk, kept free for the next one too, keeps requests out."""
-    monkeypatch.setattr(pie_scheduler, "decide_chunk", lambda *_: Chunk(9 * BLOCK_SIZE, 9))
+    monkeypatch.setattr(controller, "decide_chunk", lambda *_: Chunk(9 * BLOCK_SIZE, 9))
     monkeypatch.setattr(
-        "pie_vllm.vllm.scheduler_side.manager.promised",
+        "pie_vllm.policy.admission.transaction.promised",
         lambda _, tails, prompts: tails + (prompts and 9 + 1),
     )
     assert pie("mixed", 21, 80).steps > 1.5 * stock("mixed").steps

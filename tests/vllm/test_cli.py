@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import pie_vllm
-from pie_vllm.config import PieConfig
-from pie_vllm.vllm import settings
+from pie_vllm.config import SETTINGS, PieConfig
+from pie_vllm.vllm import flags, settings
 from tests.helpers.model import model_path
 
 pytestmark = pytest.mark.vllm
@@ -53,26 +54,43 @@ def test_flags_arrive_in_any_form(arguments: list[str]) -> None:
 
 def test_all_flags_arrive() -> None:
     """Every flag has its key, and `auto` is a value."""
-    more = ["--pie-pool-gib", "auto", "--pie-ring-slots", "2", "--pie-ring-fraction", "0.2"]
-    more += ["--pie-parking", "arc"]
-    more += ["--pie-target-slowdown", "0.05", "--pie-link-gbps", "20", "--pie-full-graphs"]
-    found = settings_of(["--block-manager", "pie", *more])["pie"]
-    assert found == {
-        "pool_gib": "auto",
-        "ring_slots": 2,
-        "ring_fraction": 0.2,
-        "target_slowdown": 0.05,
-        "link_gbps": 20.0,
-        "parking": "arc",
-        "full_graphs": True,
-    }
-    assert PieConfig.from_mapping(found) == PieConfig(None, 2, 0.2, 0.05, 20.0, "arc", True)
-    words = ["--pie-ring-fraction", "auto", "--pie-link-gbps", "auto"]
-    assert PieConfig.from_mapping(settings_of([*PIE, *words])["pie"]) == PieConfig(0.5)
+    given = {"pool_gib": "auto", "target_slowdown": 0.05, "parking": "lru", "full_graphs": True}
+    assert set(given) == {setting.name for setting in SETTINGS if setting.flag}
+    more = ["--pie-pool-gib", "auto", "--pie-target-slowdown", "0.05", "--pie-parking", "lru"]
+    assert settings_of(["--block-manager", "pie", *more, "--pie-full-graphs"])["pie"] == given
+    assert PieConfig.from_mapping(given) == PieConfig(None, 0.05, "lru", True)
     off = settings_of([*PIE, "--pie-target-slowdown", "off", "--pie-parking", "off"])["pie"]
-    assert PieConfig.from_mapping(off).target_slowdown is None
-    assert PieConfig.from_mapping(off).parking is None
-    assert PieConfig.from_mapping(PieConfig.from_mapping(off).to_mapping()).parking is None
+    assert off == {"pool_gib": 0.5, "target_slowdown": "off", "parking": "off"}
+    assert PieConfig.from_mapping(off) == PieConfig(0.5, None, None)
+
+
+def test_old_flags_do_what_their_keys_do_and_say_so_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On the command line and in a file; the note's JSON can be pasted, and does the same."""
+    notes: list[str] = []
+    monkeypatch.setattr(flags.logger, "warning", lambda text, *of: notes.append(text % of))
+    old = ["--pie-ring-slots", "2", "--pie-ring-fraction", "0.2", "--pie-link-gbps", "auto"]
+    keys = {"ring_slots": 2, "ring_fraction": 0.2, "link_gbps": "auto"}
+    namespace = parse([*PIE, *old])
+    for _ in range(2):  # As API server processes do once more with the same namespace.
+        found = AsyncEngineArgs.from_cli_args(namespace).additional_config
+        assert found == {"block_manager": "pie", "pie": {"pool_gib": 0.5, **keys}}
+    assert len(notes) == 1
+    for setting in SETTINGS:
+        assert (str(setting.old_flag) in notes[0]) == (setting.old_flag is not None)
+    pasted = re.findall(r"--additional-config '(.*)'", notes[0])
+    assert settings_of([*PIE, "--additional-config", *pasted]) == found
+    assert len(notes) == 1
+    lines = "block-manager: pie\npie-ring-slots: 3"
+    assert from_yaml(tmp_path, lines)["pie"] == {"ring_slots": 3}
+    assert '{"pie": {"ring_slots": 3}}' in notes[1]
+
+
+def test_the_command_line_takes_single_keys() -> None:
+    """vLLM's own short form, beside pie's flags."""
+    found = settings_of([*PIE, "--additional-config.pie.ring_slots", "2"])
+    assert found["pie"] == {"pool_gib": 0.5, "ring_slots": 2}
 
 
 def test_a_switch_has_two_forms(tmp_path: Path) -> None:
@@ -102,10 +120,10 @@ def test_flags_and_additional_config_are_merged(flags_first: bool) -> None:
 def test_flags_work_in_a_yaml_file(tmp_path: Path) -> None:
     """vLLM's --config file takes the flags by their names."""
     path = tmp_path / "serve.yaml"
-    path.write_text("block-manager: pie\npie-pool-gib: 0.5\npie-ring-slots: 2\n")
+    path.write_text("block-manager: pie\npie-pool-gib: 0.5\npie-target-slowdown: 0.02\n")
     found = settings_of(["--config", str(path)])
     assert found["block_manager"] == "pie"
-    assert found["pie"] == {"pool_gib": 0.5, "ring_slots": 2}
+    assert found["pie"] == {"pool_gib": 0.5, "target_slowdown": 0.02}
 
 
 def from_yaml(tmp_path: Path, text: str, *flags: str) -> Any:
@@ -131,7 +149,7 @@ def test_off_in_a_yaml_file_is_off(tmp_path: Path, word: str, dash: str) -> None
     assert settings.take(found).config == config
     # A flag of the command line has the last word.
     text = "block-manager: pie\npie-parking: off"
-    assert from_yaml(tmp_path, text, "--pie-parking", "arc")["pie"]["parking"] == "arc"
+    assert from_yaml(tmp_path, text, "--pie-parking", "lru")["pie"]["parking"] == "lru"
 
 
 @pytest.mark.parametrize("word", ["off", "on"])
@@ -190,6 +208,14 @@ def test_settings_reach_a_process_that_has_no_plugin_yet() -> None:
         ([*PIE, "--pie-ring-slots", "none"], ["--pie-ring-slots", "none"]),
         ([*PIE, "--pie-ring-fraction", "1.5"], ["--pie-ring-fraction", "1.5"]),
         (["--block-manager", "cake"], ["--block-manager", "cake", "pie"]),
+        (
+            [*PIE, "--additional-config", '{"pie": {"ring_slot": 2}}'],
+            ["vllm: error: unknown pie setting ring_slot; did you mean ring_slots?"],
+        ),
+        (
+            [*PIE, "--additional-config", '{"pie": {"ring_slots": 0}}'],
+            ["vllm: error: additional_config", "1 or more"],
+        ),
     ],
 )
 def test_bad_flags_end_with_one_clear_line(
@@ -204,11 +230,18 @@ def test_bad_flags_end_with_one_clear_line(
         assert word in text
 
 
+def listed(text: str) -> None:
+    """Check that a help text has all flags but the old ones."""
+    assert "--block-manager" in text
+    for setting in SETTINGS:
+        assert setting.flag is None or setting.flag in text
+        assert setting.old_flag is None or setting.old_flag not in text
+
+
 def test_help_lists_the_flags() -> None:
     """`vllm serve --help` shows the group with all flags."""
     text = make_arg_parser(FlexibleArgumentParser()).format_help()
-    for flag in ("--block-manager", "--pie-pool-gib", "--pie-ring-slots", "--pie-ring-fraction"):
-        assert flag in text
+    listed(text)
 
 
 def test_help_of_the_real_command_lists_the_flags() -> None:
@@ -221,8 +254,7 @@ def test_help_of_the_real_command_lists_the_flags() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    for flag in ("--block-manager", "--pie-pool-gib", "--pie-ring-slots", "--pie-ring-fraction"):
-        assert flag in done.stdout
+    listed(done.stdout)
 
 
 def test_without_the_flag_vllm_is_untouched(model: Path) -> None:

@@ -167,7 +167,7 @@ def test_warnings_name_the_setting_and_its_effect() -> None:
     for said in (what_is_said(offload_gb=1.5), what_is_said(groups=4)):
         assert len(said) == 1
         assert "--cpu-offload-gb" in said[0]
-        assert "--pie-link-gbps" in said[0]
+        assert '"link_gbps"' in said[0]
     assert ["--kv-cache-metrics counts" in text for text in what_is_said(metrics=True)] == [True]
 
 

@@ -82,4 +82,4 @@ def test_what_is_gone_would_show() -> None:
     checks = drift.Checks()
     checks.run(lambda: 1 / 0)
     assert checks.failed[-1].startswith("ZeroDivisionError")
-    assert "compat_graphs.py:full_graphs" in drift.expected()
+    assert "cuda_graphs.py:full_graphs" in drift.expected()

@@ -64,8 +64,8 @@ class LengthDriver(Driver):
 def driver_of(case: fuzz.Case, share: float, seed: int) -> LengthDriver:
     """A scheduler of the case's kind, over memory whose copies fail."""
     scheduler = scheduling.make(case.geometry, BLOCK_SIZE, **case.options)
-    scheduler.pie_decider = case.decider()
-    scheduler.pie_pool = case.pool() or scheduler.pie_pool
+    scheduler.pie_controller.decider = case.decider()
+    scheduler.pie_controller.pool = case.pool() or scheduler.pie_controller.pool
     memory = FailingMemory(case.geometry, BLOCK_SIZE, share, seed)
     in_flight = 1 + case.options["async_scheduling"]
     return LengthDriver(scheduler, HonestRunner(memory, BLOCK_SIZE), in_flight=in_flight)

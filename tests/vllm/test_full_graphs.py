@@ -5,7 +5,6 @@ vLLM's own dispatchers and replays, an engine that notes its calls.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +14,8 @@ from pie_vllm.engine import gather
 from pie_vllm.engine.gather import GatherImage, NoGather
 from pie_vllm.engine.link_calibration import UNMEASURED_CTAS
 from pie_vllm.errors import GateError, TransferError, UnsupportedError
-from pie_vllm.policy.control.detector import Observation
-from pie_vllm.policy.control.stall_samples import MOST_WAITING
-from pie_vllm.vllm.scheduler_side.metrics import Totals
 from pie_vllm.vllm.worker_side import full_graphs
 from pie_vllm.vllm.worker_side.cache_engine import PieCacheEngine
-from tests.helpers import scheduling
 from tests.helpers.graph_runners import v1_graphs, v2_graphs, without_device
 from tests.helpers.noting_engine import (
     GEOMETRY,
@@ -59,14 +54,14 @@ def started(make: Any, full_graphs: bool = True) -> tuple[PieCacheEngine, Engine
 
 
 def test_a_step_that_fits_keeps_its_full_graph_and_is_told_before_it(make: Any) -> None:
-    """begin_step, dispatch, enter_graph, replay, end_step; and it counts."""
+    """begin_step, dispatch, enter, replay, end_step; and it counts."""
     pie, engine, run = started(make)
     for _ in range(2):
         with pie.step(PLAN, STREAM):
             assert run(*DECODES) == FULL
     assert engine.calls == 2 * [
         ("begin_step", PLAN.step, STREAM, True),
-        "enter_graph",
+        "enter",
         "replay",
         "end_step",
     ]
@@ -81,7 +76,7 @@ def test_a_step_that_does_not_fit_runs_piecewise(make: Any) -> None:
     with pie.step(PLAN, STREAM):
         assert run(*DECODES) == PIECEWISE
         forward(pie)
-    assert "enter_graph" not in engine.calls
+    assert "enter" not in engine.calls
     assert engine.calls[1:4] == ["model", ("before_write", 0), ("before_attention", 0)]
     assert (pie.totals.steps, pie.totals.graph_steps) == (1, 0)
 
@@ -92,7 +87,7 @@ def test_a_batch_that_has_no_full_graph_passes_the_gates(make: Any) -> None:
     with pie.step(PLAN, STREAM):
         assert run(*MIXED) == PIECEWISE
         forward(pie)
-    assert "enter_graph" not in engine.calls
+    assert "enter" not in engine.calls
     assert pie.totals.graph_steps == 0
 
 
@@ -175,35 +170,6 @@ def test_modes_without_full_graphs_are_only_told(make: Any, mode: CUDAGraphMode)
     assert ("begin_step", PLAN.step, STREAM, False) in engine.calls
 
 
-def test_a_step_in_a_graph_is_observed_at_once() -> None:
-    """Without a stall, and outside of the feedback on it; other steps wait, but not for ever."""
-    scheduler = scheduling.make(GEOMETRY)
-    noted: list[tuple[Observation, bool]] = []
-    scheduler.pie_decider.observe = lambda seen, *, within_budget: noted.append(
-        (seen, within_budget)
-    )
-    step = SimpleNamespace(
-        total_num_scheduled_tokens=3,
-        num_scheduled_tokens={"a": 1, "b": 1, "c": 1},
-        pie_plan=PLAN,
-        pie_blocks=5,
-        pie_restored=False,
-        pie_within_budget=True,
-    )
-    totals = Totals(steps=1, bytes_loaded=8192, graph_steps=1)
-    scheduler._observe(step, totals, 0.01)
-    assert noted == [(Observation(3, 3, 0.01, bytes_loaded=8192, blocks=5), False)]
-    assert len(scheduler._stalls) == 0
-    scheduler.pie_log.totals = totals
-    for number in range(MOST_WAITING + 1):
-        step.pie_plan = PLAN._replace(step=2 + number)
-        totals = totals._replace(steps=totals.steps + 1, bytes_loaded=totals.bytes_loaded + 4096)
-        scheduler._observe(step, totals, 0.01)
-        scheduler.pie_log.totals = totals
-        assert len(noted) == 1 + (number == MOST_WAITING)
-    assert noted[1] == (Observation(3, 3, 0.01, bytes_loaded=4096, blocks=5), False)
-
-
 def images(*found: GatherImage | NoGather) -> Any:
     """In place of ``gather_image``: the one compiled ahead, then the one compiled now."""
 
@@ -226,9 +192,9 @@ def test_a_device_without_the_kernel_refuses_the_flag(monkeypatch: pytest.Monkey
         full_graphs.use_graphs(engine, images=images(NoGather("no compiler")))
     assert engine.calls == []
     full_graphs.use_graphs(engine, images=images(ahead))
-    assert engine.calls == [("use_graphs", b"ahead", GEOMETRY.pooled_blocks, UNMEASURED_CTAS)]
-    engine.fail = "use_graphs"
-    with pytest.raises(UnsupportedError, match="use_graphs failed"):
+    assert engine.calls == [("prepare", b"ahead", GEOMETRY.pooled_blocks, UNMEASURED_CTAS)]
+    engine.fail = "prepare"
+    with pytest.raises(UnsupportedError, match="prepare failed"):
         full_graphs.use_graphs(engine, images=images(now))
-    with pytest.raises(UnsupportedError, match="use_graphs failed"):
+    with pytest.raises(UnsupportedError, match="prepare failed"):
         full_graphs.use_graphs(engine, images=images(ahead, NoGather("no compiler")))

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from pie_vllm.plan import Totals
 from pie_vllm.policy.admission.waits import REASONS
 from pie_vllm.policy.control.elastic_pool import FREE_MARGIN, ElasticPool
 from pie_vllm.vllm.scheduler_side import metrics
-from pie_vllm.vllm.scheduler_side.metrics import Totals
 from tests.helpers import scheduling
 from tests.helpers.deciders import Fixed
 from tests.helpers.fuzz import BLOCK_SIZE, make_driver, play, random_case
@@ -100,7 +100,9 @@ def spent() -> Driver:
 
 def restore() -> Driver:
     """Its KV comes back over a link that takes a block a step."""
-    driver = driver_of(12, 10, Fixed(10, at_once=1), enable_prefix_caching=True, max_num_seqs=4)
+    driver = driver_of(
+        12, 10, Fixed(10, restore_blocks_max=1), enable_prefix_caching=True, max_num_seqs=4
+    )
     driver.add(make_request("before", tokens(64, 2), 2, BLOCK_SIZE))
     driver.run()
     holds(driver, 170, 60)

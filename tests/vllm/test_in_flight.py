@@ -10,10 +10,11 @@ from collections import Counter
 
 import pytest
 
-from pie_vllm.engine.streams import counters, inject
+from pie_vllm.engine.streams import counters
 from pie_vllm.engine.transfer_engine import TransferEngine
 from tests.helpers.engine_memory import EngineMemory
 from tests.helpers.fuzz import BLOCK_SIZE, make_driver, play, random_case
+from tests.helpers.streams import inject
 
 pytestmark = pytest.mark.vllm
 

@@ -6,21 +6,18 @@ the compute of seeded runs are written down, and a C++ program replays them.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.helpers.builds import build_program
 from tests.helpers.fuzz import BLOCK_SIZE, make_driver, play, random_case
-from tests.helpers.model import REPOSITORY
 from tests.helpers.trace import TraceMemory
 
 pytestmark = [pytest.mark.vllm, pytest.mark.sanitizer]
 
-SOURCE = REPOSITORY / "tests" / "helpers" / "replay_trace.cpp"
 SEEDS = range(100, 160)
 ENOUGH_STORED = 300
 PAGE_BYTES = (1032, 4096, 200)
@@ -61,19 +58,7 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module", params=["address", "thread"])
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The replay program and the engine in one piece, under a sanitizer."""
-    path = REPOSITORY / "csrc" / "build.py"
-    spec = importlib.util.spec_from_file_location("pie_csrc_build", path)
-    assert spec is not None
-    assert spec.loader is not None
-    native: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(native)
-    folder = tmp_path_factory.mktemp(request.param)
-    text = SOURCE.read_text().replace('#include "pie.h"', f'#include "{path.parent}/pie.h"')
-    unit = folder / "all.cpp"
-    unit.write_text("".join(f'#include "{source}"\n' for source in native.SOURCES) + text)
-    target = folder / "replay_trace"
-    native.build(target, [unit], shared=False, sanitize=request.param)
-    return target
+    return build_program("replay_trace", tmp_path_factory.mktemp(request.param), request.param)
 
 
 def replay(program: Path, *traces: Path) -> subprocess.CompletedProcess[str]:

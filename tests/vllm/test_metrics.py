@@ -20,10 +20,10 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 import pie_vllm
 from pie_vllm.engine.pool_keeper import PoolKeeper
 from pie_vllm.errors import TransferError
-from pie_vllm.plan import PoolOrder
+from pie_vllm.plan import PoolOrder, Totals
 from pie_vllm.policy.admission.waits import REASONS
 from pie_vllm.vllm.compat import loggers
-from pie_vllm.vllm.scheduler_side.metrics import Control, Hits, Report, Totals
+from pie_vllm.vllm.scheduler_side.metrics import Control, Hits, Report
 from pie_vllm.vllm.scheduler_side.prometheus import BY_REASON, COUNTERS, GAUGES
 from pie_vllm.vllm.worker_side.worker import PieWorkerMixin
 from tests.helpers import scheduling

@@ -12,6 +12,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
 
 from pie_vllm.errors import UnsupportedError
+from pie_vllm.plan import PoolOrder, StepOrders
 from pie_vllm.vllm import args as pie_args
 from pie_vllm.vllm.plugin import engage
 from pie_vllm.vllm.worker_side.worker import PieWorkerMixin
@@ -102,11 +103,15 @@ def test_a_step_without_a_plan_is_refused_outside_warm_up() -> None:
             pass
 
     worker = Worker()
-    engine = SimpleNamespace(step=lambda *_: Nothing(), warm_up=lambda *_: Nothing())
+    engine = SimpleNamespace(
+        step=lambda *_: Nothing(),
+        warm_up=lambda *_: Nothing(),
+        keeper=SimpleNamespace(follow=lambda _: None),
+    )
     worker.pie, worker.model_runner = engine, None  # type: ignore[assignment]
     assert worker.compile_or_warm_up_model() == "answered"
     step = SimpleNamespace(total_num_scheduled_tokens=0)
     with pytest.raises(UnsupportedError, match=r"without a plan.*another scheduler"):
         worker.execute_model(step)
-    step.pie_plan = None
+    step.pie = StepOrders(None, PoolOrder(1))
     assert worker.execute_model(step) == "answered"

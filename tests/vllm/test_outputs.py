@@ -14,8 +14,7 @@ from vllm.v1.outputs import (
     ModelRunnerOutput,
 )
 
-from pie_vllm.plan import PoolState
-from pie_vllm.vllm.scheduler_side.metrics import Totals
+from pie_vllm.plan import PoolState, StepReport, Totals
 from pie_vllm.vllm.worker_side.output_tags import DeviceTimer, HostTimer, Tag, tagged, tagged_class
 
 pytestmark = pytest.mark.vllm
@@ -51,11 +50,10 @@ class Later(AsyncModelRunnerOutput):
 def test_an_output_is_tagged_on_a_copy() -> None:
     """vLLM shares its empty output between steps."""
     found = tagged(EMPTY_MODEL_RUNNER_OUTPUT, Tag(Totals(steps=5), POOL, None))
-    assert (found.pie_stats.steps, found.pie_seconds, found.pie_pool) == (5, 0.0, POOL)
-    assert found.pie_failure == ""
+    assert found.pie == StepReport(Totals(steps=5), POOL, seconds=0.0, failure="")
     failed = tagged(EMPTY_MODEL_RUNNER_OUTPUT, Tag(Totals(), POOL, None, "a copy failed"))
-    assert failed.pie_failure == "a copy failed"
-    assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, "pie_stats")
+    assert failed.pie.failure == "a copy failed"
+    assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, "pie")
     assert tagged(None, Tag(Totals(), POOL, None)) is None
 
 
@@ -66,7 +64,25 @@ def test_an_asynchronous_output_is_tagged_when_it_arrives() -> None:
     later = tagged(Later(clock, output), Tag(Totals(steps=1), POOL, clock))
     assert isinstance(later, AsyncModelRunnerOutput)
     found = later.get_output()
-    assert (found.req_ids, found.pie_seconds, found.pie_stats.steps) == (["a"], 0.25, 1)
+    assert (found.req_ids, found.pie.seconds, found.pie.totals.steps) == (["a"], 0.25, 1)
+
+
+def test_other_ranks_are_asked_when_the_output_arrives() -> None:
+    """Earlier they may not have come to the step; what failed here needs no asking."""
+    clock, asked = Clock(), []
+
+    def elsewhere() -> str:
+        asked.append(clock.over)
+        return "on rank 1: broken"
+
+    output = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
+    later = tagged(Later(clock, output), Tag(Totals(), POOL, clock, elsewhere=elsewhere))
+    assert asked == []
+    assert later.get_output().pie.failure == "on rank 1: broken"
+    assert asked == [0.25]
+    own = tagged(output, Tag(Totals(), POOL, None, "broken here", elsewhere))
+    assert own.pie.failure == "broken here"
+    assert asked == [0.25]
 
 
 def test_two_steps_in_flight_do_not_mix() -> None:
@@ -78,7 +94,7 @@ def test_two_steps_in_flight_do_not_mix() -> None:
         for i, (clock, output) in enumerate(zip(clocks, outputs, strict=True))
     ]
     found = [one.get_output() for one in later]
-    assert [(f.req_ids, f.pie_stats.steps) for f in found] == [(["a"], 0), (["b"], 1)]
+    assert [(f.req_ids, f.pie.totals.steps) for f in found] == [(["a"], 0), (["b"], 1)]
 
 
 def test_further_methods_of_other_versions_are_passed_on() -> None:

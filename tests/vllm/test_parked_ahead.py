@@ -41,7 +41,7 @@ def comes_back(made: Driver, history: list[int]) -> AheadOf:
     copied: list[int] = []
     while "next" not in made.output.num_scheduled_tokens:
         made.step()
-        plan = made.output.pie_plan
+        plan = made.output.pie.plan
         copied.append(sum(c.count for c in plan.promotions) if plan else 0)
         assert "running" in made.output.num_scheduled_tokens
         assert len(copied) < 50
@@ -51,16 +51,16 @@ def comes_back(made: Driver, history: list[int]) -> AheadOf:
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_long_prefix_comes_back_ahead_of_its_request(asynchronous: bool) -> None:
     """In as many blocks a step as the link hides, so that those running do not wait for it."""
-    decider = Fixed(POOLED, POOLED, at_once=4)
+    decider = Fixed(POOLED, POOLED, restore_blocks_max=4)
     made = driver(decider=decider, async_scheduling=asynchronous)
     history = chat_then_others(made)
     manager = made.scheduler.kv_cache_manager
-    hits, restored = manager.admissions.hits, parking(made).restored_blocks
+    hits, restored = manager.hit_counts.hits, parking(made).restored_blocks
     found = comes_back(made, history)
     assert found.steps == 3
     assert found.copied == [4, 4, 2]
     assert cached_tokens(made, "next") == 160
-    now = manager.admissions.hits
+    now = manager.hit_counts.hits
     assert (now.resident - hits.resident, now.parked - hits.parked) == (0, 10)
     assert parking(made).restored_blocks == restored + 10
     made.run()
@@ -69,13 +69,13 @@ def test_a_long_prefix_comes_back_ahead_of_its_request(asynchronous: bool) -> No
 
 def test_where_the_link_hides_it_all_it_comes_in_one_step() -> None:
     """As before: the request is admitted at once."""
-    made = driver(decider=Fixed(POOLED, POOLED, at_once=10))
+    made = driver(decider=Fixed(POOLED, POOLED, restore_blocks_max=10))
     assert comes_back(made, chat_then_others(made)) == (1, [10])
 
 
 def test_with_nobody_running_a_prefix_comes_in_one_step() -> None:
     """There is nobody to keep waiting."""
-    made = driver(decider=Fixed(POOLED, POOLED, at_once=1))
+    made = driver(decider=Fixed(POOLED, POOLED, restore_blocks_max=1))
     history = chat_then_others(made)
     made.add(make_request("next", [*history, 1, 2, 3], 30, BLOCK_SIZE))
     made.step()
@@ -92,7 +92,7 @@ def stores_in_decodes(made: Driver) -> list[int]:
     made.add(make_request("b", prompt(2, 20), 70, BLOCK_SIZE))
     while made.scheduler.requests:
         made.step()
-        plan, output = made.output.pie_plan, made.output
+        plan, output = made.output.pie.plan, made.output
         if output.total_num_scheduled_tokens == len(output.num_scheduled_tokens):
             stored.append(sum(c.count for c in plan.stores) if plan else 0)
     made.verify()
@@ -101,7 +101,7 @@ def stores_in_decodes(made: Driver) -> list[int]:
 
 def test_blocks_are_stored_in_steps_of_prompts_ahead_of_their_eviction() -> None:
     """Steps that only decode then find pages whose KV is in the pool, and copy nothing."""
-    made = driver(decider=Fixed(POOLED, POOLED, ahead=100))
+    made = driver(decider=Fixed(POOLED, POOLED, store_ahead_max=100))
     assert sum(stores_in_decodes(made)) == 0
     assert parking(made).ahead_blocks >= 8
     assert parking(made).lost_blocks == 0

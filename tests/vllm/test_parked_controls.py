@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from pie_vllm.policy.pool.parked_index import ParkedIndex
-from pie_vllm.policy.pool.parked_kv import Parking, Tail
+from pie_vllm.policy.pool.parked_kv import Parking
+from pie_vllm.policy.pool.tails import Tail, Tails
 from tests.helpers.fuzz import make_driver, play, random_case
 
 pytestmark = pytest.mark.vllm
@@ -26,9 +27,9 @@ def wrong_row(patch: Patch) -> None:
 
     def wrong(self: Parking, key: Any, resident: int) -> None:
         restore(self, key, resident)
-        assert self._index is not None
-        others = self._index.rows() - {self.restores[resident], *self.stores}
-        self.restores[resident] = min(others, default=self.restores[resident])
+        restores = self.copies.restores
+        others = {*self._index.rows()} - {restores[resident], *self.copies.stores}
+        restores[resident] = min(others, default=restores[resident])
 
     patch.setattr(Parking, "restore", wrong)
 
@@ -38,14 +39,12 @@ def wrong_row_attached(patch: Patch) -> None:
     park = ParkedIndex.park
 
     def wrong(self: ParkedIndex[Any], key: Any, row: int) -> None:
-        park(self, key, row)
-        other = next((r for r in self.rows() if r != row and r not in self._pins), None)
-        if other is not None and row not in self._pins:
-            keys = self._keys[other], key
-            self._table.remove(row)
-            self._table.remove(other)
-            self._table.add(keys[0], row)
-            self._table.add(keys[1], other)
+        other = self.evict()
+        if other is None:
+            park(self, key, row)
+        else:
+            park(self, key, other[1])
+            park(self, other[0], row)
 
     patch.setattr(ParkedIndex, "park", wrong)
 
@@ -72,13 +71,13 @@ def promoted_row_free(patch: Patch) -> None:
 def tail_row_free(patch: Patch) -> None:
     """The row of a tail that comes back may be stored over before it is read."""
 
-    def wrong(self: Parking, request_id: str) -> Tail:
-        tail = self.tails.pop(request_id)
-        self._rows.free_parked(tail.row)
+    def wrong(self: Tails, request_id: str) -> Tail:
+        tail = self._tails.pop(request_id)
+        self._copies.free(tail.row)
         return tail
 
-    patch.setattr(Parking, "take_tail", wrong)
-    patch.setattr(Parking, "put_back", lambda *_: None)
+    patch.setattr(Tails, "take", wrong)
+    patch.setattr(Tails, "put_back", lambda *_: None)
 
 
 def same_salt(patch: Patch) -> None:

@@ -9,9 +9,9 @@ import pytest
 from vllm.lora.request import LoRARequest
 
 from pie_vllm.plan import Copy
+from pie_vllm.policy.admission import transaction
 from pie_vllm.policy.placement.residency import Residency
 from pie_vllm.policy.pool.parked_kv import Parking
-from pie_vllm.vllm.scheduler_side import manager
 from tests.helpers import scheduling
 from tests.helpers.fuzz import BLOCK_SIZE
 from tests.helpers.parked_chats import (
@@ -33,17 +33,16 @@ pytestmark = pytest.mark.vllm
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("policy", ["lru", "arc"])
-def test_preempted_requests_compute_nothing_again(policy: str, asynchronous: bool) -> None:
+def test_preempted_requests_compute_nothing_again(asynchronous: bool) -> None:
     """Their full blocks and their last one, which is not full, come back from the pool."""
-    made = driver(parking=policy, async_scheduling=asynchronous)
+    made = driver(async_scheduling=asynchronous)
     crowd(made)
     made.run()
     made.verify()
     assert len(made.preemptions) >= 5
     assert computed_again(made) == 0
-    assert made.scheduler.kv_cache_manager.admissions.hits.parked > 0
-    assert parking(made).restored_blocks > made.scheduler.kv_cache_manager.admissions.hits.parked
+    assert made.scheduler.kv_cache_manager.hit_counts.hits.parked > 0
+    assert parking(made).restored_blocks > made.scheduler.kv_cache_manager.hit_counts.hits.parked
 
 
 @pytest.mark.parametrize(("policy", "rows"), [("off", ROWS), ("lru", POOLED)])
@@ -165,7 +164,7 @@ def preempted_while_its_blocks_are_filled() -> Driver:
 def test_blocks_that_were_never_filled_are_not_hit(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM caches a block before the step that fills it, in which its request may be preempted."""
     forgotten = 0
-    forget = manager.forget_unfilled
+    forget = transaction.forget_unfilled
 
     def counted(residency: Residency, table: Any, full: int) -> None:
         nonlocal forgotten
@@ -173,7 +172,7 @@ def test_blocks_that_were_never_filled_are_not_hit(monkeypatch: pytest.MonkeyPat
         forget(residency, table, full)
         forgotten += before - sum(block.block_hash is not None for block in table)
 
-    monkeypatch.setattr(manager, "forget_unfilled", counted)
+    monkeypatch.setattr(transaction, "forget_unfilled", counted)
     made = preempted_while_its_blocks_are_filled()
     made.verify()
     assert forgotten
@@ -181,7 +180,7 @@ def test_blocks_that_were_never_filled_are_not_hit(monkeypatch: pytest.MonkeyPat
 
 def test_a_block_that_was_never_filled_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: left in the prefix cache, it is hit."""
-    monkeypatch.setattr(manager, "forget_unfilled", lambda *_: None)
+    monkeypatch.setattr(transaction, "forget_unfilled", lambda *_: None)
     with pytest.raises(AssertionError, match="foreign KV"):
         preempted_while_its_blocks_are_filled()
 
@@ -191,9 +190,9 @@ def test_rows_of_aborted_requests_are_free() -> None:
     made = driver()
     crowd(made)
     made.run_until(lambda: bool(parking(made).tails))
-    (request_id,) = list(parking(made).tails)[:1]
+    (request_id,) = list(parking(made).tails._tails)[:1]
     made.abort(request_id)
-    assert request_id not in parking(made).tails
+    assert request_id not in parking(made).tails._tails
     made.run()
     assert not parking(made).tails
     residency = made.scheduler.kv_cache_manager.residency

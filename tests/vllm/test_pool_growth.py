@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pie_vllm.geometry import Geometry
-from pie_vllm.plan import PoolState
+from pie_vllm.plan import StepReport
 from tests.helpers import scheduling
 from tests.helpers.deciders import Fixed
 from tests.helpers.fuzz import BLOCK_SIZE, make_driver
@@ -83,7 +83,7 @@ def test_after_an_idle_time_the_first_step_asks_what_is_there(
         made.runner.execute = late  # type: ignore[method-assign]
     made.step()
     assert made.output.total_num_scheduled_tokens == 0
-    assert made.output.pie_plan is None
+    assert made.output.pie.plan is None
     made.run_until(lambda: made.output.total_num_scheduled_tokens > 0, 3)
     whole = (len(history) - 1) // BLOCK_SIZE * BLOCK_SIZE
     assert cached_tokens(made, "next") == (whole if when == "kept" else 0)
@@ -100,7 +100,7 @@ def test_nothing_is_asked_while_requests_run_or_nothing_is_there_to_lose() -> No
     made.step()
     while made.scheduler.requests:
         assert made.output.total_num_scheduled_tokens > 0
-        assert not made.output.pie_pool.idle
+        assert not made.output.pie.pool.idle
         made.step()
     made.run()
     assert memory.order.idle or memory.order.chunks == 1
@@ -144,7 +144,7 @@ def test_rows_on_their_way_change_no_schedule(asynchronous: bool, every: int) ->
         made.verify()
         assert not made.preemptions
         assert memory.chunks > 4
-        assert bool(made.scheduler.pie_pool.pauses) == (pace > 1)
+        assert bool(made.scheduler.pie_controller.pool.pauses) == (pace > 1)
         return found
 
     assert schedule(every) == schedule(1)
@@ -159,7 +159,7 @@ def test_chunks_that_cannot_be_had_make_the_pool_smaller(most: int) -> None:
     made.verify()
     assert memory.refused
     assert memory.chunks <= most
-    assert made.scheduler.pie_pool.usable <= most
+    assert made.scheduler.pie_controller.pool.usable <= most
 
 
 def test_outputs_without_a_report_hold_nobody_up() -> None:
@@ -170,11 +170,11 @@ def test_outputs_without_a_report_hold_nobody_up() -> None:
 
     def silent(output: Any) -> Any:
         result = execute(output)
-        assert isinstance(result.pie_pool, PoolState)
-        del result.pie_pool
+        assert isinstance(result.pie, StepReport)
+        del result.pie
         return result
 
     made.runner.execute = silent  # type: ignore[method-assign]
     made.run()
     made.verify()
-    assert made.scheduler.pie_pool.usable == 1
+    assert made.scheduler.pie_controller.pool.usable == 1

@@ -11,9 +11,9 @@ import pytest
 
 from pie_vllm.geometry import Geometry
 from pie_vllm.policy.admission.lookup import ParkedLookup
+from pie_vllm.policy.admission.transaction import Claims
 from pie_vllm.policy.control.elastic_pool import FREE_MARGIN, ElasticPool
-from pie_vllm.vllm.scheduler_side.manager import Claims
-from pie_vllm.vllm.scheduler_side.scheduler import PieSchedulerMixin
+from pie_vllm.vllm.scheduler_side.schedule_view import ScheduleView
 from tests.helpers import fuzz, scheduling
 from tests.helpers.deciders import Fixed
 from tests.helpers.fuzz import BLOCK_SIZE, Case, make_driver, play, random_case
@@ -64,7 +64,7 @@ def test_random_loads_make_progress_and_read_right_pages(fuzz_seeds: range) -> N
 
 def test_a_deadlock_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: where running requests claim all residents, nobody is admitted."""
-    monkeypatch.setattr(PieSchedulerMixin, "_claims", lambda _: Claims(tails=1000))
+    monkeypatch.setattr(ScheduleView, "claims", lambda _: Claims(tails=1000))
     case = random_case(0)
     with pytest.raises(AssertionError, match="runs nothing"):
         play(driver_of(case), case)
@@ -144,7 +144,7 @@ def waits_for_its_parked_kv() -> Driver:
     """A request that runs for long, and a chat that comes back, whose seven blocks are parked."""
     driver = make_driver(
         scheduling.geometry(16, 10),
-        decider=Fixed(10, at_once=1),
+        decider=Fixed(10, restore_blocks_max=1),
         max_model_len=200,
         enable_prefix_caching=True,
     )
@@ -195,7 +195,7 @@ def test_no_restore_keeps_a_request_waiting_for_ever(
     """
     driver = waits_for_its_parked_kv()
     if path == "part":
-        monkeypatch.setattr("pie_vllm.vllm.scheduler_side.manager.restore_part", lambda *_: None)
+        monkeypatch.setattr("pie_vllm.policy.admission.transaction.restore_part", lambda *_: None)
     else:
         search = ParkedLookup._search
         monkeypatch.setattr(ParkedLookup, "_search", lambda *args: (search(*args)[0], True))
@@ -326,8 +326,8 @@ def test_a_lost_relabel_is_noticed() -> None:
         execute = driver.runner.execute
 
         def forgetful(output: Any, execute: Any = execute) -> Any:
-            if output.pie_plan is not None:
-                output.pie_plan = output.pie_plan._replace(relabels=())
+            if output.pie.plan is not None:
+                output.pie = output.pie._replace(plan=output.pie.plan._replace(relabels=()))
             return execute(output)
 
         driver.runner.execute = forgetful  # type: ignore[method-assign]

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import scheduler_cost
-from benchmarks.harness.parked_side import CHAT_BLOCKS, ParkedCost, parked_costs
-from benchmarks.harness.scheduler_side import POOLED_EACH, POOLED_REQUESTS
-from benchmarks.scheduler_cost import Cost
+from benchmarks.real.parked_side import CHAT_BLOCKS, ParkedCost, parked_costs
+from benchmarks.real.scheduler_phases import Cost
+from benchmarks.real.scheduler_phases import costs as costs_of
+from benchmarks.real.scheduler_side import POOLED_EACH, POOLED_REQUESTS
 
 pytestmark = [pytest.mark.vllm, pytest.mark.alone]
 
@@ -30,7 +30,7 @@ def measured() -> dict[int, dict[str, Cost]]:
     """
 
     def cheaper(blocks: int) -> dict[str, Cost]:
-        runs = [scheduler_cost.costs(blocks, steps=24, phases=PHASES) for _ in range(2)]
+        runs = [costs_of(blocks, steps=24, phases=PHASES) for _ in range(2)]
         return {p: min((run[p] for run in runs), key=lambda cost: cost.own_us) for p in PHASES}
 
     return {blocks: cheaper(blocks) for blocks in (10_000, 100_000)}

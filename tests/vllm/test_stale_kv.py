@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from vllm.lora.request import LoRARequest
 
-from pie_vllm.engine.streams import inject
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.vllm.scheduler_side.block_pool import PieBlockPool
 from pie_vllm.vllm.scheduler_side.stale_kv import StaleKv
@@ -27,6 +26,7 @@ from tests.helpers.parked_chats import (
     parking,
     prompt,
 )
+from tests.helpers.streams import inject
 from tests.helpers.tagrunner import Memory
 
 pytestmark = pytest.mark.vllm
@@ -134,7 +134,7 @@ def change_at_random(seed: int, asynchronous: bool, memory: Memory | None = None
         made.made.step()
     made.made.run()
     made.made.verify()
-    return int(made.made.scheduler.kv_cache_manager.admissions.hits.parked)
+    return int(made.made.scheduler.kv_cache_manager.hit_counts.hits.parked)
 
 
 def found_by_seeds(asynchronous: bool = False) -> int:

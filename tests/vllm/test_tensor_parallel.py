@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pie_vllm.plan import Prior
 from pie_vllm.vllm.worker_side import ranks
-from tests.helpers import cuda_on_cpu
+from tests.helpers import cuda_on_cpu, failing_ranks
 from tests.helpers.engine import EngineError, Engines, Setup
 from tests.helpers.engine_load import check_diverse, check_traffic, tokens
+from tests.helpers.failing_engine import Order
 from tests.helpers.two_ranks import CORES, rounds, two_rank_model, two_rank_setup
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+METRICS = {"disable_log_stats": False}
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,44 @@ def test_tokens_are_stocks(two_ranks: Engines, setup: Setup) -> None:
     assert pie["counters"]["rows"] == setup.pooled, "each rank takes its share of --pie-pool-gib"
     assert tokens(pie) == tokens(stock)
     assert tokens(broken) != tokens(stock)
+
+
+FAILING: list[Order] = [
+    ("stores", 1, "store", 1),
+    ("loads", 2, "load", 1),
+    ("loads", 3, "load", 5),
+    ("stores", 1, "store", 4),
+    ("loads", 0, "load", 1),
+]
+
+
+def answers(folder: Path, setup: Setup, environment: dict[str, str]) -> dict[str, Any]:
+    """What two ranks answer on which copies fail."""
+    folder.mkdir()
+    engines = Engines(folder, {**environment, **CORES})
+    try:
+        (found,) = engines.run(replace(setup, other={**setup.other, **METRICS}), rounds())
+    finally:
+        engines.close()
+    return found
+
+
+def test_copies_that_fail_on_any_rank(two_ranks: Engines, setup: Setup, tmp_path: Path) -> None:
+    """The answers are stock's and the engine lives; where the first rank hears of none, not so.
+
+    Copies fail on the second rank, whose outputs vLLM never sees, and in one step on both.
+    """
+    (stock,) = two_ranks.run(setup, rounds(), "stock")
+    orders = {1: FAILING, 0: FAILING[:1]}
+    heard = answers(tmp_path / "heard", setup, failing_ranks.environment(orders))
+    assert tokens(heard) == tokens(stock)
+    assert heard["failed"] == len(FAILING)
+    assert heard["metrics"]["vllm:pie_failed_copies"] == len(FAILING)
+    assert heard["preempted"], "nobody was computed again"
+    unheard = failing_ranks.environment({1: FAILING}, heard=False)
+    spoilt = answers(tmp_path / "unheard", setup, unheard)
+    assert spoilt["failed"] == 0
+    assert tokens(spoilt) != tokens(stock)
 
 
 @pytest.mark.soak

@@ -62,14 +62,14 @@ def test_requests_take_turns_within_the_budget() -> None:
         demoted = residency.demotions
         driver.step()
         # What is demoted in a step is chosen after who runs in it.
-        loaded.append(residency.reading.num_blocks - (residency.demotions - demoted))
+        loaded.append(residency.read_set.num_blocks - (residency.demotions - demoted))
         for request in scheduler.running:
             name = request.request_id
             since[name] = 0 if name in driver.output.num_scheduled_tokens else since[name] + 1
             gaps.append(since[name])
     driver.verify()
     assert not driver.preemptions
-    assert scheduler.pie_turns.left_out > 0
+    assert scheduler.pie_controller.turns.left_out > 0
     assert 0 < max(loaded) <= 40
     assert max(gaps) <= 14
 
@@ -83,7 +83,7 @@ def test_what_waits_for_the_link_comes_back_before_others_are_admitted() -> None
         driver.add(make_request(name, [ord(name), *range(length)], answer, BLOCK_SIZE))
     while residency.pooled_in_use < 4:
         driver.step()
-    scheduler.pie_decider = Fixed(0, 2)
+    scheduler.pie_controller.decider = Fixed(0, 2)
     driver.add(make_request("waiting", list(range(500, 520)), 5, BLOCK_SIZE))
     paused = 0
     while "waiting" not in {r.request_id for r in scheduler.running}:

@@ -34,7 +34,7 @@ class CapturedModel(Model):
     hold, and the word that the KV write writes.
 
     Args:
-        engine: over whose arena; after ``use_graphs``.
+        engine: over whose arena; after ``graphs.prepare``.
         compute: where.
         shape: of a layer.
         requests: of the step.
@@ -57,9 +57,9 @@ class CapturedModel(Model):
         engine, stream = self._engine, self._compute.stream
 
         def body() -> None:
-            engine.begin_capture(stream)
+            engine.graphs.begin_capture(stream)
             self._forward(gates=True)
-            engine.end_capture()
+            engine.graphs.end_capture()
 
         self._graph = capture(body)
 
@@ -90,7 +90,7 @@ class CapturedModel(Model):
         engine = self._engine
         fits = engine.begin_step(plan, self._compute.stream, graph=in_graph)
         if fits:
-            engine.enter_graph()
+            engine.graphs.enter()
             self.replay()
         else:
             self._forward(gates=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.harness.parking_run import serve
+from benchmarks.real.parking_run import serve
 
 FIGURES = (
     *("tok_s", "requests_s", "seconds", "ttft_p50_ms", "ttft_p99_ms", "latency_p99_s"),

@@ -16,7 +16,7 @@ from pie_vllm.errors import UnsupportedError
 from pie_vllm.geometry import Geometry
 from pie_vllm.plan import Copy
 
-MOST_CHUNK = 1 << 30
+CHUNK_BYTES_MAX = 1 << 30
 """Bytes of a chunk of the pool: Linux 6.11 to 6.13 fail to register 2 GiB and more in one piece."""
 
 
@@ -24,9 +24,9 @@ class Compute:
     """The dry run's: torch on the CPU, on the calling thread, which is the driver's stream 0.
 
     Attributes:
-        device: of its tensors.
+        device: device of its tensors.
         stream: what the engine takes as compute stream.
-        dtype: of the compute.
+        dtype: number format of the compute.
     """
 
     device = torch.device("cpu")
@@ -153,7 +153,7 @@ def shape(
     layers: int, page_bytes: int, resident: int, pooled: int, slots: int, rows: int, unit: int
 ) -> Geometry:
     """A geometry whose pool is of as few chunks as may be registered in one piece each."""
-    chunk_rows = max(1, min(rows, MOST_CHUNK // (layers * page_bytes)))
+    chunk_rows = max(1, min(rows, CHUNK_BYTES_MAX // (layers * page_bytes)))
     return Geometry(layers, page_bytes, resident, pooled, slots, rows, chunk_rows, unit)
 
 

@@ -30,7 +30,7 @@ class Context:
     Attributes:
         driver: "cuda", or "host" for a dry run.
         quick: small sizes and few rounds.
-        parts: of the stage that were asked for; all where empty.
+        parts: parts of the stage that were asked for; all where empty.
         limit: seconds after which the stage is killed.
         deadline: when that is, of `time.monotonic`.
         scratch: folder for files.

@@ -19,7 +19,7 @@ class LayerShape(NamedTuple):
     """Widths of a transformer layer's four products.
 
     Attributes:
-        hidden: of the residual stream.
+        hidden: width of the residual stream.
         qkv: queries, keys and values together.
         gated: gate and up together; half of it goes down again.
     """
@@ -43,12 +43,12 @@ class Model:
     Args:
         engine: over whose arena; its rows are filled by this.
         compute: where.
-        shape: of a layer.
+        shape: shape of a layer.
         rows: requests of the step.
 
     Attributes:
         wrong: ring pages that held other bytes than they should.
-        sums: of the words of each row's pages, `[layer, row]`.
+        sums: sums of the words of each row's pages, `[layer, row]`.
         inputs: copied by each step with a plan after its begin, if there are any.
     """
 
@@ -120,7 +120,7 @@ class Model:
         """Submit one step with its gates, as vLLM would call them; without a plan, without them.
 
         Args:
-            plan: of the step.
+            plan: plan of the step.
             rows: what the ring blocks from the first on must hold.
         """
         engine = self._engine

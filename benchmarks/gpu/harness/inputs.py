@@ -32,6 +32,6 @@ class SmallCopies:
         self._marks.append((start, self._compute.mark()))
 
     def take_seconds(self) -> list[float]:
-        """Of each copy since the last call; waits for them."""
+        """Times of the copies since the last call; waits for them."""
         marks, self._marks = self._marks, []
         return [self._compute.seconds(start, end) for start, end in marks]

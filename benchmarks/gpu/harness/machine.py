@@ -87,7 +87,7 @@ def sources_digest() -> str:
 
 
 def provenance(commit: str | None) -> dict[str, str]:
-    """Of one stage: date, command, commit, digest of the sources."""
+    """Provenance of one stage: date, command, commit, digest of the sources."""
     facts = machine_facts()
     arguments = " ".join(sys.argv[1:])
     return {

@@ -15,7 +15,7 @@ class Shape(NamedTuple):
     """Sizes of a Llama.
 
     Attributes:
-        hidden, inner, layers, heads, kv_heads, head, vocab: as in its configuration.
+        hidden, inner, layers, heads, kv_heads, head, vocab: sizes of its configuration.
     """
 
     hidden: int
@@ -38,11 +38,11 @@ class Shape(NamedTuple):
 
 
 EIGHT_B = Shape(4096, 14336, 32, 32, 8, 128, 128256)
-"""As Llama-3-8B."""
+"""The shape of Llama-3-8B."""
 
 TINY = Shape(256, 512, 4, 4, 2, 64, 4096)
 SMALL = Shape(576, 1536, 12, 9, 3, 64, 49152)
-"""As SmolLM2-135M, with fewer layers."""
+"""The shape of SmolLM2-135M, with fewer layers."""
 
 
 def config_of(shape: Shape) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class Entry(NamedTuple):
     """Stages that share a limit.
 
     Attributes:
-        stages: as on the command line.
+        stages: stages in the words of the command line.
         limit: seconds of all of them together.
         quick: small sizes.
     """
@@ -38,7 +38,7 @@ class Plan(NamedTuple):
         name: on the command line.
         limit: seconds of the whole command, the build included.
         entries: in the order in which they run.
-        question: that the call answers.
+        question: question that the call answers.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Job(NamedTuple):
     Attributes:
         wanted: the stage and its parts.
         key: its name among the results.
-        options: of this stage, with the seconds that it may take.
+        options: options of this stage, with the seconds that it may take.
     """
 
     wanted: Wanted
@@ -108,10 +108,10 @@ def jobs_of(plan: Plan, options: Options, begin: float) -> Iterator[Job]:
     """The plan's stages one by one; the limit of each is what is left when it is asked for.
 
     Args:
-        plan: of the call.
-        begin: of the call, of `time.monotonic`.
-        options: of the command; a dry run is always quick, for its figures mean nothing, and has
-            more time, for a few cores run what a GPU would.
+        plan: stages of the call.
+        begin: time at which the call began, by `time.monotonic`.
+        options: options of the command. A dry run is always quick, for its figures mean nothing,
+            and has more time, for a few cores run what a GPU would.
     """
     dry = options.driver != "cuda"
     stretch = DRY_STRETCH if dry else 1

@@ -31,7 +31,7 @@ class Options(NamedTuple):
         quick: small sizes.
         limit: seconds that no stage may exceed; None is each stage's own limit.
         scratch: folder for records, logs and models.
-        python_path: of the stages.
+        python_path: module search path of the stages.
     """
 
     driver: str
@@ -48,7 +48,7 @@ def run_stage(
 
     Args:
         wanted: the stage and its parts.
-        options: of the command.
+        options: options of the command.
         progress: called with what there is so far, whenever the stage has reported something.
 
     Returns:

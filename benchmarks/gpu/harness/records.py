@@ -28,7 +28,7 @@ class Reporter:
         """Something that must hold; where not, the stage has failed.
 
         Args:
-            name: of what is checked.
+            name: name of what is checked.
             found: what was measured.
             asked: in words or signs, such as `0` or `<= 1.01`.
             ok: whether it holds.

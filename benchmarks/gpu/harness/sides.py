@@ -10,10 +10,10 @@ from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.engines import EngineError, EngineProcess
 
 SPARE_BYTES = 6 << 30
-"""Of an engine beside weights and KV: activations, graphs, the CUDA context."""
+"""Memory of an engine beside weights and KV: activations, graphs, the CUDA context."""
 
-MOST_MEMORY = 0.92
-"""Of the device's memory."""
+MEMORY_SHARE_MAX = 0.92
+"""Upper bound on the share of the device's memory that engines take together."""
 
 
 class Side(NamedTuple):
@@ -22,7 +22,7 @@ class Side(NamedTuple):
     Attributes:
         llm: arguments of `vllm.LLM`.
         pie: arguments of `pie_vllm.engine_args`, or None.
-        device_bytes: that it takes of the device, weights and KV.
+        device_bytes: device memory that it takes for weights and KV.
         environment: beside the stage's.
     """
 
@@ -48,7 +48,7 @@ def groups(sides: Mapping[str, Side], room: int) -> list[list[str]]:
     taken = 0
     for name, side in sides.items():
         needed = side.device_bytes + SPARE_BYTES
-        if found and taken + needed <= MOST_MEMORY * room:
+        if found and taken + needed <= MEMORY_SHARE_MAX * room:
             found[-1].append(name)
             taken += needed
         else:

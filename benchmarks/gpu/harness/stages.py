@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-MOST_SECONDS = 540
-"""Of a stage: machines are lent for commands of ten minutes."""
+LIMIT_SECONDS_MAX = 540
+"""Upper bound on a stage's time limit: machines are lent for commands of ten minutes."""
 
 
 class Stage(NamedTuple):
     """A stage of the check.
 
     Attributes:
-        name: as the command line and the results name it.
-        question: that it answers.
+        name: name of the stage on the command line and in the results.
+        question: question that the stage answers.
         limit: seconds after which it is killed.
         parts: what can be chosen of it, `name:part,part`; none can where it is empty.
         native: whether it needs the native engine.
@@ -66,7 +66,7 @@ STAGES = {
         Stage(
             "exactness",
             "Are vLLM's tokens and logprobs those of stock vLLM, bit for bit?",
-            MOST_SECONDS,
+            LIMIT_SECONDS_MAX,
             (
                 *("v1", "v2", "flash_attn", "triton_attn", "flashinfer"),
                 *(
@@ -85,7 +85,7 @@ STAGES = {
         Stage(
             "serving",
             "Throughput, TPOT and TTFT at equal GPU bytes: stock, pie and vLLM's own offloading",
-            MOST_SECONDS,
+            LIMIT_SECONDS_MAX,
             (
                 *("stock", "pie", "pie_full", "piecewise", "stock_all", "pie_idle"),
                 *("connector", "prefetch"),
@@ -95,7 +95,7 @@ STAGES = {
             "parking",
             "Chats that come back, and preempted ones: is pie's parked KV worth more than that of "
             "vLLM's own offloading?",
-            MOST_SECONDS,
+            LIMIT_SECONDS_MAX,
             (
                 *("returning", "preempted"),
                 *("stock", "pie", "connector", "pie_off", "stock_all"),
@@ -105,7 +105,7 @@ STAGES = {
             "graphs",
             "Are idle steps as long as stock's (FULL graphs kept), and streaming ones within 1 %? "
             "Are copies inside of graphs right?",
-            MOST_SECONDS,
+            LIMIT_SECONDS_MAX,
             ("engine", "idle", "streaming", "full"),
         ),
     )
@@ -117,7 +117,7 @@ class Wanted(NamedTuple):
 
     Attributes:
         stage: which.
-        parts: of it; all where empty.
+        parts: parts of the stage that are run; all where empty.
     """
 
     stage: Stage
@@ -125,7 +125,7 @@ class Wanted(NamedTuple):
 
     @property
     def text(self) -> str:
-        """As the command line names it."""
+        """Stage and parts in the words of the command line."""
         return self.stage.name + (":" + ",".join(self.parts) if self.parts else "")
 
 

@@ -7,7 +7,7 @@ from pie_vllm.plan import StepPlan
 
 TIMED_EVERY = 4
 """Among an engine's steps that run the model, the CUDA driver times the copies of every fourth, in
-the order of their calls and whatever their numbers (`kSampleEvery`, csrc/engine_step.cpp)."""
+the order of their calls and whatever their numbers (`kSampleEvery` of csrc/engine)."""
 
 
 def empty_step(engine: TransferEngine, compute_stream: int = 0) -> None:

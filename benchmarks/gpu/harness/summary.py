@@ -9,10 +9,10 @@ from benchmarks.gpu.harness.markdown import DRY, cell, table
 from benchmarks.gpu.harness.plans import Plan
 
 LOG_LINES = 8
-"""Of each failed stage."""
+"""Lines of each failed stage that are shown."""
 
-MOST_LINES = 12
-"""Of missed targets, and of notes: the rest is in gpu_check.md."""
+LINES_MAX = 12
+"""Upper bound on the lines of missed targets, and of notes: the rest is in gpu_check.md."""
 
 STEP_MS = 5.0
 """The step that the price of gates is told for."""
@@ -27,7 +27,7 @@ class Figure(NamedTuple):
     Attributes:
         name: in words.
         table: the beginning of its name, in whichever stage.
-        value: of the table's rows; None where they do not tell.
+        value: reads the figure from the table's rows; None where they do not tell.
         least, most: what was predicted before the first run; None: nothing was.
     """
 
@@ -139,9 +139,9 @@ def summary(plan: Plan, keys: Sequence[str], results: Results) -> str:
     """The page.
 
     Args:
-        plan: of the call.
-        keys: of its stages among the results.
-        results: as far as there are any.
+        plan: stages of the call.
+        keys: keys of its stages among the results.
+        results: results by key, as far as there are any.
     """
     stages = {key: results["stages"][key] for key in keys if key in results["stages"]}
     passed = sum(stage["status"] == "passed" for stage in stages.values())
@@ -205,5 +205,5 @@ def section(title: str, points: Sequence[str]) -> list[str]:
     """A list with its title; nothing for none."""
     if not points:
         return []
-    more = [f"- and {len(points) - MOST_LINES} more"] if len(points) > MOST_LINES else []
-    return ["", f"## {title}", "", *(f"- {point}" for point in points[:MOST_LINES]), *more]
+    more = [f"- and {len(points) - LINES_MAX} more"] if len(points) > LINES_MAX else []
+    return ["", f"## {title}", "", *(f"- {point}" for point in points[:LINES_MAX]), *more]

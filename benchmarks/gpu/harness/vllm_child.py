@@ -25,7 +25,7 @@ from benchmarks.gpu.harness.context import end_with_parent
 from benchmarks.harness.stats import percentile
 
 MOVED = ("bytes_loaded", "bytes_stored", "stall_seconds", "graph_steps")
-"""Of pie's counters, what grows while it works."""
+"""Pie's counters that grow while it works."""
 
 
 def prompts_of(lengths: list[int], seed: int, vocabulary: int) -> list[list[int]]:

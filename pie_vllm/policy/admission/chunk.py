@@ -16,7 +16,7 @@ from pie_vllm.geometry import cdiv
 from pie_vllm.policy.placement.free_queue import TieredFreeBlockQueue
 
 PROMPT_RESERVE = 1
-"""Resident blocks that waiting requests leave to prompts under way: these get further with one."""
+"""Number of residents that waiting requests leave to prompts under way, which get on with one."""
 
 
 class Runs(NamedTuple):

@@ -86,7 +86,7 @@ class ParkedLookup:
         size, count = self._block_size, len(hits)
         found, soon = self._search(keys)
         parked = sum(isinstance(block, ParkedKey) for block in found)
-        tail = parking.tail_of(request_id) if with_tail else None
+        tail = parking.tails.find(request_id) if with_tail else None
         full = (count + len(found)) * size
         tokens = full
         if tail is not None and tail.index * size == full:

@@ -1,4 +1,8 @@
-"""How parked blocks get ids again, for a request that is about to be admitted."""
+"""What KV of a request outlives its blocks, and how it gets blocks again.
+
+A request that gives its blocks back leaves full blocks in the prefix cache, and the tail of a
+preempted one in a row. When it is about to be admitted again, parked blocks get ids.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ if TYPE_CHECKING:
 
 
 LEAST_OF_LINK = 4
-"""One of so many of the blocks that a step can load may be copied back for a waiting request."""
+"""Divisor of the blocks that the link brings in a step; at least the quotient stays available for
+restoring waiting requests."""
 
 
 class ParkedKey(NamedTuple):
@@ -27,11 +32,12 @@ def restored_at_once(residency: Residency, most: int | None) -> int:
 
     Args:
         residency: whose blocks.
-        most: that the link can copy behind the step's compute; None is without end.
+        most: Maximum number of blocks that the link copies behind the step's compute; None for no
+            bound.
     """
     if most is None:
         return residency.boundary
-    return max(most - residency.reading.num_blocks, most // LEAST_OF_LINK, 1)
+    return max(most - residency.read_set.num_blocks, most // LEAST_OF_LINK, 1)
 
 
 def restore(residency: Residency, found: Sequence[Any], first: int, residents: int) -> list[Any]:
@@ -48,8 +54,7 @@ def restore(residency: Residency, found: Sequence[Any], first: int, residents: i
     """
     keys = [block.key for block in found if isinstance(block, ParkedKey)]
     # Before anything is evicted, which may take the rows of parked blocks.
-    for key in keys[:residents]:
-        residency.parking.pin(key)
+    residency.parking.pin(keys[:residents])
     attached = {key: _attach(residency, key) for key in keys[residents:]}
     blocks: list[Any] = []
     for index, block in enumerate(found, first):
@@ -75,9 +80,8 @@ def restore_part(residency: Residency, found: Sequence[Any], first: int, most: i
         most: parked blocks, at most ``queue.free_residents``.
     """
     part = first_of(found, most)
-    for block in found[len(part) :]:
-        if isinstance(block, ParkedKey):
-            residency.parking.pin(block.key)
+    left = found[len(part) :]
+    residency.parking.pin(block.key for block in left if isinstance(block, ParkedKey))
     restore(residency, part, first, most)
 
 
@@ -108,10 +112,45 @@ def _fill(residency: Residency, key: Hashable) -> Any:
 
 def cancel(residency: Residency, blocks: Sequence[Any]) -> None:
     """Nobody takes these after all: residents that are not filled yet hold nothing again."""
-    queue, parking = residency.queue, residency.parking
+    queue, restores = residency.queue, residency.parking.copies.restores
     for block in blocks:
-        if block.ref_cnt == 0 and block.block_id in parking.restores:
+        if block.ref_cnt == 0 and block.block_id in restores:
             queue.remove(block)
-            parking.cancel(block.block_id)
+            del restores[block.block_id]
             residency.entries.drop(block)
             queue.prepend_n([block])
+
+
+def forget_unfilled(residency: Residency, table: Sequence[Any], full: int) -> None:
+    """Take blocks that hold no KV yet out of the prefix cache.
+
+    vLLM caches a block in the step that fills it, before it runs
+    (v1/core/kv_cache_manager.py:612): if the request is preempted in that very step, it is never
+    filled.
+
+    Args:
+        residency: whose blocks.
+        table: of the request.
+        full: its blocks whose KV is complete.
+    """
+    for block in table[full:]:
+        if block.ref_cnt == 1 and block.block_hash is not None:
+            residency.entries.drop(block)
+
+
+def keep_tail(
+    residency: Residency, request_id: str, table: Sequence[Any], computed: int, block_size: int
+) -> None:
+    """Park the first block of a preempted request that the prefix cache does not know.
+
+    Args:
+        residency: whose blocks.
+        request_id: of the request.
+        table: its blocks.
+        computed: its tokens whose KV is complete.
+        block_size: tokens of a block.
+    """
+    index = next((i for i, b in enumerate(table) if b.block_hash is None), len(table))
+    tokens = min(computed, (index + 1) * block_size)
+    if tokens > index * block_size and table[index].block_id < residency.boundary:
+        residency.parking.keep_tail(request_id, table[index], index, tokens)

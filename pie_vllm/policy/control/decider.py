@@ -3,41 +3,43 @@
 from __future__ import annotations
 
 from math import isfinite
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+from pie_vllm.config import TARGET_SLOWDOWN_DEFAULT
 from pie_vllm.plan import Prior
 from pie_vllm.policy.control.detector import NOTHING, Detector, Observation
 
-DEFAULT_TARGET_SLOWDOWN = 0.01
 MARGIN = 0.9
-"""Of the time of a step that its loads may take at most: predictions are off by some percent."""
+"""Fraction of a step's predicted time that its loads may take; predictions err by some percent."""
 
 LEAST_GAIN = 0.05
 AIM = 0.8
-"""Of the target, at which the budget is cut: the average of the stall begins at nothing after each
-cut, so that steps stall up to a quarter more than it says."""
+"""Fraction of the target slowdown at which the load budget is cut. The stall average restarts at
+zero after a cut and lags, so actual stall can exceed it by up to 25 %."""
 
 CONTENTION_SHARE = 0.5
-"""Of the target, that loads may take from the compute beside them; the rest is for the stall."""
+"""Fraction of the target slowdown granted to interference, by which loads slow the compute beside
+them; the rest is granted to stall."""
 
 LEAST_AIM = 0.2
-"""Of the target: so much stall does not cut the budget, whatever loads take from the compute."""
+"""Fraction of the target slowdown up to which stall never cuts the load budget, whatever the
+interference."""
 
 BACK_OFF = 0.8
 RECOVER = 0.02
 COOL_DOWN = 10
-"""Steps after a cut before the next change: the stall is an average over about as many."""
+"""Number of steps after a cut before the next change; the stall is averaged over about as many."""
 
 AHEAD_SHARE = 0.1
-"""Of what the link takes while a step computes, that may be stored ahead of eviction. The first
-layer's KV write waits for its part of it, so a step of L layers takes this over L longer."""
+"""Fraction of what the link copies during a step that may be stored ahead of eviction. The first
+layer's KV write waits for its part, so a step of L layers takes 1/L of this fraction longer."""
 
 LONGEST_TURN = 10
-"""Steps in which all pooled blocks in use can be loaded once. Beyond that requests wait so long for
-their turn that what they hold is better had by preemption."""
+"""Maximum number of steps in which all pooled blocks in use are loaded once. Requests that wait
+longer for their turn are better preempted."""
 
 FIRST_BLOCKS = 4
-"""Budget and limit while the link's speed or the steps' time is not known."""
+"""Load budget and admission limit, in blocks, while link bandwidth or step time is unknown."""
 
 
 class Decision(NamedTuple):
@@ -73,6 +75,22 @@ class Decision(NamedTuple):
     prompt_demotion_max: int | None = None
 
 
+class Decides(Protocol):
+    """A Decider, or something in its place.
+
+    Attributes:
+        detector: What the steps said.
+    """
+
+    detector: Detector
+
+    def decide(self, prompt_tokens: int = 0) -> Decision:
+        """For the step that is about to be scheduled."""
+
+    def observe(self, seen: Observation, *, within_budget: bool = True) -> None:
+        """Learn from a step."""
+
+
 class Decider:
     """Link budget by a model, corrected by the stall that steps show.
 
@@ -101,7 +119,7 @@ class Decider:
         self,
         row_bytes: int,
         window: int,
-        target: float | None = DEFAULT_TARGET_SLOWDOWN,
+        target: float | None = TARGET_SLOWDOWN_DEFAULT,
         prior: Prior = NOTHING,
         block_tokens: int = 1,
     ) -> None:

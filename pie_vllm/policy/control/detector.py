@@ -8,7 +8,7 @@ from pie_vllm.plan import Prior
 from pie_vllm.policy.control.step_time_model import FREE, LoadCost, StepModel
 
 WEIGHT = 0.1
-"""Of the newest step in each average: half of what is known is from the last 7 steps."""
+"""Weight of the newest step in each average; the last 7 steps make up half of it."""
 
 
 class Observation(NamedTuple):
@@ -36,10 +36,12 @@ class Observation(NamedTuple):
 
 
 PRIOR_SECONDS = 0.01
-"""Of loading that a bandwidth known before the first load counts for; as much outweighs it."""
+"""Seconds of loading that a bandwidth known before the first load counts for; observed loads
+outweigh it after as many."""
 
 PLAUSIBLE_BANDWIDTH = 1e10
-"""Bytes per second; the unit of what loads cost where the link was not measured at start."""
+"""Bandwidth in bytes per second that serves as the unit of load costs where the link was not
+measured at start."""
 
 
 NOTHING = Prior()

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import inf
 
+from pie_vllm.config import POOL_IDLE_SECONDS_DEFAULT
 from pie_vllm.geometry import Geometry, cdiv
 from pie_vllm.plan import RETRY_SECONDS, PoolOrder, PoolState
 
-DEFAULT_IDLE_SECONDS = 60.0
 FREE_MARGIN = 512 << 20
-"""Bytes of free CPU memory that the pool leaves alone when it grows."""
+"""Bytes of free CPU memory that a growing pool leaves to others."""
 
 LOOK_STEPS = 16
-"""Between looks at what the pool needs while nothing changes: a look takes some microseconds."""
+"""Number of steps between looks at the pool's need while nothing changes; a look takes some
+microseconds."""
 
 CHECK_SECONDS = 1.0
-"""Between looks at the free memory, which cost some system calls."""
+"""Seconds between looks at the free memory, each of which costs some system calls."""
 
 PATIENCE_SECONDS = 1.0
-"""Longest pause of the schedule for rows that are on their way."""
+"""Maximum seconds for which the schedule pauses for rows that are on their way."""
 
 
 class ElasticPool:
@@ -55,7 +56,7 @@ class ElasticPool:
         least_blocks: int,
         free_memory: Callable[[], int],
         clock: Callable[[], float],
-        idle_seconds: float = DEFAULT_IDLE_SECONDS,
+        idle_seconds: float = POOL_IDLE_SECONDS_DEFAULT,
         *,
         step_blocks: int = 0,
         ranks: int = 1,

@@ -1,19 +1,20 @@
-"""Steps whose stall is told later: on a GPU only some are timed, and known steps afterwards."""
+"""Stall of steps of which a GPU times only some, and reports those later."""
 
 from __future__ import annotations
 
 from pie_vllm.policy.control.detector import Observation
 
 MOST_WAITING = 64
-"""Steps that wait at once: one in four is timed, unless most run in FULL graphs, which none is."""
+"""Maximum number of steps that wait for their stall. The engine times one step in four, but none
+that runs in a FULL graph."""
 
 
 class AwaitedStalls:
     """Observations that wait for their stall, by number of the step.
 
-    Where the calling thread waits itself, a step's stall comes with it. Else one
-    step in some is timed by events, and reported when they have passed; the steps
-    before it are taken to have stalled as much for each byte that they loaded.
+    Where the calling thread itself waits for copies, a step's stall comes with its report.
+    Elsewhere events time one step in some, which is reported once they have passed. It stands for
+    the untimed steps before it: they are assumed to have stalled equally long per byte loaded.
     """
 
     def __init__(self) -> None:
@@ -21,11 +22,11 @@ class AwaitedStalls:
         self._waiting: dict[int, tuple[Observation, bool]] = {}
 
     def __len__(self) -> int:
-        """Steps that wait."""
+        """Number of steps that wait."""
         return len(self._waiting)
 
     def add(self, step: int, seen: Observation, within_budget: bool) -> None:
-        """A step that ended without its stall."""
+        """Note a step that ended without its stall."""
         self._waiting[step] = seen, within_budget
 
     def overdue(self) -> list[Observation]:

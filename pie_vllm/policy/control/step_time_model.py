@@ -14,36 +14,37 @@ from math import sqrt
 from typing import NamedTuple
 
 OFTEN = 64
-"""Steps learnt from one by one; then one in ``EVERY``, to spare the scheduler's time, or in
-``CHANGED`` where other bytes are loaded than in the last one: such steps say most of their cost."""
+"""Number of steps learnt from one by one. After them one step in ``EVERY`` is, to spare the
+scheduler's time, or one in ``CHANGED`` where the bytes loaded differ from the last step's: such
+steps tell most about the cost of loads."""
 EVERY = 8
 CHANGED = 2
 
 NOISE = 0.03
-"""Of a step's time: standard deviation of what the model does not know, at first."""
+"""Initial standard deviation of what the model does not explain, as a fraction of a step's time."""
 LEAST_NOISE = 0.005
 MOST_NOISE = 0.1
 NOISE_WEIGHT = 0.05
 OUTLIER = 0.3
-"""Of a step's time, beyond which an error counts as if it were there."""
+"""Largest error that counts in full, as a fraction of a step's time."""
 
 LEAST_SHARE = 0.1
-"""Of the last step learnt from: no prediction is less."""
+"""Least prediction, as a fraction of the last step learnt from."""
 
 BASE_DRIFT = 0.1
-"""Of the noise, by which the base wanders from one step to the next: what is known of it is from
-some ten steps, as in an average."""
+"""Standard deviation of the base's drift per step, as a fraction of the noise. Some ten steps
+determine the base, as in an average."""
 OTHER_DRIFT = 1e-4
-"""Of a step's time, by which each of the other terms does."""
+"""Standard deviation of the drift of each other term, as a fraction of a step's time."""
 SHAPE_DOUBT = 0.5
-"""Of a step's time: how far the terms of requests and blocks may be from what is expected."""
+"""Initial doubt about the terms of requests and blocks, as a fraction of a step's time."""
 FIXED_DOUBT = 0.05
-"""Of a step's time, by which a step that streams may take longer whatever it loads."""
+"""Initial doubt about the fixed cost of a step that loads, as a fraction of a step's time."""
 LOAD_DOUBT = 0.05
-"""Of the time that the link is busy, by which loads may slow the compute beside them."""
+"""Initial doubt about interference, as a fraction of the time that the link is busy."""
 
 SURE = 1.5
-"""Standard deviations above nothing from which on a cost is taken for real."""
+"""Number of standard deviations above zero from which on a cost is taken for real."""
 
 
 def _dot(a: Sequence[float], b: Sequence[float]) -> float:

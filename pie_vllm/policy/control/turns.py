@@ -10,9 +10,9 @@ from pie_vllm.policy.control.decider import Decision
 from pie_vllm.policy.placement.residency import Residency
 
 LONGEST_WAIT = 100
-"""Steps that a running request is left out in a row at most, for each budget that its blocks take,
-whatever priority others have and however little is spared. So a request that exceeds the budget
-alone slows the others by a hundredth at most."""
+"""Maximum number of steps in a row that a running request is left out, per load budget that its
+blocks take, whatever the priority of others and however little is saved up. A request that alone
+exceeds the budget therefore slows the others by at most 1 %."""
 
 
 class Turns:
@@ -24,9 +24,9 @@ class Turns:
     Who was left out for ``LONGEST_WAIT`` steps, for each budget that its blocks take, comes first.
 
     Attributes:
-        left_out: requests left out of steps so far; one may count often.
-        taken: whether the requests of this step take turns: the link does not feed all of them.
-        exceeds: whether a request of this step exceeds the budget alone.
+        left_out: Number of times so far that a running request was left out of a step.
+        taken: Whether requests take turns in this step, because the link cannot feed all of them.
+        exceeds: Whether a request of this step alone exceeds the load budget.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Turns:
             return []
         out: list[str] = []
         if self.taken:
-            of = residency.reading.pooled
+            of = residency.read_set.pooled
             pooled = {r.request_id: blocks for r in running if (blocks := of(r.request_id))}
             others = len(running) > len(pooled)
             out, self.exceeds = self.choose(
@@ -72,7 +72,7 @@ class Turns:
     def end_step(self, scheduled: Iterable[str], residency: Residency) -> None:
         """These requests run in the step."""
         if self.taken:
-            self.ran(r for r in scheduled if residency.reading.runs(r))
+            self.ran(r for r in scheduled if residency.read_set.is_running(r))
 
     def choose(
         self,

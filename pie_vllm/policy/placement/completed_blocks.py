@@ -1,21 +1,16 @@
-"""Which blocks are complete, found out when somebody wants to know."""
+"""Blocks whose KV is complete, found out when somebody wants to know."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol
 
+from pie_vllm.policy.block import RequestId
+from pie_vllm.policy.placement.interfaces import Progress
 from pie_vllm.policy.placement.residency import Residency
 from pie_vllm.policy.placement.victims import Holder
 
 
-class Progress(Protocol):
-    """What the policy needs of vLLM's ``Request``."""
-
-    num_computed_tokens: int
-
-
-class Completions:
+class CompletedBlocks:
     """Tells the residency of complete blocks, before it demotes or refuses anything.
 
     Between two looks the residency knows of fewer complete blocks than there
@@ -36,14 +31,17 @@ class Completions:
         residency.catch_up = self.catch_up
 
     def next_step(
-        self, requests: Mapping[str, Any], several: Collection[str], fresh: Collection[str]
+        self,
+        requests: Mapping[RequestId, Progress],
+        several: Collection[RequestId],
+        fresh: Collection[RequestId],
     ) -> None:
         """Go on by one step, once its tokens are counted as computed.
 
         Args:
-            requests: Progress by id, of all requests that hold blocks.
-            several: those that compute more than one token in this step.
-            fresh: those that got their first blocks in this step.
+            requests: All requests that hold blocks, by id.
+            several: Requests that compute more than one token in this step.
+            fresh: Requests that got their first blocks in this step.
         """
         self._step += 1
         for request_id in several:
@@ -64,7 +62,8 @@ class Completions:
             if holder.due <= step:
                 self._note(holder, computed)
 
-    def _note(self, holder: Holder, tell: Callable[[str, int], None]) -> None:
+    def _note(self, holder: Holder, tell: Callable[[RequestId, int], None]) -> None:
+        assert holder.progress is not None
         full, begun = divmod(holder.progress.num_computed_tokens, self._block_size)
         tell(holder.request_id, full)
         holder.due = self._step + self._block_size - begun

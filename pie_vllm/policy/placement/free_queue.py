@@ -5,50 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from heapq import heappop, heappush
 from itertools import islice
-from typing import Any, Protocol
+from typing import Protocol
 
 from pie_vllm.errors import IntegrityError
-
-
-class Block(Protocol):
-    """What the policy needs of vLLM's ``KVCacheBlock``."""
-
-    block_id: int
-    ref_cnt: int
-    is_null: bool
-
-    @property
-    def block_hash(self) -> Any:
-        """Key of the block in the prefix cache, or None."""
-
-
-class FreeList(Protocol):
-    """What the policy needs of vLLM's ``FreeKVCacheBlockQueue``, one per tier."""
-
-    @property
-    def num_free_blocks(self) -> int:
-        """Blocks in the list."""
-
-    def popleft(self) -> Any:
-        """Take the block to be reused first."""
-
-    def popleft_n(self, n: int) -> list[Any]:
-        """Take the ``n`` blocks to be reused first."""
-
-    def remove(self, block: Any) -> None:
-        """Take a given block out."""
-
-    def append_n(self, blocks: list[Any]) -> None:
-        """Put blocks back as the last to be reused."""
-
-    def prepend_n(self, blocks: list[Any]) -> None:
-        """Put blocks back as the first to be reused."""
-
-    def get_all_free_blocks(self) -> list[Any]:
-        """All blocks, in the order of reuse."""
-
-    def iter_blocks_after(self, cursor: Any) -> Iterator[Any]:
-        """The blocks in the order of reuse, after one of them or, with None, from the first on."""
+from pie_vllm.policy.block import Block
+from pie_vllm.policy.placement.interfaces import FreeList
 
 
 class FreeObserver(Protocol):
@@ -57,16 +18,16 @@ class FreeObserver(Protocol):
     def make_residents_free(self, count: int) -> None:
         """Demote until ``count`` more residents are free."""
 
-    def on_reused(self, block: Any) -> None:
+    def on_reused(self, block: Block) -> None:
         """An idle cached resident block is in use again (prefix hit)."""
 
-    def on_resident_freed(self, block: Any) -> None:
+    def on_resident_freed(self, block: Block) -> None:
         """Nobody uses a resident block any more."""
 
-    def on_evicted(self, block: Any) -> None:
+    def on_evicted(self, block: Block) -> None:
         """A free resident block is handed to another use."""
 
-    def on_pooled_dropped(self, block: Any) -> None:
+    def on_pooled_dropped(self, block: Block) -> None:
         """A pooled id is handed to another use, or its KV is of no use to anybody."""
 
 
@@ -83,32 +44,33 @@ class TieredFreeBlockQueue:
     ``admission(...)`` corrects the number for its prefix hits.
 
     Attributes:
-        num_free_blocks: as above; a plain attribute because vLLM reads it once
-            per request and step.
-        free_pooled: pooled ids that demotion can have: blank ones and idle cached ones.
-        available_pooled: ``FP``, as ``free_pooled`` without those that are withheld.
-        frozen: whether nothing may be demoted now: ``FP`` counts as 0. Call
+        num_free_blocks: Number of blocks that can be had now; a plain attribute because vLLM
+            reads it once per request and step.
+        free_pooled: Number of pooled ids that hold no KV in use: blank ones and idle cached ones.
+        available_pooled: Number of pooled ids that demotion can have, ``FP``: ``free_pooled``
+            without those that are withheld.
+        frozen: Whether nothing may be demoted now, so that ``FP`` counts as 0. Call ``refresh``
+            after a change.
+        demotable: Number of residents in use that are known to be complete, ``D``.
+        withheld: Number of pooled ids that may not be used now, for want of CPU memory. Call
             ``refresh`` after a change.
-        demotable: ``D``, as far as it is known.
-        withheld: pooled ids that may not be used now, for want of CPU memory;
-            they are no part of ``FP``. Call ``refresh`` after a change.
-        missing: of these, those whose memory is not on its way either.
+        missing: Number of withheld ids whose memory is not on its way either.
     """
 
     def __init__(
         self,
-        blocks: Sequence[Any],
+        blocks: Sequence[Block],
         resident_blocks: int,
-        make_list: Callable[[list[Any]], FreeList],
+        make_list: Callable[[list[Block]], FreeList],
         observer: FreeObserver,
     ) -> None:
         """Start with all ``blocks`` free.
 
         Args:
-            blocks: all blocks, ``blocks[i].block_id == i``.
-            resident_blocks: ids below this are resident.
-            make_list: makes the list of one tier; vLLM's own queue class.
-            observer: the residency policy.
+            blocks: All blocks, ``blocks[i].block_id == i``.
+            resident_blocks: Number of resident blocks; ids below it are resident.
+            make_list: Makes the list of one tier; vLLM's own queue class.
+            observer: Told of what happens to blocks, and asked for residents.
         """
         self._blocks = blocks
         self._boundary = resident_blocks
@@ -127,17 +89,17 @@ class TieredFreeBlockQueue:
 
     @property
     def free_residents(self) -> int:
-        """Resident blocks that nobody uses."""
+        """Number of resident blocks that nobody uses."""
         return self._resident.num_free_blocks
 
     @property
     def free_in_all(self) -> int:
-        """Free blocks of both tiers."""
+        """Number of free blocks of both tiers."""
         return self.free_residents + self.free_pooled
 
     @property
     def available_in_all(self) -> int:
-        """Free blocks of both tiers, without those that are missing."""
+        """Number of free blocks of both tiers, without those that are missing."""
         there = len(self._blank) - self.missing
         return self.free_residents + self._cached.num_free_blocks + max(there, 0)
 
@@ -165,11 +127,11 @@ class TieredFreeBlockQueue:
         self._reserve = reserve
         self.refresh()
 
-    def popleft(self) -> Any:
+    def popleft(self) -> Block:
         """Take one resident block. Raises ValueError when none can be had."""
         return self.popleft_n(1)[0]
 
-    def popleft_n(self, n: int) -> list[Any]:
+    def popleft_n(self, n: int) -> list[Block]:
         """Take ``n`` resident blocks, demoting where too few are free.
 
         Raises:
@@ -187,7 +149,7 @@ class TieredFreeBlockQueue:
                 self._observer.on_evicted(block)
         return blocks
 
-    def take_pooled(self, *, with_row: bool = False) -> Any:
+    def take_pooled(self, *, with_row: bool = False) -> Block:
         """Take a pooled block for a demotion, or for a row that is there already.
 
         A blank one, else the idle cached one that was used least recently,
@@ -209,7 +171,7 @@ class TieredFreeBlockQueue:
             self._observer.on_pooled_dropped(block)
             self.give_blank(block)
 
-    def freshen(self, blocks: Sequence[Any]) -> None:
+    def freshen(self, blocks: Sequence[Block]) -> None:
         """Make those of the blocks that are free the last to be reused; changes nothing else."""
         for block in blocks:
             if block.ref_cnt == 0:
@@ -217,13 +179,13 @@ class TieredFreeBlockQueue:
                 tier.remove(block)
                 tier.append_n([block])
 
-    def give_blank(self, block: Any) -> None:
+    def give_blank(self, block: Block) -> None:
         """Give back a pooled block that holds no KV."""
         heappush(self._blank, block.block_id)
         self._blank_set.add(block.block_id)
         self.refresh()
 
-    def remove(self, block: Any) -> None:
+    def remove(self, block: Block) -> None:
         """Take a given free block out: a prefix hit on idle cached KV."""
         if block.block_id < self._boundary:
             self._resident.remove(block)
@@ -232,17 +194,17 @@ class TieredFreeBlockQueue:
             self._cached.remove(block)
         self.refresh()
 
-    def append(self, block: Any) -> None:
+    def append(self, block: Block) -> None:
         """Put one block back as the last to be reused."""
         self.append_n([block])
 
-    def append_n(self, blocks: list[Any]) -> None:
+    def append_n(self, blocks: list[Block]) -> None:
         """Put back blocks that are to be reused last: their KV is cached."""
         self._resident.append_n(self._freed_residents(blocks))
         self._cached.append_n([b for b in blocks if b.block_id >= self._boundary])
         self.refresh()
 
-    def prepend_n(self, blocks: list[Any]) -> None:
+    def prepend_n(self, blocks: list[Block]) -> None:
         """Put back blocks that are to be reused first: their KV is of no use."""
         self._resident.prepend_n(self._freed_residents(blocks))
         for block in blocks:
@@ -252,13 +214,13 @@ class TieredFreeBlockQueue:
                 self._blank_set.add(block.block_id)
         self.refresh()
 
-    def _freed_residents(self, blocks: list[Any]) -> list[Any]:
+    def _freed_residents(self, blocks: list[Block]) -> list[Block]:
         residents = [b for b in blocks if b.block_id < self._boundary]
         for block in residents:
             self._observer.on_resident_freed(block)
         return residents
 
-    def get_all_free_blocks(self) -> list[Any]:
+    def get_all_free_blocks(self) -> list[Block]:
         """All free blocks: residents, then idle cached pooled ones, then blank ones."""
         return [
             *self._resident.get_all_free_blocks(),
@@ -266,11 +228,11 @@ class TieredFreeBlockQueue:
             *(self._blocks[i] for i in sorted(self._blank)),
         ]
 
-    def next_reused(self, count: int) -> Iterator[Any]:
+    def next_reused(self, count: int) -> Iterator[Block]:
         """The free residents that are handed out next."""
         return islice(self._resident.iter_blocks_after(None), count)
 
-    def iter_blocks_after(self, cursor: Any) -> Iterator[Any]:
+    def iter_blocks_after(self, cursor: Block | None) -> Iterator[Block]:
         """Not offered: only vLLM's offloading connectors use it, and they are refused."""
         raise NotImplementedError("pie's free queue cannot be walked by a KV connector")
 

@@ -4,51 +4,58 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pie_vllm.plan import Copy, StepPlan
+from pie_vllm.policy.block import Block, BlockId, RequestId, Row
 from pie_vllm.policy.placement.residency import Residency
 
-Starts = Callable[[], Mapping[str, int]]
-"""Position of the first token that a step computes, of each of its requests."""
+Starts = Callable[[], Mapping[RequestId, int]]
+"""Gives the position of the first token that a step computes, for each of its requests."""
 
 
-class Flown(NamedTuple):
+class SentStep(NamedTuple):
     """A step that was handed to the workers.
 
     Attributes:
-        token: that stands for it.
-        number: counts such steps.
-        plan: of the step.
-        readers: its requests that have pooled blocks.
-        starts: of its requests.
+        token: Object that stands for the step.
+        number: Count of such steps, from 1.
+        plan: Its plan; None if it copies nothing.
+        readers: Its requests that have pooled blocks.
+        starts: Positions at which its requests begin to compute.
     """
 
     token: object
     number: int
     plan: StepPlan | None
-    readers: frozenset[str]
+    readers: frozenset[RequestId]
     starts: Starts
 
 
 class Cell(NamedTuple):
-    """Where a block of a request is: its id, its row if it is pooled, its key if it is cached."""
+    """Where a block of a request is.
 
-    block_id: int
-    row: int | None
-    key: Hashable
+    Attributes:
+        block_id: Its id.
+        row: Its row; None if it is resident.
+        key: Its key in the prefix cache; None if it is not cached.
+    """
+
+    block_id: BlockId
+    row: Row | None
+    key: Hashable | None
 
 
-class Holder(NamedTuple):
+class Holding(NamedTuple):
     """The blocks of a request, or those that it gave back.
 
     Attributes:
-        request_id: of the request.
-        cells: its blocks, in order.
-        until: number of the newest step in flight when it gave them back; None if it has them.
+        request_id: Id of the request.
+        cells: Its blocks, in order.
+        until: Number of the newest step in flight when it gave them back; None if it has them.
     """
 
-    request_id: str
+    request_id: RequestId
     cells: Sequence[Cell]
     until: int | None = None
 
@@ -59,29 +66,29 @@ class Flight:
     A step whose plan failed left unknown bytes in the rows that it stored to and in the pages
     that it filled, and its requests with pooled blocks read unknown bytes. What they computed from
     there on is wrong, in this step and in those behind it, and so is what others found of it in
-    the prefix cache. ``failed`` follows all that and forgets it. It may forget more than it must:
-    where a page or a key means two things in the course of the steps in flight, both.
+    the prefix cache. ``failed`` follows all that and forgets it. Where a page or a key means two
+    things in the course of the steps in flight, it forgets both, though one may be right.
 
     Between failures it costs a few references a step, and a look at the blocks of a request that
     gives them back while a step with a plan is in flight.
     """
 
     def __init__(self, residency: Residency, block_size: int) -> None:
-        """No step is in flight; ``residency`` tells here who gives blocks back."""
+        """Start with no step in flight; ``residency`` tells here who gives blocks back."""
         self._residency = residency
         self._block_size = block_size
-        self._steps: deque[Flown] = deque()
-        self._left: list[Holder] = []
+        self._steps: deque[SentStep] = deque()
+        self._left: list[Holding] = []
         self._number = 0
         residency.on_leave = self._leave
 
     def submitted(self, token: object, plan: StepPlan | None, starts: Starts) -> None:
         """A step was planned and goes to the workers; ``token`` stands for it."""
         self._number += 1
-        readers: frozenset[str] = frozenset()
+        readers: frozenset[RequestId] = frozenset()
         if plan is not None and plan.forward:
-            readers = frozenset(self._residency.reading.running)
-        self._steps.append(Flown(token, self._number, plan, readers, starts))
+            readers = frozenset(self._residency.read_set.running)
+        self._steps.append(SentStep(token, self._number, plan, readers, starts))
 
     def landed(self, token: object) -> None:
         """The results of a step are there, and of all before it."""
@@ -91,33 +98,35 @@ class Flight:
                 pass
         if self._left:
             first = steps[0].number if steps else self._number + 1
-            self._left = [h for h in self._left if h.until is not None and h.until >= first]
+            self._left = [
+                held for held in self._left if held.until is not None and held.until >= first
+            ]
 
     def clear(self) -> None:
         """No result of any step will come any more."""
         self._steps.clear()
         self._left.clear()
 
-    def _leave(self, request_id: str) -> None:
+    def _leave(self, request_id: RequestId) -> None:
         table = self._residency.tables.get(request_id)
         if table and any(step.plan is not None for step in self._steps):
-            self._left.append(Holder(request_id, self._cells(table), self._number))
+            self._left.append(Holding(request_id, self._cells(table), self._number))
 
-    def _cells(self, table: Sequence[Any]) -> list[Cell]:
+    def _cells(self, table: Sequence[Block]) -> list[Cell]:
         rows, cells = self._residency.rows, []
         for block in table:
             row = rows.row_of(block.block_id) if rows.holds(block.block_id) else None
             cells.append(Cell(block.block_id, row, block.block_hash))
         return cells
 
-    def failed(self, token: object) -> dict[str, int]:
+    def failed(self, token: object) -> dict[RequestId, int]:
         """Copies of a step failed: forget what it spoilt; before ``landed``.
 
         Nobody finds it in the prefix cache any more, and it is parked no more. The requests that
         have it, or had it, are the caller's to preempt.
 
         Returns:
-            Of each of these requests, how many of its first tokens have good KV.
+            Number of first tokens with good KV, for each of these requests.
         """
         steps = [*self._steps]
         while steps and steps[0].token is not token:
@@ -126,8 +135,8 @@ class Flight:
             return {}
         spoilt = _Spoilt(steps, self._block_size)
         tables = self._residency.tables
-        holders = [Holder(r, self._cells(table)) for r, table in tables.items() if table]
-        while sum(map(spoilt.reaches, (*holders, *self._left))):
+        holdings = [Holding(r, self._cells(table)) for r, table in tables.items() if table]
+        while sum(map(spoilt.reaches, (*holdings, *self._left))):
             pass  # What one has, another may have found in the prefix cache.
         self._forget(spoilt)
         return spoilt.good
@@ -142,17 +151,17 @@ class Flight:
 
 
 class _Spoilt:
-    """What is not to be trusted: pages and rows of copies, and keys of what stands on them.
+    """What is not to be trusted: pages and rows of copies, and keys of KV computed upon them.
 
-    What has no key is in the tables of one request only.
+    A block without a key is in the table of one request only.
     """
 
-    def __init__(self, steps: Sequence[Flown], block_size: int) -> None:
+    def __init__(self, steps: Sequence[SentStep], block_size: int) -> None:
         """Take the copies of the first step, and follow them through those of the others."""
         first, *others = steps
         self._block_size = block_size
         self._readers = first.readers
-        self._since: dict[str, int] = {}
+        self._since: dict[RequestId, int] = {}
         for step in reversed(steps):
             self._since.update(step.starts())
         self.pages: set[int] = set()
@@ -166,7 +175,7 @@ class _Spoilt:
                 self.rows.update(row for page, row in stores if page in self.pages)
                 self.pages.update(page for page, row in promotions if row in self.rows)
         self.keys: set[Hashable] = set()
-        self.good: dict[str, int] = {}
+        self.good: dict[RequestId, int] = {}
 
     def has(self, cell: Cell) -> bool:
         """Whether a block is one of these, wherever it is."""
@@ -176,26 +185,26 @@ class _Spoilt:
             or (cell.key is not None and cell.key in self.keys)
         )
 
-    def reaches(self, holder: Holder) -> bool:
-        """Take in what a request computed upon such a block; whether it was not known before."""
-        found = (index for index, cell in enumerate(holder.cells) if self.has(cell))
+    def reaches(self, holding: Holding) -> bool:
+        """Follow what a request computed upon such a block; whether that was news."""
+        found = (index for index, cell in enumerate(holding.cells) if self.has(cell))
         first = next(found, None)
-        name = holder.request_id
+        name = holding.request_id
         since = self._since.get(name)
         if first is None and not (name in self._readers and since is not None):
             return False
-        good = len(holder.cells) if first is None else first
+        good = len(holding.cells) if first is None else first
         good *= self._block_size
         good = good if since is None else min(good, since)
         before = self.good.get(name)
         self.good[name] = good if before is None else min(good, before)
         known = len(self.keys)
         if since is not None:
-            cells = holder.cells[since // self._block_size :]
+            cells = holding.cells[since // self._block_size :]
             self.keys.update(cell.key for cell in cells if cell.key is not None)
         return self.good[name] != before or len(self.keys) > known
 
 
 def _pairs(copies: Sequence[Copy]) -> Iterator[tuple[int, int]]:
-    """Block and row of each block copied."""
+    """Block and row of each block that these runs copy."""
     return ((block + i, row + i) for block, row, count in copies for i in range(count))

@@ -1,14 +1,54 @@
-"""The books of Residency, checked from scratch. Used by tests after each operation."""
+"""The books of placement, checked from scratch against the block tables."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from pie_vllm.errors import IntegrityError
+from pie_vllm.policy.block import Block, BlockId, RequestId, Table
+from pie_vllm.policy.placement.free_queue import TieredFreeBlockQueue
+from pie_vllm.policy.placement.read_set import ReadSet
+from pie_vllm.policy.placement.victims import Victims
+from pie_vllm.policy.pool.parked_kv import Parking
+from pie_vllm.policy.pool.rows import RowLedger
 
-if TYPE_CHECKING:
-    from pie_vllm.policy.placement.residency import Residency
+
+class Books(Protocol):
+    """What is checked: ``Residency``, read only."""
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """All blocks, by id."""
+
+    @property
+    def boundary(self) -> int:
+        """Number of resident blocks."""
+
+    @property
+    def tables(self) -> Mapping[RequestId, Table]:
+        """Block table of each request."""
+
+    @property
+    def queue(self) -> TieredFreeBlockQueue:
+        """Free blocks of both tiers."""
+
+    @property
+    def rows(self) -> RowLedger:
+        """Rows of the CPU pool."""
+
+    @property
+    def victims(self) -> Victims:
+        """Requests that hold blocks, and which residents are complete."""
+
+    @property
+    def read_set(self) -> ReadSet:
+        """Pooled blocks of the requests."""
+
+    @property
+    def parking(self) -> Parking:
+        """KV that no request uses."""
 
 
 def _require(condition: bool, text: str) -> None:
@@ -16,41 +56,56 @@ def _require(condition: bool, text: str) -> None:
         raise IntegrityError(text)
 
 
-def check_residency(r: Residency) -> None:
-    """Raise IntegrityError at the first book that disagrees with the block tables."""
-    boundary = r.boundary
-    r.queue.check_integrity()
-    r.rows.check_integrity()
-    r.victims.check_integrity()
-    users: Counter[int] = Counter()
-    full: set[int] = set()
-    pooled: dict[str, set[int]] = {}
-    for request_id, request in r._requests.items():
-        table = r.tables.get(request_id, [])
-        _require(request.full <= len(table), f"{request_id}: more full blocks than blocks")
+def check_books(books: Books) -> None:
+    """Check that all books agree; costs a pass over all blocks.
+
+    Raises:
+        IntegrityError: a book disagrees with the block tables or with another one.
+    """
+    boundary, blocks, queue = books.boundary, books.blocks, books.queue
+    queue.check_integrity()
+    books.rows.check_integrity()
+    books.victims.check_integrity()
+    users, pooled = _check_tables(books)
+    for block in blocks:
+        if not block.is_null:
+            _require(block.ref_cnt == users[block.block_id], f"ref_cnt of {block.block_id}")
+    for block in blocks[boundary:]:
+        block_id = block.block_id
+        blank = queue.is_blank(block_id)
+        _require(blank != books.rows.holds(block_id), f"pooled block {block_id}: row and content")
+        _require(not (blank and users[block_id]), f"blank block {block_id} is in use")
+    books.read_set.check_integrity(pooled)
+    books.parking.check_integrity()
+    for resident in (*books.parking.copies.stores.values(), *books.parking.copies.restores):
+        _require(resident < boundary, "a copy of a resident page names a pooled block")
+    for resident in books.parking.copies.restores:
+        _require(
+            not books.victims.full[resident], "a block that is not filled yet counts as complete"
+        )
+
+
+def _check_tables(books: Books) -> tuple[Counter[BlockId], dict[RequestId, set[BlockId]]]:
+    """Check what is known of the requests; the users of each block, the pooled ones of each."""
+    boundary, full = books.boundary, books.victims.full
+    users: Counter[BlockId] = Counter()
+    complete: set[int] = set()
+    pooled: dict[RequestId, set[BlockId]] = {}
+    for request_id, holder in books.victims.holders.items():
+        table = books.tables.get(request_id, [])
+        _require(holder.full <= len(table), f"{request_id}: more full blocks than blocks")
         pooled[request_id] = {b.block_id for b in table if b.block_id >= boundary}
         for index, block in enumerate(table):
             if block.is_null:
                 continue
-            _require(r._blocks[block.block_id] is block, "a table names a foreign block")
-            users[block.block_id] += 1
-            if index >= request.full:
-                _require(block.block_id < boundary, f"{request_id}: pooled block is written")
-            elif r._full[block.block_id] if block.block_id < boundary else False:
-                full.add(block.block_id)
-    for block in r._blocks:
-        if not block.is_null:
-            _require(block.ref_cnt == users[block.block_id], f"ref_cnt of {block.block_id}")
-    flagged = {i for i in range(boundary) if r._full[i]}
-    _require(flagged == full, "full flags disagree with the tables")
-    _require(r.queue.demotable == len(flagged), "demotable count disagrees")
-    for block_id in range(boundary, len(r._blocks)):
-        blank = r.queue.is_blank(block_id)
-        _require(blank != r.rows.holds(block_id), f"pooled block {block_id}: row and content")
-        _require(not (blank and users[block_id]), f"blank block {block_id} is in use")
-    r.reading.check_integrity(pooled)
-    r.parking.check_integrity()
-    for resident in (*r.parking.stores.values(), *r.parking.restores):
-        _require(resident < boundary, "a copy of a resident page names a pooled block")
-    for resident in r.parking.restores:
-        _require(not r._full[resident], "a block that is not filled yet counts as complete")
+            block_id = block.block_id
+            _require(books.blocks[block_id] is block, "a table names a foreign block")
+            users[block_id] += 1
+            if index >= holder.full:
+                _require(block_id < boundary, f"{request_id}: pooled block is written")
+            elif block_id < boundary and full[block_id]:
+                complete.add(block_id)
+    flagged = {block_id for block_id in range(boundary) if full[block_id]}
+    _require(flagged == complete, "full flags disagree with the tables")
+    _require(books.queue.demotable == len(flagged), "demotable count disagrees")
+    return users, pooled

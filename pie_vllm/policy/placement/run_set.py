@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 
 from pie_vllm.errors import IntegrityError
 from pie_vllm.plan import Copy
+from pie_vllm.policy.block import BlockId, Row
 
 
 class RunSet:
@@ -19,6 +20,7 @@ class RunSet:
     """
 
     def __init__(self, chunk_rows: int) -> None:
+        """Start empty; ``chunk_rows`` is the number of rows of a pool's chunk."""
         self._chunk_rows = chunk_rows
         self._starts: list[int] = []
         self._runs: dict[int, Copy] = {}
@@ -26,7 +28,7 @@ class RunSet:
         self._emitted: tuple[Copy, ...] | None = ()
 
     def __len__(self) -> int:
-        """Blocks in the set."""
+        """Number of blocks in the set."""
         return len(self._rows)
 
     def __contains__(self, block: int) -> bool:
@@ -52,13 +54,14 @@ class RunSet:
         self._starts.pop(bisect_right(self._starts, start) - 1)
         return self._runs.pop(start)
 
-    def add(self, block: int, row: int) -> None:
+    def add(self, block: BlockId, row: Row) -> None:
         """Add a block that is not in the set."""
         if block in self._rows:
             raise IntegrityError(f"block {block} is in the run set already")
         self._rows[block] = row
         self._emitted = None
-        start, count = block, 1
+        start: int = block
+        count = 1
         if self._joined(block):
             start = self._starts[bisect_right(self._starts, block) - 1]
             count += self._drop(start).count
@@ -66,7 +69,7 @@ class RunSet:
             count += self._drop(block + 1).count
         self._put(Copy(start, self._rows[start], count))
 
-    def remove(self, block: int) -> None:
+    def remove(self, block: BlockId) -> None:
         """Remove a block that is in the set."""
         start = self._starts[bisect_right(self._starts, block) - 1]
         run = self._drop(start)
@@ -79,11 +82,11 @@ class RunSet:
         if right:
             self._put(Copy(block + 1, run.row + left + 1, right))
 
-    def change(self, removed: Collection[int], added: Collection[tuple[int, int]]) -> None:
+    def change(self, removed: Collection[BlockId], added: Collection[tuple[BlockId, Row]]) -> None:
         """Remove blocks that are in the set, then add blocks with their rows.
 
-        As ``remove`` and ``add`` one by one; many at once are merged anew, which
-        costs less a block.
+        Equals ``remove`` and ``add`` one by one. Many at once are merged anew, which costs less
+        per block.
         """
         if 4 * (len(removed) + len(added)) < len(self._rows):
             for block in removed:

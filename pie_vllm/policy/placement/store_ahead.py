@@ -1,36 +1,35 @@
-"""Which KV is stored before its block is wanted, while the link has time."""
+"""Blocks whose KV is stored before their pages are wanted, while the link has time."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from pie_vllm.policy.control.decider import Decision
-    from pie_vllm.policy.placement.residency import Residency
+from pie_vllm.policy.control.decider import Decision
+from pie_vllm.policy.placement.free_queue import TieredFreeBlockQueue
+from pie_vllm.policy.pool.parked_kv import Parking
 
+REQUEST_BLOCKS = 4
+"""Number of blocks stored ahead for each running request, which it fills by decoding."""
 
-BLOCKS_EACH = 4
-"""That are stored ahead for each running request: it takes them in as many blocks' tokens."""
-
-MOST_DEPTH = 256
-"""Of free residents that are looked at; a look at each takes less than a microsecond."""
+DEPTH_MAX = 256
+"""Maximum number of free residents examined in a step; each costs less than a microsecond."""
 
 LOOK_STEPS = 16
-"""Between looks while steps compute no prompts."""
+"""Number of steps from one look to the next while steps compute no prompts."""
 
 
 class Ahead(NamedTuple):
     """What a step may store ahead of eviction.
 
     Attributes:
-        most: blocks, within the step's allowance for parking.
-        running: requests that run.
-        chunk_blocks: blocks that a step may fill with prompt tokens.
-        prompts: whether the step computes prompts. If not, it is left as it is where it copies
-            nothing else, because it may run in a FULL graph.
+        blocks_max: Maximum number of blocks stored, within the step's allowance for parking.
+        running: Number of requests that run.
+        chunk_blocks: Number of blocks that a step may fill with prompt tokens.
+        prompts: Whether the step computes prompts. If it does not and copies nothing else, it
+            stores nothing ahead either, because it may run in a FULL graph.
     """
 
-    most: int
+    blocks_max: int
     running: int
     chunk_blocks: int
     prompts: bool
@@ -39,26 +38,26 @@ class Ahead(NamedTuple):
     def of(
         cls, decision: Decision, turns: bool, running: int, chunk_blocks: int, prompts: bool
     ) -> Ahead | None:
-        """What a decision allows; nothing while requests take ``turns``, who need the link."""
+        """What a decision allows; None while requests take ``turns``: they need the link."""
         if turns or not decision.store_ahead_max:
             return None
         return cls(decision.store_ahead_max, running, chunk_blocks, prompts)
 
 
-def write_through(residency: Residency, ahead: Ahead) -> None:
+def store_ahead(queue: TieredFreeBlockQueue, parking: Parking, ahead: Ahead) -> None:
     """Park cached residents that nobody uses and that are evicted next; they keep their pages.
 
     Their eviction then costs no store: a step that only decodes and needs such a page has nothing
     to copy. The stores are among those of the step that is planned, which are done before a later
     step writes to a page.
     """
-    parking, most = residency.parking, ahead.most
-    depth = min(ahead.chunk_blocks + BLOCKS_EACH * ahead.running, MOST_DEPTH)
-    for block in residency.queue.next_reused(depth):
-        if most <= 0:
+    blocks_left = ahead.blocks_max
+    depth = min(ahead.chunk_blocks + REQUEST_BLOCKS * ahead.running, DEPTH_MAX)
+    for block in queue.next_reused(depth):
+        if blocks_left <= 0:
             return
         if block.block_hash is not None and not parking.parked(block.block_hash):
             if not parking.keep(block):
                 return
             parking.ahead_blocks += 1
-            most -= 1
+            blocks_left -= 1

@@ -5,37 +5,46 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping
 from math import inf
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pie_vllm.errors import IntegrityError
+from pie_vllm.policy.block import Block, RequestId, Table
+from pie_vllm.policy.placement.interfaces import Progress
 
 
 class Holder:
-    """What the policy keeps of one request that holds blocks."""
+    """What the policy keeps of one request that holds blocks.
+
+    Attributes:
+        request_id: Id of the request.
+        serial: Place in the order of admission.
+        full: Number of blocks at the front whose KV is complete.
+        cursor: Index from which on the search for a private, resident, full block continues.
+        listed: Whether such a block may stand at the cursor or after it.
+        due: First step in which its last block can be complete; infinite until its progress is
+            known.
+        progress: vLLM's request; None until its first step is planned.
+    """
 
     __slots__ = ("cursor", "due", "full", "listed", "progress", "request_id", "serial")
 
-    def __init__(self, request_id: str, serial: int) -> None:
+    def __init__(self, request_id: RequestId, serial: int) -> None:
+        """Start without a complete block."""
         self.request_id = request_id
         self.serial = serial
         self.full = 0
-        """Blocks at the front whose KV is complete."""
         self.cursor = 0
-        """The search for a private resident full block goes on at this index."""
-        self.due = inf
-        """The first step in which its last block can be complete, once that is expected."""
-        self.progress: Any = None
-        """vLLM's request, from then on."""
         self.listed = False
-        """Whether such a block may stand at the cursor or after it."""
+        self.due = inf
+        self.progress: Progress | None = None
 
 
 class Victim(NamedTuple):
-    """A block to demote: where it stands in the table of one of its users."""
+    """A block to demote, and where it stands in the table of one of its users."""
 
-    request_id: str
+    request_id: RequestId
     index: int  # type: ignore[assignment]  # the word for it, over tuple.index
-    block: Any
+    block: Block
 
 
 class Victims:
@@ -47,13 +56,13 @@ class Victims:
     average, however many requests there are.
 
     Attributes:
-        holders: by request, in the order of admission.
-        full: by resident id, whether the block is in use and its KV complete.
+        holders: Requests that hold blocks, by id, in the order of admission.
+        full: Whether a resident block is in use and its KV complete, by block id.
     """
 
-    def __init__(self, tables: Mapping[str, list[Any]], resident_blocks: int) -> None:
-        """Start without requests; ``tables`` are the blocks of each request."""
-        self.holders: dict[str, Holder] = {}
+    def __init__(self, tables: Mapping[RequestId, Table], resident_blocks: int) -> None:
+        """Start without requests; ``tables`` holds the blocks of each request."""
+        self.holders: dict[RequestId, Holder] = {}
         self.full = bytearray(resident_blocks)
         self._tables = tables
         self._boundary = resident_blocks
@@ -61,7 +70,7 @@ class Victims:
         self._listed: list[int] = []
         self._by_serial: dict[int, Holder] = {}
 
-    def admit(self, request_id: str, hits: int) -> None:
+    def admit(self, request_id: RequestId, hits: int) -> None:
         """A request gets its first blocks, ``hits`` of them full; no change if known."""
         if request_id not in self.holders:
             self._serial += 1
@@ -70,7 +79,7 @@ class Victims:
             holder.full = hits
             self.offer(holder)
 
-    def forget(self, request_id: str) -> bool:
+    def forget(self, request_id: RequestId) -> bool:
         """A request gives its blocks back; returns whether it was known."""
         holder = self.holders.pop(request_id, None)
         if holder is None:
@@ -86,14 +95,14 @@ class Victims:
             holder.listed = True
             insort(self._listed, holder.serial)
 
-    def offer_from(self, request_id: str, index: int) -> None:
+    def offer_from(self, request_id: RequestId, index: int) -> None:
         """Block ``index`` of a request is resident, full and in use."""
         holder = self.holders[request_id]
         if index < holder.cursor:
             holder.cursor = index
         self.offer(holder)
 
-    def _demotable(self, block: Any) -> bool:
+    def _demotable(self, block: Block) -> bool:
         block_id = block.block_id
         return block_id < self._boundary and bool(self.full[block_id])
 
@@ -115,7 +124,7 @@ class Victims:
         return None
 
     def rest(self) -> Iterator[Victim]:
-        """What ``private`` passed over: blocks private by now, then shared ones.
+        """Blocks that ``private`` passed over: those private by now, then shared ones.
 
         Costs a pass over the tables. Each block may be demoted when it is yielded.
         """
@@ -126,7 +135,7 @@ class Victims:
                     if self._demotable(block) and (shared or block.ref_cnt == 1):
                         yield Victim(request_id, index, block)
 
-    def users(self, index: int, block: Any) -> list[str]:
+    def users(self, index: int, block: Block) -> list[RequestId]:
         """Requests that hold a block; a shared prefix has one index in all."""
         return [
             request_id

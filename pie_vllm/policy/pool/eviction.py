@@ -1,73 +1,61 @@
-"""Which parked block goes first: what a policy is told and what it answers."""
+"""Which parked block goes first: the one that nobody has used for longest."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections import OrderedDict
+from collections.abc import Hashable, ItemsView
+from typing import Generic, TypeVar
 
-from pie_vllm.policy.pool.chains import NO_CHAIN, Chains
+K = TypeVar("K", bound=Hashable)
+
+POLICIES = ("lru",)
+"""Names of the policies of eviction that a user may choose from."""
 
 
-class Eviction(ABC):
-    """The order of the parked rows, and the structure that keeps it.
+class LeastRecentlyUsed(Generic[K]):
+    """Keys with the row of each, least recently used first.
 
-    A row is *in order* (it may be chosen), *held* (parked, may not be chosen
-    now) or unknown. All calls cost constant time, whatever is parked.
+    A call costs constant time, whatever is parked, except for one addition in about as many as
+    there are keys: it lays the hash table out anew, which takes 0.2 to 0.4 us for each key. About
+    120 bytes for each entry; the key comes on top.
     """
 
-    def __init__(self, capacity_rows: int, chains: int) -> None:
-        """Start without rows; ``chains`` are the lists that the order is made of."""
-        self.rows = Chains(capacity_rows, chains)
+    def __init__(self) -> None:
+        """Start empty."""
+        self._rows: OrderedDict[K, int] = OrderedDict()
 
-    @abstractmethod
-    def park(self, row: int, key: Hashable) -> None:
-        """The KV of ``key`` came to be parked in an unknown row: it is in order now."""
+    def __len__(self) -> int:
+        """Number of keys."""
+        return len(self._rows)
 
-    @abstractmethod
-    def use(self, row: int) -> None:
-        """A row in order was used and stays."""
+    def row_of(self, key: K) -> int | None:
+        """The row of a key, or None; changes nothing."""
+        return self._rows.get(key)
 
-    @abstractmethod
-    def use_held(self, row: int) -> None:
-        """As ``use``, for a held row: it counts when the row is released."""
+    def items(self) -> ItemsView[K, int]:
+        """All keys with their rows, least recently used first."""
+        return self._rows.items()
 
-    @abstractmethod
-    def take(self, row: int, key: Hashable) -> None:
-        """A row in order was used and leaves; ``key`` may be parked again."""
+    def add(self, key: K, row: int) -> None:
+        """Put in a key that is not here, as the one used last."""
+        self._rows[key] = row
 
-    @abstractmethod
-    def choose(self) -> int:
-        """The row in order that is worth least; -1 when there is none. Changes nothing."""
+    def use(self, key: K) -> bool:
+        """Make a key the one used last; False where it is not here."""
+        try:
+            self._rows.move_to_end(key)
+        except KeyError:
+            return False
+        return True
 
-    @abstractmethod
-    def evict(self, row: int, key: Hashable) -> None:
-        """The row chosen leaves, because its room is needed."""
+    def remove(self, key: K) -> int | None:
+        """Take out a key; returns its row, or None where it is not here."""
+        return self._rows.pop(key, None)
 
-    @abstractmethod
-    def hold(self, row: int) -> None:
-        """A row in order is not to be chosen until ``release``."""
+    def evict(self) -> tuple[K, int] | None:
+        """Take out the least recently used key, with its row; None where there is none."""
+        return self._rows.popitem(last=False) if self._rows else None
 
-    @abstractmethod
-    def release(self, row: int) -> None:
-        """A held row is in order again, as young as one just used."""
-
-    @abstractmethod
     def clear(self) -> None:
-        """Forget all, what was seen before too; no row is held."""
-
-    def drop(self, row: int) -> None:
-        """A row in order leaves for reasons that say nothing about its worth."""
-        self.rows.remove(row)
-
-    def in_order(self, row: int) -> bool:
-        """Whether a row may be chosen."""
-        return self.rows.chain[row] != NO_CHAIN
-
-    @property
-    def num_in_order(self) -> int:
-        """How many rows may be chosen."""
-        return sum(self.rows.length)
-
-    def check_integrity(self) -> None:
-        """Raise IntegrityError unless the structure is sound."""
-        self.rows.check_integrity()
+        """Take out all."""
+        self._rows.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from heapq import heapify, heappop, heappush
 
 from pie_vllm.errors import IntegrityError
+from pie_vllm.policy.block import BlockId, Row
 
 _FREE, _POOLED, _PARKED = range(3)
 
@@ -39,7 +40,7 @@ class RowLedger:
         self._free = list(range(rows))
         heapify(self._free)
         self._taken = bytearray(rows)
-        self._row_of: dict[int, int] = {}
+        self._row_of: dict[int, Row] = {}
         self.num_parked = 0
 
     @property
@@ -61,7 +62,7 @@ class RowLedger:
         self._chunks_held = held
         return held
 
-    def row_of(self, block: int) -> int:
+    def row_of(self, block: BlockId) -> Row:
         """The row of a pooled id. Raises KeyError when it has none."""
         return self._row_of[block]
 
@@ -82,7 +83,7 @@ class RowLedger:
                 raise IntegrityError("no free row: more pooled ids are in use than rows may be")
             row = lowest
         self._mark(row, _POOLED)
-        self._row_of[block] = row
+        self._row_of[block] = Row(row)
         return row
 
     def release(self, block: int) -> int:
@@ -112,7 +113,7 @@ class RowLedger:
         self._check_parked(row)
         self._taken[row] = _POOLED
         self.num_parked -= 1
-        self._row_of[block] = row
+        self._row_of[block] = Row(row)
 
     def free_parked(self, row: int) -> None:
         """A parked row is free."""

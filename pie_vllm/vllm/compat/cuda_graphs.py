@@ -1,8 +1,9 @@
-"""What depends on vLLM's CUDA graphs: steps that copy KV must run the gates' Python.
+"""vLLM's CUDA graphs: steps that copy KV must run the gates' Python.
 
-A FULL graph replays without Python, so no gate would run; unless its capture passed
-them and the engine is told of each replay (``graphs.py``). Read in vLLM 0.32.0;
-checked as everything in ``patching``.
+A FULL graph replays without Python, so no gate runs, unless its capture passed them and the engine
+is told of each replay (``worker_side/full_graphs.py``).
+
+Read in vLLM 0.32.0 and 0.33.0; as in ``patching``, each line relied on is checked.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from typing import Any
 from vllm.config import CUDAGraphMode
 
 from pie_vllm.errors import UnsupportedError
-from pie_vllm.vllm.compat import model_runner, patching
+from pie_vllm.vllm.compat import model_runner
+from pie_vllm.vllm.compat.patching import expect
 
 
 def veto_full_graphs(runner: Any, vetoed: Callable[[], bool]) -> None:
-    """Keep FULL graphs from batches for which ``vetoed()`` holds; they run piecewise.
+    """Keep FULL graphs from batches for which ``vetoed()`` holds; these run piecewise.
 
-    All other batches are dispatched as vLLM does. Call it once the runner has
-    its KV cache: the V2 runner makes its graph manager with it.
+    All other batches are dispatched as in vLLM. The runner must have its KV cache: the V2 runner
+    makes its graph manager with it.
     """
     if model_runner.is_v2(runner):
         manager = runner.cudagraph_manager
@@ -31,12 +33,12 @@ def veto_full_graphs(runner: Any, vetoed: Callable[[], bool]) -> None:
 
 
 def _veto_v1(dispatcher: Any, vetoed: Callable[[], bool]) -> Callable[..., Any]:
-    """By ``invalid_modes``, vLLM's own way to exclude a mode for a batch.
+    """Veto by ``invalid_modes``, vLLM's own way to exclude a mode for a batch.
 
     Relies on ``allowed_modes -= invalid_modes``, v1/cudagraph_dispatcher.py:269, and on every
     graph of the runner coming from ``dispatch``: v1/worker/gpu_model_runner.py:3763.
     """
-    patching.expect(type(dispatcher).dispatch, "allowed_modes -= invalid_modes")
+    expect(type(dispatcher).dispatch, "allowed_modes -= invalid_modes")
     dispatch = dispatcher.dispatch
 
     def without_full(*args: Any, invalid_modes: Any = None, **kwargs: Any) -> Any:
@@ -48,7 +50,7 @@ def _veto_v1(dispatcher: Any, vetoed: Callable[[], bool]) -> Callable[..., Any]:
 
 
 def _veto_v2(manager: Any, vetoed: Callable[[], bool]) -> Callable[..., Any]:
-    """By asking as for a batch that is no uniform decode and of no known query length.
+    """Veto by asking for a graph as if the batch mixed prompts and decodes of any length.
 
     A FULL graph of a mode with a separate routine for decodes names one of the
     two, and then serves no such batch; a PIECEWISE graph names neither. Relies on
@@ -57,19 +59,19 @@ def _veto_v2(manager: Any, vetoed: Callable[[], bool]) -> Callable[..., Any]:
     """
     from vllm.v1.worker.gpu import cudagraph_utils, dp_utils
 
-    patching.expect(
+    expect(
         cudagraph_utils._is_compatible,
         "desc.uniform_token_count is None\n"
         "            or desc.uniform_token_count == uniform_token_count",
         "desc.max_query_len is None\n"
         "            or (max_query_len is not None and desc.max_query_len >= max_query_len)",
     )
-    patching.expect(
+    expect(
         type(manager)._init_candidates,
         "uniform_token_count=decode_query_len,",
         "max_query_len=self.decode_query_len,",
     )
-    patching.expect(dp_utils.dispatch_cg_and_sync_dp, "batch_desc = cudagraph_manager.dispatch(")
+    expect(dp_utils.dispatch_cg_and_sync_dp, "batch_desc = cudagraph_manager.dispatch(")
     dispatch = manager.dispatch
 
     def without_full(
@@ -111,14 +113,12 @@ def full_graphs(runner: Any) -> list[Any]:
     if model_runner.is_v2(runner):
         from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
-        patching.expect(CudaGraphManager.capture, "self.graphs[desc] = graph")
-        patching.expect(CudaGraphManager.run_fullgraph, "self.graphs[desc].replay()")
+        expect(CudaGraphManager.capture, "self.graphs[desc] = graph")
+        expect(CudaGraphManager.run_fullgraph, "self.graphs[desc].replay()")
         return list(runner.cudagraph_manager.graphs.values())
     from vllm.compilation.cuda_graph import CUDAGraphWrapper
 
-    patching.expect(
-        CUDAGraphWrapper.__call__, "entry.cudagraph = cudagraph", "entry.cudagraph.replay()"
-    )
+    expect(CUDAGraphWrapper.__call__, "entry.cudagraph = cudagraph", "entry.cudagraph.replay()")
     wrapper = runner.model
     if not isinstance(wrapper, CUDAGraphWrapper) or wrapper.runtime_mode != CUDAGraphMode.FULL:
         return []
@@ -156,7 +156,7 @@ def _announced(base: type[Any]) -> type[Any]:
 
 
 def graph_mode(runner: Any) -> Any:
-    """The mode that vLLM ended up with, which depends on the attention backend.
+    """The ``CUDAGraphMode`` that vLLM ended up with, which depends on the attention backend.
 
     Relies on ``resolve_cudagraph_mode_and_sizes``' result reaching
     ``ModelCudaGraphManager``, v1/worker/gpu/model_runner.py:720, and

@@ -1,4 +1,4 @@
-"""Patches of vLLM's engine core and scheduler: pie's own parts in place of vLLM's.
+"""vLLM's engine core and scheduler, patched to build pie's parts in place of their own.
 
 Read in vLLM 0.32.0 and 0.33.0; as in ``patching``, each line relied on is checked.
 """
@@ -46,7 +46,7 @@ def after_kv_caches(
 ) -> None:
     """Call ``then(engine_core, vllm_config)`` once the workers have their KV caches.
 
-    And ``first(vllm_config)`` before they get them.
+    ``first(vllm_config)`` is called before they get them.
 
     The scheduler needs the sizes that the workers chose; vLLM hands it the
     number of blocks only. Relies on ``kv_cache_config = self._initialize_kv_caches(

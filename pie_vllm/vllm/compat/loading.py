@@ -1,4 +1,4 @@
-"""What waits until vLLM itself imports one of its modules, so that nothing is imported for it."""
+"""Functions that wait until vLLM itself imports a module, so that pie imports nothing for them."""
 
 from __future__ import annotations
 

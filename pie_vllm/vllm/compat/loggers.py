@@ -1,4 +1,4 @@
-"""Patches of vLLM's statistics: pie's numbers on their way to the front end.
+"""vLLM's statistics, which carry pie's numbers to the front end.
 
 Read in vLLM 0.32.0 and 0.33.0; as in ``patching``, each line relied on is checked.
 """

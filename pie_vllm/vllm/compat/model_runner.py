@@ -1,4 +1,4 @@
-"""Picks what fits a model runner: vLLM has two, V1 and V2."""
+"""vLLM's model runners: picks the module that knows the one at hand, V1 or V2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pie_vllm.vllm.compat import runner_v1
 
 
 def is_v2(runner: Any) -> bool:
-    """Whether a model runner is vLLM's V2 one; its request slots are ``req_states``.
+    """Whether a model runner is vLLM's V2 runner, whose request slots are ``req_states``.
 
     Relies on v1/worker/gpu/model_runner.py:323; the V1 runner has ``input_batch`` in its place.
     """
@@ -54,8 +54,8 @@ def relabel_rows(runner: Any, relabels: Any) -> None:
 def forward_seconds(runner: Any, tokens: int) -> float:
     """Seconds of a forward pass over so many tokens, without attention.
 
-    Of requests that decode, as many as there are tokens, up to ``--max-num-seqs``. The least of
-    three passes, of which the first warms up, before there is a KV cache.
+    The tokens are those of as many decoding requests, up to ``--max-num-seqs``. The result is the
+    shortest of three passes, the first of which warms up. There is no KV cache yet.
     """
     one_pass: Callable[[int], float] = of(runner).forward_pass(runner)
     return min(one_pass(tokens) for _ in range(3))

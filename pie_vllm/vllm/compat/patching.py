@@ -45,7 +45,7 @@ def expect(obj: Any, *fragments: str) -> None:
 
 
 def expect_in_order(obj: Any, *fragments: str) -> None:
-    """As ``expect``, where each fragment comes after the one before; others may stand between."""
+    """Raise UnsupportedError unless the source of ``obj`` has these fragments in this order."""
     source, end = inspect.getsource(obj), 0
     for fragment in fragments:
         begin = source.find(fragment, end)
@@ -62,7 +62,7 @@ _classes: dict[tuple[type, str], type] = {}
 
 
 def call_before(target: Any, name: str, then: Callable[..., None]) -> None:
-    """Have ``then`` called with the arguments of a method of one object, before each call of it.
+    """Call ``then`` with the arguments of one object's method before each call of that method.
 
     The object's class becomes a subclass, as for ``gate.install``: whoever looks the method up
     finds it, and calls of the base class are not touched.

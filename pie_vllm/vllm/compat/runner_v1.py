@@ -1,4 +1,4 @@
-"""What depends on vLLM's V1 model runner (v1/worker/gpu_model_runner.py).
+"""vLLM's V1 model runner (v1/worker/gpu_model_runner.py).
 
 Read in vLLM 0.32.0 and 0.33.0; as in ``patching``, each line relied on is checked.
 """
@@ -61,7 +61,7 @@ def relabel_rows(runner: Any, relabels: Any) -> None:
 
 
 def forward_pass(runner: Any) -> Callable[[int], float]:
-    """As ``runner.forward_seconds``, one pass of the V1 runner.
+    """A function that times one pass of the V1 runner, for ``model_runner.forward_seconds``.
 
     Relies on ``_dummy_run`` as ``profile_run`` calls it, v1/worker/gpu_model_runner.py:6193, and on
     ``compute_logits`` of what it returns, 5942 there.

@@ -1,7 +1,7 @@
-"""What depends on vLLM's V2 model runner, the default on CUDA (v1/worker/gpu/model_runner.py).
+"""vLLM's V2 model runner, the default on CUDA (v1/worker/gpu/model_runner.py).
 
-Read in vLLM 0.32.0 and 0.33.0; checked as everything in ``patching``, which
-chooses between this and the V1 runner. Imported only where a V2 runner is.
+Read in vLLM 0.32.0 and 0.33.0; as in ``patching``, each line relied on is checked. Only
+``model_runner`` imports this module, where a V2 runner is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pie_vllm.errors import UnsupportedError
-from pie_vllm.vllm.compat import patching
+from pie_vllm.vllm.compat.patching import call_before, expect, expect_in_order, swapped
 
 
 def own_allocation(allocate: Callable[..., Any]) -> AbstractContextManager[None]:
@@ -27,23 +27,24 @@ def own_allocation(allocate: Callable[..., Any]) -> AbstractContextManager[None]
     from vllm.v1.worker.gpu import attn_utils as module
 
     line = "kv_caches = allocate_kv_cache("
-    return patching.swapped(module, "allocate_kv_cache", allocate, module.init_kv_cache, line)
+    return swapped(module, "allocate_kv_cache", allocate, module.init_kv_cache, line)
 
 
 def before_inputs(runner: Any, then: Callable[[Any], None]) -> None:
     """Call ``then(scheduler_output)`` when the V2 runner updates its states.
 
-    After requests that are done gave back their slots and new ones took theirs, before the block
-    tables' staged writes are applied, whatever else stands between (0.33 updates the encoder's
-    inputs there). Relies on these three in ``execute_model``, v1/worker/gpu/model_runner.py:1735.
+    Finished requests have given back their slots by then and new ones have taken theirs; the block
+    tables' staged writes are applied afterwards, whatever else stands between (0.33 updates the
+    encoder's inputs there). Relies on these three calls in ``execute_model``,
+    v1/worker/gpu/model_runner.py:1735.
     """
-    patching.expect_in_order(
+    expect_in_order(
         type(runner).execute_model,
         "self.add_requests(scheduler_output)",
         "self.update_requests(scheduler_output)",
         "self.block_tables.apply_staged_writes()",
     )
-    patching.call_before(runner, "update_requests", then)
+    call_before(runner, "update_requests", then)
 
 
 def relabel_rows(runner: Any, relabels: Any) -> None:
@@ -74,18 +75,18 @@ def relabel_rows(runner: Any, relabels: Any) -> None:
 
 
 def forward_pass(runner: Any) -> Callable[[int], float]:
-    """As ``model_runner.forward_seconds``, one pass of the V2 runner.
+    """A function that times one pass of the V2 runner, for ``model_runner.forward_seconds``.
 
     Relies on ``_dummy_run`` as ``profile_run`` calls it, v1/worker/gpu/model_runner.py:1004,
     and on ``compute_logits`` of what it returns, :971.
     """
-    patching.expect(
+    expect(
         type(runner).profile_run,
         "hidden_states, sample_hidden_states = self._dummy_run(",
         "skip_attn=True,\n            is_profile=True,",
         "torch.accelerator.synchronize()",
     )
-    patching.expect(type(runner)._dummy_sampler_run, "self.model.compute_logits(hidden_states)")
+    expect(type(runner)._dummy_sampler_run, "self.model.compute_logits(hidden_states)")
 
     def seconds(tokens: int) -> float:
         start = perf_counter()

@@ -1,6 +1,6 @@
-"""Where vLLM says that weights or adapters changed.
+"""vLLM's calls that change weights or adapters.
 
-Read in vLLM 0.32.0 and 0.33.0; as in ``compat``, each line relied on is checked.
+Read in vLLM 0.32.0 and 0.33.0; as in ``patching``, each line relied on is checked.
 """
 
 from __future__ import annotations

@@ -9,12 +9,12 @@ from pie_vllm.policy.admission.lookup import ParkedHits
 from pie_vllm.vllm.scheduler_side.metrics import Hits
 
 
-class Admissions:
+class HitCounts:
     """Counts since the start.
 
     Attributes:
-        hits: blocks found in the prefix cache.
-        recomputed_tokens: that preempted requests had computed before, and compute again.
+        hits: Number of blocks found in the prefix cache, by the place of their KV.
+        recomputed_tokens: Number of tokens that preempted requests computed again.
     """
 
     def __init__(self, boundary: int) -> None:

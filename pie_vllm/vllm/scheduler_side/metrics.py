@@ -1,4 +1,4 @@
-"""Counters of the engine and the tiers: as a log line, for the front end, for Python users."""
+"""Counters of the transfer engine and of both tiers: log line, front end, Python users."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from vllm.logger import init_logger
 
 from pie_vllm.geometry import Geometry
+from pie_vllm.plan import Totals
 from pie_vllm.policy.admission.waits import HeadWaits
 from pie_vllm.policy.control.detector import Detector
 from pie_vllm.policy.placement.residency import Residency
@@ -16,42 +17,17 @@ from pie_vllm.policy.placement.residency import Residency
 logger = init_logger("vllm.pie")
 
 LOG_SECONDS = 10.0
-
-
-class Totals(NamedTuple):
-    """Sums over all steps since the start.
-
-    Attributes:
-        steps: steps that had a plan.
-        bytes_loaded: from the CPU pool to the device, promotions included.
-        bytes_stored: from the device to the CPU pool.
-        load_seconds, store_seconds: time that the link was busy.
-        stall_seconds: time that the compute waited for a copy; on a GPU it is measured in
-            some steps, which stand for those before them.
-        gates: layers that passed their gate.
-        pooled_peak: most pooled blocks in use in a step.
-        bytes_finished: the part of ``bytes_loaded`` that ``load_seconds`` is of.
-        stall_step: number of the newest step whose stall is known; -1 is none.
-        step_stall: stall of that step, in seconds.
-        graph_steps: steps with a plan that ran in a FULL graph, copies inside.
-    """
-
-    steps: int = 0
-    bytes_loaded: int = 0
-    bytes_stored: int = 0
-    load_seconds: float = 0.0
-    store_seconds: float = 0.0
-    stall_seconds: float = 0.0
-    gates: int = 0
-    pooled_peak: int = 0
-    bytes_finished: int = 0
-    stall_step: int = -1
-    step_stall: float = 0.0
-    graph_steps: int = 0
+"""Least time between two lines of totals, in seconds."""
 
 
 class Hits(NamedTuple):
-    """Blocks that requests found in the prefix cache, by where their KV was."""
+    """Blocks that requests found in the prefix cache, by the place of their KV.
+
+    Attributes:
+        resident: number of blocks found in device memory.
+        pooled: number of blocks found that were pooled.
+        parked: number of blocks found parked in CPU memory.
+    """
 
     resident: int = 0
     pooled: int = 0
@@ -59,20 +35,20 @@ class Hits(NamedTuple):
 
 
 class Control(NamedTuple):
-    """What was decided for the last step, and what it led to.
+    """The decision of the last step, and the scheduler's own sums since the start.
 
     Attributes:
-        limit: pooled blocks in use beyond which nobody is admitted.
-        budget: blocks that the step may load.
-        bandwidth: of the link to the device, bytes per second; 0 while unknown.
-        left_out: requests left out of steps since the start; one may count often.
-        pool_chunks: of the pool that the worker holds.
-        streaming_seconds: of all steps that loaded KV.
-        slowed_seconds: by which loads slowed the compute beside them, as estimated.
-        recomputed_tokens: that preempted requests computed again.
-        hits: of the prefix cache, since the start.
-        head_waits: steps in which the head of the queue was passed over, by reason.
-        failed_copies: steps in which a copy failed, since the start.
+        limit: number of pooled blocks in use above which no waiting request is admitted.
+        budget: maximum number of pooled blocks that the step may load.
+        bandwidth: bytes per second from CPU memory to the device; 0 while unknown.
+        left_out: number of times that a running request was left out of a step.
+        pool_chunks: number of chunks of the pool that the worker holds.
+        streaming_seconds: duration of all steps that loaded KV, in seconds.
+        slowed_seconds: estimated seconds by which loads slowed the compute beside them.
+        recomputed_tokens: number of tokens that preempted requests computed again.
+        hits: prefix-cache hits, in blocks.
+        head_waits: number of steps in which the head of the queue was passed over, by reason.
+        failed_copies: number of steps in which a copy failed.
     """
 
     limit: int
@@ -89,20 +65,21 @@ class Control(NamedTuple):
 
 
 MICROSECONDS = 1e6
+"""Microseconds in a second: times travel as whole microseconds."""
 
 HEAD_WAITS = "pie_head_waits"
-"""Name of the counter by reason, which travels as ``name:reason``."""
+"""Name of the counter by reason; each reason travels under the name ``name:reason``."""
 
 
 class Report:
-    """What the front end has not been told yet, as whole numbers.
+    """What the front end has not been told yet, in whole numbers.
 
-    Each report of vLLM's scheduler reaches one front-end process only, so counters travel as
-    increments, and add up over the processes. Names are those in ``prometheus.py``.
+    Each report of vLLM's scheduler reaches only one front-end process. Counters therefore travel
+    as increments, which add up over the processes. ``prometheus.py`` has the names.
     """
 
     def __init__(self, geometry: Geometry) -> None:
-        """Nothing has been told; the first report has the sizes."""
+        """Start with nothing told; the first report carries the sizes."""
         self._counters: dict[str, int] = {}
         self._gauges: dict[str, int] = {}
         self._sizes = {
@@ -115,11 +92,20 @@ class Report:
         self._geometry = geometry
 
     def changes(self, totals: Totals, residency: Residency, control: Control) -> dict[str, int]:
-        """Increments of counters and new values of gauges since the last call."""
+        """Increments of counters and new values of gauges since the last call.
+
+        Args:
+            totals: the worker's newest sums.
+            residency: the state of both tiers.
+            control: the newest decision and the scheduler's sums.
+
+        Returns:
+            Value by name; times in microseconds. It is empty when nothing changed.
+        """
         gauges = {
             "pie_resident_blocks_used": residency.residents_in_use,
             "pie_pooled_blocks_used": residency.pooled_in_use,
-            "pie_pooled_blocks_read": residency.reading.num_blocks,
+            "pie_pooled_blocks_read": residency.read_set.num_blocks,
             "pie_admission_limit_blocks": control.limit,
             "pie_step_budget_blocks": control.budget,
             "pie_link_bytes_per_second": control.bandwidth,
@@ -163,14 +149,14 @@ class Report:
 
 
 class StepLog:
-    """Writes one line of totals every few seconds while steps stream.
+    """Writes one line of totals every ``LOG_SECONDS`` while steps copy KV.
 
     Attributes:
-        totals: the newest.
+        totals: the worker's newest sums.
     """
 
     def __init__(self, residency: Residency, detector: Detector, waits: HeadWaits) -> None:
-        """Nothing has happened."""
+        """Start the clock of the first line."""
         self._residency = residency
         self._detector = detector
         self._waits = waits
@@ -178,13 +164,13 @@ class StepLog:
         self.totals = self._told = Totals()
 
     def record(self, totals: Totals) -> None:
-        """Note the newest totals; write when due."""
+        """Note the newest totals, and write them when a line is due."""
         self.totals = totals
         if time.monotonic() >= self._due:
             self.write()
 
     def write(self) -> None:
-        """Write the line, unless nothing happened since the last one."""
+        """Write the line, unless nothing has happened since the last one."""
         self._due = time.monotonic() + LOG_SECONDS
         totals, residency = self.totals, self._residency
         if totals == self._told:
@@ -218,11 +204,11 @@ def counters(llm: Any) -> dict[str, Any]:
     """Totals and sizes of the first worker of a ``vllm.LLM`` that uses pie.
 
     Returns:
-        The fields of Totals, and of the geometry ``resident_blocks``,
-        ``pooled_blocks``, ``ring_slots``, ``ring_bytes``, ``host_bytes`` (what
-        the pool may hold; ``pool_bytes`` is what it holds), ``device_bytes``,
-        ``idle_cost_blocks``, ``page_bytes``, ``num_layers``, ``rows``. Further
-        ``pool_refused``: how often memory for the pool could not be had;
-        ``pool_table_bytes``: device memory that is kept for page tables of the pool.
+        The fields of Totals; the sizes ``resident_blocks``, ``pooled_blocks``, ``ring_slots``,
+        ``ring_bytes``, ``host_bytes`` (maximum of the pool), ``device_bytes``,
+        ``idle_cost_blocks``, ``page_bytes``, ``num_layers`` and ``rows``; ``pool_bytes``, the
+        bytes that the pool holds; ``pool_refused``, the number of times that memory for the pool
+        could not be had; ``pool_table_bytes``, the device memory reserved for page tables of the
+        pool.
     """
     return dict(llm.collective_rpc("pie_counters")[0])

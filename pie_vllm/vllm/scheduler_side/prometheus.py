@@ -10,66 +10,71 @@ from pie_vllm.vllm.compat import loggers
 from pie_vllm.vllm.scheduler_side.metrics import HEAD_WAITS, MICROSECONDS
 
 GAUGES = {
-    "pie_resident_blocks": "KV cache blocks in device memory, the null block included.",
-    "pie_resident_blocks_used": "Resident blocks that requests use.",
-    "pie_pooled_blocks": "KV cache blocks that can be pooled in CPU memory at once.",
-    "pie_pooled_blocks_used": "Pooled blocks that requests use.",
+    "pie_resident_blocks": "KV blocks in device memory, vLLM's null block included.",
+    "pie_resident_blocks_used": "Resident blocks in use by requests.",
+    "pie_pooled_blocks": "Maximum number of KV blocks pooled in CPU memory at once.",
+    "pie_pooled_blocks_used": "Pooled blocks in use by requests.",
     "pie_pooled_blocks_read": "Pooled blocks that the last step read through the ring.",
-    "pie_admission_limit_blocks": "Pooled blocks in use beyond which no request is admitted.",
-    "pie_step_budget_blocks": "Pooled blocks that the last step was allowed to read.",
-    "pie_link_bytes_per_second": "Speed of the link to the device as measured; 0 while unknown.",
-    "pie_capacity_gained_blocks": "Blocks of both tiers beyond those that the device's memory "
-    "would hold without pie.",
+    "pie_admission_limit_blocks": "Pooled blocks in use above which no waiting request is "
+    "admitted.",
+    "pie_step_budget_blocks": "Maximum number of pooled blocks that the last step could read.",
+    "pie_link_bytes_per_second": "Measured bandwidth from CPU memory to the device, in bytes per "
+    "second; 0 while unknown.",
+    "pie_capacity_gained_blocks": "Blocks of both tiers beyond the number that the same device "
+    "memory holds without pie.",
     "pie_ring_bytes": "Device memory of the ring, in bytes.",
-    "pie_parked_blocks": "Full blocks in CPU memory that no request uses, to be copied back when "
-    "one asks for them.",
-    "pie_pool_bytes": "CPU memory that the pool holds now, in bytes.",
-    "pie_pool_ceiling_bytes": "CPU memory that the pool may hold, in bytes.",
+    "pie_parked_blocks": "Full blocks kept in CPU memory that no request uses; a prefix hit copies "
+    "them back.",
+    "pie_pool_bytes": "CPU memory held by the pool, in bytes.",
+    "pie_pool_ceiling_bytes": "Maximum CPU memory of the pool, in bytes.",
 }
-"""Name as it travels, without ``vllm:``: documentation."""
+"""Help text of each gauge, by its name without the prefix ``vllm:``."""
 
 COUNTERS = {
-    "pie_streaming_steps": "Engine steps that moved KV.",
-    "pie_graph_steps": "Engine steps that moved KV and ran in a FULL CUDA graph.",
-    "pie_loaded_bytes": "KV copied from the CPU pool, in bytes.",
-    "pie_stored_bytes": "KV copied to the CPU pool, in bytes.",
-    "pie_load_seconds": "Time the link was busy loading, in seconds.",
-    "pie_store_seconds": "Time the link was busy storing, in seconds.",
-    "pie_stall_seconds": "Time the compute waited for KV, in seconds.",
-    "pie_streaming_seconds": "Time of engine steps that loaded KV, in seconds.",
-    "pie_slowed_seconds": "Time by which copies slowed the compute beside them, as estimated, in "
+    "pie_streaming_steps": "Engine steps that copied KV.",
+    "pie_graph_steps": "Engine steps that copied KV inside a FULL CUDA graph.",
+    "pie_loaded_bytes": "KV copied from CPU memory to the device, in bytes.",
+    "pie_stored_bytes": "KV copied from the device to CPU memory, in bytes.",
+    "pie_load_seconds": "Time during which the link was busy loading, in seconds.",
+    "pie_store_seconds": "Time during which the link was busy storing, in seconds.",
+    "pie_stall_seconds": "Time during which the compute waited for KV, in seconds.",
+    "pie_streaming_seconds": "Duration of all engine steps that loaded KV, in seconds.",
+    "pie_slowed_seconds": "Estimated time by which copies slowed the compute beside them, in "
     "seconds.",
-    "pie_demoted_blocks": "Blocks moved from the device to the pool.",
-    "pie_promoted_blocks": "Blocks moved back to the device for good.",
+    "pie_demoted_blocks": "Blocks moved from device memory to the pool.",
+    "pie_promoted_blocks": "Blocks moved from the pool back to device memory.",
     "pie_left_out_requests": "Running requests left out of a step because the link could not "
-    "feed them.",
+    "feed them; a request counts once for each such step.",
     "pie_recomputed_tokens": "Tokens that preempted requests computed again.",
-    "pie_parked_stores": "Blocks stored to CPU memory to be found there once their place has "
-    "another use.",
-    "pie_parked_ahead": "Of the blocks stored so, those stored before their place was wanted.",
-    "pie_parked_losses": "Cached blocks whose KV was not kept when their place got another use.",
-    "pie_restored_blocks": "Blocks copied back to the device for requests that asked for them.",
+    "pie_parked_stores": "Blocks stored to CPU memory so that they outlive the reuse of their "
+    "page.",
+    "pie_parked_ahead": "Part of pie_parked_stores: blocks stored before their page was needed.",
+    "pie_parked_losses": "Cached blocks whose KV was dropped when their page was reused.",
+    "pie_restored_blocks": "Blocks copied back to device memory for requests that asked for them.",
     "pie_resident_hits": "Blocks found in the prefix cache in device memory.",
     "pie_pooled_hits": "Blocks found in the prefix cache that were pooled.",
     "pie_parked_hits": "Blocks found in the prefix cache that were parked in CPU memory.",
-    "pie_failed_copies": "Engine steps in which a copy of KV failed; the requests concerned were "
-    "computed again.",
+    "pie_failed_copies": "Engine steps in which a copy of KV failed; the requests concerned "
+    "computed it again.",
 }
-"""As GAUGES. Increments travel; those of seconds as whole microseconds."""
+"""Help text of each counter, by its name without ``vllm:`` and ``_total``.
+
+Counters travel as increments, those of seconds in whole microseconds.
+"""
 
 BY_REASON = {
-    HEAD_WAITS: "Engine steps in which the first waiting request was passed over, by what kept it: "
+    HEAD_WAITS: "Engine steps in which the first waiting request was passed over, by reason. "
     + "; ".join(f"{reason}: {text}" for reason, text in REASONS.items())
     + ".",
 }
-"""As COUNTERS, with a label ``reason``."""
+"""Help text of each counter that has the further label ``reason``; named as in COUNTERS."""
 
 
 class PieMetrics:
-    """The gauges and counters of one PrometheusStatLogger."""
+    """Pie's gauges and counters beside those of one PrometheusStatLogger."""
 
     def __init__(self, logger: Any) -> None:
-        """Register them beside those of ``logger``, with its classes and labels."""
+        """Register all metrics with the metric classes and the labels of ``logger``."""
         labels = ["model_name", "engine"]
         values = logger.per_engine_labelvalues
         self._gauges = {}
@@ -97,7 +102,12 @@ class PieMetrics:
                 }
 
     def record(self, carried: dict[str, int], engine: int) -> None:
-        """Take pie's numbers out of ``carried``, and note them for an engine."""
+        """Move pie's numbers out of ``carried`` into the metrics of one engine.
+
+        Args:
+            carried: what the scheduler sent; loses its entries that begin with ``pie_``.
+            engine: index of the engine.
+        """
         for name in [name for name in carried if name.startswith("pie_")]:
             value = carried.pop(name)
             if name in self._gauges:

@@ -53,7 +53,7 @@ class Recovery:
 
     def submitted(self, output: SchedulerOutput) -> None:
         """A step goes to the workers."""
-        self._flight.submitted(output, output.pie_plan, lambda: starts(output))
+        self._flight.submitted(output, output.pie.plan, lambda: starts(output))
 
     def landed(self, output: SchedulerOutput, failure: str) -> None:
         """The results of a step are there; before vLLM takes them.
@@ -70,9 +70,9 @@ class Recovery:
         """No results of the steps in flight will come: forget all KV, which nobody uses."""
         residency = self._scheduler.kv_cache_manager.residency
         self._flight.clear()
-        residency.parking.restores.clear()  # Of a step whose planning was interrupted.
+        residency.parking.copies.restores.clear()  # Of a step whose planning was interrupted.
         self._scheduler.reset_prefix_cache()
-        residency.reading.send_again()
+        residency.read_set.send_again()
 
     def report(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         """Add the ends of requests that are not tried any more to vLLM's outputs."""

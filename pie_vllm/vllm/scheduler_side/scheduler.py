@@ -1,8 +1,7 @@
-"""vLLM's schedulers with a step plan attached to each scheduler output."""
+"""vLLM's schedulers with pie's orders attached to each scheduler output."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -15,21 +14,17 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from pie_vllm.engine.host_memory import available_host_bytes
 from pie_vllm.geometry import cdiv
-from pie_vllm.plan import StepPlan
-from pie_vllm.policy.admission.chunk import Asked, Chunk, decide_chunk, plenty
+from pie_vllm.plan import StepReport
 from pie_vllm.policy.admission.waits import HeadWaits
-from pie_vllm.policy.control.decider import Decider, Decision
-from pie_vllm.policy.control.detector import Observation
+from pie_vllm.policy.control.decider import Decider
 from pie_vllm.policy.control.elastic_pool import ElasticPool
-from pie_vllm.policy.control.stall_samples import AwaitedStalls, speed_of_finished
-from pie_vllm.policy.control.turns import Turns
-from pie_vllm.policy.placement.promotion import tail_room
-from pie_vllm.policy.placement.store_ahead import Ahead
+from pie_vllm.policy.controller import Controller
 from pie_vllm.vllm import settings
 from pie_vllm.vllm.compat import engine_core, loggers
-from pie_vllm.vllm.scheduler_side.manager import Claims, PieBlockSpaceManager
-from pie_vllm.vllm.scheduler_side.metrics import Control, Report, StepLog, Totals
+from pie_vllm.vllm.scheduler_side.manager import PieBlockSpaceManager
+from pie_vllm.vllm.scheduler_side.metrics import Control, Report, StepLog
 from pie_vllm.vllm.scheduler_side.recovery import Recovery
+from pie_vllm.vllm.scheduler_side.schedule_view import ScheduleView
 from pie_vllm.vllm.whole import whole_of
 
 logger = init_logger("vllm.pie")
@@ -38,127 +33,127 @@ _Mixed: Any = object  # What the mixin extends; vLLM's own classes are read as A
 
 
 class PieSchedulerMixin(_Mixed):
-    """Attaches ``pie_plan`` (StepPlan or None) to every scheduler output."""
+    """Attaches ``pie`` (StepOrders) to every scheduler output.
+
+    Attributes:
+        pie_controller: Policy around each step.
+        pie_waits: Steps in which the head of the waiting queue was passed over, by reason.
+        pie_recovery: Undoes steps whose copies failed.
+        pie_stale: Keeps KV of old weights out of prefix cache and pool.
+        pie_log: Log line of totals.
+        pie_report: Counters that the front end has not been told yet.
+    """
 
     kv_cache_manager: PieBlockSpaceManager
     max_num_scheduled_tokens: int
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         given = settings.of(vllm_config)
-        config, geometry = given.config, given.geometry
+        geometry = given.geometry
         if geometry is None:
             raise RuntimeError("the workers' geometry did not reach the scheduler")
-        block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        factory = partial(PieBlockSpaceManager, geometry=geometry, parking=config.parking)
+        factory = partial(PieBlockSpaceManager, geometry=geometry, parking=given.config.parking)
         with engine_core.own_block_manager(factory):
             super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
-        self._whole = whole_of(vllm_config)
-        if self._whole is not None:
+        manager = self.kv_cache_manager
+        whole = whole_of(vllm_config)
+        if whole is not None:
             # What is under way gets as much again in the next step.
-            self.kv_cache_manager.prompt_reserve = self._whole.blocks(block_size)
-        self.kv_cache_manager.claims = self._claims
-        self.pie_stale = self.kv_cache_manager.stale
+            manager.admission.prompt_reserve = whole.blocks(manager.block_size)
+        self.pie_stale = manager.stale
         self.pie_stale.requests = self.requests
-        self.pie_decider = Decider(
+        self._view = ScheduleView(self)
+        self.pie_controller = self._make_controller(vllm_config, splits=whole is None)
+        self._adapters: tuple[tuple[int, int], set[int]] = (-1, -1), set()
+        self.pie_waits = HeadWaits()
+        detector = self.pie_controller.decider.detector
+        self.pie_log = StepLog(manager.residency, detector, self.pie_waits)
+        self.pie_report = Report(geometry)
+        self.pie_recovery = Recovery(self)
+
+    def _make_controller(self, vllm_config: Any, *, splits: bool) -> Controller:
+        """The policy around each step, with a pool that grows and shrinks."""
+        given = settings.of(vllm_config)
+        config, manager = given.config, self.kv_cache_manager
+        geometry, block_size = manager.geometry, manager.block_size
+        decider = Decider(
             geometry.row_bytes,
             geometry.pooled_blocks,
             config.target_slowdown,
             given.prior,
             block_size,
         )
-        # A step may compute more where residents are free: then it demotes less.
-        self._step_blocks = min(
-            cdiv(self.max_num_scheduled_tokens, block_size), geometry.resident_blocks // 2
+        by_priority = vllm_config.scheduler_config.policy == "priority"
+        controller = Controller(
+            self._view,
+            manager.residency,
+            manager.admission,
+            decider,
+            block_size,
+            priority=(lambda name: self.requests[name].priority) if by_priority else None,
+            splits=splits,
         )
-        self.pie_pool = ElasticPool(
+        longest = cdiv(vllm_config.model_config.max_model_len, block_size)
+        controller.pool = ElasticPool(
             geometry,
-            cdiv(vllm_config.model_config.max_model_len, block_size) + 1 - geometry.resident_blocks,
+            longest + 1 - geometry.resident_blocks,
             available_host_bytes,
             monotonic,
             config.pool_idle_seconds,
-            step_blocks=self._step_blocks,
+            step_blocks=controller.step_blocks,
             ranks=vllm_config.parallel_config.tensor_parallel_size,
         )
-        self.pie_turns = Turns()
-        self._stalls = AwaitedStalls()
-        self._prompts_under_way = False
-        self._adapters: tuple[tuple[int, int], set[int]] = (-1, -1), set()
-        self.pie_decision = self.pie_decider.decide()
-        by_priority = vllm_config.scheduler_config.policy == "priority"
-        self._priority = (lambda name: self.requests[name].priority) if by_priority else None
-        self.pie_waits = HeadWaits()
-        self.pie_log = StepLog(
-            self.kv_cache_manager.residency, self.pie_decider.detector, self.pie_waits
-        )
-        self.pie_report = Report(geometry)
-        self.pie_recovery = Recovery(self)
+        return controller
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """Schedule as vLLM does, then plan what the step stores, loads and relabels."""
-        manager, turns = self.kv_cache_manager, self.pie_turns
-        prompts = self._prompt_tokens() if self._prompts_under_way else 0
-        most = len(self.running) + prompts // manager.block_size
-        if self._begin_pool(most):
-            return self._schedule_nothing(*args, **kwargs)
-        decision = self.pie_decision = self.pie_decider.decide(prompts)
-        manager.begin_step(decision, most)
-        residency = manager.residency
-        residency.parking.allowance = decision.park_blocks_max
-        restored = residency.parking.restored_blocks
-        for request_id in turns.begin_step(self.running, residency, decision, self._priority):
-            # vLLM counts the step when it schedules it, and runs who is due in it or before.
-            request, due = self.requests[request_id], self.current_step + 2
-            request.next_decode_eligible_step = max(request.next_decode_eligible_step, due)
-        output = self._schedule(decision, *args, **kwargs)
-        if self.pie_stale.reloads:
+        """Schedule as vLLM does, between the controller's beginning and end of the step."""
+        terms = self.pie_controller.begin_step()
+        output = self._schedule_at_most(terms.tokens, *args, **kwargs)
+        if self.pause_state == PauseState.UNPAUSED and self._view.num_waiting:
+            self.pie_waits.count(
+                "rows" if terms.paused else self._passed_over(output, terms.tokens)
+            )
+        if self.pie_stale.reloads and not terms.paused:
             self.pie_stale.scheduled()
-        output.pie_plan = self._plan(output, decision)
-        self._end_step(output, restored)
-        turns.end_step(output.num_scheduled_tokens, residency)
+        fresh = output.scheduled_cached_reqs.resumed_req_ids
+        if output.scheduled_new_reqs:
+            fresh = {*fresh, *(r.req_id for r in output.scheduled_new_reqs)}
+        output.pie = self.pie_controller.end_step(
+            output.num_scheduled_tokens, output.total_num_scheduled_tokens, fresh
+        )
+        self.pie_recovery.submitted(output)
         return output
 
-    def _end_step(self, output: SchedulerOutput, restored: int) -> None:
-        residency, queue = self.kv_cache_manager.residency, self.kv_cache_manager.residency.queue
-        in_use, ran = bool(residency.reading.by_request), bool(output.num_scheduled_tokens)
-        output.pie_pool = self.pie_pool.end_step(
-            residency.rows.chunks_held,
-            changed=bool(output.pie_plan and output.pie_plan.stores),
-            idle=not (ran or in_use or self.get_num_unfinished_requests()),
-            short=queue.free_residents < 2 * self._step_blocks + len(self.running),
-        )
-        output.pie_restored = residency.parking.restored_blocks != restored
-        output.pie_within_budget = not self.pie_turns.exceeds
-        output.pie_blocks = residency.residents_in_use + residency.reading.num_blocks
-        self.pie_recovery.submitted(output)
+    def _schedule_at_most(self, tokens: int, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Schedule as vLLM does, with so many tokens at most.
 
-    def _begin_pool(self, most: int) -> bool:
-        """Use the rows that are there; whether the step waits for others, or to hear of them.
+        vLLM reads ``max_num_scheduled_tokens`` once a step: v1/core/sched/scheduler.py:611 in 0.32,
+        :719 in 0.33, and :1405, :1620 where it checks the result.
+        """
+        most = self.max_num_scheduled_tokens
+        self.max_num_scheduled_tokens = tokens
+        try:
+            output: SchedulerOutput = super().schedule(*args, **kwargs)
+        finally:
+            self.max_num_scheduled_tokens = most
+        return output
+
+    def _passed_over(self, output: SchedulerOutput, allowed: int) -> str:
+        """Why the head of the waiting queue was passed over.
 
         Args:
-            most: blocks that the running requests may take in this step.
+            output: of the step.
+            allowed: tokens that it was allowed.
         """
-        manager, pool = self.kv_cache_manager, self.pie_pool
-        residency, queue = manager.residency, manager.residency.queue
-        if pool.begin_step(residency.rows.chunks_held):
-            self.pie_forget_idle()
-        now = pool.usable, pool.expected
-        if not pool.asking and now != (residency.chunks_usable, residency.chunks_expected):
-            residency.use_chunks(*now)
-        if self.waiting:
-            most += self._step_blocks + 1
-        short = queue.withheld > queue.missing and queue.num_free_blocks < most
-        return pool.paused(short and not queue.frozen and queue.available_pooled < queue.demotable)
-
-    def _schedule_nothing(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """An empty step, which brings back what the pool holds."""
-        prompts = self._prompts_under_way
-        output = self._schedule_at_most(0, *args, **kwargs)
-        if self._waiting and self.pause_state == PauseState.UNPAUSED:
-            self.pie_waits.count("rows")
-        output.pie_plan = self._plan(output, self.pie_decision)
-        self._prompts_under_way = prompts
-        self._end_step(output, self.kv_cache_manager.residency.parking.restored_blocks)
-        return output
+        if self.kv_cache_manager.admission.refused:
+            return self.kv_cache_manager.admission.refused
+        if len(self.deferred_waiting) >= self._view.num_waiting:
+            return "deferred"
+        if len(self.running) + self.num_waiting_for_streaming_input >= self.max_num_active_reqs:
+            return "seqs"
+        if output.total_num_scheduled_tokens == allowed or not output.preempted_req_ids:
+            return "residents" if allowed < self.max_num_scheduled_tokens else "tokens"
+        return "preemption"
 
     def add_request(self, request: Any) -> None:
         """Take a request as vLLM does; KV of its adapter before a reload is none of its."""
@@ -188,169 +183,25 @@ class PieSchedulerMixin(_Mixed):
 
     def _update_request_as_session(self, session: Any, update: Any) -> None:
         """As vLLM's; the tail of a session preempted meanwhile has other tokens than it goes on."""
-        self.kv_cache_manager.residency.parking.drop_tail(session.request_id)
+        self.kv_cache_manager.residency.parking.tails.drop(session.request_id)
         super()._update_request_as_session(session, update)
-
-    def _prompt_tokens(self) -> int:
-        """Prompt tokens that running requests will compute in the coming step, about."""
-        left = sum(r.num_tokens - r.num_computed_tokens for r in self.running if r.is_prefill_chunk)
-        room = self.kv_cache_manager.residency.queue.num_free_blocks
-        return int(
-            min(left, self.max_num_scheduled_tokens, room * self.kv_cache_manager.block_size)
-        )
-
-    def _schedule(self, decision: Decision, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """Schedule as vLLM does, with as many tokens as find resident pages."""
-        chunk = self._chunk(decision, self.max_num_scheduled_tokens)
-        self.kv_cache_manager.chunk_blocks = chunk.blocks
-        output = self._schedule_at_most(chunk.tokens, *args, **kwargs)
-        self._count_wait(output, chunk.tokens)
-        return output
-
-    def _schedule_at_most(self, tokens: int, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """Schedule as vLLM does, with so many tokens at most.
-
-        vLLM reads ``max_num_scheduled_tokens`` once a step: v1/core/sched/scheduler.py:611 in 0.32,
-        :719 in 0.33, and :1405, :1620 where it checks the result.
-        """
-        most = self.max_num_scheduled_tokens
-        self.max_num_scheduled_tokens = tokens
-        try:
-            output: SchedulerOutput = super().schedule(*args, **kwargs)
-        finally:
-            self.max_num_scheduled_tokens = most
-        return output
-
-    def _chunk(self, decision: Decision, most: int) -> Chunk:
-        """How many tokens the coming step computes, of so many at most."""
-        manager, queue = self.kv_cache_manager, self.kv_cache_manager.residency.queue
-        size = manager.block_size
-        waiting = bool(self._waiting)
-        asks = waiting or self._prompts_under_way
-        if not asks or self._whole is not None or plenty(queue, most, len(self.running), size):
-            return Chunk(most, cdiv(most, size))
-        manager.completions.catch_up()
-        return decide_chunk(
-            queue, self._running_ask(), waiting, decision.prompt_demotion_max, most, size
-        )
-
-    @property
-    def _waiting(self) -> int:
-        """Requests that wait."""
-        return len(self.waiting) + len(self.kv_holding_waiting)
-
-    def _count_wait(self, output: SchedulerOutput, allowed: int) -> None:
-        """Note why the head of the waiting queue was passed over, if one waits.
-
-        Args:
-            output: of the step.
-            allowed: tokens that it was allowed.
-        """
-        waiting = self._waiting
-        if not waiting or self.pause_state != PauseState.UNPAUSED:
-            return
-        if self.kv_cache_manager.refused:
-            reason = self.kv_cache_manager.refused
-        elif len(self.deferred_waiting) >= waiting:
-            reason = "deferred"
-        elif len(self.running) + self.num_waiting_for_streaming_input >= self.max_num_active_reqs:
-            reason = "seqs"
-        elif output.total_num_scheduled_tokens == allowed or not output.preempted_req_ids:
-            reason = "residents" if allowed < self.max_num_scheduled_tokens else "tokens"
-        else:
-            reason = "preemption"
-        self.pie_waits.count(reason)
-
-    def _running_ask(self) -> Asked:
-        """What running requests ask of the coming step, whose number vLLM has not set yet.
-
-        Those whose last token a step in flight samples are skipped as in the loop of ``schedule``,
-        v1/core/sched/scheduler.py:667 and :717 in 0.32. There are hundreds of requests a step.
-        """
-        step, most, last = self.current_step + 1, self._prompt_tokens_max(), self.max_model_len - 1
-        running = []
-        for r in self.running:
-            computed, ahead = r.num_computed_tokens, r.num_output_placeholders
-            prompt = r.is_prefill_chunk
-            out = step < r.next_decode_eligible_step or computed >= last
-            if ahead and not out:
-                out = computed + 2 - ahead >= r.num_prompt_tokens + r.max_tokens
-            left = min(r.num_tokens - computed, most) if prompt else 1
-            running.append((computed, left, prompt, out))
-        return Asked.of(running, self.kv_cache_manager.block_size)
-
-    def _prompt_tokens_max(self) -> int:
-        """Tokens of one prompt in the coming step, by ``--long-prefill-token-threshold``.
-
-        As in ``schedule``, v1/core/sched/scheduler.py:645-657 in 0.32.
-        """
-        config, requests = self.scheduler_config, int(sum(self.get_request_counts()))
-        threshold: int = config.long_prefill_token_threshold
-        if threshold <= 0 or requests <= 1:
-            return int(self.max_model_len)
-        if self.adaptive_long_prefill_threshold:
-            threshold = max(threshold, config.max_num_batched_tokens // requests)
-        return int(threshold)
-
-    def _claims(self) -> Claims:
-        step, block_size = self.current_step, self.kv_cache_manager.block_size
-        prompts = any(request.is_prefill_chunk for request in self.running)
-        tails = [
-            request
-            for request in self.running
-            if step < request.next_decode_eligible_step
-            and request.num_computed_tokens % block_size == 0
-        ]
-        return Claims(prompts, len(tails))
-
-    def _plan(self, output: SchedulerOutput, decision: Decision) -> StepPlan | None:
-        manager = self.kv_cache_manager
-        residency = manager.residency
-        scheduled = output.num_scheduled_tokens
-        tokens = output.total_num_scheduled_tokens
-        fresh: Collection[str] = output.scheduled_cached_reqs.resumed_req_ids
-        if output.scheduled_new_reqs:
-            fresh = {*fresh, *(r.req_id for r in output.scheduled_new_reqs)}
-        several: Collection[str] = ()
-        prompts = tokens > len(scheduled) or bool(fresh)
-        if prompts:
-            several = [r for r, count in scheduled.items() if count > 1 and r not in fresh]
-        # One that is left out of the step has prompt tokens left all the same.
-        self._prompts_under_way = prompts or (
-            self._prompts_under_way and any(r.is_prefill_chunk for r in self.running)
-        )
-        manager.completions.next_step(self.requests, several, fresh)
-        headroom = None
-        if residency.reading.by_request and (
-            not self.waiting
-            or len(self.running) >= self.max_num_running_reqs
-            or residency.pooled_in_use > decision.pooled_admission_max
-        ):
-            headroom = tail_room(len(self.running), manager.block_size)
-        running = len(self.running)
-        ahead = Ahead.of(decision, self.pie_turns.taken, running, manager.chunk_blocks, prompts)
-        return residency.end_step(
-            scheduled, fresh, tokens > 0, headroom, decision.load_blocks_max, ahead
-        )
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: Any
     ) -> Any:
-        """Take vLLM's results, and the engine's counters that came with them."""
-        if not hasattr(scheduler_output, "pie_plan"):  # It was not scheduled here.
+        """Take vLLM's results, and the workers' report that came with them."""
+        if not hasattr(scheduler_output, "pie"):  # It was not scheduled here.
             return super().update_from_output(scheduler_output, model_runner_output)
-        stats = getattr(model_runner_output, "pie_stats", None)
-        failure = getattr(model_runner_output, "pie_failure", "")
-        if stats is not None:
-            if not failure:
-                self._observe(scheduler_output, stats, model_runner_output.pie_seconds)
-            self.pie_log.record(stats)
-        state = getattr(model_runner_output, "pie_pool", None)
-        if state is None:
-            self.pie_pool.unanswered(scheduler_output.pie_pool)
-        else:
-            self.pie_pool.report(state)
-        self.pie_recovery.landed(scheduler_output, failure)
+        report: StepReport | None = getattr(model_runner_output, "pie", None)
+        self.pie_controller.observe(
+            scheduler_output.pie,
+            report,
+            scheduler_output.total_num_scheduled_tokens,
+            len(scheduler_output.num_scheduled_tokens),
+        )
+        if report is not None:
+            self.pie_log.record(report.totals)
+        self.pie_recovery.landed(scheduler_output, report.failure if report else "")
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self.pie_recovery.report(outputs)
         return outputs
@@ -367,54 +218,29 @@ class PieSchedulerMixin(_Mixed):
             self.pie_recovery.lost()
         return finished
 
-    def _observe(self, output: Any, totals: Totals, seconds: float) -> None:
-        before, plan = self.pie_log.totals, output.pie_plan
-        loaded = totals.bytes_loaded - before.bytes_loaded
-        busy = totals.load_seconds - before.load_seconds
-        if busy > 0:
-            finished = totals.bytes_finished - before.bytes_finished
-            busy = speed_of_finished(loaded, finished, busy)
-        tokens, requests = output.total_num_scheduled_tokens, len(output.num_scheduled_tokens)
-        blocks, restored = output.pie_blocks, output.pie_restored
-        seen = Observation(tokens, requests, seconds, 0.0, loaded, busy, blocks, restored)
-        if totals.graph_steps != before.graph_steps:
-            # Nothing in a graph is timed: what its loads cost shows in the time of the step.
-            self.pie_decider.observe(seen, within_budget=False)
-        elif plan is None or not plan.forward:
-            self.pie_decider.observe(seen, within_budget=output.pie_within_budget)
-        else:
-            self._stalls.add(plan.step, seen, output.pie_within_budget)
-            for late in self._stalls.overdue():
-                self.pie_decider.observe(late, within_budget=False)
-        if totals.stall_step != before.stall_step:
-            for known, within in self._stalls.take(totals.stall_step, totals.step_stall):
-                self.pie_decider.observe(known, within_budget=within)
-
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         """Make vLLM's statistics of a step, with pie's among them."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
+            manager, controller = self.kv_cache_manager, self.pie_controller
+            decision, detector = controller.decision, controller.decider.detector
             control = Control(
-                self.pie_decision.pooled_admission_max,
-                self.pie_decision.load_blocks_max,
-                int(self.pie_decider.detector.bandwidth or 0),
-                self.pie_turns.left_out,
-                self.pie_pool.state.chunks,
-                self.pie_decider.detector.streaming_seconds,
-                self.pie_decider.detector.slowed_seconds,
-                self.kv_cache_manager.admissions.recomputed_tokens,
-                self.kv_cache_manager.admissions.hits,
+                decision.pooled_admission_max,
+                decision.load_blocks_max,
+                int(detector.bandwidth or 0),
+                controller.turns.left_out,
+                controller.chunks_held,
+                detector.streaming_seconds,
+                detector.slowed_seconds,
+                manager.hit_counts.recomputed_tokens,
+                manager.hit_counts.hits,
                 self.pie_waits.steps,
                 self.pie_recovery.failures,
             )
-            residency = self.kv_cache_manager.residency
+            residency = manager.residency
             changes = self.pie_report.changes(self.pie_log.totals, residency, control)
             loggers.carry(stats).update(changes)
         return stats
-
-    def pie_forget_idle(self) -> None:
-        """Drop all KV in the pool that no request uses; what residents cache is vLLM's."""
-        self.kv_cache_manager.residency.forget_idle()
 
     def shutdown(self) -> None:
         """Shut down as vLLM does, and log the totals."""

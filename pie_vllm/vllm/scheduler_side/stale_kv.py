@@ -127,7 +127,7 @@ class StaleKv:
             if request_id in self._residency.tables:
                 self._block_pool.not_cached.add(request_id)
             else:
-                self._residency.parking.drop_tail(request_id)
+                self._residency.parking.tails.drop(request_id)
                 self._salt_again(request)
 
     def _salt_again(self, request: Request) -> None:

@@ -1,10 +1,9 @@
-"""The worker's half: arena, pool, transfers and gates of one rank."""
+"""The cache engine of one rank: its memory, and the steps' copies around the model's passes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -20,20 +19,17 @@ from pie_vllm.engine.step_stats import StepStats
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import CopyError, GateError, TransferError, UnsupportedError
 from pie_vllm.geometry import Geometry
-from pie_vllm.plan import Copy, StepPlan
+from pie_vllm.plan import Copy, StepOrders, StepPlan, Totals
 from pie_vllm.vllm import refusals
 from pie_vllm.vllm.compat import cuda_graphs, model_runner
-from pie_vllm.vllm.scheduler_side.metrics import Totals
-from pie_vllm.vllm.worker_side import gate
+from pie_vllm.vllm.worker_side import gate, kv_layout
 from pie_vllm.vllm.worker_side.full_graphs import FullGraphs, use_graphs
+from pie_vllm.vllm.worker_side.step_totals import with_step
 
 logger = init_logger("vllm.pie")
 
 START_SECONDS = 600.0
 """Longest wait at start for other engines of the host that take their memory just then."""
-
-STANDS_FOR = 8
-"""Steps whose stall the newest known one is taken for, at most: the engine times one in four."""
 
 
 class PieCacheEngine:
@@ -43,11 +39,11 @@ class PieCacheEngine:
     object gives it the memory and stands between it and the transfer engine.
 
     Attributes:
-        geometry: the sizes.
-        totals: sums over all steps.
-        keeper: holds the pool's memory.
+        geometry: sizes of this rank's memory.
+        totals: sums over all steps so far.
+        keeper: holder of the pool's memory.
         allocated: whether vLLM has taken its KV tensors from here.
-        failure: of the newest step, where a copy of it failed; see ``step``.
+        failure: error of the newest step's first failed copy; None if none failed. See ``step``.
     """
 
     def __init__(
@@ -63,11 +59,11 @@ class PieCacheEngine:
 
         Args:
             config: the checked settings.
-            geometry: the sizes.
-            driver: of the transfer engine.
+            geometry: sizes of this rank's memory.
+            driver: name of the transfer engine's driver.
             gather_below: bytes of a piece below which loads were faster by the gather kernel.
-            gather_blocks: CTAs of that kernel, in graphs too.
-            board: what the ranks tell each other of their pools; None is a single rank.
+            gather_blocks: number of CTAs of that kernel, in graphs too.
+            board: where the ranks tell each other of their pools; None for a single rank.
 
         Raises:
             TransferError: memory cannot be had, or the self-test fails.
@@ -106,62 +102,18 @@ class PieCacheEngine:
             self.close()
             raise
 
-    def shape(self, kv_cache_config: Any) -> Any:
-        """A copy of vLLM's KV cache configuration laid out over the arena.
-
-        Raises:
-            UnsupportedError: vLLM laid the cache out in a way that cannot be aliased.
-        """
-        config = deepcopy(kv_cache_config)
-        geometry = self.geometry
-        tensors = config.kv_cache_tensors
-        if len(tensors) != 1 or tensors[0].block_stride != geometry.page_bytes:
-            raise UnsupportedError(
-                "--block-manager pie needs one KV cache tensor with unpadded pages of "
-                f"{geometry.page_bytes} bytes, vLLM made {len(tensors)} with block stride "
-                f"{[t.block_stride for t in tensors]}."
-            )
-        if config.num_blocks != geometry.num_blocks:
-            raise UnsupportedError(
-                f"vLLM chose {config.num_blocks} KV blocks, the block manager offered "
-                f"{geometry.num_blocks}. Do not limit the number of blocks otherwise."
-            )
-        tensors[0].size = geometry.virtual_bytes
-        tensors[0].offset = geometry.shift
-        tensors[0].layer_stride = geometry.layer_stride
-        return config
-
     def allocate(
-        self,
-        kv_cache_config: Any,
-        device: Any,
-        layout: Any,
-        kernel_block_sizes: Any = None,
+        self, kv_cache_config: Any, device: Any, layout: Any, kernel_block_sizes: Any = None
     ) -> dict[str, Any]:
-        """In place of vLLM's ``allocate_kv_cache``: the same views, over the arena.
+        """Stand in for vLLM's ``allocate_kv_cache``: the same views, over the arena.
 
         Raises:
             UnsupportedError: the layout does not keep a page of a layer together.
         """
-        from vllm.v1.kv_cache_interface import create_kv_cache_views
-
-        if not (layout.is_layer_compact and layout.is_block_compact):
-            raise UnsupportedError(
-                f"--block-manager pie needs the KV cache layout LBNHC or LBHNC, found "
-                f"{layout.name}. Set VLLM_KV_CACHE_LAYOUT=LBNHC (or LBHNC) if the attention "
-                "backend allows it, or use --block-manager default."
-            )
-        tensor = kv_cache_config.kv_cache_tensors[0]
-        views = create_kv_cache_views(
-            self._engine.arena.tensor(device),
-            kv_cache_config.kv_cache_groups[0].kv_cache_spec,
-            kv_cache_config.num_blocks,
-            layout,
-            tensor,
-            kernel_block_size=kernel_block_sizes[0] if kernel_block_sizes else None,
-        )
+        arena = self._engine.arena.tensor(device)
+        found = kv_layout.views(arena, kv_cache_config, layout, kernel_block_sizes)
         self.allocated = True
-        return dict(zip(tensor.layers, views, strict=True))
+        return found
 
     def install_gates(self, layer_names: list[str], forward_context: dict[str, Any]) -> None:
         """Put gates around the attention of each layer, in the order of the ring."""
@@ -172,14 +124,14 @@ class PieCacheEngine:
     def warm_up(
         self, runner: Any, capturing: Callable[[], bool], stream: Callable[[], int]
     ) -> Iterator[None]:
-        """Around vLLM's warm-up and its capture of graphs; then the ring is zero again.
+        """Enclose vLLM's warm-up and its capture of graphs, and zero the ring after it.
 
         Warm-up writes to pages that kernels may load later. The pool's thread rests meanwhile.
 
         Args:
             runner: vLLM's model runner, with its KV cache.
-            capturing: whether what this thread submits now is captured.
-            stream: that it submits to.
+            capturing: tells whether what this thread submits now is captured.
+            stream: gives the stream that it submits to.
 
         Raises:
             UnsupportedError: the graphs do not hold the copies of all layers.
@@ -201,11 +153,11 @@ class PieCacheEngine:
         """Carry out ``plan`` around the model's forward pass.
 
         A copy that fails is no error here: the rest of the pass runs without gates, and
-        ``failure`` is set. Rows that the plan stores to, pages that it fills, and all that
-        requests computed which read its loads are not to be trusted then.
+        ``failure`` is set. Then neither the rows that the plan stores to, nor the pages that it
+        fills, nor anything computed by requests that read its loads can be trusted.
 
         Args:
-            plan: of this very step; None runs it without gates.
+            plan: plan of this very step; None runs it without gates.
             compute_stream: stream that the model runs on.
 
         Raises:
@@ -244,7 +196,7 @@ class PieCacheEngine:
             return
         if stats.gates != self.geometry.num_layers:
             raise GateError(f"{stats.gates} of {self.geometry.num_layers} layers passed a gate")
-        self._count(plan, stats, in_graph)
+        self.totals = with_step(self.totals, plan, stats, in_graph=in_graph)
 
     def _begin(self, plan: StepPlan, compute_stream: int) -> bool:
         """Submit the first copies of a step that runs the model; whether none of them failed."""
@@ -269,7 +221,7 @@ class PieCacheEngine:
             self._fail(error)
             return
         self._resend = False
-        self._count(plan, stats)
+        self.totals = with_step(self.totals, plan, stats)
 
     def _end(self) -> StepStats | None:
         """Close the step; None where a copy of it failed."""
@@ -296,26 +248,6 @@ class PieCacheEngine:
             ) from error
         self.failure, self._resend = error, True
 
-    def _count(self, plan: StepPlan, stats: StepStats, in_graph: bool = False) -> None:
-        t = self.totals
-        stall = stats.stall_seconds
-        if stats.stall_step >= 0:
-            stall *= max(1, min(stats.stall_step - t.stall_step, STANDS_FOR))
-        self.totals = Totals(
-            steps=t.steps + 1,
-            bytes_loaded=t.bytes_loaded + stats.bytes_loaded,
-            bytes_stored=t.bytes_stored + stats.bytes_stored,
-            load_seconds=t.load_seconds + stats.load_seconds,
-            store_seconds=t.store_seconds + stats.store_seconds,
-            stall_seconds=t.stall_seconds + stall,
-            gates=t.gates + stats.gates,
-            pooled_peak=max(t.pooled_peak, plan.pooled),
-            bytes_finished=t.bytes_finished + stats.bytes_finished,
-            stall_step=t.stall_step if stats.stall_step < 0 else stats.stall_step,
-            step_stall=t.step_stall if stats.stall_step < 0 else stats.stall_seconds,
-            graph_steps=t.graph_steps + in_graph,
-        )
-
     def needs_gates(self) -> bool:
         """Whether a step with a plan runs now, and its layers must pass the gates one by one."""
         fits = self._graphs is not None and self._graphs.fits
@@ -324,7 +256,7 @@ class PieCacheEngine:
     def install_in_runner(self, runner: Any) -> None:
         """Make the model runner apply a plan's relabels, and keep FULL graphs from its steps.
 
-        Those that fit one may have it where the settings say so.
+        With ``--pie-full-graphs``, a step whose copies fit a FULL graph may run in one.
 
         Raises:
             UnsupportedError: this vLLM's runner does it otherwise, it has FULL graphs only, or
@@ -338,10 +270,10 @@ class PieCacheEngine:
                         f"--block-manager pie cannot carry out {name}: pages of pooled blocks are "
                         "not on the device. Use --block-manager default."
                     )
-            plan = getattr(scheduler_output, "pie_plan", None)
-            if plan is not None and plan.relabels:
+            orders: StepOrders | None = getattr(scheduler_output, "pie", None)
+            if orders and orders.plan and orders.plan.relabels:
                 gone = scheduler_output.finished_req_ids
-                live = [r for r in plan.relabels if r.request_id not in gone]
+                live = [r for r in orders.plan.relabels if r.request_id not in gone]
                 model_runner.relabel_rows(runner, live)
 
         model_runner.before_inputs(runner, relabel)
@@ -361,7 +293,7 @@ class PieCacheEngine:
 
 
 def _open(config: PieConfig, geometry: Geometry, driver: str) -> TransferEngine:
-    """The engine with the pool's first chunk; refused before anything is taken that is not free.
+    """The transfer engine with the pool's first chunk. Memory that is not free is never taken.
 
     Raises:
         TransferError: the memory cannot be had.

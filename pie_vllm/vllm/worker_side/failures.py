@@ -1,4 +1,4 @@
-"""How a worker that fails is heard of."""
+"""How the failure of a worker is heard of."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = init_logger("vllm.pie")
 
 
 def said_once(start: Callable[..., Any]) -> Callable[..., Any]:
-    """Log an error of pie's in one line: vLLM's traceback of a worker that fails is long."""
+    """Log a PieError in one line: vLLM's traceback of a worker that fails is long."""
 
     @wraps(start)
     def say(self: Any, *args: Any, **kwargs: Any) -> Any:

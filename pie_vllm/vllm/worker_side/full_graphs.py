@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from pie_vllm.plan import StepPlan
 
 
-MOST_PIECES = 8192
-"""Of a layer's loads in a graph: more than a link brings while a step computes."""
+PIECES_MAX = 8192
+"""Maximum number of pieces that a layer loads in a graph: more than a link brings while a step
+computes."""
 
 
 def use_graphs(
@@ -32,9 +33,9 @@ def use_graphs(
     """Prepare the engine for steps in graphs.
 
     Args:
-        engine: of this rank.
-        images: for tests.
-        blocks: CTAs of the kernel that copies in a graph.
+        engine: the transfer engine of this rank.
+        images: gives the kernel's compiled image; tests pass their own.
+        blocks: number of CTAs of the kernel that copies in a graph.
 
     Returns:
         A sentence for the log.
@@ -42,11 +43,11 @@ def use_graphs(
     Raises:
         UnsupportedError: the device, or this installation, has no kernel that copies in a graph.
     """
-    # A step moves no block twice. What is restored may come on top: such a step runs piecewise.
-    pieces = min(engine.geometry.pooled_blocks, MOST_PIECES)
+    # A step moves no block twice. Restored blocks may come on top: such a step runs piecewise.
+    pieces = min(engine.geometry.pooled_blocks, PIECES_MAX)
     try:
         found = install_image(
-            engine, lambda image: engine.use_graphs(image, pieces, blocks), images=images
+            engine, lambda image: engine.graphs.prepare(image, pieces, blocks), images=images
         )
     except PieError as error:
         raise refusals.no_full_graphs(f"the gather kernel cannot be used: {error}") from error
@@ -62,12 +63,12 @@ class Capture:
     """Passes the gates on to the engine while a FULL graph is captured; inert otherwise.
 
     Forward passes that warm up are not captured, and a PIECEWISE graph is captured in pieces
-    between the layers' attention. No call raises: an error inside a capture would come out as one
-    of CUDA's about a broken capture. ``error`` keeps the first.
+    between the layers' attention. No call raises: CUDA would report an error inside a capture as a
+    broken capture. ``error`` keeps the first one.
 
     Attributes:
-        complete: graphs in which all layers passed their gates.
-        error: what went wrong first.
+        complete: number of graphs in which all layers passed their gates.
+        error: first error of the engine; None if there was none.
     """
 
     def __init__(
@@ -80,10 +81,10 @@ class Capture:
         """Nothing is captured yet.
 
         Args:
-            engine: prepared by ``use_graphs``.
-            num_layers: that pass the gates.
-            capturing: whether what this thread submits now is captured.
-            stream: that it submits to.
+            engine: transfer engine, prepared by ``use_graphs``.
+            num_layers: number of layers that pass the gates.
+            capturing: tells whether what this thread submits now is captured.
+            stream: gives the stream that it submits to.
         """
         self._engine, self._last = engine, num_layers - 1
         self._capturing, self._stream = capturing, stream
@@ -92,15 +93,15 @@ class Capture:
         self.error: PieError | None = None
 
     def before_write(self, layer: int) -> None:
-        """As the engine's, in a capture."""
+        """Pass the gate before a layer's KV write, in a capture."""
         self._pass(self._engine.before_write, layer)
 
     def before_attention(self, layer: int) -> None:
-        """As the engine's, in a capture."""
+        """Pass the gate before a layer's attention, in a capture."""
         self._pass(self._engine.before_attention, layer)
 
     def after_attention(self, layer: int) -> None:
-        """As the engine's, in a capture; after the last layer the capture is complete."""
+        """Pass the gate after a layer's attention; after the last layer the capture is complete."""
         self._pass(self._engine.after_attention, layer)
         if self._open and layer == self._last:
             self.end()
@@ -111,20 +112,20 @@ class Capture:
             return
         self._open = False
         try:
-            self._engine.end_capture()
+            self._engine.graphs.end_capture()
             self.complete += 1
         except PieError as error:
             self.error = self.error or error
 
     def _pass(self, gate: Callable[[int], None], layer: int) -> None:
         if not self._capturing():
-            self.end()  # One that did not come to its last layer: the engine says so.
+            self.end()  # The engine reports a capture that did not come to its last layer.
             return
         if self.error is not None:
             return
         try:
             if not self._open:
-                self._engine.begin_capture(self._stream())
+                self._engine.graphs.begin_capture(self._stream())
                 self._open = True
             gate(layer)
         except PieError as error:
@@ -136,8 +137,8 @@ class FullGraphs:
     """Tells the engine of captures and replays.
 
     Attributes:
-        fits: whether the open step may run in a FULL graph; False where none is open.
-        entered: whether it does: its graph has been, or is about to be, launched.
+        fits: whether the open step may run in a FULL graph; False where no step is open.
+        entered: whether the open step's graph has been launched, or is about to be.
     """
 
     def __init__(
@@ -146,27 +147,28 @@ class FullGraphs:
         """Nothing is open.
 
         Args:
-            engine: prepared by ``use_graphs``.
-            num_layers: that pass the gates.
-            failed: told of a copy that failed; the graph, launched all the same, copies nothing.
+            engine: transfer engine, prepared by ``use_graphs``.
+            num_layers: number of layers that pass the gates.
+            failed: called with the error of a copy that failed. The graph is launched all the
+                same, and copies nothing.
         """
         self._engine, self._layers, self._failed = engine, num_layers, failed
         self._open = False
         self.fits = self.entered = False
 
     def begin_step(self, plan: StepPlan, compute_stream: int) -> None:
-        """As the engine's; finds out whether the step fits a graph."""
+        """Begin a step in the engine, and find out whether it fits a graph."""
         self.fits = self._engine.begin_step(plan, compute_stream, graph=True)
         self._open = True
 
     def end_step(self) -> bool:
-        """The step is over, however it ended; returns whether it ran in a graph."""
+        """Close the step, however it ended; returns whether it ran in a graph."""
         entered = self.entered
         self._open = self.fits = self.entered = False
         return entered
 
     def before_replay(self) -> None:
-        """A FULL graph is launched next, by this thread.
+        """Tell the engine that this thread launches a FULL graph next.
 
         Raises:
             GateError: a graph was launched in this step before.
@@ -177,7 +179,7 @@ class FullGraphs:
         if self.entered:
             raise GateError("two FULL CUDA graphs were launched in one step")
         try:
-            self._engine.enter_graph()
+            self._engine.graphs.enter()
         except CopyError as error:
             self._open = self.fits = False
             self._failed(error)
@@ -188,15 +190,15 @@ class FullGraphs:
     def captured(
         self, runner: Any, capturing: Callable[[], bool], stream: Callable[[], int]
     ) -> Iterator[Capture]:
-        """Around what captures the runner's graphs: gives what is to stand at the gates.
+        """Enclose vLLM's capture of a runner's graphs; gives the object that stands at the gates.
 
         Args:
             runner: vLLM's model runner.
-            capturing: as ``Capture``.
-            stream: as ``Capture``.
+            capturing: see ``Capture``.
+            stream: see ``Capture``.
 
         Raises:
-            UnsupportedError: not each of vLLM's FULL graphs has the copies of all layers in it.
+            UnsupportedError: one of vLLM's FULL graphs lacks the copies of some layer.
         """
         capture = Capture(self._engine, self._layers, capturing, stream)
         try:

@@ -1,4 +1,4 @@
-"""Gates: what a layer waits for before it writes and reads KV."""
+"""Gates: where each layer's attention waits for its KV, and tells that it has read it."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from pie_vllm.errors import CopyError
 
 
 class Gates(Protocol):
-    """What the layers tell: the transfer engine, or ``graphs.Capture``."""
+    """What stands at the gates: the transfer engine, or ``full_graphs.Capture``."""
 
     def before_write(self, layer: int) -> None:
-        """The layer is about to write its KV."""
+        """Called when the layer is about to write its KV."""
 
     def before_attention(self, layer: int) -> None:
-        """It is about to read."""
+        """Called when the layer is about to read KV."""
 
     def after_attention(self, layer: int) -> None:
-        """It has read."""
+        """Called when the layer has read KV."""
 
 
 class GateSwitch:
-    """The engine while a step with a plan runs, else None; shared by all gates.
+    """Connects all gates with the engine while a step with a plan runs.
 
     Attributes:
-        engine: that the gates tell.
-        failed: told of a copy that failed. It sets ``engine`` to None, so that the pass goes on
-            without gates: an error in the middle of a pass would leave the requests that the copy
-            does not concern without their tokens, and other ranks in a collective operation.
+        engine: receiver of the gates' calls; None while no such step runs.
+        failed: called with the error of a copy that failed. It sets ``engine`` to None, so that
+            the pass goes on without gates: an error in the middle of a pass would leave requests
+            without their tokens that the copy does not concern, and other ranks in a collective
+            operation.
     """
 
     __slots__ = ("engine", "failed")

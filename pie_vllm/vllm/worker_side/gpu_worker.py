@@ -35,11 +35,11 @@ class PieGPUWorker(PieWorkerMixin, Worker):
         return int(torch.cuda.current_stream(self.device).cuda_stream)
 
     def pie_capturing(self) -> bool:
-        """Asked of that stream."""
+        """Whether that stream is being captured."""
         return bool(torch.cuda.is_current_stream_capturing())
 
     def pie_timer(self) -> Timer:
-        """Times by events on that stream."""
+        """A timer by events on that stream."""
         return DeviceTimer()
 
     def shutdown(self) -> None:

@@ -1,4 +1,4 @@
-"""What travels back with a step's output: how long the step took, and the engine's counters."""
+"""Tags of a step's output: pie's report, completed when the output arrives."""
 
 from __future__ import annotations
 
@@ -11,42 +11,41 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from pie_vllm.plan import PoolState
-from pie_vllm.vllm.scheduler_side.metrics import Totals
+from pie_vllm.plan import PoolState, StepReport, Totals
 
 
 class Timer(Protocol):
     """Times the forward pass of one step; made where it starts."""
 
     def stop(self) -> None:
-        """The pass has been submitted."""
+        """Note that the pass has been submitted."""
 
     def seconds(self) -> float:
-        """That it took; called once its output has arrived."""
+        """Seconds that the pass took; called once its output has arrived."""
 
 
 class HostTimer:
-    """Where the device is the calling thread: the time of the calls."""
+    """The time of the calls, for a device that is the calling thread."""
 
     def __init__(self) -> None:
         self._start = perf_counter()
         self._seconds = 0.0
 
     def stop(self) -> None:
-        """As the protocol says."""
+        """Take the time."""
         self._seconds = perf_counter() - self._start
 
     def seconds(self) -> float:
-        """As the protocol says."""
+        """Seconds between the two calls."""
         return self._seconds
 
 
 class DeviceTimer:
     """The device's own time between two events on the compute stream.
 
-    Not the time of the calls, which only submit. It contains what the stream waited
-    for copies, and not what the device had left to do of the step before, nor the
-    sampling. Where the device is faster than the calls, gaps between kernels count.
+    The calls only submit, so their time is of no use. The device's contains what the stream
+    waited for copies, and neither the rest of the step before nor the sampling. Where the device is
+    faster than the calls, gaps between kernels count.
     """
 
     def __init__(self) -> None:
@@ -55,42 +54,46 @@ class DeviceTimer:
         self._start.record()
 
     def stop(self) -> None:
-        """As the protocol says."""
+        """Record the end's event."""
         self._end.record()
 
     def seconds(self) -> float:
-        """As the protocol says; waits for the device if it has not come so far."""
+        """Seconds between the two events; waits for the device if it has not come so far."""
         self._end.synchronize()
         return float(self._start.elapsed_time(self._end)) / 1e3
 
 
 class Tag(NamedTuple):
-    """What goes with the output of one step.
+    """What becomes the report of one step once its output has arrived.
 
     Attributes:
-        totals: once the step was submitted, so that steps in flight do not mix.
-        pool: what the pool held then.
-        timer: of the step; None if it ran no model.
-        failure: what failed of its copies; empty if nothing did.
+        totals: sums when the step was submitted, so that steps in flight do not mix.
+        pool: state of the CPU pool then.
+        timer: timer of the forward pass; None if no model ran.
+        failure: error text of the step's first failed copy on this rank; empty if none failed.
+        elsewhere: gives the error text of a copy that failed on another rank, or waits until all
+            have ended the step; None if no other rank takes part.
     """
 
     totals: Totals
     pool: PoolState
     timer: Timer | None
     failure: str = ""
+    elsewhere: Callable[[], str] | None = None
 
     def on(self, output: ModelRunnerOutput) -> ModelRunnerOutput:
-        """A copy with the tag: vLLM shares one empty output between steps."""
+        """A copy of the output with the report: vLLM shares one empty output between steps."""
         output = copy(output)
-        output.pie_stats = self.totals
-        output.pie_seconds = 0.0 if self.timer is None else self.timer.seconds()
-        output.pie_pool = self.pool
-        output.pie_failure = self.failure
+        seconds = 0.0 if self.timer is None else self.timer.seconds()
+        failure = self.failure
+        if not failure and self.elsewhere is not None:
+            failure = self.elsewhere()
+        output.pie = StepReport(self.totals, self.pool, seconds, failure)
         return output
 
 
 def tagged(output: Any, tag: Tag) -> Any:
-    """An output of a step with its tag, now or when it arrives; anything else as it is."""
+    """The output of a step with its report, now or when it arrives; anything else as it is."""
     if isinstance(output, ModelRunnerOutput):
         return tag.on(output)
     if isinstance(output, AsyncModelRunnerOutput):
@@ -102,9 +105,9 @@ def tagged(output: Any, tag: Tag) -> Any:
 def tagged_class(base: type[Any]) -> Any:
     """A subclass of vLLM's ``AsyncModelRunnerOutput`` around another object of it.
 
-    An object around it, not its method replaced: that would be a cycle, and keep its
-    tensors until the next collection. All other methods are passed on, also those of
-    vLLM 0.33 (``get_kv_connector_output``, v1/outputs.py:366 there).
+    A method replaced on the object itself would be a cycle, and keep the object's tensors until the
+    next collection. All other methods are passed on, also those of vLLM 0.33
+    (``get_kv_connector_output``, v1/outputs.py:366 there).
     """
 
     def init(self: Any, output: Any, tag: Callable[[Any], Any]) -> None:

@@ -1,4 +1,4 @@
-"""What the ranks of tensor parallelism must agree on before they size their tiers.
+"""What the ranks of tensor parallelism agree on at start.
 
 All ranks carry out the same plans, each on its share of every page and with a
 pool of its own, so sizes must be equal and the slowest link counts.
@@ -7,23 +7,28 @@ pool of its own, so sizes must be equal and the slowest link counts.
 from __future__ import annotations
 
 import secrets
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed import distributed_c10d
 from vllm.logger import init_logger
 
+from pie_vllm.engine.host_memory import check_pool_fits, resolve_pool_bytes
 from pie_vllm.engine.pool_board import Board
-from pie_vllm.engine.pool_size import check_pool_fits, resolve_pool_bytes
 from pie_vllm.errors import UnsupportedError
 from pie_vllm.plan import Prior
+from pie_vllm.vllm.worker_side.step_board import StepBoard
 
 logger = init_logger("vllm.pie")
 
+SHARED_MEMORY = Path("/dev/shm")  # Linux keeps its files in memory.
+
 
 def least(*values: float) -> tuple[float, ...]:
-    """Each of these numbers as the rank has it that has the least; all ranks call it together."""
+    """The least of each of these numbers over all ranks, which call it together."""
     from vllm.distributed.parallel_state import get_tp_group
 
     group: Any = get_tp_group()
@@ -35,7 +40,7 @@ def least(*values: float) -> tuple[float, ...]:
 
 
 def least_bytes(*sizes: int) -> Sequence[int]:
-    """As ``least``; whole numbers up to 2**53 stay exact."""
+    """The least of each of these sizes over all ranks; up to 2**53 they stay exact."""
     return [int(size) for size in least(*sizes)]
 
 
@@ -63,8 +68,38 @@ def pool_board() -> Board | None:
     return Board(store_of(), group.rank_in_group, group.world_size, f"pie-pool-{name}")
 
 
+def step_board() -> StepBoard | None:
+    """Where the ranks note how each step ended; all ranks call it together. None for one rank.
+
+    All ranks are on one host: ``refusals`` leaves no other kind of several ranks. The file's name
+    is gone as soon as all have opened it.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group: Any = get_tp_group()
+    rank, number = group.rank_in_group, group.world_size
+    if number == 1:
+        return None
+    (name,) = least_bytes(secrets.randbelow(2**50))
+    folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+    path = folder / f"pie-steps-{name}"
+    memory = StepBoard.create(path, number) if rank == 0 else None
+    try:
+        least(0.0)  # Returns once all ranks have called it: the file is there.
+        if memory is None:
+            memory = StepBoard.join(path, number)
+        least(0.0)
+    finally:
+        if rank == 0:
+            path.unlink()
+    return StepBoard(memory, rank, number)
+
+
 def slowest(prior: Prior) -> Prior:
-    """What all ranks can count on: the slowest link, and the longest step.
+    """The prior that holds on all ranks: the slowest link, and the longest step.
 
     A bandwidth that one rank could not measure is known to none.
     """
@@ -86,9 +121,9 @@ def share_of_pool(pool_gib: float | None, number: int, device_bytes: int, taken:
     """Bytes of the CPU pool that each of so many ranks may take.
 
     Args:
-        pool_gib: of all ranks together, or None for ``auto``.
-        number: of ranks.
-        device_bytes: for KV on each rank's device.
+        pool_gib: size of the pool of all ranks together, in GiB; None for ``auto``.
+        number: number of ranks.
+        device_bytes: bytes for KV on each rank's device.
         taken: CPU bytes that vLLM itself is still going to take on all ranks.
 
     Raises:

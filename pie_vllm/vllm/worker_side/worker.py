@@ -7,8 +7,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from pie_vllm.engine.link_calibration import UNMEASURED_CTAS, measure_link
-from pie_vllm.errors import PieError, TransferError, UnsupportedError
+from pie_vllm.errors import PieError, UnsupportedError
 from pie_vllm.geometry import (
     UNKNOWN_LINK_FRACTION,
     Geometry,
@@ -18,19 +17,18 @@ from pie_vllm.geometry import (
     page_table_bytes,
     plan_geometry,
 )
-from pie_vllm.plan import Prior
+from pie_vllm.plan import Prior, StepOrders
 from pie_vllm.vllm import refusals, settings
 from pie_vllm.vllm.compat import model_runner
 from pie_vllm.vllm.whole import whole_of
-from pie_vllm.vllm.worker_side import ranks
+from pie_vllm.vllm.worker_side import kv_layout, ranks
 from pie_vllm.vllm.worker_side.cache_engine import PieCacheEngine
 from pie_vllm.vllm.worker_side.failures import end_rank, said_once
 from pie_vllm.vllm.worker_side.output_tags import HostTimer, Tag, Timer, tagged
+from pie_vllm.vllm.worker_side.start_measurements import Measured, with_link, with_step_times
+from pie_vllm.vllm.worker_side.step_board import StepBoard
 
 logger = init_logger("vllm.pie")
-
-PROMPT_TOKENS = 256
-"""Of a prompt chunk whose time is taken at start."""
 
 _Mixed: Any = object  # What the mixin extends; vLLM's own classes are read as Any.
 
@@ -40,7 +38,7 @@ class PieWorkerMixin(_Mixed):
 
     Attributes:
         pie_device: kind of the device, a key of ``args.WORKERS``.
-        pie_driver: name of the engine's driver.
+        pie_driver: name of the transfer engine's driver.
         pie_granularity: bytes that the driver maps in one piece.
         pie_device_is_host: whether the device's KV memory is CPU memory too.
         pie_pool_has_tables: whether the device's memory holds page tables of the CPU pool.
@@ -54,11 +52,12 @@ class PieWorkerMixin(_Mixed):
     pie: PieCacheEngine | None = None
     _pie_geometry: Geometry
     _pie_prior: Prior
+    _pie_measured: Measured
     _pie_tables = 0
     _pie_timer: Timer | None = None
-    _pie_gather_below = 0
+    _pie_step_board: StepBoard | None = None
+    _pie_step: int | None = None
     _pie_warming_up = False
-    _pie_gather_blocks = UNMEASURED_CTAS
 
     def pie_stream(self) -> int:
         """The stream that the model runs on; 0 is the calling thread."""
@@ -69,13 +68,27 @@ class PieWorkerMixin(_Mixed):
         return False
 
     def pie_timer(self) -> Timer:
-        """Times a step from now on."""
+        """A timer of the step that begins now."""
         return HostTimer()
 
     @said_once
     def determine_available_memory(self) -> int:
-        """The bytes of all blocks, pooled ones included: vLLM counts blocks by them."""
+        """Bytes of all blocks, pooled ones included: vLLM counts blocks by them.
+
+        Raises:
+            ConfigError: the settings do not fit the memory.
+            UnsupportedError: the model's KV is of a kind that pie cannot pool.
+        """
         (device_bytes,) = ranks.least_bytes(super().determine_available_memory())
+        geometry = self._pie_geometry = self._pie_size(device_bytes)
+        return geometry.num_blocks * geometry.row_bytes
+
+    def _pie_size(self, device_bytes: int) -> Geometry:
+        """Sizes of both tiers and of the ring, equal on all ranks.
+
+        Args:
+            device_bytes: bytes for KV on each rank's device.
+        """
         config = settings.of(self.vllm_config).config
         specs = self.get_kv_cache_spec()
         spec = refusals.check_specs(specs)
@@ -102,15 +115,20 @@ class PieWorkerMixin(_Mixed):
         prior = self._pie_prior = ranks.slowest(
             self._pie_measure(len(specs), spec.page_size_bytes, requests)
         )
-        share, fed = config.ring_fraction, None
-        if share is None:
+        fraction, fed = config.ring_fraction, None
+        if fraction is None:
             if prior.bandwidth is None:
-                share = UNKNOWN_LINK_FRACTION
+                fraction = UNKNOWN_LINK_FRACTION
             elif prior.step_seconds is not None:
                 fed = blocks_fed(prior.bandwidth, prior.step_seconds, row_bytes)
-        geometry = self._pie_geometry = plan(ring_fraction=share, fed_blocks=fed)
+        geometry: Geometry = plan(ring_fraction=fraction, fed_blocks=fed)
         if whole:
             whole.check(geometry.resident_blocks, spec.block_size)
+        self._pie_log_sizes(geometry, spec.block_size)
+        return geometry
+
+    def _pie_log_sizes(self, geometry: Geometry, block_size: int) -> None:
+        number = self.vllm_config.parallel_config.tensor_parallel_size
         logger.info(
             "Pie: %d resident blocks, %d pooled blocks, ring %d slots %.1f MiB (costs %.1f "
             "resident blocks), host pool up to %.2f GiB in %d rows%s, longest context served %d "
@@ -125,17 +143,16 @@ class PieWorkerMixin(_Mixed):
             f" on each of {number} ranks" if number > 1 else "",
             min(
                 self.vllm_config.model_config.max_model_len,
-                (geometry.num_blocks - 1) * spec.block_size,
+                (geometry.num_blocks - 1) * block_size,
             ),
             self.pie_driver,
         )
-        return geometry.num_blocks * geometry.row_bytes
 
     def _pie_without_tables(self, device_bytes: int, pool_bytes: int) -> int:
-        """What is left for KV beside the page tables that a pool of this size may take.
+        """Bytes left for KV beside the page tables that a pool of this size may take.
 
-        The driver takes them when memory is registered, while KV is in use: what was not kept for
-        them would be missing then.
+        The driver takes them when memory is registered, while KV is in use, so they are kept free
+        from the start.
 
         Raises:
             ConfigError: nothing is left.
@@ -153,9 +170,12 @@ class PieWorkerMixin(_Mixed):
         return check_device_bytes(device_bytes - tables, tables, pool_bytes)
 
     def _pie_measure(self, num_layers: int, page_bytes: int, requests: int) -> Prior:
-        """How fast the link is, and how long a step with so many requests takes.
+        """How fast the link is and, where a target asks for it, how long a step takes.
 
-        The link as the user said, as measured, or not known; the step where a target asks for it.
+        Args:
+            num_layers: number of layers with KV.
+            page_bytes: bytes of a block in one layer.
+            requests: number of requests in the step that is timed.
         """
         config = settings.of(self.vllm_config).config
         contention = config.limit_contention
@@ -163,52 +183,20 @@ class PieWorkerMixin(_Mixed):
             limits_contention=not self.pie_device_is_host if contention is None else contention
         )
         if config.target_slowdown is not None:
-            prior = self._pie_measure_steps(prior, requests)
-        if config.link_gbps is not None:
-            given = config.link_gbps * 1e9
-            logger.info("Pie: link to the device counted on for %.2f GB/s", config.link_gbps)
-            return prior._replace(bandwidth=given, most_bandwidth=given)
-        try:
-            link = measure_link(
-                num_layers,
-                page_bytes,
-                granularity=self.pie_granularity,
-                driver=self.pie_driver,
-                link_bytes_per_s=config.emulated_link,
-            )
-        except TransferError as error:
-            logger.warning("Pie: the link could not be measured at start: %s", error)
-            return prior
-        logger.info("Pie: link %s", link)
-        self._pie_gather_below = link.gather_below
-        self._pie_gather_blocks = link.gather_blocks
-        return prior._replace(bandwidth=link.load)
-
-    def _pie_measure_steps(self, prior: Prior, requests: int) -> Prior:
-        """Seconds of a step of so many requests, of each of them, and of a prompt token."""
-        one = model_runner.forward_seconds(self.model_runner, 1)
-        step = model_runner.forward_seconds(self.model_runner, requests)
-        by_request = max(step - one, 0.0) / max(requests - 1, 1)
-        most = int(self.vllm_config.scheduler_config.max_num_batched_tokens)
-        tokens = min(most, requests + PROMPT_TOKENS)
-        by_token = by_request
-        if tokens > requests:
-            longer = model_runner.forward_seconds(self.model_runner, tokens) - step
-            by_token = max(longer, 0.0) / (tokens - requests)
-        logger.info(
-            "Pie: %d requests decode in %.1f ms without attention, one in %.1f ms; a prompt token "
-            "takes %.2f ms",
-            requests,
-            1e3 * step,
-            1e3 * one,
-            1e3 * by_token,
+            tokens_max = int(self.vllm_config.scheduler_config.max_num_batched_tokens)
+            prior = with_step_times(prior, self.model_runner, requests, tokens_max)
+        measured = self._pie_measured = with_link(
+            prior,
+            config,
+            num_layers=num_layers,
+            page_bytes=page_bytes,
+            granularity=self.pie_granularity,
+            driver=self.pie_driver,
         )
-        return prior._replace(
-            step_seconds=step, request_seconds=by_request, prompt_seconds=by_token
-        )
+        return measured.prior
 
     def _pie_requests(self, device_blocks: int, longest: int) -> int:
-        """Requests that run at once when each takes a quarter of the blocks of the longest one."""
+        """Number of requests at once, each with a quarter of the blocks of the longest one."""
         scheduler = self.vllm_config.scheduler_config
         return min(
             int(scheduler.max_num_seqs),
@@ -217,7 +205,7 @@ class PieWorkerMixin(_Mixed):
         )
 
     def _pie_needed_blocks(self, block_size: int) -> int:
-        """Blocks of one longest request; 1 where vLLM fits the length to the memory."""
+        """Number of blocks of the longest request; 1 where vLLM fits the length to the memory."""
         model = self.vllm_config.model_config
         if getattr(model, "original_max_model_len", None) == -1:
             return 1
@@ -231,11 +219,12 @@ class PieWorkerMixin(_Mixed):
             config,
             self._pie_geometry,
             self.pie_driver,
-            self._pie_gather_below,
-            self._pie_gather_blocks,
+            self._pie_measured.gather_below,
+            self._pie_measured.gather_blocks,
             ranks.pool_board(),
         )
-        shaped = self.pie.shape(kv_cache_config)
+        self._pie_step_board = ranks.step_board()
+        shaped = kv_layout.over_arena(kv_cache_config, self._pie_geometry)
         with model_runner.own_allocation(self.model_runner, self.pie.allocate):
             super().initialize_from_config(shaped)
         if not self.pie.allocated:
@@ -262,31 +251,32 @@ class PieWorkerMixin(_Mixed):
             self._pie_warming_up = False
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Run a step with its plan; ``pie_stats`` travels back with the result.
+        """Run a step with its plan; a ``StepReport`` travels back with the result.
 
-        The plan is that of this ``scheduler_output``: two steps may be in flight. vLLM asks for
-        the tokens of a step before it runs the next one.
+        Two steps may be in flight, so the plan comes with this very ``scheduler_output``. vLLM asks
+        for the tokens of a step before it runs the next one.
         """
         assert self.pie is not None
         if not self._pie_warming_up:
             refusals.check_step(scheduler_output)
+        orders: StepOrders | None = getattr(scheduler_output, "pie", None)
+        plan = orders.plan if orders else None
         timer = self.pie_timer() if scheduler_output.total_num_scheduled_tokens else None
-        several = self.vllm_config.parallel_config.world_size > 1
         try:
-            with self.pie.step(getattr(scheduler_output, "pie_plan", None), self.pie_stream()):
+            with self.pie.step(plan, self.pie_stream()):
                 output = super().execute_model(scheduler_output)
         except PieError as error:
-            if several:
+            if self.vllm_config.parallel_config.world_size > 1:
                 end_rank(self.rank, error)
             raise
-        if several and self.pie.failure is not None:
-            end_rank(self.rank, self.pie.failure)  # vLLM hears of one rank's outputs only.
+        self._pie_step = plan.step if plan else None
+        if self._pie_step_board is not None and plan is not None:
+            self._pie_step_board.post(plan.step, self._pie_failure())
         if timer is not None:
             timer.stop()
         self._pie_timer = timer
-        order = getattr(scheduler_output, "pie_pool", None)
-        if order is not None:
-            self.pie.keeper.follow(order)
+        if orders is not None:
+            self.pie.keeper.follow(orders.pool)
         return self._tag(output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -296,15 +286,24 @@ class PieWorkerMixin(_Mixed):
     def _tag(self, output: Any) -> Any:
         if self.pie is None:
             return output
-        failure = "" if self.pie.failure is None else str(self.pie.failure)
-        return tagged(output, Tag(self.pie.totals, self.pie.keeper.state, self._pie_timer, failure))
+        board, step, elsewhere = self._pie_step_board, self._pie_step, None
+        if board is not None and board.leads and step is not None:
+            elsewhere = partial(board.failure, step)
+        pool = self.pie.keeper.state
+        failure = self._pie_failure()
+        return tagged(output, Tag(self.pie.totals, pool, self._pie_timer, failure, elsewhere))
+
+    def _pie_failure(self) -> str:
+        """Error text of the newest step's first failed copy on this rank; empty if none failed."""
+        failure = None if self.pie is None else self.pie.failure
+        return "" if failure is None else str(failure) or type(failure).__name__
 
     def pie_geometry(self) -> Geometry:
         """The sizes, for the scheduler."""
         return self._pie_geometry
 
     def pie_prior(self) -> Prior:
-        """What was measured at start, for the scheduler."""
+        """Link and step times as measured at start, for the scheduler."""
         return self._pie_prior
 
     def pie_counters(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from vllm.v1.core import block_pool, kv_cache_manager
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
 
 from pie_vllm.policy.control.decider import Decision
+from pie_vllm.policy.placement.completed_blocks import CompletedBlocks
 from pie_vllm.policy.placement.interfaces import PrefixEntries
 from pie_vllm.policy.placement.residency import Residency
 from pie_vllm.vllm.scheduler_side.block_pool import PieBlockPool
@@ -37,6 +38,7 @@ class DrivenManager(PieBlockSpaceManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.progress: dict[str, Progress] = {}
         super().__init__(*args, **kwargs)
+        self.completions = CompletedBlocks(self.block_size, self.residency)
 
     def next_step(self) -> None:
         residency, known = self.residency, self.progress
@@ -46,7 +48,7 @@ class DrivenManager(PieBlockSpaceManager):
         self.completions.next_step(known, [r for r in known if r not in fresh], fresh)
         residency.end_step({}, set(known), True, None)
         residency.check_integrity()
-        self.begin_step(Decision(residency.window, residency.window, 0), 1)
+        self.admission.begin_step(Decision(residency.window, residency.window, 0), 1)
 
     def get_computed_blocks(self, request: Any, *args: Any) -> Any:
         self.next_step()

@@ -38,7 +38,7 @@ class Forcing:
         residency, queue = self._residency, self._queue
         queue.frozen = False
         queue.refresh()
-        self._manager.completions.catch_up()
+        self._manager.residency.catch_up()
         before = residency.demotions
         if count := min(queue.demotable, queue.available_pooled):
             residency.make_residents_free(count)

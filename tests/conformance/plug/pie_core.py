@@ -109,7 +109,7 @@ def _watch(made: Any) -> None:
 
     made.schedule, made.update_from_output = scheduled, updated
     if sizes.LIFT:
-        manager.prompt_reserve = 0
+        manager.admission.prompt_reserve = 0
 
 
 def _make_manager(args: Any, kwargs: Any) -> Any:
@@ -211,5 +211,5 @@ def _leak(residency: Any) -> list[int]:
     if any(residency.tables.values()):
         return []
     free, total = residency.queue.free_in_all, residency.geometry.num_blocks
-    holders, readers = len(residency.victims.holders), len(residency.reading.by_request)
+    holders, readers = len(residency.victims.holders), len(residency.read_set.by_request)
     return [free, total, holders, readers] if free != total - 1 or holders or readers else []

@@ -153,7 +153,7 @@ class Watch:
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         residency = self._residency
         if MODE == "pool":
-            self._scheduler.kv_cache_manager.completions.catch_up()
+            self._scheduler.kv_cache_manager.residency.catch_up()
             if count := min(residency.queue.demotable, residency.queue.available_pooled):
                 residency.make_residents_free(count)
         output = self._schedule(*args, **kwargs)

@@ -17,13 +17,13 @@ class Shadow:
     def check(self, out: Any, scheduler: Any) -> None:
         """Follow a step; its tables, writes and reads must be what the books say."""
         self._follow(out)
-        self._check_copies(out.pie_plan, self._read(out, scheduler))
+        self._check_copies(out.pie.plan, self._read(out, scheduler))
 
     def _follow(self, out: Any) -> None:
         for rid in out.finished_req_ids:
             self.tables.pop(rid, None)
-        if out.pie_plan is not None:
-            for rid, first, blocks in out.pie_plan.relabels:
+        if out.pie.plan is not None:
+            for rid, first, blocks in out.pie.plan.relabels:
                 if rid in out.finished_req_ids:
                     continue
                 table = self.tables[rid]

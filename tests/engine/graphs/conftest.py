@@ -21,5 +21,5 @@ def driver(driver: str) -> str:
 def engine(make_engine: Callable[..., TransferEngine]) -> TransferEngine:
     """Six layers on a ring of two; graphs of four pieces a layer."""
     engine = make_engine()
-    engine.use_graphs(IMAGE, PIECES)
+    engine.graphs.prepare(IMAGE, PIECES)
     return engine

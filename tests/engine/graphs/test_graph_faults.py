@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from pie_vllm.engine.streams import DriverStream
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import GateError, TransferError
 from tests.engine.driving import View, plan
@@ -15,6 +14,7 @@ from tests.engine.graphing import GLOBAL, GraphModel
 from tests.helpers.cuda_calls import Cuda
 from tests.helpers.gather_kernel import IMAGE, GatherKernel
 from tests.helpers.standin import Standin, load
+from tests.helpers.streams import DriverStream
 
 MakeEngine = Callable[..., TransferEngine]
 pytestmark = pytest.mark.usefixtures("kernel")
@@ -57,10 +57,10 @@ class Partial:
         self.cuda.do("cuStreamBeginCapture", self.stream.id, GLOBAL)
         graph = ctypes.c_uint64()
         try:
-            self.engine.begin_capture(self.stream.id)
+            self.engine.graphs.begin_capture(self.stream.id)
             for name, layer in gates:
                 getattr(self.engine, name)(layer)
-            self.engine.end_capture()
+            self.engine.graphs.end_capture()
         finally:
             self.code = self.cuda.result("cuStreamEndCapture", self.stream.id, ctypes.byref(graph))
             if self.code == 0:
@@ -117,7 +117,7 @@ def test_a_capture_that_misses_a_gate_is_refused(
         partial.run(gates)
     assert partial.code == 0
     with pytest.raises(TransferError, match="without begin_capture"):
-        engine.end_capture()
+        engine.graphs.end_capture()
     goes_on(engine, stream)
 
 
@@ -137,20 +137,20 @@ def test_no_layer_outside_the_model(engine: TransferEngine, stream: DriverStream
     with pytest.raises(GateError, match="no layer 6"):
         Partial(engine, stream).run([("before_write", 6)])
     with pytest.raises(GateError):
-        engine.end_capture()
+        engine.graphs.end_capture()
 
 
 def test_no_step_inside_a_capture(engine: TransferEngine, stream: DriverStream) -> None:
     cuda, graph = Cuda(load()), ctypes.c_uint64()
     cuda.do("cuStreamBeginCapture", stream.id, GLOBAL)
-    engine.begin_capture(stream.id)
+    engine.graphs.begin_capture(stream.id)
     with pytest.raises(TransferError, match="inside a capture"):
-        engine.begin_capture(stream.id)
+        engine.graphs.begin_capture(stream.id)
     for call in (engine.begin_step, engine.run_idle):
         with pytest.raises(TransferError, match="inside a capture"):
             call(plan(1), stream.id)
     with pytest.raises(GateError):
-        engine.end_capture()
+        engine.graphs.end_capture()
     cuda.do("cuStreamEndCapture", stream.id, ctypes.byref(graph))
     cuda.do("cuGraphDestroy", graph.value)
     goes_on(engine, stream)
@@ -178,7 +178,7 @@ def test_each_call_of_the_preparation_that_fails_leaves_nothing(
     before = standin.calls(function)
     with TransferEngine(make_engine().geometry, driver="cuda") as other:
         before = standin.calls(function)
-        other.use_graphs(IMAGE, 4)
+        other.graphs.prepare(IMAGE, 4)
         calls = standin.calls(function) - before
     assert calls > 0
     engine = make_engine()
@@ -187,11 +187,11 @@ def test_each_call_of_the_preparation_that_fails_leaves_nothing(
     for nth in range(1, calls + 1):
         standin.fail(function, nth, error=OUT_OF_MEMORY)
         with pytest.raises(TransferError, match=f"{function}.*CUDA_ERROR_OUT_OF_MEMORY"):
-            engine.use_graphs(IMAGE, 4)
+            engine.graphs.prepare(IMAGE, 4)
         assert standin.live() == live
     assert not engine.begin_step(plan(1), graph=True)
     engine.abort_step()
-    engine.use_graphs(IMAGE, 4)
+    engine.graphs.prepare(IMAGE, 4)
     goes_on(engine, stream)
 
 
@@ -201,7 +201,7 @@ def test_a_kernel_that_does_not_count_is_refused(
     engine = make_engine()
     kernel.uncount()
     with pytest.raises(TransferError, match="does not count"):
-        engine.use_graphs(IMAGE, 4)
+        engine.graphs.prepare(IMAGE, 4)
 
 
 @pytest.mark.parametrize("function", ["cuEventRecord", "cuStreamWaitEvent", "cuLaunchKernel"])
@@ -214,7 +214,7 @@ def test_a_capture_in_which_a_call_fails(
     with pytest.raises(TransferError, match=f"{function}.*CUDA_ERROR_OUT_OF_MEMORY"):
         Partial(engine, stream).run(ALL)
     with pytest.raises(GateError):
-        engine.end_capture()
+        engine.graphs.end_capture()
     engine.begin_step(plan(3), stream.id)
     engine.abort_step()  # With the mark of the failure on the stream.
     goes_on(engine, stream)
@@ -277,7 +277,7 @@ def test_tables_that_cannot_be_emptied_are_an_error(
 ) -> None:
     """Not once more by the abort: a replay without a plan would load."""
     assert engine.begin_step(plan(1, loads=((8, 0, 1),)), stream.id, graph=True)
-    engine.enter_graph()
+    engine.graphs.enter()
     standin.fail("cuMemsetD8Async", error=OUT_OF_MEMORY)
     with pytest.raises(TransferError, match="cuMemsetD8Async"):
         engine.abort_step()

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
-from pie_vllm.engine.streams import DriverStream
 from pie_vllm.engine.transfer_engine import TransferEngine
 from tests.engine.driving import View, inject, latched, plan, run_step
 from tests.engine.graphing import LAYERS, PIECES, GraphModel, Seen
 from tests.helpers.gather_kernel import IMAGE, GatherKernel
+from tests.helpers.streams import DriverStream
 
 MakeEngine = Callable[..., TransferEngine]
 Capture = Callable[..., GraphModel]
@@ -73,7 +73,7 @@ def test_the_head_is_loaded_before_the_replay(
     assert [view.holds(layer, 8, 3) for layer in (0, 1)] == [True, False]
     assert [view.holds(layer, 3, 5) for layer in (0, 1)] == [True, False]
     view.write(0, 3, 6)
-    model.engine.enter_graph()
+    model.engine.graphs.enter()
     model.launch()
     model.engine.end_step()
     stream.synchronize()
@@ -83,7 +83,7 @@ def test_the_head_is_loaded_before_the_replay(
 def test_the_loads_of_a_replay_begin_before_its_first_write(
     model: GraphModel, stream: DriverStream, view: View
 ) -> None:
-    """As many as the ring has room for, beside the first layer."""
+    """So many as the ring has room for, beside the first layer's."""
     view.write_row(0, 3)
     found = []
 
@@ -194,9 +194,9 @@ def test_a_new_compute_stream_comes_after_the_replay(
 def test_a_chunk_is_given_back_only_after_the_replay(
     make_engine: MakeEngine, capture: Capture, kernel: GatherKernel
 ) -> None:
-    """Which reads its rows; the stand-in sees memory that goes too early."""
+    """The replay reads its rows; the stand-in sees memory that goes too early."""
     engine = make_engine()
-    engine.use_graphs(IMAGE, PIECES)
+    engine.graphs.prepare(IMAGE, PIECES)
     stream, view = DriverStream(engine), View(engine)
     model = capture(engine, stream)
     view.write_row(7, 3)
@@ -259,7 +259,7 @@ def test_promotions_of_an_aborted_step_are_made(
     view.write_row(0, 5)
     kernel.wait(2)
     assert model.engine.begin_step(plan(1, promotions=((3, 0, 1),)), stream.id, graph=True)
-    model.engine.enter_graph()
+    model.engine.graphs.enter()
     if launched:
         model.launch()
     model.engine.abort_step()
@@ -273,7 +273,7 @@ def test_promotions_of_an_aborted_step_are_made(
 def test_a_chunk_that_came_back_elsewhere(make_engine: MakeEngine, capture: Capture) -> None:
     """The same runs mean other addresses then: the tables are written again."""
     engine = make_engine()
-    engine.use_graphs(IMAGE, PIECES)
+    engine.graphs.prepare(IMAGE, PIECES)
     stream, view = DriverStream(engine), View(engine)
     model = capture(engine, stream)
     for step in range(1, 4):

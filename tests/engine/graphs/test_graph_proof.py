@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import pytest
 
-from pie_vllm.engine.streams import DriverStream, counters
+from pie_vllm.engine.streams import counters
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import ConfigError, GateError, TransferError, UnsupportedError
 from tests.engine.driving import View, geometry, inject, latched, plan
 from tests.engine.graphing import PIECES, GraphModel
 from tests.helpers.gather_kernel import IMAGE, GatherKernel
 from tests.helpers.standin import load
+from tests.helpers.streams import DriverStream
 
 MakeEngine = Callable[..., TransferEngine]
 Capture = Callable[..., GraphModel]
@@ -53,7 +54,7 @@ def test_a_replay_that_did_not_copy_all_layers_fails_the_engine(
 ) -> None:
     with latched(model.stream):
         assert model.engine.begin_step(plan(1), model.stream.id, graph=True)
-        model.engine.enter_graph()
+        model.engine.graphs.enter()
         if lost == "count":
             kernel.uncount()
             model.launch()
@@ -69,19 +70,19 @@ def test_a_replay_that_did_not_copy_all_layers_fails_the_engine(
 
 
 def test_a_count_is_looked_at_before_its_buffer_comes_round(model: GraphModel) -> None:
-    """As many steps are under way as there are buffers."""
+    """Steps take all buffers."""
     engine = model.engine
     with latched(model.stream) as latch:
         for step in range(1, 5):
             assert engine.begin_step(plan(step), model.stream.id, graph=True)
-            engine.enter_graph()
+            engine.graphs.enter()
             if step > 1:
                 model.launch()
             engine.end_step()
         assert engine.begin_step(plan(5), model.stream.id, graph=True)
         threading.Timer(0.05, latch.open).start()
         with pytest.raises(GateError, match="the graph of step 1 copied 0 layers"):
-            engine.enter_graph()
+            engine.graphs.enter()
     engine.abort_step()
 
 
@@ -89,7 +90,7 @@ def test_the_step_itself_fails_where_its_count_is_there(model: GraphModel) -> No
     """The stand-in's default stream is over when the call returns."""
     engine = model.engine
     assert engine.begin_step(plan(1), 0, graph=True)
-    engine.enter_graph()
+    engine.graphs.enter()
     with pytest.raises(GateError, match="the graph of step 1 copied 0 layers"):
         engine.end_step()
 
@@ -97,7 +98,7 @@ def test_the_step_itself_fails_where_its_count_is_there(model: GraphModel) -> No
 def test_a_graph_launched_twice_is_found(model: GraphModel) -> None:
     with latched(model.stream):
         assert model.engine.begin_step(plan(1), model.stream.id, graph=True)
-        model.engine.enter_graph()
+        model.engine.graphs.enter()
         model.launch()
         model.launch()
         model.engine.end_step()
@@ -110,7 +111,7 @@ def lose(model: GraphModel, steps: range) -> None:
     with latched(model.stream):
         for step in steps:
             assert model.engine.begin_step(plan(step), model.stream.id, graph=True)
-            model.engine.enter_graph()
+            model.engine.graphs.enter()
             model.engine.end_step()
     model.stream.synchronize()
 
@@ -137,10 +138,10 @@ def test_an_abort_that_tells_of_it_has_emptied_the_tables(model: GraphModel) -> 
     engine, view = model.engine, View(model.engine)
     with latched(model.stream) as latch:
         assert engine.begin_step(plan(1), model.stream.id, graph=True)
-        engine.enter_graph()
+        engine.graphs.enter()
         engine.end_step()
         assert engine.begin_step(plan(2, loads=((8, 0, 1),)), model.stream.id, graph=True)
-        engine.enter_graph()
+        engine.graphs.enter()
         latch.open()
         with pytest.raises(GateError, match="step 1"):
             engine.abort_step()
@@ -157,7 +158,7 @@ def test_tables_that_are_empty_are_not_emptied_again(model: GraphModel) -> None:
     for emptied in (0, 1, 0):
         if emptied:
             assert model.engine.begin_step(plan(2), model.stream.id, graph=True)
-            model.engine.enter_graph()
+            model.engine.graphs.enter()
         before = load().calls("cuMemsetD8Async")
         model.engine.abort_step()
         assert load().calls("cuMemsetD8Async") - before == emptied
@@ -174,11 +175,11 @@ def test_counts_that_are_known_are_not_asked_for(model: GraphModel) -> None:
 
 def test_close_tells_of_it_and_gives_everything_back(make_engine: MakeEngine) -> None:
     engine = make_engine()
-    engine.use_graphs(IMAGE, PIECES)
+    engine.graphs.prepare(IMAGE, PIECES)
     stream = DriverStream(engine)
     with latched(stream):
         assert engine.begin_step(plan(1), stream.id, graph=True)
-        engine.enter_graph()
+        engine.graphs.enter()
         engine.end_step()
     with pytest.raises(GateError, match="step 1"):
         engine.close()
@@ -191,32 +192,39 @@ def test_close_tells_of_it_and_gives_everything_back(make_engine: MakeEngine) ->
 def test_calls_at_the_wrong_time(make_engine: MakeEngine) -> None:
     engine = make_engine()
     stream = DriverStream(engine)
-    for call in (lambda: engine.begin_capture(stream.id), engine.end_capture, engine.enter_graph):
+    for call in (
+        lambda: engine.graphs.begin_capture(stream.id),
+        engine.graphs.end_capture,
+        engine.graphs.enter,
+    ):
         with pytest.raises(TransferError, match="without"):
             call()
-    engine.use_graphs(IMAGE, PIECES)
+    engine.graphs.prepare(IMAGE, PIECES)
     with pytest.raises(TransferError, match="again"):
-        engine.use_graphs(IMAGE, PIECES)
+        engine.graphs.prepare(IMAGE, PIECES)
     with pytest.raises(TransferError, match="not capturing"):
-        engine.begin_capture(stream.id)
+        engine.graphs.begin_capture(stream.id)
     with pytest.raises(TransferError, match="without begin_capture"):
-        engine.end_capture()
+        engine.graphs.end_capture()
     assert engine.begin_step(plan(1), stream.id, graph=True)
-    for call in (lambda: engine.begin_capture(stream.id), lambda: engine.use_graphs(IMAGE, 1)):
+    for call in (
+        lambda: engine.graphs.begin_capture(stream.id),
+        lambda: engine.graphs.prepare(IMAGE, 1),
+    ):
         with pytest.raises(TransferError, match="inside a step"):
             call()
     engine.before_write(0)
     engine.before_attention(0)
     with pytest.raises(TransferError, match="has begun to run otherwise"):
-        engine.enter_graph()
+        engine.graphs.enter()
     engine.abort_step()
     assert engine.begin_step(plan(2), stream.id, graph=True)
-    engine.enter_graph()
+    engine.graphs.enter()
     for gate in (engine.before_write, engine.before_attention, engine.after_attention):
         with pytest.raises(TransferError, match="step 2, which runs in a graph"):
             gate(0)
     with pytest.raises(TransferError, match="otherwise"):
-        engine.enter_graph()
+        engine.graphs.enter()
     engine.abort_step()
 
 
@@ -225,17 +233,17 @@ def test_tables_that_cannot_be(make_engine: MakeEngine, pieces: int) -> None:
     engine = make_engine()
     live = load().live()
     with pytest.raises(ConfigError, match="1 to 65536 pieces"):
-        engine.use_graphs(IMAGE, pieces)
+        engine.graphs.prepare(IMAGE, pieces)
     for image, blocks in ((b"", 8), (IMAGE, 0), (IMAGE, 13)):
         with pytest.raises(ConfigError, match="1 to 12 blocks"):
-            engine.use_graphs(image, 8, blocks)
+            engine.graphs.prepare(image, 8, blocks)
     assert load().live() == live
-    engine.use_graphs(IMAGE, 8, 12)
+    engine.graphs.prepare(IMAGE, 8, 12)
 
 
 def test_the_host_driver_has_no_graphs() -> None:
     with TransferEngine(geometry()) as engine:
         with pytest.raises(UnsupportedError, match="no kernels"):
-            engine.use_graphs(IMAGE, PIECES)
+            engine.graphs.prepare(IMAGE, PIECES)
         assert not engine.begin_step(plan(1), graph=True)
         engine.abort_step()

@@ -21,7 +21,7 @@ class GraphRunner(Runner):
     def __init__(self, engine: TransferEngine, seed: int) -> None:
         super().__init__(engine, seed, inline=False, runs=3)
         assert self.stream is not None
-        engine.use_graphs(IMAGE, 4, 1 + seed % 12)
+        engine.graphs.prepare(IMAGE, 4, 1 + seed % 12)
         self.graph = GraphModel(engine, self.stream)
         self.entered = self.refused = 0
 
@@ -43,7 +43,7 @@ class GraphRunner(Runner):
             return not abort
         if abort and draw() < 0.2:
             return False
-        self.engine.enter_graph()
+        self.engine.graphs.enter()
         if abort and draw() < 0.5:
             return False
         self.graph.launch(self.compute(writes, True), self.compute(reads, False))

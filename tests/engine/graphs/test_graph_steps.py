@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 
-from pie_vllm.engine.streams import DriverStream
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import TransferError
 from tests.engine.driving import View, plan, run_step
 from tests.engine.graphing import LAYERS, PIECES, GraphModel, Seen
 from tests.helpers.gather_kernel import IMAGE
 from tests.helpers.standin import load
+from tests.helpers.streams import DriverStream
 
 MakeEngine = Callable[..., TransferEngine]
 Capture = Callable[..., GraphModel]
@@ -106,7 +106,7 @@ def test_a_step_that_copies_nothing_waits_for_nothing(
         before = load().calls("cuStreamWaitEvent")
         assert model.engine.begin_step(plan(step, **plans), stream.id, graph=True)
         entered = load().calls("cuStreamWaitEvent")
-        model.engine.enter_graph()
+        model.engine.graphs.enter()
         assert load().calls("cuStreamWaitEvent") - entered == waits
         model.launch()
         model.engine.end_step()
@@ -123,7 +123,7 @@ def test_a_replay_without_a_plan_loads_nothing(
         view.write_row(row, 1 + row)
     for abort in (False, True):
         assert model.engine.begin_step(plan(1, loads=((8, 0, 2),)), stream.id, graph=True)
-        model.engine.enter_graph()
+        model.engine.graphs.enter()
         if abort:
             model.engine.abort_step()
         else:
@@ -177,12 +177,12 @@ def test_a_step_that_only_promotes_loads_no_ring_page(
 )
 def test_what_fits_a_graph(make_engine: MakeEngine, changes: dict[str, object], fits: bool) -> None:
     engine = make_engine()
-    engine.use_graphs(IMAGE, 3)
+    engine.graphs.prepare(IMAGE, 3)
     step = plan(1, **changes)  # type: ignore[arg-type]
     assert engine.begin_step(step, 0, graph=True) is fits
     if not fits:
         with pytest.raises(TransferError, match="does not fit"):
-            engine.enter_graph()
+            engine.graphs.enter()
     for layer in LAYERS:
         engine.before_write(layer)
         engine.before_attention(layer)
@@ -194,7 +194,7 @@ def test_nothing_fits_unless_asked_and_prepared(make_engine: MakeEngine) -> None
     engine = make_engine()
     assert not engine.begin_step(plan(1), graph=True)
     engine.abort_step()
-    engine.use_graphs(IMAGE, PIECES)
+    engine.graphs.prepare(IMAGE, PIECES)
     assert not engine.begin_step(plan(2))
     engine.abort_step()
     assert engine.begin_step(plan(3), graph=True)
@@ -206,13 +206,13 @@ def test_nothing_fits_unless_asked_and_prepared(make_engine: MakeEngine) -> None
 )
 def test_debug_switches(make_engine: MakeEngine, word: str, fits: bool) -> None:
     engine = make_engine(debug=(word,))
-    engine.use_graphs(IMAGE, PIECES)
+    engine.graphs.prepare(IMAGE, PIECES)
     assert engine.begin_step(plan(1), graph=True) is fits
 
 
 def test_skipped_loads_are_skipped_in_graphs_too(make_engine: MakeEngine, capture: Capture) -> None:
     engine = make_engine(debug=("skip_loads",))
-    engine.use_graphs(IMAGE, PIECES)
+    engine.graphs.prepare(IMAGE, PIECES)
     stream, view = DriverStream(engine), View(engine)
     model = capture(engine, stream)
     view.write_row(0, 5)

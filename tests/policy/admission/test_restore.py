@@ -26,7 +26,7 @@ from tests.helpers.parked_steps import copied, leave, make, take
 )
 def test_what_pooled_blocks_leave_of_the_link(most: int | None, loads: int, expected: int) -> None:
     """A quarter of it at least, and one block; without a target, all there is room for."""
-    residency: Any = SimpleNamespace(reading=SimpleNamespace(num_blocks=loads), boundary=64)
+    residency: Any = SimpleNamespace(read_set=SimpleNamespace(num_blocks=loads), boundary=64)
     assert restored_at_once(residency, most) == expected
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness.agreement import add_simulated
-from benchmarks.harness.step_times import Step, fit, slowed_by_loads
+from benchmarks.real.agreement import add_simulated
+from benchmarks.real.step_times import Step, fit, slowed_by_loads
 from pie_vllm.simulation.simulator import run_stock
 from pie_vllm.simulation.traces import Job, Profile
 

@@ -1,4 +1,4 @@
-"""Completions: a look finds every complete block, and few requests are asked for it."""
+"""Completed blocks: a look finds every complete block, and few requests are asked for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from pie_vllm.geometry import Geometry
-from pie_vllm.policy.placement.completed_blocks import Completions
+from pie_vllm.policy.placement.completed_blocks import CompletedBlocks
 from tests.helpers.fakes import FakePool
 
 
@@ -32,7 +32,7 @@ class Bench:
         self.size = block_size
         self.pool = FakePool(Geometry(1, 8, 3000, 1, 1, 1, 1, 1))
         self.residency = self.pool.residency
-        self.completions = Completions(block_size, self.residency)
+        self.completions = CompletedBlocks(block_size, self.residency)
         self.requests: dict[str, Request] = {}
         self.fresh: list[str] = []
 

@@ -88,7 +88,7 @@ def test_a_request_that_ran_stays_marked_until_it_is_left_out() -> None:
     reading, _ = make()
     reading.add("a", 10)
     reading.follow({"a": 1, "b": 1})
-    assert reading.runs("a")
-    assert not reading.runs("b"), "b has no pooled block"
+    assert reading.is_running("a")
+    assert not reading.is_running("b"), "b has no pooled block"
     reading.follow({"b": 1})
-    assert not reading.runs("a")
+    assert not reading.is_running("a")

@@ -31,7 +31,7 @@ class Tiers(RuleBasedStateMachine):
         resident=st.integers(4, 9),
         pooled=st.integers(1, 9),
         extra=st.integers(0, 9),
-        parking=st.sampled_from([None, "lru", "arc"]),
+        parking=st.sampled_from([None, "lru"]),
     )
     def start(self, resident: int, pooled: int, extra: int, parking: str | None) -> None:
         self.geometry = Geometry(2, 4096, resident, pooled, 1, pooled + extra, 3, 4096)
@@ -182,7 +182,7 @@ class Tiers(RuleBasedStateMachine):
     @rule(data=st.data())
     def resize(self, data: st.DataObject) -> None:
         """CPU memory gets scarce or plenty; what nobody uses is perhaps forgotten."""
-        if data.draw(st.booleans()) and not self.residency.parking.restores:
+        if data.draw(st.booleans()) and not self.residency.parking.copies.restores:
             self.residency.forget_idle()
         held = self.residency.rows.chunks_held
         self.residency.use_chunks(data.draw(st.integers(max(held, 1), self.geometry.num_chunks)))

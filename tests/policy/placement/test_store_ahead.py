@@ -1,4 +1,4 @@
-"""Write-through: which blocks are stored before another use is made of their pages, and when."""
+"""Stores ahead of eviction: which blocks, and in which steps."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def test_nothing_is_parked_where_it_is_off() -> None:
     """Without a policy of eviction there is no index, no store, no tail."""
     pool = make(policy=None)
     leave(pool, "a", "x", "y", "z")
-    pool.residency.parking.keep_tail("p", pool.residency._blocks[1], 0, 5)
+    pool.residency.parking.keep_tail("p", pool.residency.blocks[1], 0, 5)
     assert take(pool, "b", 7) is None
     assert not pool.residency.parking.enabled
     assert not pool.residency.parking.tails

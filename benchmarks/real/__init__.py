@@ -1,0 +1,1 @@
+"""What drives real vLLM: engines in this process, engines that take turns, servers."""

@@ -1,0 +1,1 @@
+"""What drives the simulator: random machines, traces, and shifts of the load."""

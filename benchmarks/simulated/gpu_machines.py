@@ -1,0 +1,112 @@
+"""Three machines with GPUs, as the simulator knows them; no figure of them was measured here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pie_vllm.geometry import Geometry, blocks_fed, plan_geometry
+from pie_vllm.plan import Prior
+from pie_vllm.simulation.traces import Profile
+
+LAYERS, BLOCK_TOKENS = 32, 16
+PAGE_BYTES = 2 * 8 * 128 * 2 * BLOCK_TOKENS
+"""K and V, 8 heads of 128, 2 bytes: the model's configuration; 64 KiB."""
+ROW_BYTES = LAYERS * PAGE_BYTES
+WEIGHT_BYTES = 16.1e9
+"""8.03e9 parameters of 2 bytes: arithmetic."""
+FLOPS_PER_TOKEN = 2 * 8.03e9
+"""Two for each parameter; attention left out: arithmetic."""
+GEMM_SHARE = 0.5
+"""Share of the peak that a prefill reaches: an assumption."""
+HOST_SECONDS = 2e-3
+"""Time of a step in which the GPU waits for the scheduler and launches: an assumption."""
+REQUEST_SECONDS = 1e-5
+"""Time of a step for each request (sampling, bookkeeping): an assumption."""
+MAX_NUM_SEQS = 256
+GRANULARITY = 2 << 20
+"""Bytes that CUDA maps in one piece."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU.
+
+    Attributes:
+        name: name of the GPU and of its link.
+        link: speed of the link to the device, bytes per second.
+        memory: speed of device memory, bytes per second.
+        flops: peak by specification, operations per second, bf16 with fp32 sums, dense.
+        kv_bytes: device memory for KV, ring included.
+        source: where the constants are from: which are measured, and by whom.
+    """
+
+    name: str
+    link: float
+    memory: float
+    flops: float
+    kv_bytes: int
+    source: str
+
+    def profile(self) -> Profile:
+        """A step reads all weights and the KV of its requests once, at the memory's speed."""
+        return Profile(
+            link=self.link,
+            base=WEIGHT_BYTES / self.memory + HOST_SECONDS,
+            per_request=REQUEST_SECONDS,
+            per_prompt_token=FLOPS_PER_TOKEN / (GEMM_SHARE * self.flops),
+            per_block=ROW_BYTES / self.memory,
+            exposed=1 / LAYERS,
+        )
+
+    def prior(self) -> Prior:
+        """What a server measures at start."""
+        profile = self.profile()
+        step = profile.base + MAX_NUM_SEQS * profile.per_request
+        return Prior(self.link, step_seconds=step)
+
+    def geometry(self) -> Geometry:
+        """The geometry that a server plans, with a pool of four times the device's KV bytes."""
+        step = self.prior().step_seconds or 0.0
+        return plan_geometry(
+            num_layers=LAYERS,
+            page_bytes=PAGE_BYTES,
+            device_bytes=self.kv_bytes,
+            pool_bytes=4 * self.kv_bytes,
+            granularity=GRANULARITY,
+            needed_blocks=512,
+            fed_blocks=blocks_fed(self.link, step, ROW_BYTES),
+        )
+
+
+MACHINES = (
+    Machine(
+        "GH200 96 GB",
+        link=377e9,
+        memory=3.7e12,
+        flops=989e12,
+        kv_bytes=8 << 30,
+        source="link 377 GB/s host to device and HBM3 triad 3,728 GB/s: measured by dnhkng "
+        "(dnhkng.github.io, 2026-04-25), nvbandwidth and STREAM; flops: NVIDIA's specification; "
+        "8 GiB of KV: an assumption, a GPU shared with other uses, to keep the run short",
+    ),
+    Machine(
+        "H200 PCIe Gen5",
+        link=55e9,
+        memory=4.0e12,
+        flops=989e12,
+        kv_bytes=8 << 30,
+        source="link 55 GB/s: nvbandwidth on Azure ND H200 v5 (samuel-bohman/AI-benchmarking-"
+        "guide); memory 4.0 TB/s of 4.8 by specification: an assumption; flops: NVIDIA's "
+        "specification; 8 GiB of KV: an assumption, as above",
+    ),
+    Machine(
+        "24 GB card, PCIe Gen4",
+        link=25e9,
+        memory=0.9e12,
+        flops=165e12,
+        kv_bytes=4 << 30,
+        source="all arithmetic from specifications of an RTX 4090, nothing measured: Gen4 x16 "
+        "31.5 GB/s, 80 % of it; GDDR6X 1,008 GB/s, 90 % of it; 165 Tflops; 24 GB less 16 GB of "
+        "weights and 3 GB of activations leave 4 GiB",
+    ),
+)

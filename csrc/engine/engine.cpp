@@ -1,0 +1,397 @@
+#include "engine/engine.h"
+
+#include <exception>
+#include <utility>
+
+#include "engine/self_test.h"
+#include "memory/fitting.h"
+
+namespace pie {
+namespace {
+
+// Where timing takes events on streams, one in so many steps that load is timed: events cost a
+// microsecond or two each, and a step needs two a layer.
+constexpr int64_t kSampleEvery = 4;
+
+}  // namespace
+
+Engine::Engine(const pie_geometry& geometry, const std::string& driver, double link_bytes_per_s,
+               uint32_t debug, int64_t chunks)
+    : debug_(debug),
+      driver_(make_driver(driver, link_bytes_per_s)),
+      geometry_(fitting(geometry, *driver_, chunks)),
+      arena_(*driver_, geometry_),
+      pool_(*driver_, geometry_, chunks_at_start(geometry_, chunks)),
+      order_(*driver_, geometry_.layers, geometry_.slots),
+      plans_(geometry_, pool_),
+      graphs_(*driver_, geometry_, arena_, pool_) {}
+
+Engine::~Engine() { driver_->synchronize(); }
+
+void Engine::set_option(int option, bool on) {
+  if (step_.open) throw Error(PIE_ERR_STATE, "an option is set inside a step");
+  if (option == PIE_OPTION_HEAD_FIRST) {
+    head_first_ = on;
+  } else if (option == PIE_OPTION_OVERLAP) {
+    driver_->prefer_overlap(on);
+  } else {
+    throw Error(PIE_ERR_CONFIG, "no option " + std::to_string(option));
+  }
+}
+
+bool Engine::begin_step(const pie_plan& plan, Stream compute, bool graph) {
+  open_step(plan, true, compute);
+  step_.fits = graph && fits_graph();
+  or_abort([&] {
+    order_.submit_barrier(graphs_.emptied());
+    submit_first(head_first_ ? kHead : geometry_.layers,
+                 head_first_ || step_.fits ? kHead : geometry_.slots);
+  });
+  return step_.fits;
+}
+
+void Engine::open_step(const pie_plan& plan, bool forward, Stream compute) {
+  if (step_.open) {
+    throw Error(PIE_ERR_STATE, "step " + std::to_string(plan.step) + " begins inside step " +
+                                   std::to_string(step_.number) + "; end or abort that first");
+  }
+  if (graphs_.capturing()) {
+    throw Error(PIE_ERR_STATE, "a step begins inside a capture; end that first");
+  }
+  order_.check_streams();
+  graphs_.check(false);
+  driver_->stream_error(compute);  // throws where there is no such stream
+  PlanReader::Moves moves = plans_.read(plan, order_.newest_step());
+  Step step;
+  step.number = plan.step;
+  step.compute = compute;
+  step.stores = std::move(moves.stores);
+  step.promotions = std::move(moves.promotions);
+  step.forward = forward;
+  step.gates.reserve(geometry_.layers);
+  step.streams_in = !step.promotions.empty() || (forward && !plans_.loads().empty());
+  step.stats.step = plan.step;
+  step.open = true;
+  step_ = std::move(step);
+  order_.open_step(plan.step, compute);
+  // Counted by steps that copy: their numbers may keep a rhythm of their own.
+  if (forward) ++gated_steps_;
+  const bool sampled = !forward || gated_steps_ % kSampleEvery == 0;
+  driver_->sample(sampled);
+  order_.stall().begin(plan.step, compute, forward && sampled);
+}
+
+// Runs a part of an open step; what fails in it ends the step, and is what the caller hears of.
+template <typename Body>
+void Engine::or_abort(Body&& body) {
+  try {
+    body();
+  } catch (const Error&) {
+    try {
+      abort_step();
+    } catch (const Error&) {
+      step_.open = false;  // The device is lost; every later call says so.
+    }
+    throw;
+  }
+}
+
+// Rule 21: what is not submitted yet of the first layers, stores first: a load means the newest
+// record of its layer's store.
+void Engine::submit_first(int64_t stores, int64_t loads) {
+  if (!step_.stores.empty()) {
+    while (step_.next_store < stores) submit_store(step_.next_store);
+  }
+  if (!step_.streams_in || debug(PIE_DEBUG_LATE_SUBMIT)) return;
+  while (step_.next_load < loads) submit_load(step_.next_load);
+}
+
+void Engine::submit_store(int64_t layer) {
+  order_.before_store(layer);
+  if (!debug(PIE_DEBUG_SKIP_STORES)) {
+    step_.stats.bytes_stored += copy(Direction::kDeviceToHost, step_.stores, layer);
+  }
+  order_.after_store(layer);
+  step_.next_store = layer + 1;
+}
+
+void Engine::submit_load(int64_t layer) {
+  order_.before_load(layer, !step_.promotions.empty());
+  if (!debug(PIE_DEBUG_SKIP_LOADS)) {
+    const int64_t promoted = copy(Direction::kHostToDevice, step_.promotions, layer);
+    const bool fill = step_.forward && !plans_.loads().empty();
+    if (debug(PIE_DEBUG_POISON) && fill) poison(layer);
+    const int64_t loaded = fill ? copy(Direction::kHostToDevice, plans_.loads(), layer) : 0;
+    step_.stats.bytes_promoted += promoted;
+    step_.stats.bytes_loaded += promoted + loaded;
+  }
+  order_.after_load(layer);
+  step_.next_load = layer + 1;
+}
+
+void Engine::finish_promotions() {
+  step_.forward = false;
+  if (step_.promotions.empty()) return;
+  while (step_.next_load < geometry_.layers) submit_load(step_.next_load);
+}
+
+// One batch; returns its bytes.
+int64_t Engine::copy(Direction direction, const Runs& runs, int64_t layer) {
+  if (runs.empty()) return 0;
+  const bool in = direction == Direction::kHostToDevice;
+  scratch_.clear();
+  for (const pie_run& run : runs) {
+    const Address device = arena_.page(layer, run.block);
+    const Address host = pool_.page(run.row, layer);
+    const auto size = static_cast<size_t>(run.count * geometry_.page);
+    scratch_.push_back(CopyOp{in ? device : host, in ? host : device, size});
+  }
+  const Stream stream = in ? order_.h2d() : order_.d2h();
+  driver_->copy_batch(stream, direction, scratch_.data(), scratch_.size());
+  step_.stats.copies += static_cast<int64_t>(scratch_.size());
+  return blocks_of(runs) * geometry_.page;
+}
+
+void Engine::poison(int64_t layer) {
+  driver_->memset_async(order_.h2d(), arena_.page(layer, geometry_.resident), 0xFF,
+                        static_cast<size_t>(geometry_.pooled * geometry_.page));
+}
+
+void Engine::before_write(int64_t layer) {
+  check_layer(layer);
+  if (graphs_.capturing()) return graphs_.capture().before_write(layer);
+  submit_rest();
+  step_.gates.write(layer);
+  order_.before_write(layer, !step_.promotions.empty());
+}
+
+void Engine::before_attention(int64_t layer) {
+  check_layer(layer);
+  if (debug(PIE_DEBUG_SKIP_GATE) && layer == geometry_.layers / 2) return;
+  if (graphs_.capturing()) return graphs_.capture().before_attention(layer);
+  submit_rest();
+  step_.gates.enter(layer);
+  if (!step_.streams_in) return;
+  order_.before_attention(layer);
+  if (debug(PIE_DEBUG_LATE_SUBMIT)) submit_load(layer);
+}
+
+void Engine::after_attention(int64_t layer) {
+  check_layer(layer);
+  if (graphs_.capturing()) return graphs_.capture().after_attention(layer);
+  submit_rest();
+  step_.gates.leave(layer);
+  order_.after_attention(layer);
+  const int64_t next = layer + geometry_.slots;
+  if (step_.streams_in && next < geometry_.layers && !debug(PIE_DEBUG_LATE_SUBMIT)) {
+    submit_load(next);
+  }
+}
+
+void Engine::check_layer(int64_t layer) const {
+  if (!step_.open && !graphs_.capturing()) {
+    throw Error(PIE_ERR_STATE, "a gate was called without begin_step");
+  }
+  if (step_.open && step_.in_graph) {
+    throw Error(PIE_ERR_STATE, "a gate was called in step " + std::to_string(step_.number) +
+                                   ", which runs in a graph");
+  }
+  if (layer < 0 || layer >= geometry_.layers) {
+    throw Error(PIE_ERR_GATE, "no layer " + std::to_string(layer) + "; there are " +
+                                  std::to_string(geometry_.layers));
+  }
+}
+
+pie_stats Engine::end_step() {
+  if (!step_.open) throw Error(PIE_ERR_STATE, "end_step without begin_step");
+  try {
+    if (!step_.in_graph) {
+      // Rule 22: a write that passed no gate may have overtaken a copy of its page.
+      const bool writes = !step_.stores.empty() || !step_.promotions.empty();
+      step_.gates.check("step " + std::to_string(step_.number), geometry_.layers, writes);
+    }
+  } catch (const Error&) {
+    abort_step();
+    throw;
+  }
+  try {
+    if (step_.in_graph) {
+      order_.after_launch();
+      graphs_.tables().empty(step_.compute);
+    }
+  } catch (const Error&) {
+    step_.open = false;
+    throw;
+  }
+  const pie_stats stats = close_step();
+  order_.check_streams();
+  graphs_.check(false);
+  return stats;
+}
+
+pie_stats Engine::close_step() {
+  step_.open = false;
+  pie_stats& stats = step_.stats;
+  const Counters in = driver_->counters(Direction::kHostToDevice);
+  const Counters out = driver_->counters(Direction::kDeviceToHost);
+  stats.bytes_finished = in.bytes - reported_in_.bytes;
+  stats.load_seconds = in.seconds - reported_in_.seconds;
+  stats.store_seconds = out.seconds - reported_out_.seconds;
+  reported_in_ = in;
+  reported_out_ = out;
+  stats.gates = step_.in_graph ? geometry_.layers : step_.gates.passed();
+  order_.stall().end();
+  const StallClock::Result found = order_.stall().collect();
+  stats.stall_step = found.step;
+  stats.stall_seconds = found.seconds;
+  return stats;
+}
+
+void Engine::skip_counters() {
+  reported_in_ = driver_->counters(Direction::kHostToDevice);
+  reported_out_ = driver_->counters(Direction::kDeviceToHost);
+}
+
+pie_stats Engine::run_idle(const pie_plan& plan, Stream compute) {
+  open_step(plan, false, compute);
+  or_abort([&] {
+    order_.submit_barrier(graphs_.emptied());
+    for (int64_t l = 0; l < geometry_.layers; ++l) {
+      if (!step_.stores.empty()) submit_store(l);
+      if (!step_.promotions.empty()) submit_load(l);
+    }
+  });
+  try {
+    order_.after_idle(!step_.stores.empty(), !step_.promotions.empty());
+  } catch (const Error&) {
+    step_.open = false;
+    throw;
+  }
+  const pie_stats stats = close_step();
+  order_.check_streams();
+  return stats;
+}
+
+void Engine::abort_step() {
+  order_.stall().drop();
+  // Rule 18: a replay may be under way, or there may be none: its promotions are made again, after
+  // it.
+  if (step_.open && step_.in_graph) order_.wait_for_compute();
+  std::exception_ptr lost;  // copies that cannot be made: said when all else is in order
+  try {
+    // Rule 21: no gate was passed, perhaps. Stores first: a promotion may fill a page they read.
+    if (step_.open && !order_.fails(order_.d2h())) submit_first(geometry_.layers, 0);
+    if (step_.open && !order_.fails(order_.h2d())) finish_promotions();
+  } catch (const Error&) {
+    lost = std::current_exception();
+  }
+  step_.open = false;
+  order_.recover();
+  graphs_.drop(order_.h2d());
+  if (lost != nullptr) std::rethrow_exception(lost);
+}
+
+void Engine::drain() {
+  order_.drain();
+  graphs_.check(true);
+}
+
+void Engine::finish() {
+  driver_->synchronize();
+  try {
+    graphs_.check(true);
+  } catch (const Error& error) {
+    if (error.code() == PIE_ERR_GATE) throw;
+  }  // Else the device is lost, of which others tell.
+}
+
+void Engine::use_graphs(const void* image, size_t size, int64_t pieces, int blocks) {
+  if (step_.open) throw Error(PIE_ERR_STATE, "use_graphs inside a step");
+  graphs_.prepare(image, size, pieces, blocks);
+}
+
+void Engine::begin_capture(Stream compute) {
+  if (step_.open) throw Error(PIE_ERR_STATE, "begin_capture inside a step");
+  graphs_.begin_capture(compute);
+}
+
+void Engine::end_capture() { graphs_.end_capture(); }
+
+// Debug switches that change a step's order or work on the host have no place in a graph.
+bool Engine::fits_graph() const {
+  if (debug(PIE_DEBUG_SKIP_GATE | PIE_DEBUG_LATE_SUBMIT | PIE_DEBUG_POISON)) return false;
+  if (!step_.stores.empty() && !step_.promotions.empty()) return false;
+  return graphs_.hold(plans_.loads().size() + step_.promotions.size());
+}
+
+// Rules 15 and 16: the replay comes after the stores, which may go to rows that it reads, and after
+// the head's loads. All else that it copies it orders itself, by the edges of its capture.
+void Engine::enter_graph() {
+  const std::string step = "step " + std::to_string(step_.number);
+  if (!step_.open) throw Error(PIE_ERR_STATE, "enter_graph without begin_step");
+  if (!step_.fits) throw Error(PIE_ERR_STATE, "enter_graph: " + step + " does not fit a graph");
+  if (step_.in_graph || !step_.gates.none()) {
+    throw Error(PIE_ERR_STATE, "enter_graph: " + step + " has begun to run otherwise");
+  }
+  submit_first(geometry_.layers, kHead);  // Rule 21: no gate does.
+  step_.in_graph = true;
+  order_.stall().leave();
+  order_.before_launch(step_.streams_in ? kHead - 1 : -1);
+  const Runs& loads = plans_.loads();
+  LayerPieces pieces;
+  if (!debug(PIE_DEBUG_SKIP_LOADS)) pieces = graphs_.pieces(step_.promotions, loads);
+  graphs_.tables().fill(step_.compute, step_.number, pieces, kHead);
+  if (pieces.empty()) return;
+  const int64_t bytes = (geometry_.layers - kHead) * geometry_.page;
+  const int64_t promoted = blocks_of(step_.promotions) * bytes;
+  step_.stats.bytes_promoted += promoted;
+  step_.stats.bytes_loaded += promoted + blocks_of(loads) * bytes;
+  step_.stats.copies += static_cast<int64_t>(pieces.size()) * (geometry_.layers - kHead);
+}
+
+void Engine::self_test() {
+  if (step_.open) throw Error(PIE_ERR_STATE, "self_test inside a step");
+  const auto forget = [&] {
+    abort_step();
+    plans_.forget();
+    order_.forget_steps();
+  };
+  try {
+    pie::self_test(*this, forget);
+  } catch (const Error&) {
+    skip_counters();
+    throw;
+  }
+  skip_counters();
+}
+
+void Engine::zero_ring() {
+  if (step_.open) throw Error(PIE_ERR_STATE, "zero_ring inside a step");
+  driver_->synchronize();  // Warm-up may still run, on a stream that is not ordered with this one.
+  for (int64_t s = 0; s < geometry_.slots; ++s) {
+    driver_->memset_async(order_.h2d(), arena_.page(s, geometry_.resident), 0,
+                          static_cast<size_t>(geometry_.slot_bytes));
+  }
+  driver_->stream_synchronize(order_.h2d());
+}
+
+void Engine::check_chunk(int64_t chunk) const {
+  if (chunk < 0 || chunk >= geometry_.num_chunks) {
+    throw Error(PIE_ERR_CONFIG, "no chunk " + std::to_string(chunk) + " of the pool; there are " +
+                                    std::to_string(geometry_.num_chunks));
+  }
+}
+
+void Engine::commit_chunk(int64_t chunk) {
+  check_chunk(chunk);
+  pool_.commit(chunk);
+}
+
+void Engine::release_chunk(int64_t chunk) {
+  check_chunk(chunk);
+  pool_.hide(chunk);
+  order_.wait_for_copies();
+  pool_.drop(chunk);
+}
+
+}  // namespace pie

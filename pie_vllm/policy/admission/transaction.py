@@ -1,0 +1,361 @@
+"""The admission of waiting requests: prepared, then committed or rolled back.
+
+A step has one ``Admission``, which holds the step's terms and is asked for one waiting request
+after the other, in their order. A request that may start gets a ``Transaction``: its parked KV has
+blocks then, and the free queue counts on its terms. The caller allocates the rest, as vLLM does or
+as the simulator does, and says whether that succeeded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from pie_vllm.geometry import cdiv
+from pie_vllm.policy.admission.chunk import PROMPT_RESERVE, promised
+from pie_vllm.policy.admission.lookup import ParkedHits, ParkedLookup, Room
+from pie_vllm.policy.admission.restore import (
+    cancel,
+    forget_unfilled,
+    keep_tail,
+    restore,
+    restore_part,
+    restored_at_once,
+)
+from pie_vllm.policy.admission.waits import Patience, short_at_once, short_of
+from pie_vllm.policy.control.decider import Decision
+from pie_vllm.policy.placement.residency import Residency
+
+
+class Claims(NamedTuple):
+    """Residents that running requests still need in a step, beyond the blocks they have.
+
+    Attributes:
+        prompts: Whether one of them has prompt chunks left.
+        tails: Number of requests left out of the step at the end of a block, each of which asks
+            for a block later.
+    """
+
+    prompts: bool = False
+    tails: int = 0
+
+
+class Candidate(NamedTuple):
+    """A waiting request that asks to be admitted.
+
+    Attributes:
+        request_id: Its name.
+        num_tokens: Number of tokens that it has.
+        computed: Number of tokens whose KV its own blocks hold; 0 unless it goes on with them.
+        hits: Blocks found in the prefix cache, in the order of its table.
+        parked: Parked KV that follows on these.
+        new_tokens: Number of tokens that it would compute in the step.
+        span: Number of its tokens for which both tiers together must have room.
+        whole: Whether these are all its tokens, rather than those up to the step's end.
+        beside: Whether other requests run. If not, it is admitted wherever it fits.
+    """
+
+    request_id: str
+    num_tokens: int
+    computed: int
+    hits: Sequence[Any]
+    parked: ParkedHits
+    new_tokens: int
+    span: int
+    whole: bool
+    beside: bool
+
+    @property
+    def reached(self) -> int:
+        """Number of its tokens whose KV it has after the step."""
+        return self.computed + self.parked.tokens + self.new_tokens
+
+    @property
+    def partial(self) -> bool:
+        """Whether it has tokens left to compute after the step."""
+        return self.reached < self.num_tokens
+
+
+class Admission:
+    """Decides which waiting requests start in a step, and with what of their KV.
+
+    Attributes:
+        decision: Bounds of the step.
+        chunk_blocks: Number of blocks that prompts may fill in the step.
+        prompt_reserve: Number of residents that waiting requests leave to prompts under way.
+        watermark: Share of the blocks in both tiers that an admission leaves free.
+        claims: Asks what running requests still need; called once a step, when the first waiting
+            request is looked at.
+        on_restored_ahead: Called with a request and the number of its blocks that are copied back
+            before it is admitted.
+        refused: Reason for which the newest request was refused, one of ``waits.REASONS``; None
+            if none was.
+    """
+
+    def __init__(
+        self,
+        residency: Residency,
+        cached: Callable[[Any], Any],
+        block_size: int,
+        watermark: float = 0.0,
+    ) -> None:
+        """Start before the first step; everything may be pooled.
+
+        Args:
+            residency: Where blocks live.
+            cached: Gives the block of a key in the prefix cache, or None.
+            block_size: Tokens of a block.
+            watermark: Share of the blocks in both tiers that an admission leaves free.
+        """
+        self._residency = residency
+        self._block_size = block_size
+        self._lookup = ParkedLookup(residency, cached, block_size)
+        self._patience = Patience()
+        self._claims: Claims | None = None
+        self._kept_back = 0
+        self.decision = Decision(
+            load_blocks_max=0, pooled_admission_max=residency.window, spare_load_blocks_max=0
+        )
+        self.chunk_blocks = residency.boundary
+        self.prompt_reserve = PROMPT_RESERVE
+        self.watermark = watermark
+        self.claims: Callable[[], Claims] = Claims
+        self.on_restored_ahead: Callable[[str, int], None] = lambda *_: None
+        self.refused: str | None = None
+
+    def begin_step(self, decision: Decision, running_blocks: int) -> None:
+        """Set the terms of a step, before anything is scheduled.
+
+        The limit applies as vLLM's watermark does, to waiting and preempted requests only and
+        only while something runs, so it can neither preempt nor deadlock. What is pooled beyond it
+        has the first call on free residents.
+
+        Args:
+            decision: Bounds of the step.
+            running_blocks: Number of blocks that running requests may take in it.
+        """
+        self._claims = self.refused = None
+        self.decision = decision
+        self._kept_back = self._residency.window - decision.pooled_admission_max
+        if self._residency.queue.num_free_blocks < running_blocks:
+            self._residency.catch_up()
+
+    def find_parked(
+        self,
+        request_id: str,
+        num_tokens: int,
+        keys: Iterable[Hashable],
+        hits: Sequence[Any],
+        *,
+        with_tail: bool = True,
+    ) -> ParkedHits | None:
+        """Parked KV behind a waiting request's ``hits``; None if there is none, or it stays parked.
+
+        Changes nothing but the order in which free blocks are reused.
+
+        Args:
+            request_id: Of a request that may use the prefix cache.
+            num_tokens: Number of tokens that it has, the last of which is computed anyway.
+            keys: Keys of its full blocks after ``hits``.
+            hits: Blocks found in the prefix cache.
+            with_tail: Whether the hit may end within a block, with the request's tail.
+        """
+        if not (self._residency.parking.any and self.decision.restore_enabled):
+            return None
+        return self._lookup.find(request_id, num_tokens, keys, hits, self._room(), with_tail)
+
+    def prepare(self, request: Candidate) -> Transaction | None:
+        """Get a waiting request ready for its allocation; None if it waits in this step.
+
+        The whole sequence must fit both tiers together, idle prefix hits are not counted as
+        residents, and residents that running requests still need are left alone: for the chunks
+        of prompts under way, and for those left out of this step at the end of a block. Parked
+        KV that the link cannot copy back behind the step's compute is copied back in parts, while
+        the request waits.
+        """
+        residency, parked = self._residency, request.parked
+        if parked.cut and request.beside and self._may_wait(request):
+            return None  # There will be room once others are done.
+        bounded = request.whole or self._kept_back or self.watermark
+        if bounded and not self._fits(request):
+            return None
+        residency.catch_up()
+        most = restored_at_once(residency, self.decision.restore_blocks_max)
+        if request.beside and parked.residents > most and self._may_wait(request):
+            restore_part(residency, parked.found, len(request.hits), most)
+            self.on_restored_ahead(request.request_id, most)
+            return None
+        claims = self._claimed()
+        prompts = request.beside and (request.partial or claims.prompts)
+        reserve = promised(residency.queue, claims.tails, self.prompt_reserve if prompts else 0)
+        return Transaction(self, residency, request, reserve)
+
+    def releases(
+        self, request_id: str, computed: int, *, finished: bool, reusable: bool = True
+    ) -> None:
+        """A request is about to give its blocks back: forget it, but for KV that is worth keeping.
+
+        Args:
+            request_id: Its name.
+            computed: Number of its tokens whose KV is complete.
+            finished: Whether it has ended, rather than been preempted.
+            reusable: Whether its KV is right for when it comes again.
+        """
+        residency = self._residency
+        table = residency.tables.get(request_id, ())
+        if residency.parking.enabled:
+            forget_unfilled(residency, table, computed // self._block_size)
+        if finished:
+            self._patience.forget(request_id)
+            residency.parking.tails.drop(request_id)
+        elif table and reusable:
+            keep_tail(residency, request_id, table, computed, self._block_size)
+        residency.forget(request_id)
+
+    def headroom(self) -> int:
+        """Blocks of both tiers that the watermark has an admission leave free.
+
+        A share of the blocks that requests may use now, without pooled ids beyond the limit or
+        without CPU memory. It leaves to use no less than the same share of the blocks that the
+        device's bytes would hold without a ring, which is what it would be without pie.
+        """
+        if not self.watermark:
+            return 0
+        geometry, missing = self._residency.geometry, self._residency.queue.missing
+        usable = geometry.num_blocks - min(geometry.pooled_blocks, max(missing, self._kept_back))
+        device = geometry.device_bytes // geometry.row_bytes
+        device_used = device - int(self.watermark * device)
+        return max(0, min(int(self.watermark * usable), usable - device_used))
+
+    def _room(self) -> Room:
+        """What a waiting request may use of the blocks that are free."""
+        queue, claims = self._residency.queue, self._claimed()
+        kept = claims.tails + (self.prompt_reserve if claims.prompts else 0)
+        pooled = queue.available_pooled - self._kept_back
+        return Room(queue.free_residents - kept, pooled, self.chunk_blocks)
+
+    def _claimed(self) -> Claims:
+        if self._claims is None:
+            self._claims = self.claims()
+        return self._claims
+
+    def _may_wait(self, request: Candidate) -> bool:
+        """Whether a request waits for its parked KV in this step."""
+        blocks = cdiv(request.num_tokens, self._block_size)
+        if not self._patience.wait(request.request_id, blocks):
+            return False
+        self.refused = "restore"
+        return True
+
+    def _fits(self, request: Candidate) -> bool:
+        """Whether a request's tokens fit both tiers, within the limit while others run."""
+        queue, hits = self._residency.queue, request.hits
+        held = len(self._residency.tables.get(request.request_id, ())) + len(hits)
+        needed = max(0, cdiv(request.span, self._block_size) - held)
+        needed += sum(block.ref_cnt == 0 for block in hits)
+        within, headroom = queue.available_in_all, 0
+        if request.beside:
+            # Rows that are on their way count: the schedule waits for them.
+            there = queue.available_in_all - queue.free_residents
+            pooled = min(there, queue.free_pooled - self._kept_back)
+            within, headroom = queue.free_residents + pooled, self.headroom()
+        if needed + headroom <= within:
+            return True
+        self.refused = short_of(queue, needed, within)
+        return False
+
+    def _failed(self, request: Candidate, hits: Sequence[Any]) -> None:
+        """Note why a prepared request found no blocks."""
+        residency = self._residency
+        used = sum(block.ref_cnt > 0 for block in hits)
+        used += len(residency.tables.get(request.request_id, ()))
+        wanted = cdiv(request.reached, self._block_size) - used
+        self.refused = short_at_once(residency.queue, wanted)
+
+    def _admitted(self, request: Candidate) -> None:
+        """Note for those behind it that a request was admitted."""
+        self._patience.forget(request.request_id)
+        if request.partial:
+            self._claims = self._claimed()._replace(prompts=True)
+
+
+class Transaction:
+    """One request's admission, prepared.
+
+    Use it as a context around the allocation of the request's blocks, in which the free queue
+    counts on its terms; then call ``commit`` or ``roll_back``.
+
+    Attributes:
+        hits: Blocks that the request begins with, those restored from parked KV among them.
+        goes_on: Whether it was admitted before and kept its blocks.
+        has_tail: Whether its tail comes back, in the first block that it is allocated.
+    """
+
+    def __init__(
+        self, admission: Admission, residency: Residency, request: Candidate, reserve: int
+    ) -> None:
+        """Give the parked KV of the request blocks.
+
+        Args:
+            admission: Its terms.
+            residency: Where blocks live.
+            request: Who is to be admitted.
+            reserve: Number of residents to leave alone.
+        """
+        self._admission, self._residency, self._request = admission, residency, request
+        self._reserve = reserve
+        parked, name = request.parked, request.request_id
+        self.goes_on = name in residency.victims.holders
+        self.hits = list(request.hits)
+        if parked.parked:
+            self.hits += restore(residency, parked.found, len(self.hits), parked.residents)
+        self._tail = None
+        if parked.tail_tokens:
+            self._tail = residency.parking.tails.take(name)
+            residency.withhold()
+        residency.admit(name, len(self.hits))
+
+    @property
+    def has_tail(self) -> bool:
+        """As the class says."""
+        return self._tail is not None
+
+    def __enter__(self) -> Transaction:
+        """Have the queue count on the request's terms."""
+        # Restored residents are free blocks that the request takes: they are counted rightly.
+        idle = sum(block.ref_cnt == 0 for block in self.hits) - self._request.parked.residents
+        self._residency.queue.admission(idle, self._reserve)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Have the queue count as for everybody."""
+        self._residency.queue.admission()
+
+    def commit(self) -> None:
+        """The request got its blocks."""
+        residency, name = self._residency, self._request.request_id
+        if not self.goes_on:
+            residency.admitted(name)
+        if self._tail is not None:
+            block = residency.tables[name][len(self.hits)]
+            residency.parking.tails.restore(self._tail, block.block_id)
+        elif residency.parking.tails:
+            residency.parking.tails.drop(name)
+        self._admission._admitted(self._request)
+
+    def roll_back(self) -> None:
+        """The request got no blocks: leave everything as it was before ``prepare``."""
+        residency, name = self._residency, self._request.request_id
+        self._admission._failed(self._request, self.hits)
+        if not self.goes_on:
+            residency.forget(name)
+        cancel(residency, self.hits)
+        if self._tail is not None:
+            residency.parking.tails.put_back(name, self._tail)
+        residency.withhold()

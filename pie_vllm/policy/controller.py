@@ -1,0 +1,305 @@
+"""The front door of the policy: what happens around each step of a scheduler.
+
+A step is ``begin_step``, the scheduler's own choice of who runs, in which it asks ``admission`` for
+each waiting request, and ``end_step``, which returns what the workers are to do. ``observe`` takes
+what became of it, when that is known. vLLM's scheduler and the simulator's both call nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from pie_vllm.geometry import cdiv
+from pie_vllm.plan import PoolOrder, StepOrders, StepPlan, StepReport, Totals
+from pie_vllm.policy.admission.chunk import Asked, Chunk, decide_chunk, plenty
+from pie_vllm.policy.admission.transaction import Admission, Claims
+from pie_vllm.policy.control.decider import Decides, Decision
+from pie_vllm.policy.control.detector import Observation
+from pie_vllm.policy.control.elastic_pool import ElasticPool
+from pie_vllm.policy.control.stall_samples import AwaitedStalls, speed_of_finished
+from pie_vllm.policy.control.turns import Turns
+from pie_vllm.policy.placement.completed_blocks import CompletedBlocks
+from pie_vllm.policy.placement.residency import Residency, tail_room
+from pie_vllm.policy.placement.store_ahead import Ahead
+
+
+class SchedulerView(Protocol):
+    """What the controller asks of the scheduler around it.
+
+    Requests have the attributes ``request_id``, ``num_tokens``, ``num_computed_tokens`` (counted
+    as computed when they are scheduled) and ``is_prefill_chunk`` (whether the newest step left
+    tokens of a prompt to compute), as vLLM's do.
+    """
+
+    @property
+    def running(self) -> Sequence[Any]:
+        """Running requests, in the order in which they are served."""
+
+    @property
+    def requests(self) -> Mapping[str, Any]:
+        """All unfinished requests, by id."""
+
+    @property
+    def newcomers(self) -> bool:
+        """Whether requests wait that hold no blocks."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of requests that wait, those that hold blocks included."""
+
+    @property
+    def num_unfinished(self) -> int:
+        """Number of requests that may still run without anything else to come."""
+
+    @property
+    def running_max(self) -> int:
+        """Maximum number of running requests."""
+
+    @property
+    def tokens_max(self) -> int:
+        """Maximum number of tokens that a step computes."""
+
+    def leave_out(self, request_ids: Sequence[str]) -> None:
+        """Have these running requests compute nothing in the coming step."""
+
+    def asked(self) -> Asked:
+        """What running requests ask of the coming step."""
+
+    def claims(self) -> Claims:
+        """What running requests still need while waiting requests are looked at."""
+
+
+class StepTerms(NamedTuple):
+    """Bounds of a step for the scheduler.
+
+    Attributes:
+        tokens: Maximum number of tokens that the step computes; 0 if it is paused.
+        paused: Whether it schedules nothing because rows of the pool are on their way.
+    """
+
+    tokens: int
+    paused: bool = False
+
+
+class Controller:
+    """Calls the parts of the policy in their order, once a step.
+
+    Attributes:
+        admission: Decides about waiting requests; the scheduler asks it within the step.
+        decider: Decides the step's bounds.
+        turns: Decides who of the running requests is left out.
+        pool: Decides how much CPU memory there is to be; None if all of it is there.
+        step_blocks: Number of blocks that prompts may fill in a step, about. A step may compute
+            more where residents are free: then it demotes less.
+    """
+
+    def __init__(
+        self,
+        scheduler: SchedulerView,
+        residency: Residency,
+        admission: Admission,
+        decider: Decides,
+        block_size: int,
+        *,
+        priority: Callable[[str], int] | None = None,
+        splits: bool = True,
+    ) -> None:
+        """Start before the first step.
+
+        Args:
+            scheduler: Whose steps.
+            residency: Where blocks live.
+            admission: Decides about waiting requests.
+            decider: Decides the step's bounds.
+            block_size: Tokens of a block.
+            priority: Priority of a request, of which lower ones go first; None if all are equal.
+            splits: Whether prompts may be split anywhere, so that a step's tokens can be bounded.
+        """
+        self._scheduler, self._residency = scheduler, residency
+        self._size, self._priority, self._splits = block_size, priority, splits
+        self.admission = admission
+        admission.claims = scheduler.claims
+        self.decider = decider
+        self.turns = Turns()
+        self.pool: ElasticPool | None = None
+        resident = residency.geometry.resident_blocks
+        self.step_blocks = min(cdiv(scheduler.tokens_max, block_size), resident // 2)
+        self._completions = CompletedBlocks(block_size, residency)
+        self._stalls = AwaitedStalls()
+        self._totals = Totals()
+        self._prompts_under_way = self._paused = False
+        self._restored = 0
+
+    @property
+    def decision(self) -> Decision:
+        """Bounds of the newest step that was not paused."""
+        return self.admission.decision
+
+    @property
+    def chunks_held(self) -> int:
+        """Number of chunks of the pool that the workers hold, as they said last."""
+        chunks = self._residency.geometry.num_chunks
+        return chunks if self.pool is None else self.pool.state.chunks
+
+    def begin_step(self) -> StepTerms:
+        """Before anything is scheduled: bounds of the step, and who is left out of it."""
+        residency, running = self._residency, self._scheduler.running
+        prompts = self._prompt_tokens(running) if self._prompts_under_way else 0
+        blocks = len(running) + prompts // self._size
+        self._restored = residency.parking.restored_blocks
+        self._paused = self.pool is not None and self._waits_for_rows(self.pool, blocks)
+        if self._paused:
+            return StepTerms(0, paused=True)
+        decision = self.decider.decide(prompts)
+        self.admission.begin_step(decision, blocks)
+        residency.parking.allowance = decision.park_blocks_max
+        self._scheduler.leave_out(
+            self.turns.begin_step(running, residency, decision, self._priority)
+        )
+        chunk = self._chunk(len(running))
+        self.admission.chunk_blocks = chunk.blocks
+        return StepTerms(chunk.tokens)
+
+    def end_step(
+        self, scheduled: Mapping[str, int], tokens: int, fresh: Collection[str]
+    ) -> StepOrders:
+        """After it is known who runs, and its tokens are counted as computed.
+
+        Args:
+            scheduled: Number of tokens of each request that runs, by id.
+            tokens: Sum of these.
+            fresh: Ids of those that got their first blocks in the step.
+        """
+        residency, queue = self._residency, self._residency.queue
+        plan = self._plan(scheduled, tokens, fresh)
+        order = PoolOrder(residency.geometry.num_chunks)
+        if self.pool is not None:
+            in_use = scheduled or residency.read_set.by_request
+            order = self.pool.end_step(
+                residency.rows.chunks_held,
+                changed=bool(plan and plan.stores),
+                idle=not (in_use or self._scheduler.num_unfinished),
+                short=queue.free_residents < 2 * self.step_blocks + len(self._scheduler.running),
+            )
+        if not self._paused:
+            self.turns.end_step(scheduled, residency)
+        return StepOrders(
+            plan,
+            order,
+            blocks=residency.residents_in_use + residency.read_set.num_blocks,
+            within_budget=not self.turns.exceeds,
+            restored=residency.parking.restored_blocks != self._restored,
+        )
+
+    def observe(
+        self, orders: StepOrders, report: StepReport | None, tokens: int, requests: int
+    ) -> None:
+        """Learn what became of a step; its copies count in ``report.totals`` of all so far.
+
+        Args:
+            orders: The step's, from ``end_step``.
+            report: The workers', of the same step; None if there is none.
+            tokens: Number of tokens that it computed.
+            requests: Number of requests that ran in it.
+        """
+        if report is not None:
+            before, self._totals = self._totals, report.totals
+            if not report.failure:
+                self._learn(orders, report, before, tokens, requests)
+        if self.pool is not None:
+            if report is None:
+                self.pool.unanswered(orders.pool)
+            else:
+                self.pool.report(report.pool)
+
+    def _learn(
+        self, orders: StepOrders, report: StepReport, before: Totals, tokens: int, requests: int
+    ) -> None:
+        """Tell the decider of a step, and of earlier ones whose stall is known only now."""
+        totals = report.totals
+        loaded = totals.bytes_loaded - before.bytes_loaded
+        busy = totals.load_seconds - before.load_seconds
+        if busy > 0:
+            finished = totals.bytes_finished - before.bytes_finished
+            busy = speed_of_finished(loaded, finished, busy)
+        seen = Observation(
+            tokens, requests, report.seconds, 0.0, loaded, busy, orders.blocks, orders.restored
+        )
+        if totals.graph_steps != before.graph_steps:
+            # Nothing in a graph is timed: what its loads cost shows in the time of the step.
+            self.decider.observe(seen, within_budget=False)
+        elif orders.plan is None or not orders.plan.forward:
+            self.decider.observe(seen, within_budget=orders.within_budget)
+        else:
+            self._stalls.add(orders.plan.step, seen, orders.within_budget)
+            for late in self._stalls.overdue():
+                self.decider.observe(late, within_budget=False)
+        if totals.stall_step != before.stall_step:
+            for known, within in self._stalls.take(totals.stall_step, totals.step_stall):
+                self.decider.observe(known, within_budget=within)
+
+    def _prompt_tokens(self, running: Sequence[Any]) -> int:
+        """Prompt tokens that running requests will compute in the coming step, about."""
+        left = sum(r.num_tokens - r.num_computed_tokens for r in running if r.is_prefill_chunk)
+        room = self._residency.queue.num_free_blocks * self._size
+        return int(min(left, self._scheduler.tokens_max, room))
+
+    def _waits_for_rows(self, pool: ElasticPool, blocks: int) -> bool:
+        """Use the rows that are there; whether the step waits for others, or to hear of them.
+
+        Args:
+            pool: Knows which are there.
+            blocks: Number of blocks that the running requests may take in the step.
+        """
+        residency, queue = self._residency, self._residency.queue
+        if pool.begin_step(residency.rows.chunks_held):
+            residency.forget_idle()
+        now = pool.usable, pool.expected
+        if not pool.asking and now != (residency.chunks_usable, residency.chunks_expected):
+            residency.use_chunks(*now)
+        if self._scheduler.newcomers:
+            blocks += self.step_blocks + 1
+        short = queue.withheld > queue.missing and queue.num_free_blocks < blocks
+        return pool.paused(short and not queue.frozen and queue.available_pooled < queue.demotable)
+
+    def _chunk(self, running: int) -> Chunk:
+        """How many tokens the coming step computes, so that they find resident pages."""
+        scheduler, queue, size = self._scheduler, self._residency.queue, self._size
+        most = scheduler.tokens_max
+        waiting = bool(scheduler.num_waiting)
+        asks = waiting or self._prompts_under_way
+        if not (asks and self._splits) or plenty(queue, most, running, size):
+            return Chunk(most, cdiv(most, size))
+        self._completions.catch_up()
+        stores = self.decision.prompt_demotion_max
+        return decide_chunk(queue, scheduler.asked(), waiting, stores, most, size)
+
+    def _plan(
+        self, scheduled: Mapping[str, int], tokens: int, fresh: Collection[str]
+    ) -> StepPlan | None:
+        """What the step copies and relabels; arguments as ``end_step``."""
+        scheduler, residency, decision = self._scheduler, self._residency, self.decision
+        several: Collection[str] = ()
+        prompts = tokens > len(scheduled) or bool(fresh)
+        if prompts:
+            several = [r for r, count in scheduled.items() if count > 1 and r not in fresh]
+        self._completions.next_step(scheduler.requests, several, fresh)
+        running = len(scheduler.running)
+        headroom = None
+        if residency.read_set.by_request and (
+            not scheduler.newcomers
+            or running >= scheduler.running_max
+            or residency.pooled_in_use > decision.pooled_admission_max
+        ):
+            headroom = tail_room(running, self._size)
+        if not self._paused:
+            # One that is left out of the step has prompt tokens left all the same.
+            self._prompts_under_way = prompts or (
+                self._prompts_under_way and any(r.is_prefill_chunk for r in scheduler.running)
+            )
+        chunk = self.admission.chunk_blocks
+        ahead = Ahead.of(decision, self.turns.taken, running, chunk, prompts)
+        return residency.end_step(
+            scheduled, fresh, tokens > 0, headroom, decision.load_blocks_max, ahead
+        )

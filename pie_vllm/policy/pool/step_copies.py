@@ -1,0 +1,51 @@
+"""The copies that the coming step makes for parked KV, collected while it is planned."""
+
+from __future__ import annotations
+
+from pie_vllm.policy.pool.rows import RowLedger
+
+
+class StepCopies:
+    """Stores into rows of the pool, and restores out of them, of one step.
+
+    A step does its stores first. A row that it restores from must therefore not get another use
+    before its end: a parked block is pinned for that (``ParkedIndex.pin``), and a row that nobody
+    needs after the restore is freed by ``take`` alone.
+
+    Attributes:
+        stores: resident id by row; demotions write theirs here, too.
+        restores: row by resident id of the page that is filled.
+        leaving: parked rows that are free once the step is planned.
+    """
+
+    def __init__(self, rows: RowLedger) -> None:
+        """Start without copies, for the rows of this ledger."""
+        self._rows = rows
+        self.stores: dict[int, int] = {}
+        self.restores: dict[int, int] = {}
+        self.leaving: set[int] = set()
+
+    @property
+    def pending(self) -> bool:
+        """Whether ``take`` has something to do."""
+        return bool(self.stores or self.restores or self.leaving)
+
+    def free(self, row: int) -> None:
+        """Free a parked row at once; nothing is stored there."""
+        self.stores.pop(row, None)
+        self._rows.free_parked(row)
+
+    def free_leaving(self) -> None:
+        """Free the rows that were kept for restores."""
+        for row in self.leaving:
+            self._rows.free_parked(row)
+        self.leaving.clear()
+
+    def take(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """The stores and the restores as pairs of resident id and row; none is left."""
+        stores = [(resident, row) for row, resident in self.stores.items()]
+        restores = list(self.restores.items())
+        self.stores.clear()
+        self.restores.clear()
+        self.free_leaving()
+        return stores, restores
