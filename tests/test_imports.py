@@ -12,13 +12,6 @@ from tests.helpers.source import import_graph, imports, modules
 
 IMPURE = {"torch", "vllm", "time", "datetime", "numpy", "ctypes", "random"}
 
-ENGAGES = {
-    ("pie_vllm.vllm.args", "pie_vllm.vllm.plugin"),
-    ("pie_vllm.vllm.settings", "pie_vllm.vllm.plugin"),
-}
-"""Imports of ``plugin.engage`` within a function, at the first sign that pie is wanted. It puts the
-patches in place, which need args and settings."""
-
 
 def inside(name: str, *packages: str) -> bool:
     """Whether a module lies in one of these packages of ``pie_vllm``."""
@@ -71,8 +64,6 @@ def test_layers_import_downwards_only(importers: tuple[str, ...], forbidden: str
 def test_no_module_imports_itself_through_others() -> None:
     """Not even for a type checker: a circle has no order to read it in."""
     graph = import_graph()
-    for module, imported in ENGAGES:
-        graph[module].discard(imported)
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

@@ -25,14 +25,13 @@ WORKERS = {
 """Worker class by kind of device; each is imported on its own platform only."""
 
 
-def _configure(args: Any) -> None:
+def _configure(args: Any, engage: Callable[[], None]) -> None:
     """Check the engine arguments and set pie's classes in them."""
     from vllm.platforms import current_platform
 
     from pie_vllm.engine.native import load_library
     from pie_vllm.vllm import refusals, settings
     from pie_vllm.vllm.compat import engine_core, loggers, patching, weights
-    from pie_vllm.vllm.plugin import engage
 
     patching.check_version()
     engine_core.check_engine_core()
@@ -90,13 +89,17 @@ def _check_pool(args: Any, size: float | None, platform: Any) -> None:
         check_pool_fits(int(size * 2**30), args.tensor_parallel_size * int(device or 0))
 
 
-def install(module: ModuleType) -> None:
+def install(module: ModuleType, engage: Callable[[], None]) -> None:
     """Wrap vLLM's argument handling; calling it again changes nothing.
 
     It relies on ``AsyncEngineArgs.add_cli_args`` looking up ``EngineArgs.add_cli_args`` after
     plugins were loaded (engine/arg_utils.py:3202), and on ``from_cli_args`` copying the
     namespace's ``additional_config`` (:1933). What a vLLM does not have is left alone: without
     pie it runs as it is, and asking for pie gets the error that says what pie supports.
+
+    Args:
+        module: vLLM's ``engine.arg_utils``.
+        engage: puts all else of pie in place; called once pie is asked for.
     """
     owner: Any = getattr(module, "EngineArgs", None)
     if owner is None or "_pie_installed" in vars(owner):
@@ -105,7 +108,7 @@ def install(module: ModuleType) -> None:
     for name, wrap in (
         ("add_cli_args", _with_flags),
         ("from_cli_args", _with_merge),
-        ("create_engine_config", _with_pie),
+        ("create_engine_config", functools.partial(with_pie, engage)),
     ):
         found = vars(owner).get(name)
         if found is None:
@@ -144,11 +147,15 @@ def _with_merge(from_cli_args: Callable[..., Any]) -> Callable[..., Any]:
     return from_cli
 
 
-def _with_pie(create_engine_config: Callable[..., Any]) -> Callable[..., Any]:
+def with_pie(
+    engage: Callable[[], None], create_engine_config: Callable[..., Any]
+) -> Callable[..., Any]:
+    """``create_engine_config`` with pie's classes where pie is asked for, checked afterwards."""
+
     def create(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = getattr(self, "additional_config", None)
         if wants_pie(given):
-            _configure(self)
+            _configure(self, engage)
             config = create_engine_config(self, *args, **kwargs)
             _check(config)
             return config

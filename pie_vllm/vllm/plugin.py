@@ -6,6 +6,7 @@ imports nothing of vLLM for it. ``engage`` puts all else in place, once pie is a
 
 from __future__ import annotations
 
+import copyreg
 import logging
 from collections.abc import Callable
 from functools import wraps
@@ -45,7 +46,7 @@ def register() -> None:
 def _install(module: ModuleType) -> None:
     from pie_vllm.vllm.args import install
 
-    install(module)
+    install(module, engage)
 
 
 def engage() -> None:
@@ -55,9 +56,25 @@ def engage() -> None:
     """
     from pie_vllm.vllm.compat import engine_core, loggers, weights
     from pie_vllm.vllm.scheduler_side import handshake, prometheus
+    from pie_vllm.vllm.settings import PieSettings
 
+    copyreg.pickle(PieSettings, _pickled)
     engine_core.after_kv_caches(handshake.give_geometry_to_scheduler, handshake.check_classes)
     weights.after_new_weights(handshake.forget_kv_of_old_weights)
     weights.after_new_adapter("add_lora", handshake.adapter_added)
     weights.after_new_adapter("remove_lora", handshake.adapter_removed)
     loggers.with_prometheus_logger(prometheus.extend)
+
+
+def _pickled(settings: Any) -> tuple[Any, ...]:
+    """Reduce checked settings to their attributes, and mark whoever unpickles them."""
+    state = {"geometry": settings.geometry, "prior": settings.prior}
+    return _arrived, (settings.config,), state
+
+
+def _arrived(config: Any) -> Any:
+    """Settings from another process, which make this one a part of an engine with pie."""
+    from pie_vllm.vllm.settings import PieSettings
+
+    engage()
+    return PieSettings(config)

@@ -17,7 +17,8 @@ class PieSettings(dict[str, Any]):
     """Value of ``additional_config["pie"]`` once it has been checked.
 
     It is empty as a dict: vLLM hashes ``additional_config`` into the key of its
-    compile cache, and sizes of the pool must not cause a compilation.
+    compile cache, and sizes of the pool must not cause a compilation. ``plugin.engage`` says how
+    it is pickled.
 
     Attributes:
         config: checked settings.
@@ -30,18 +31,6 @@ class PieSettings(dict[str, Any]):
         self.config = config
         self.geometry: Geometry | None = None
         self.prior = Prior()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the attributes and mark the process that unpickles them as one with pie."""
-        return (_arrived, (self.config,), {"geometry": self.geometry, "prior": self.prior})
-
-
-def _arrived(config: PieConfig) -> PieSettings:
-    """Settings from another process, which make this one a part of an engine with pie."""
-    from pie_vllm.vllm.plugin import engage
-
-    engage()
-    return PieSettings(config)
 
 
 def take(additional_config: dict[str, Any]) -> PieSettings:

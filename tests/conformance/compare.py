@@ -13,10 +13,16 @@ Outcomes = dict[str, list[Any]]
 PREFIX = "tests/"
 
 
-def read_known(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Explained differences by suite; each has ``tests``, ``modes``, ``error`` and ``why``."""
+def read_known(path: Path, release: str) -> dict[str, list[dict[str, Any]]]:
+    """Explained differences by suite; each has ``tests``, ``modes``, ``error`` and ``why``.
+
+    One with ``releases`` is of these releases of vLLM alone.
+    """
     known: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())
-    return known
+    return {
+        suite: [entry for entry in entries if release in entry.get("releases", [release])]
+        for suite, entries in known.items()
+    }
 
 
 def differences(

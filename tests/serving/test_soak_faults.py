@@ -30,8 +30,11 @@ STOPPED_SECONDS, BETWEEN_STOPS_SECONDS = 5.0, 20.0
 """A stop is longer than the pool's idle time."""
 
 FAILED_COPIES, REFUSED_CHUNKS = 0.01, 0.2
-GROWTH_MIB = 48
-"""Bound on the private memory gained between the second and the last quarter."""
+GROWTH_MIB = 128
+"""Bound on the private memory gained between the second and the last quarter, in MiB. It covers
+the pool of 79 MiB, which comes and goes, and what a worker of stock vLLM on a CPU gains under this
+load: 141 MiB between minutes 3 and 32, in steps, as its allocator's heap fragments (2026-11-29;
+pie's worker gained 34 between minute 15 and the end of an hour)."""
 
 END_SECONDS = 60.0
 ADAPTER = "live"

@@ -95,7 +95,7 @@ def test_a_vllm_with_other_modules_runs_on(
     """Whatever fails while the plugin is loaded is a warning, not vLLM's end."""
     plugin._install(SimpleNamespace())
     assert not caplog.records
-    monkeypatch.setattr(pie_args, "install", lambda _: 1 / 0)
+    monkeypatch.setattr(pie_args, "install", lambda *_: 1 / 0)
     monkeypatch.setattr(vllm.logger.logging.getLogger("vllm"), "propagate", True)
     plugin.register()
     assert "ZeroDivisionError" in caplog.text

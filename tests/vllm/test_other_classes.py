@@ -52,7 +52,7 @@ def test_another_plugins_class_is_refused(
         setattr(getattr(made, part), name, found)
         return made
 
-    inside = pie_args._with_pie(theirs)
+    inside = pie_args.with_pie(engage, theirs)
     with pytest.raises(UnsupportedError) as caught:
         inside(pie_arguments(model))
     engage()
@@ -73,7 +73,7 @@ def test_settings_that_another_plugin_has_replaced_are_missed(model: Path, confi
         return made
 
     with pytest.raises(UnsupportedError, match=r"additional_config\[.*another plugin"):
-        pie_args._with_pie(theirs)(pie_arguments(model))
+        pie_args.with_pie(engage, theirs)(pie_arguments(model))
 
 
 class Stock:
