@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from pie_vllm.engine import native
-from tests.helpers.builds import CSRC, ROOT, testing_library
+from tests.helpers.builds import CSRC, ROOT, interface_library
 
 PACKAGE = ROOT / "pie_vllm"
 DIAGNOSTICS = "/* Diagnostics: what the GPU check (benchmarks/gpu) needs"
@@ -43,7 +43,7 @@ def test_every_exported_function_is_called_by_the_package() -> None:
     """What only tests call is in their own library."""
     functions = exported(native.DEFAULT_LIBRARY)
     assert functions - called(*PACKAGE.rglob("*.py")) == set()
-    assert exported(testing_library()) & functions == set()
+    assert exported(interface_library()) & functions == set()
 
 
 def test_diagnostics_are_what_the_streams_module_calls_for_the_gpu_check() -> None:

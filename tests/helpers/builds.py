@@ -61,7 +61,7 @@ def build_program(name: str, folder: Path, sanitize: str | None = None) -> Path:
     return folder / name
 
 
-def testing_library() -> Path:
+def interface_library() -> Path:
     """The library with the interface for tests; built when it is not there."""
     script = build_script()
     digest = hashlib.sha256(repr((script.FLAGS, os.environ.get("CXX"))).encode())

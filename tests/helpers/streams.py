@@ -18,7 +18,7 @@ from pie_vllm.engine import streams
 from pie_vllm.engine.native import error_of
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import ConfigError
-from tests.helpers.builds import testing_library
+from tests.helpers.builds import interface_library
 
 HOST_FN = ctypes.CFUNCTYPE(None, c_void_p)
 """A callback on a stream; takes the interpreter lock itself."""
@@ -36,7 +36,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(testing_library()))
+    library = ctypes.CDLL(str(interface_library()))
     library.pie_last_error = library.pie_test_last_error  # type: ignore[attr-defined]
     library.pie_last_error.restype = c_char_p
     for name, arguments in _SIGNATURES.items():
