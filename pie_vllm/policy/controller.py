@@ -187,7 +187,8 @@ class Controller:
         return StepOrders(
             plan,
             order,
-            blocks=residency.residents_in_use + residency.read_set.num_blocks,
+            # What attention reads: not what requests hold that are left out of the step.
+            blocks=sum(map(len, map(residency.tables.__getitem__, scheduled))),
             within_budget=not self.turns.exceeds,
             restored=residency.parking.restored_blocks != self._restored,
         )

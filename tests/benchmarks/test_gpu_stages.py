@@ -51,7 +51,7 @@ def imported(path: Path) -> list[str]:
 def test_nothing_else_is_imported() -> None:
     """Torch, vLLM, what vLLM itself needs, and two packages that may be missing."""
     files = modules()
-    assert ROOT / "pie_vllm" / "transfer" / "native.py" in files
+    assert ROOT / "pie_vllm" / "engine" / "native.py" in files
     allowed = {"torch", "numpy", "vllm", "safetensors", "packaging", "benchmarks", "pie_vllm"}
     optional = {"pynvml", "cuda"}
     for path in files:

@@ -328,7 +328,7 @@ def test_a_fast_link_is_measured_with_batches_that_last(
     monkeypatch.setattr(link_calibration, "FAST_SCRATCH_BYTES", 96 << 20)
     found = measure_link(8, 65_536, granularity=PAGE, driver="cuda", gather=any_image)
     small, large = sizes
-    assert small.rows == 2 * link_calibration.MOST_BLOCKS
+    assert small.rows == 2 * link_calibration.BLOCKS_MAX
     assert large.rows >= 2 * 16 * 16
     assert large.device_bytes - large.ring_bytes <= 96 << 20
     assert [piece.piece_bytes // 65_536 for piece in found.pieces] == [1, 4, 16]

@@ -12,7 +12,7 @@ from pie_vllm.policy.control.detector import Observation
 from pie_vllm.policy.control.stall_samples import MOST_WAITING
 from pie_vllm.policy.controller import Controller
 from pie_vllm.simulation.simulator import Simulation
-from pie_vllm.simulation.traces import Profile, Static
+from pie_vllm.simulation.traces import Job, Profile, Static
 
 GEOMETRY = Geometry(8, 65536, 20, 8, 2, 8, 8, 4096)
 PLAN = StepPlan(1, (), (), (), (), forward=True)
@@ -22,8 +22,8 @@ MACHINE = Profile(1e9, 0.01, 0.0, 1e-4, 0.0)
 class Noting(Static):
     """Notes what it is told."""
 
-    def __init__(self) -> None:
-        super().__init__(1)
+    def __init__(self, limit: int = 1, **other: int) -> None:
+        super().__init__(limit, **other)
         self.seen: list[tuple[Observation, bool]] = []
 
     def observe(self, seen: Observation, *, within_budget: bool = True) -> None:
@@ -86,3 +86,20 @@ def test_nothing_is_learnt_from_a_step_that_failed(controller: Controller, notin
     assert not noting.seen
     controller.observe(orders(2, None), report(Totals(bytes_loaded=150)), 2, 2)
     assert [seen.bytes_loaded for seen, _ in noting.seen] == [50]
+
+
+def test_what_left_out_requests_hold_is_not_counted() -> None:
+    """A step's blocks are those that its own attention reads, as many as the machine computes."""
+    read = []
+
+    class Machine(Profile):
+        def step_seconds(self, requests: int, prompt_tokens: int, blocks: int) -> float:
+            read.append(blocks)
+            return super().step_seconds(requests, prompt_tokens, blocks)
+
+    decider = Noting(8, budget=4, spare=8)
+    jobs = [Job(0.0, 16, 96)] * 6
+    simulation = Simulation(GEOMETRY, Machine(1e9, 0.01, 0.0, 1e-4, 0.0), jobs, decider)
+    simulation.run(3000)
+    assert simulation.controller.turns.left_out
+    assert sorted(seen.blocks for seen, _ in decider.seen) == sorted(read)
