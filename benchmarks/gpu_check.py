@@ -35,11 +35,12 @@ if __package__ in (None, ""):
 
 from benchmarks.gpu.harness.machine import provenance, short_machine
 from benchmarks.gpu.harness.markdown import markdown
-from benchmarks.gpu.harness.native import ROOT, ensure_built, python_path
+from benchmarks.gpu.harness.native import ensure_built, python_path
 from benchmarks.gpu.harness.plans import PLANS, Job, Plan, jobs_of
 from benchmarks.gpu.harness.process import Options, run_stage
 from benchmarks.gpu.harness.stages import STAGES, Wanted, parse_stages
 from benchmarks.gpu.harness.summary import summary
+from benchmarks.harness.builds import ROOT
 
 STEM = "gpu_check"
 RESULTS = ROOT / "benchmarks" / "results"

@@ -15,7 +15,8 @@ from typing import Any
 
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.machine import driver_cuda_version, load_cuda, smi
-from benchmarks.gpu.harness.native import LIBRARY, build_script, reason_to_build
+from benchmarks.gpu.harness.native import LIBRARY, reason_to_build
+from benchmarks.harness.builds import build_script
 from pie_vllm.engine.host_memory import available_host_bytes, mem_available_bytes
 
 ATTRIBUTES = {

@@ -1,10 +1,9 @@
-"""What is built for tests: C++ programs over the engine, and what is kept under build/."""
+"""How the native code is built, and what is made once and kept under build/."""
 
 from __future__ import annotations
 
 import fcntl
 import importlib.util
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,15 +11,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-PROGRAMS = ROOT / "tests" / "csrc"
-"""C++ programs and headers of tests."""
-
-PARTS = {
-    "gather": [],
-    "free_memory": [CSRC / "drivers" / "free_memory.cpp"],
-    "placement": [CSRC / "drivers" / "placement.cpp"],
-}
-"""Sources that a program of that name needs beside its own; any other program needs the engine."""
 
 
 @cache
@@ -32,28 +22,6 @@ def build_script() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def build_program(name: str, folder: Path, sanitize: str | None = None) -> Path:
-    """Build ``tests/csrc/NAME.cpp`` with what it needs of the engine; returns the program.
-
-    Args:
-        name: of the program.
-        folder: where it is put.
-        sanitize: None, "address" or "thread".
-
-    Raises:
-        RuntimeError: there is no compiler, or it failed; the text has its output.
-    """
-    script = build_script()
-    parts = PARTS.get(name, script.SOURCES)
-    without = [] if script.cuda_headers() else script.CUDA_SOURCES
-    files = [*(file for file in parts if file not in without), PROGRAMS / f"{name}.cpp"]
-    with tempfile.TemporaryDirectory() as scratch:
-        unit = Path(scratch) / "all.cpp"  # In one piece: a third of the time.
-        unit.write_text("".join(f'#include "{file}"\n' for file in files))
-        script.build(folder / name, [unit], shared=False, sanitize=sanitize)
-    return folder / name
 
 
 def build_once(target: Path, make: Callable[[], object]) -> None:

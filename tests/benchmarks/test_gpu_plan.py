@@ -17,12 +17,12 @@ from benchmarks import gpu_check
 from benchmarks.gpu import copy_gather, exactness, memory, pinning
 from benchmarks.gpu.harness.compute import compute_of
 from benchmarks.gpu.harness.context import Context
-from benchmarks.gpu.harness.native import ROOT
 from benchmarks.gpu.harness.plans import CLOSING_SECONDS, DRY_STRETCH, PLANS, Entry, Plan, jobs_of
 from benchmarks.gpu.harness.process import Options
 from benchmarks.gpu.harness.records import Reporter, collect
 from benchmarks.gpu.harness.stages import STAGES, Stage, parse_stages
 from benchmarks.gpu.harness.summary import FIGURES, summary
+from benchmarks.harness.builds import ROOT
 from tests.helpers import standin as builds
 from tests.helpers.standin import Standin, load
 

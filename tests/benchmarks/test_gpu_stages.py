@@ -16,8 +16,8 @@ from benchmarks.gpu.copy_plans import mixed_runs
 from benchmarks.gpu.harness.compute import compute_of, granularity, shape
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.engines import EngineError
-from benchmarks.gpu.harness.native import ROOT
 from benchmarks.gpu.harness.records import Reporter, collect, failed_checks
+from benchmarks.harness.builds import ROOT
 from pie_vllm.engine.transfer_engine import TransferEngine
 
 

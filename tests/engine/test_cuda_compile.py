@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.builds import CSRC, build_script
 from pie_vllm.engine.gather import ENTRY, GatherImage, NoGather, gather_image
-from tests.helpers.builds import CSRC, build_script
 from tests.helpers.standin import include_folder
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")

@@ -6,8 +6,9 @@ import re
 import subprocess
 from pathlib import Path
 
+from benchmarks.harness.builds import CSRC, ROOT
 from pie_vllm.engine import native
-from tests.helpers.builds import CSRC, ROOT, interface_library
+from tests.helpers.builds import interface_library
 
 PACKAGE = ROOT / "pie_vllm"
 DIAGNOSTICS = "/* Diagnostics: what the GPU check (benchmarks/gpu) needs"

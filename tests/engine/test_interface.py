@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.builds import CSRC
 from pie_vllm.engine import native
 from pie_vllm.engine.native import DEFAULT_LIBRARY, GeometryStruct, PlanStruct, load_library
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import ConfigError, IntegrityError, TransferError
 from tests.engine.driving import PAGE, geometry, plan, run_step
-from tests.helpers.builds import CSRC, PROGRAMS, TESTING, build_program
+from tests.helpers.builds import PROGRAMS, TESTING, build_program
 from tests.helpers.standin import ENVIRONMENT, include_folder, library_folder
 from tests.helpers.streams import inject
 

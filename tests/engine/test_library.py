@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.builds import CSRC
 from pie_vllm.engine.native import ABI_VERSION, DEBUG_FLAGS, load_library
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import NativeLibraryError, TransferError
 from tests.engine.driving import geometry, inject, plan, run_step
-from tests.helpers.builds import CSRC, build_program
+from tests.helpers.builds import build_program
 from tests.helpers.standin import library_folder
 from tests.helpers.streams import DriverEvent, DriverStream
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import tempfile
-from functools import cache
 from pathlib import Path
-from typing import Any
 
-from benchmarks.harness.builds import build_once
+from benchmarks.harness.builds import CSRC, ROOT, build_once, build_script
 
-ROOT = Path(__file__).resolve().parents[2]
-CSRC = ROOT / "csrc"
 PROGRAMS = ROOT / "tests" / "csrc"
 """C++ programs and headers of tests."""
 
@@ -26,17 +21,6 @@ PARTS = {
 }
 """Sources that a program of that name needs beside its own; any other program needs the engine
 and its interface for tests."""
-
-
-@cache
-def build_script() -> Any:
-    """csrc/build.py as a module."""
-    spec = importlib.util.spec_from_file_location("pie_csrc_build", CSRC / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def build_program(name: str, folder: Path, sanitize: str | None = None) -> Path:

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from benchmarks.harness.builds import build_once
+from benchmarks.harness.builds import CSRC, build_once
 from pie_vllm.engine.gather import ENTRY, GatherImage, NoGather
-from tests.helpers.builds import CSRC, PROGRAMS
+from tests.helpers.builds import PROGRAMS
 from tests.helpers.standin import BUILDS, FLAGS, SOURCES, Standin, compile_native, load
 
 SOURCE = SOURCES / "test" / "gather_kernel.cpp"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
-from benchmarks.gpu.harness.native import ROOT
+from benchmarks.harness.builds import ROOT
 from benchmarks.harness.machine import commit as described
 from benchmarks.harness.machine import facts as machine_facts
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.gpu.harness.native import ROOT
+from benchmarks.harness.builds import ROOT
 
 SMALL_REAL = ROOT / "build" / "models" / "smollm2-135m"
 

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parents[3]
+from benchmarks.harness.builds import ROOT, build_script
+
 LIBRARY = ROOT / "pie_vllm" / "_native" / "libpie.so"
 
 CUDA_MARK = b"cuMemcpyBatchAsync"
 """A name that the library holds when the CUDA driver is part of it."""
-
-
-def build_script() -> Any:
-    """csrc/build.py as a module."""
-    spec = importlib.util.spec_from_file_location("pie_csrc_build", ROOT / "csrc" / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def reason_to_build(driver: str, library: Path = LIBRARY) -> str:

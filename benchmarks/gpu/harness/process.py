@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.gpu.harness.native import ROOT
 from benchmarks.gpu.harness.records import collect, failed_checks
 from benchmarks.gpu.harness.stages import Wanted
+from benchmarks.harness.builds import ROOT
 from benchmarks.harness.environment import vllm_environment
 
 POLL_SECONDS = 1.0

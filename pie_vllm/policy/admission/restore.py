@@ -7,11 +7,9 @@ preempted one in a row. When it is about to be admitted again, parked blocks get
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from pie_vllm.policy.placement.residency import Residency
-
+from pie_vllm.policy.placement.residency import Residency
 
 LEAST_OF_LINK = 4
 """Divisor of the blocks that the link brings in a step; at least the quotient stays available for

@@ -289,7 +289,6 @@ class Transaction:
     Attributes:
         hits: Blocks that the request begins with, those restored from parked KV among them.
         goes_on: Whether it was admitted before and kept its blocks.
-        has_tail: Whether its tail comes back, in the first block that it is allocated.
     """
 
     def __init__(
@@ -318,7 +317,7 @@ class Transaction:
 
     @property
     def has_tail(self) -> bool:
-        """As the class says."""
+        """Whether its tail comes back, in the first block that it is allocated."""
         return self._tail is not None
 
     def __enter__(self) -> Transaction:
