@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--turns", type=int, default=3, help="of each chat in `returning`")
     parser.add_argument("--steps", type=int, default=5, help="of a turn of the engines in `fresh`")
-    parser.add_argument("--ring-fraction", type=float, default=0.15)
+    parser.add_argument("--ring-fraction", type=float, help="left to pie unless given")
     parser.add_argument(
         "--pie",
         action="append",

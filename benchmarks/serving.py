@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.harness.load import Load
-from benchmarks.harness.options import add_redraw, parser_of
+from benchmarks.harness.options import add_redraw, add_wide_ring, parser_of, starved_sizes
 from benchmarks.harness.report import publish, redraw
 from benchmarks.harness.rounds import Figures, Question, run_rounds
-from benchmarks.harness.shape import PieSizes, kv_shape, wide_ring
+from benchmarks.harness.shape import PieSizes, kv_shape
 from benchmarks.real.serving_run import Setting, run_server, server_arguments
 
 MIB = 2**20
@@ -33,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = parser_of("serving", __doc__)
     add_redraw(parser)
+    add_wide_ring(parser)
     parser.add_argument("--only", default="", help="comma-separated configurations")
     return parser.parse_args()
 
@@ -48,7 +49,7 @@ def main() -> None:
     shape = kv_shape(args.model, args.block_size, args.dtype)
     logs = Path("build/logs")
     setting = Setting(args.model, shape, args.block_size, args.dtype, 1024, args.compiled, logs)
-    pie = wide_ring(shape, args.device_blocks, args.pool_blocks, args.ring_slots)
+    pie = starved_sizes(args, shape)
     sides: dict[str, tuple[int, PieSizes | None]] = {
         "stock_equal": (args.device_blocks, None),
         "pie_starved": (args.device_blocks, pie),

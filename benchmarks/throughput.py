@@ -20,10 +20,16 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.harness.load import Load
-from benchmarks.harness.options import add_redraw, parser_of, run_spec
+from benchmarks.harness.options import (
+    add_redraw,
+    add_wide_ring,
+    parser_of,
+    run_spec,
+    starved_sizes,
+)
 from benchmarks.harness.report import publish, redraw
 from benchmarks.harness.rounds import Figures, Question, run_rounds
-from benchmarks.harness.shape import PieSizes, kv_shape, wide_ring
+from benchmarks.harness.shape import PieSizes, kv_shape
 from benchmarks.real.fresh_process import compare_answers, run_once
 
 QUESTIONS = (
@@ -37,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = parser_of("throughput", __doc__)
     add_redraw(parser)
+    add_wide_ring(parser)
     parser.add_argument("--only", default="", help="comma-separated configurations")
     return parser.parse_args()
 
@@ -51,7 +58,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     load = Load(args.chats, args.tokens)
     shape = kv_shape(args.model, args.block_size, args.dtype)
-    starved = wide_ring(shape, args.device_blocks, args.pool_blocks, args.ring_slots)
+    starved = starved_sizes(args, shape)
     resident = PieSizes(args.pool_blocks, args.ring_slots)
 
     def spec(device_blocks: int, pie: PieSizes | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.harness.machine import fast_dtype
 from benchmarks.harness.result_file import RESULTS
-from benchmarks.harness.shape import KvShape
+from benchmarks.harness.shape import KvShape, PieSizes, wide_ring
 
 
 def plain_parser(module: str, description: str | None) -> argparse.ArgumentParser:
@@ -43,6 +43,22 @@ def add_redraw(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--redraw", action="store_true", help="draw the plot of the result file; run nothing"
     )
+
+
+def add_wide_ring(parser: argparse.ArgumentParser) -> None:
+    """Add the option that sets the ring's width by hand."""
+    parser.add_argument(
+        "--wide-ring",
+        action="store_true",
+        help="a ring for the whole pool, whatever the link brings; else its width is left to pie",
+    )
+
+
+def starved_sizes(args: argparse.Namespace, shape: KvShape) -> PieSizes:
+    """Sizes of a pie run on `--device-blocks`, with pie's own ring unless `--wide-ring`."""
+    if args.wide_ring:
+        return wide_ring(shape, args.device_blocks, args.pool_blocks, args.ring_slots)
+    return PieSizes(args.pool_blocks, args.ring_slots)
 
 
 def run_spec(

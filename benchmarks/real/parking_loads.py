@@ -15,6 +15,7 @@ from benchmarks.real.arrivals import RATE_SHARE, SingleChats, TurnChats
 from benchmarks.real.churn import run_churn
 from benchmarks.real.fresh_process import add_pie_figures, compare_answers, run_once
 from benchmarks.real.parking_report import Part
+from pie_vllm.geometry import RING_FRACTION_MAX
 
 LONGER = 2
 """Times the device blocks of the other loads that `returning` has: a step costs much before it
@@ -139,7 +140,8 @@ def run_fresh(args: argparse.Namespace, shape: KvShape) -> Part:
 
 def at_once_without_pool(args: argparse.Namespace, chats: SingleChats) -> int:
     """How many chats the resident blocks hold to their ends, beside the ring."""
-    resident = int((1 - args.ring_fraction) * args.device_blocks) - 2
+    ring = RING_FRACTION_MAX if args.ring_fraction is None else args.ring_fraction
+    resident = int((1 - ring) * args.device_blocks) - 2
     each: int = -(-(chats.longest + 1) // args.block_size)
     return max(1, resident // each)
 

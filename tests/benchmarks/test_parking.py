@@ -209,7 +209,7 @@ def test_fresh_chats_fit_the_device_and_the_others_do_not(monkeypatch: pytest.Mo
 
     at_once = parking_loads.at_once_without_pool(args, fresh)
     most = max(map(blocks, fresh.asks(None)))
-    assert 1 < at_once * most < (1 - args.ring_fraction) * args.device_blocks
+    assert 1 < at_once * most < (1 - parking_loads.RING_FRACTION_MAX) * args.device_blocks
     assert sum(map(blocks, fresh.asks(None))) > 3 * args.device_blocks  # Idle prefixes go.
     assert sum(map(blocks, heavy.asks(None))) > 4 * args.device_blocks
     assert sum(map(blocks, heavy.asks(None))) < min(args.all_blocks, args.pool_blocks)

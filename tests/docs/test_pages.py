@@ -6,6 +6,7 @@ import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -127,6 +128,28 @@ def test_every_figure_of_the_readme_has_its_command() -> None:
         assert re.search(r"^ {4}.*(make|python) ", parts[anchor], re.MULTILINE), anchor
         for figure in figures:
             assert re.search(rf"\| {re.escape(figure)} ", parts[anchor]), (anchor, figure)
+
+
+def ratios(result: dict[str, Any]) -> list[str]:
+    """Ratios of a result file, in the words of the page."""
+    return [
+        f"{one['median']:.2f} [{one['low']:.2f} .. {one['high']:.2f}]"
+        for one in result["ratios"].values()
+        if one["high"] - one["low"] >= 0.01
+    ]
+
+
+def test_the_figures_are_those_of_the_newest_results() -> None:
+    """Who measures anew writes the page anew."""
+    results = RESULT.parent
+    text = BENCHMARKS.read_text()
+    for name in ("throughput", "serving", "link_speeds", "parking"):
+        result = json.loads((results / f"{name}.json").read_text())
+        parts = result["loads"].values() if name == "parking" else [result]
+        missing = [ratio for part in parts for ratio in ratios(part) if ratio not in text]
+        assert not missing, name
+    idle = json.loads((results / "idle_cost.json").read_text())["ratio"]
+    assert f"{idle['median']:.2f} [{idle['low']:.2f} .. {idle['high']:.2f}]" in text
 
 
 def test_every_benchmark_has_its_question() -> None:
