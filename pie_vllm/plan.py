@@ -10,6 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pie_vllm.errors import IntegrityError
+
 RETRY_SECONDS = 30.0
 """Seconds between a refusal of memory and the next attempt to take it."""
 
@@ -27,9 +32,34 @@ class Copy(NamedTuple):
     count: int  # type: ignore[assignment]  # the word for it, over tuple.count
 
 
-def num_copied(copies: Iterable[Copy]) -> int:
+Runs = NDArray[np.int64]
+"""Copies of a step: a C-contiguous array of shape (runs, 3), a ``Copy`` in each row.
+
+Those of a plan are read-only, as several steps may share one array.
+"""
+
+
+def runs(copies: Iterable[Copy] = ()) -> Runs:
+    """These copies as an array.
+
+    Raises:
+        IntegrityError: a number does not fit 64 bits.
+    """
+    try:
+        found = np.array([*copies], np.int64).reshape(-1, 3)
+    except OverflowError as error:
+        raise IntegrityError(f"a run with a number that does not fit 64 bits: {error}") from error
+    found.flags.writeable = False
+    return found
+
+
+NO_RUNS = runs()
+"""What a plan copies that copies nothing."""
+
+
+def num_copied(copies: Runs) -> int:
     """Number of blocks that these runs copy."""
-    return sum(copy.count for copy in copies)
+    return int(copies[:, 2].sum())
 
 
 class Relabel(NamedTuple):
@@ -55,12 +85,26 @@ class StepPlan(NamedTuple):
     """
 
     step: int
-    stores: tuple[Copy, ...]
-    promotions: tuple[Copy, ...]
-    loads: tuple[Copy, ...] | None
+    stores: Runs
+    promotions: Runs
+    loads: Runs | None
     relabels: tuple[Relabel, ...]
     forward: bool
     pooled: int = 0
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all fields are equal, arrays in each of their numbers."""
+        return isinstance(other, StepPlan) and all(map(_equal, self, other))
+
+    def __ne__(self, other: object) -> bool:
+        """As ``==``; a tuple's own would compare arrays as if they were numbers."""
+        return not self == other
+
+
+def _equal(one: object, other: object) -> bool:
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return np.array_equal(one, other)
+    return type(one) is type(other) and one == other
 
 
 class PoolOrder(NamedTuple):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.source import import_graph, imports, modules
 
-IMPURE = {"torch", "vllm", "time", "datetime", "numpy", "ctypes", "random"}
+IMPURE = {"torch", "vllm", "time", "datetime", "ctypes", "random"}
 
 
 def inside(name: str, *packages: str) -> bool:

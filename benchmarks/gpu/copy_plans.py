@@ -12,7 +12,7 @@ from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.stepping import TIMED_EVERY
 from pie_vllm.engine.streams import counters
 from pie_vllm.engine.transfer_engine import TransferEngine
-from pie_vllm.plan import Copy, StepPlan
+from pie_vllm.plan import NO_RUNS, Copy, StepPlan, runs
 
 KIB, MIB = 1 << 10, 1 << 20
 DIRECTIONS = ("load", "store", "both")
@@ -71,11 +71,11 @@ def sweep_plans(context: Context, sizes: Sizes, peak: dict[str, float]) -> None:
                         loads if direction != "store" else [],
                     )
                     mover.idle(*plan)
-                    runs = [mover.idle(*plan) for _ in range(sizes.repeats)]
+                    timed = [mover.idle(*plan) for _ in range(sizes.repeats)]
                     _plan_row(
                         context,
                         "plans: a batch for each layer",
-                        runs,
+                        timed,
                         peak[direction],
                         {
                             "piece_KiB": piece // KIB,
@@ -104,7 +104,7 @@ class Mover:
         """A step that runs no model."""
         # Numbers apart: as after steps that had no plan.
         self._step += 2
-        plan = StepPlan(self._step, tuple(stores), tuple(promotions), (), (), forward=False)
+        plan = StepPlan(self._step, runs(stores), runs(promotions), NO_RUNS, (), forward=False)
         return self._timed(lambda: self._engine.run_idle(plan))
 
     def forward(self, loads: Sequence[Copy]) -> Moved:
@@ -120,7 +120,8 @@ class Mover:
     def _one(self, loads: Sequence[Copy]) -> None:
         self._step += 1
         self._forwards += 1
-        engine, plan = self._engine, StepPlan(self._step, (), (), tuple(loads), (), forward=True)
+        engine = self._engine
+        plan = StepPlan(self._step, NO_RUNS, NO_RUNS, runs(loads), (), forward=True)
         engine.begin_step(plan)
         for layer in range(engine.geometry.num_layers):
             engine.before_write(layer)

@@ -30,7 +30,7 @@ from pie_vllm.engine.gather import GatherImage, Images, device_arch, gather_imag
 from pie_vllm.engine.link_calibration import measure_link
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import PieError
-from pie_vllm.plan import Copy, StepPlan
+from pie_vllm.plan import Copy, StepPlan, runs
 
 SHARES = (0.1, 0.25, 0.5, 0.8)
 """Of what the link brings while the layers compute."""
@@ -153,7 +153,7 @@ class Steps:
         self._number += 1
         geometry = self.engine.geometry
         block = geometry.resident_blocks
-        runs = [Copy(block + at, first + at, min(16, loads - at)) for at in range(0, loads, 16)]
+        loaded = [Copy(block + at, first + at, min(16, loads - at)) for at in range(0, loads, 16)]
         stores: list[Copy] = []
         promotions: list[Copy] = []
         if kind == "store":
@@ -161,7 +161,7 @@ class Steps:
         if kind == "promote":
             promotions = [Copy(1 + WRITTEN, first + loads, PROMOTED)]
         chunk = geometry.chunk_rows
-        out, home, ring = (tuple(in_chunks(each, chunk)) for each in (stores, promotions, runs))
+        out, home, ring = (runs(in_chunks(each, chunk)) for each in (stores, promotions, loaded))
         return StepPlan(self._number, out, home, ring, (), forward=True)
 
     def step(self, loads: int, first: int, kind: str = "", in_graph: bool = True) -> None:

@@ -29,7 +29,7 @@ from benchmarks.gpu.harness.stepping import TIMED_EVERY
 from benchmarks.harness.stats import percentile
 from pie_vllm.engine.link_calibration import measure_link
 from pie_vllm.engine.transfer_engine import TransferEngine
-from pie_vllm.plan import Copy, StepPlan
+from pie_vllm.plan import NO_RUNS, Copy, StepPlan, runs
 
 SHARES = (0.0, 0.25, 0.5, 0.8, 0.95, 1.1, 1.5, 2.0)
 """Loads of a step, as shares of what the link brings while the layers compute; 0 is gates and
@@ -288,9 +288,9 @@ class Bench:
         geometry = self.engine.geometry
         most, first_block = self.sizes.most_blocks, geometry.resident_blocks
         base = most * (index % 2)
-        runs = [
+        loaded = [
             Copy(first_block + at, base + at, min(16, loads - at)) for at in range(0, loads, 16)
         ]
         stores = [Copy(1, 2 * most + WRITTEN * (self._step % 4), WRITTEN)]
-        out, back = (tuple(in_chunks(each, geometry.chunk_rows)) for each in (stores, runs))
-        return StepPlan(self._step, out, (), back, (), forward=True)
+        out, back = (runs(in_chunks(each, geometry.chunk_rows)) for each in (stores, loaded))
+        return StepPlan(self._step, out, NO_RUNS, back, (), forward=True)

@@ -145,7 +145,7 @@ class PieSide(Side):
         read_set, before, orders = self.residency.read_set, self.totals, output.pie
         row_bytes = self.scheduler.kv_cache_manager.geometry.row_bytes
         self.totals = before._replace(
-            steps=before.steps + bool(read_set.readers),
+            steps=before.steps + bool(read_set.num_blocks),
             bytes_loaded=before.bytes_loaded + read_set.num_blocks * row_bytes,
             bytes_finished=before.bytes_finished + read_set.num_blocks * row_bytes,
             load_seconds=before.load_seconds + read_set.num_blocks * 1e-9,

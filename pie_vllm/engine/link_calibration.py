@@ -13,7 +13,7 @@ from pie_vllm.engine.streams import counters
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import TransferError
 from pie_vllm.geometry import Geometry, round_up
-from pie_vllm.plan import Copy, StepPlan
+from pie_vllm.plan import NO_RUNS, Copy, StepPlan, runs
 
 RUN_LENGTHS = (1, 4, 16)
 """Neighbouring blocks that make one copy of a layer: single pages, and runs as rows merge to."""
@@ -336,14 +336,24 @@ class _Bench:
     ) -> _Moved:
         """Store blocks from 1 to rows from 0, load the blocks after them from the others."""
         blocks_max = self._blocks_max
-        runs = [(first, min(length, blocks - first)) for first in range(0, blocks, length)]
-        out = tuple(Copy(1 + first, first, count) for first, count in runs) if stores else ()
-        back = [Copy(1 + blocks_max + first, blocks_max + first, count) for first, count in runs]
+        pieces = [(first, min(length, blocks - first)) for first in range(0, blocks, length)]
+        out = runs(Copy(1 + first, first, count) for first, count in pieces)
+        back = runs(
+            Copy(1 + blocks_max + first, blocks_max + first, count) for first, count in pieces
+        )
+        plan = StepPlan(
+            self._step,
+            out if stores else NO_RUNS,
+            back if loads else NO_RUNS,
+            NO_RUNS,
+            (),
+            forward=False,
+        )
         before = [counters(self._engine, direction) for direction in ("load", "store")]
         submit = 0.0
         for _ in range(times):
             self._step += 1
-            plan = StepPlan(self._step, out, tuple(back) if loads else (), (), (), forward=False)
+            plan = plan._replace(step=self._step)
             begin = time.perf_counter()
             self._engine.run_idle(plan)
             submit += time.perf_counter() - begin

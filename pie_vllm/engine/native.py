@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from array import array
 from collections.abc import Iterable
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_uint32, c_uint64, c_void_p
-from itertools import chain
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pie_vllm.errors import (
     ConfigError,
@@ -21,7 +21,7 @@ from pie_vllm.errors import (
     UnsupportedError,
 )
 from pie_vllm.geometry import Geometry
-from pie_vllm.plan import Copy, StepPlan
+from pie_vllm.plan import NO_RUNS, Runs, StepPlan
 
 ABI_VERSION = 7
 """What this package expects of ``pie_abi_version()``."""
@@ -232,34 +232,39 @@ def driver_granularity(driver: str = "host", library_path: str | Path | None = N
 
 
 class PlanArrays:
-    """A plan as the C interface takes it; keeps the arrays alive.
+    """A plan as the C interface takes it; keeps its arrays alive and copies none.
 
     Raises:
-        IntegrityError: a number of the plan does not fit 64 bits.
+        IntegrityError: a number of the plan does not fit 64 bits, or its runs are no C-contiguous
+            int64 array of shape (runs, 3).
     """
 
     def __init__(self, plan: StepPlan) -> None:
         if not -_LIMIT <= plan.step < _LIMIT:
             raise IntegrityError(f"a step with the number {plan.step}, which does not fit 64 bits")
-        self._stores = _triples(plan.stores)
-        self._promotions = _triples(plan.promotions)
-        self._loads = _triples(plan.loads or ())
+        self._plan = plan
+        loads = NO_RUNS if plan.loads is None else plan.loads
         self.struct = PlanStruct(
             plan.step,
-            self._stores.buffer_info()[0],
+            _address("stores", plan.stores),
             len(plan.stores),
-            self._promotions.buffer_info()[0],
+            _address("promotions", plan.promotions),
             len(plan.promotions),
-            self._loads.buffer_info()[0],
-            -1 if plan.loads is None else len(plan.loads),
+            _address("loads", loads),
+            -1 if plan.loads is None else len(loads),
         )
 
 
-def _triples(runs: tuple[Copy, ...]) -> array[int]:
-    try:
-        return array("q", chain.from_iterable(runs))
-    except OverflowError as error:
-        raise IntegrityError(f"a run with a number that does not fit 64 bits: {error}") from error
+def _address(name: str, runs: Runs) -> int:
+    """Where the first run lies: a row of the array is a ``pie_run``."""
+    if not isinstance(runs, np.ndarray):
+        raise IntegrityError(f"a plan whose {name} are a {type(runs).__name__}, not an array")
+    if not (runs.dtype == np.int64 and runs.shape[1:] == (3,) and runs.flags.c_contiguous):
+        raise IntegrityError(
+            f"a plan whose {name} are {runs.dtype} of shape {runs.shape} and strides "
+            f"{runs.strides}, not C-contiguous int64 of shape (runs, 3)"
+        )
+    return int(runs.ctypes.data)
 
 
 def geometry_struct(geometry: Geometry) -> GeometryStruct:

@@ -8,13 +8,13 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 from pie_vllm.engine.pool_board import Board
 from pie_vllm.errors import IntegrityError, PieError
-from pie_vllm.plan import RETRY_SECONDS, Copy, PoolOrder, PoolState
+from pie_vllm.plan import RETRY_SECONDS, PoolOrder, PoolState, Runs
 
 logger = logging.getLogger("vllm.pie")
 
@@ -136,17 +136,17 @@ class PoolKeeper:
         """How often memory could not be had here."""
         return self._refused
 
-    def prepare(self, *runs: Sequence[Copy]) -> None:
+    def prepare(self, *runs: Runs | None) -> None:
         """Before a step: refuse it if it names a row whose memory is not held.
 
         Args:
-            runs: all copies of its plan.
+            runs: all copies of its plan; None for those of the step before.
 
         Raises:
             IntegrityError: there is such a row. The scheduler never plans one.
         """
         # No run crosses a chunk.
-        row = max((copy.row for copies in runs for copy in copies), default=-1)
+        row = max((int(r[:, 1].max()) for r in runs if r is not None and len(r)), default=-1)
         held = min(self._ready, self._wanted)
         if row >= held * self._chunk_rows:
             raise IntegrityError(

@@ -131,8 +131,8 @@ class TransferEngine:
             switch that graphs cannot follow.
 
         Raises:
-            IntegrityError: a run outside its range or across a chunk, or a row
-                both stored to and promoted from; nothing was submitted.
+            IntegrityError: a run outside its range or across a chunk, a row both stored to and
+                promoted from, or runs that are no array as ``plan.Runs``; nothing was submitted.
             GateError: a graph of an earlier step did not copy all its layers; no step is open.
             TransferError: a step is open, an earlier copy failed, or a submission
                 failed; the step is aborted then.
@@ -143,7 +143,7 @@ class TransferEngine:
             self.handle.call("pie_begin_graph_step", *arguments, ctypes.byref(fits))
         else:
             self.handle.call("pie_begin_step", *arguments)
-        self.handle.writes_wait = graph or bool(plan.stores or plan.promotions)
+        self.handle.writes_wait = graph or len(plan.stores) + len(plan.promotions) > 0
         return bool(fits.value)
 
     def before_write(self, layer: int) -> None:

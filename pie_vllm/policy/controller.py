@@ -178,7 +178,7 @@ class Controller:
             in_use = scheduled or residency.read_set.by_request
             order = self.pool.end_step(
                 residency.rows.chunks_held,
-                changed=bool(plan and plan.stores),
+                changed=plan is not None and len(plan.stores) > 0,
                 idle=not (in_use or self._scheduler.num_unfinished),
                 short=queue.free_residents < 2 * self.step_blocks + len(self._scheduler.running),
             )

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import starmap
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from pie_vllm.engine.step_stats import StepStats
 from pie_vllm.engine.streams import row_page
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.geometry import Geometry
-from pie_vllm.plan import Copy, StepPlan
+from pie_vllm.plan import Copy, Runs, StepPlan, runs
 from tests.helpers import streams
 from tests.helpers.standin import load
 from tests.helpers.streams import DriverStream
@@ -84,11 +85,11 @@ def plan(
 ) -> StepPlan:
     """A plan of (block, row, count) runs."""
 
-    def runs(triples: tuple[tuple[int, int, int], ...]) -> tuple[Copy, ...]:
-        return tuple(Copy(*triple) for triple in triples)
+    def array(triples: tuple[tuple[int, int, int], ...]) -> Runs:
+        return runs(starmap(Copy, triples))
 
-    wanted = None if loads is None else runs(loads)
-    return StepPlan(step, runs(stores), runs(promotions), wanted, (), forward)
+    wanted = None if loads is None else array(loads)
+    return StepPlan(step, array(stores), array(promotions), wanted, (), forward)
 
 
 def content(geometry: Geometry, tag: int, layer: int) -> Pages:

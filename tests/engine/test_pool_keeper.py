@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pie_vllm.config import PieConfig
 from pie_vllm.engine import pool_keeper as keeper_module
 from pie_vllm.engine.pool_keeper import PoolKeeper
 from pie_vllm.errors import IntegrityError, TransferError
-from pie_vllm.plan import Copy, PoolOrder, PoolState
+from pie_vllm.plan import NO_RUNS, Copy, PoolOrder, PoolState, Runs
+from pie_vllm.plan import runs as array
 
 ROWS = 4
 
@@ -52,9 +54,9 @@ def niceness() -> int:
     return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
-def stores(chunk: int) -> list[Copy]:
+def stores(chunk: int) -> Runs:
     """A store to a row of a chunk."""
-    return [Copy(0, chunk * ROWS + 1, 2)]
+    return array([Copy(0, chunk * ROWS + 1, 2)])
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -105,10 +107,11 @@ def test_a_step_that_names_a_row_which_is_not_held_is_refused_at_once(
 ) -> None:
     """Whatever copies it: stores, promotions or loads. It waits for nothing."""
     keeper = make(Chunks(seconds=0.3))
-    keeper.prepare([], [], ())
+    keeper.prepare(NO_RUNS, NO_RUNS, None)
     keeper.prepare(stores(0), stores(0), stores(0))
     keeper.follow(PoolOrder(3))
-    for runs in ((stores(2), [], []), ([], stores(1), []), ([], [], [*stores(0), *stores(1)])):
+    both = np.concatenate((stores(0), stores(1)))
+    for runs in ((stores(2), NO_RUNS, None), (NO_RUNS, stores(1), None), (NO_RUNS, NO_RUNS, both)):
         with pytest.raises(IntegrityError, match=r"row \d+ of the CPU pool.*first 1 are held"):
             keeper.prepare(*runs)
     until(lambda: keeper.state.chunks == 3)

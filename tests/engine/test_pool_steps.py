@@ -41,7 +41,7 @@ class Both:
     ) -> PoolState:
         """What ``PieWorkerMixin.execute_model`` does."""
         if step is not None:
-            self.keeper.prepare(step.stores, step.promotions, step.loads or ())
+            self.keeper.prepare(step.stores, step.promotions, step.loads)
             run_step(self.engine, step, write=write)
         self.keeper.follow(order)
         state = self.keeper.state

@@ -11,7 +11,7 @@ from pie_vllm.engine.step_stats import StepStats
 from pie_vllm.engine.streams import counters
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.geometry import Geometry
-from pie_vllm.plan import Copy, StepPlan
+from pie_vllm.plan import Copy, StepPlan, num_copied, runs
 from tests.engine.driving import PAGE, View, inject
 from tests.helpers.streams import DriverStream
 
@@ -97,8 +97,9 @@ class Model:
                     loads.append(run)
                     used.update(range(run.block, run.block + run[2]))
             self.loads = loads
-        wanted = None if same else tuple(loads)
-        return StepPlan(self.step, tuple(stores), tuple(promotions), wanted, (), not idle), promoted
+        wanted = None if same else runs(loads)
+        step = StepPlan(self.step, runs(stores), runs(promotions), wanted, (), not idle)
+        return step, promoted
 
     def writes(self, but: set[int]) -> Holds:
         """New contents of some resident blocks."""
@@ -119,9 +120,9 @@ class Model:
 
 def implied_bytes(plan: StepPlan, loads: list[Copy], row_bytes: int) -> tuple[int, int, int]:
     """Bytes loaded, stored and promoted."""
-    promoted = sum(run[2] for run in plan.promotions)
+    promoted = num_copied(plan.promotions)
     loaded = sum(run[2] for run in loads) if plan.forward else 0
-    stored = sum(run[2] for run in plan.stores)
+    stored = num_copied(plan.stores)
     return (promoted + loaded) * row_bytes, stored * row_bytes, promoted * row_bytes
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from pie_vllm.engine.pool_keeper import PoolKeeper
 from pie_vllm.engine.step_stats import StepStats
 from pie_vllm.engine.transfer_engine import TransferEngine
-from pie_vllm.plan import PoolOrder, PoolState, StepPlan
+from pie_vllm.plan import PoolOrder, PoolState, StepPlan, num_copied
 from tests.helpers.streams import DriverEvent, DriverStream
 from tests.helpers.tagrunner import Work, check
 
@@ -49,7 +49,7 @@ class EngineMemory:
         engine = self.engine
         if plan is not None:
             self._expect(plan)
-            self.keeper.prepare(plan.stores, plan.promotions, plan.loads or ())
+            self.keeper.prepare(plan.stores, plan.promotions, plan.loads)
         if plan is None or not plan.forward:
             if plan is not None:
                 self.stats.append(engine.run_idle(plan, self.compute.id))
@@ -80,9 +80,9 @@ class EngineMemory:
 
     def _expect(self, plan: StepPlan) -> None:
         if plan.loads is not None:
-            self._loads = sum(copy.count for copy in plan.loads)
-        self.pages_stored += sum(copy.count for copy in plan.stores)
-        self.pages_loaded += sum(copy.count for copy in plan.promotions)
+            self._loads = num_copied(plan.loads)
+        self.pages_stored += num_copied(plan.stores)
+        self.pages_loaded += num_copied(plan.promotions)
         self.pages_loaded += self._loads if plan.forward else 0
 
     def _launch(self, function: Any, layer: int, work: Work) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pie_vllm.plan import NO_RUNS, num_copied
+
 
 class Recorder:
     """Notes schedules, plans and preemptions of one scheduler."""
@@ -70,18 +72,18 @@ def copy_bytes(plans: list[Any], counters: dict[str, Any]) -> dict[str, Any]:
     """
     block_bytes = counters.get("page_bytes", 0) * counters.get("num_layers", 0)
     loaded = stored = gates = steps = relabelled = 0
-    loads: tuple[Any, ...] = ()
+    loads = NO_RUNS
     for plan in plans:
         if plan is None:
             continue
         steps += 1
         if plan.loads is not None:
             loads = plan.loads
-        stored += sum(copy.count for copy in plan.stores)
-        loaded += sum(copy.count for copy in plan.promotions)
+        stored += num_copied(plan.stores)
+        loaded += num_copied(plan.promotions)
         relabelled += sum(len(relabel.blocks) for relabel in plan.relabels)
         if plan.forward:
-            loaded += sum(copy.count for copy in loads)
+            loaded += num_copied(loads)
             gates += counters["num_layers"]
     return {
         "implied": {

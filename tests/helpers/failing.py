@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 from zlib import crc32
 
@@ -11,7 +11,7 @@ import numpy as np
 from vllm.v1.outputs import ModelRunnerOutput
 
 from pie_vllm.geometry import Geometry
-from pie_vllm.plan import Copy, StepPlan, StepReport, Totals
+from pie_vllm.plan import Runs, StepPlan, StepReport, Totals
 from tests.helpers.tagrunner import MASK, VOCABULARY, DictMemory, TagRunner
 
 SPOILT = 0x2AAAAAAA
@@ -47,11 +47,13 @@ class FailingMemory(DictMemory):
             self.loads = plan.loads
         for block, row in self._until_failure(plan.stores):
             self.rows[row] = self.pages[block]
-        for block, row in self._until_failure((*plan.promotions, *self.loads)):
+        for block, row in self._until_failure(np.concatenate((plan.promotions, self.loads))):
             self.pages[block] = self.rows[row]
 
-    def _until_failure(self, copies: Sequence[Copy]) -> Iterator[tuple[int, int]]:
-        pairs = [(block + i, row + i) for block, row, count in copies for i in range(count)]
+    def _until_failure(self, copies: Runs) -> Iterator[tuple[int, int]]:
+        pairs = [
+            (block + i, row + i) for block, row, count in copies.tolist() for i in range(count)
+        ]
         if self.failed:
             del pairs[self._rng.randint(0, len(pairs)) :]
         yield from pairs

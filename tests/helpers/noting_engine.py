@@ -10,7 +10,7 @@ import pytest
 from pie_vllm.config import PieConfig
 from pie_vllm.engine.step_stats import StepStats
 from pie_vllm.errors import TransferError
-from pie_vllm.plan import Copy, StepPlan
+from pie_vllm.plan import NO_RUNS, Copy, StepPlan, runs
 from pie_vllm.vllm.compat import cuda_graphs, model_runner
 from pie_vllm.vllm.worker_side import cache_engine
 from pie_vllm.vllm.worker_side.cache_engine import PieCacheEngine
@@ -18,7 +18,7 @@ from tests.helpers import scheduling
 
 GEOMETRY = scheduling.geometry(8, 12)
 LAYERS = GEOMETRY.num_layers
-PLAN = StepPlan(1, (), (), (Copy(8, 0, 2),), (), forward=True, pooled=2)
+PLAN = StepPlan(1, NO_RUNS, NO_RUNS, runs([Copy(8, 0, 2)]), (), forward=True, pooled=2)
 STREAM = 7
 
 

@@ -41,7 +41,7 @@ def take(pool: FakePool, name: str, count: int) -> Any:
 
 def copied(runs: Any) -> list[tuple[int, int]]:
     """Block and row of each copy."""
-    return [(block + i, row + i) for block, row, count in runs for i in range(count)]
+    return [(block + i, row + i) for block, row, count in runs.tolist() for i in range(count)]
 
 
 def come_back(

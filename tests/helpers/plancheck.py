@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from pie_vllm.plan import Copy, StepPlan
+from pie_vllm.plan import NO_RUNS, Runs, StepPlan
 from pie_vllm.policy.block import BlockId
 from pie_vllm.policy.placement.residency import Residency
 
@@ -18,7 +18,7 @@ class PlanCheck:
         self._residency = residency
         self._boundary = boundary
         self._chunk_rows = chunk_rows
-        self._loads: tuple[Copy, ...] = ()
+        self._loads = NO_RUNS
         self._stored: set[int] = set()
         self._step = 0
 
@@ -42,7 +42,7 @@ class PlanCheck:
             return
         if plan.loads is None:
             follows = plan.step == self._step + 1
-            assert follows or not self._loads, "loads 'as before' after a step without a plan"
+            assert follows or not len(self._loads), "loads 'as before' after a step without a plan"
         else:
             self._loads = plan.loads
         assert plan.step > self._step
@@ -67,9 +67,9 @@ class PlanCheck:
         pooled = self._residency.blocks[self._boundary :]
         return [b.block_id for b in pooled if self._residency.rows.holds(b.block_id)]
 
-    def _pairs(self, runs: Iterable[Copy]) -> dict[int, int]:
+    def _pairs(self, runs: Runs) -> dict[int, int]:
         pairs: dict[int, int] = {}
-        for block, row, count in runs:
+        for block, row, count in runs.tolist():
             assert row // self._chunk_rows == (row + count - 1) // self._chunk_rows
             for i in range(count):
                 assert block + i not in pairs, "a block is named twice"

@@ -20,7 +20,7 @@ import numpy as np
 from vllm.v1.outputs import ModelRunnerOutput
 
 from pie_vllm.geometry import Geometry
-from pie_vllm.plan import PoolOrder, PoolState, StepPlan, StepReport, Totals
+from pie_vllm.plan import NO_RUNS, PoolOrder, PoolState, StepPlan, StepReport, Totals
 
 MASK = (1 << 31) - 1
 VOCABULARY = 997
@@ -97,7 +97,7 @@ class DictMemory:
         self.order = PoolOrder(1)
         self.refused = self.released = 0
         self.restless = restless
-        self.loads: tuple[Any, ...] = ()
+        self.loads = NO_RUNS
         self.blocks_loaded = 0
         self.blocks_stored = 0
 
@@ -105,13 +105,8 @@ class DictMemory:
         self.take_and_give()
         self.pages[self.boundary :] = -1
         if plan is not None:
-            read = {
-                row
-                for copies in (plan.promotions,)
-                for copy in copies
-                for row in range(copy.row, copy.row + copy.count)
-            }
-            for block, row, count in plan.stores:
+            read = {row + i for _, row, count in plan.promotions.tolist() for i in range(count)}
+            for block, row, count in plan.stores.tolist():
                 assert block + count <= self.boundary
                 assert not read & set(range(row, row + count)), "a row is stored over and promoted"
                 assert row // self.chunk_rows < self.chunks, "a row of a chunk that is not there"
@@ -119,7 +114,7 @@ class DictMemory:
                 self.blocks_stored += count
             if plan.loads is not None:
                 self.loads = plan.loads
-            for block, row, count in (*plan.promotions, *self.loads):
+            for block, row, count in (*plan.promotions.tolist(), *self.loads.tolist()):
                 assert row // self.chunk_rows < self.chunks, "a row of a chunk that is gone"
                 self.pages[block : block + count] = self.rows[row : row + count]
                 self.blocks_loaded += count

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import astuple
 from itertools import chain
 from pathlib import Path
 
 from pie_vllm.geometry import Geometry
-from pie_vllm.plan import Copy, StepPlan
+from pie_vllm.plan import Runs, StepPlan
 from tests.helpers.tagrunner import DictMemory, Work
 
 
@@ -39,6 +38,5 @@ class TraceMemory(DictMemory):
         path.write_text("\n".join([head, *self.steps]) + "\n")
 
 
-def _runs(copies: Iterable[Copy]) -> list[int]:
-    listed = list(copies)
-    return [len(listed), *chain.from_iterable(listed)]
+def _runs(copies: Runs) -> list[int]:
+    return [len(copies), *copies.ravel().tolist()]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pie_vllm.geometry import Geometry
-from pie_vllm.plan import PoolOrder, PoolState, StepOrders, StepPlan, StepReport, Totals
+from pie_vllm.plan import NO_RUNS, PoolOrder, PoolState, StepOrders, StepPlan, StepReport, Totals
 from pie_vllm.policy.control.detector import Observation
 from pie_vllm.policy.control.stall_samples import MOST_WAITING
 from pie_vllm.policy.controller import Controller
@@ -15,7 +15,7 @@ from pie_vllm.simulation.simulator import Simulation
 from pie_vllm.simulation.traces import Job, Profile, Static
 
 GEOMETRY = Geometry(8, 65536, 20, 8, 2, 8, 8, 4096)
-PLAN = StepPlan(1, (), (), (), (), forward=True)
+PLAN = StepPlan(1, NO_RUNS, NO_RUNS, NO_RUNS, (), forward=True)
 MACHINE = Profile(1e9, 0.01, 0.0, 1e-4, 0.0)
 
 

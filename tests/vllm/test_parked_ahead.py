@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 
+from pie_vllm.plan import num_copied
 from tests.helpers.deciders import Fixed
 from tests.helpers.fuzz import BLOCK_SIZE
 from tests.helpers.parked_chats import (
@@ -42,7 +43,7 @@ def comes_back(made: Driver, history: list[int]) -> AheadOf:
     while "next" not in made.output.num_scheduled_tokens:
         made.step()
         plan = made.output.pie.plan
-        copied.append(sum(c.count for c in plan.promotions) if plan else 0)
+        copied.append(num_copied(plan.promotions) if plan else 0)
         assert "running" in made.output.num_scheduled_tokens
         assert len(copied) < 50
     return AheadOf(len(copied), copied)
@@ -94,7 +95,7 @@ def stores_in_decodes(made: Driver) -> list[int]:
         made.step()
         plan, output = made.output.pie.plan, made.output
         if output.total_num_scheduled_tokens == len(output.num_scheduled_tokens):
-            stored.append(sum(c.count for c in plan.stores) if plan else 0)
+            stored.append(num_copied(plan.stores) if plan else 0)
     made.verify()
     return stored
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from vllm.lora.request import LoRARequest
 
-from pie_vllm.plan import Copy
+from pie_vllm.plan import NO_RUNS, Copy, Runs, runs
 from pie_vllm.policy.admission import transaction
 from pie_vllm.policy.placement.residency import Residency
 from pie_vllm.policy.pool.parked_kv import Parking
@@ -206,19 +206,19 @@ class _SkipsStores(DictMemory):
 
 class _SkipsRestores(DictMemory):
     def run(self, plan: Any, work: Any) -> None:
-        super().run(plan and plan._replace(promotions=()), work)
+        super().run(plan and plan._replace(promotions=NO_RUNS), work)
 
 
 class _RestoresWrongRows(DictMemory):
     def run(self, plan: Any, work: Any) -> None:
         super().run(plan and plan._replace(promotions=self._wrong(plan)), work)
 
-    def _wrong(self, plan: Any) -> tuple[Copy, ...]:
-        stored = {row + i for _, row, count in plan.stores for i in range(count)}
+    def _wrong(self, plan: Any) -> Runs:
+        stored = {row + i for _, row, count in plan.stores.tolist() for i in range(count)}
         held = [r for r in range(self.chunks * self.chunk_rows) if r not in stored]
-        return tuple(
+        return runs(
             Copy(block + i, held[(held.index(row + i) + 1) % len(held)], 1)
-            for block, row, count in plan.promotions
+            for block, row, count in plan.promotions.tolist()
             for i in range(count)
         )
 

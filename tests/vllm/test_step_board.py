@@ -16,7 +16,7 @@ import pytest
 from vllm.v1.outputs import ModelRunnerOutput
 
 from pie_vllm.errors import CopyError, IntegrityError, TransferError
-from pie_vllm.plan import PoolOrder, PoolState, StepOrders, StepPlan, Totals
+from pie_vllm.plan import NO_RUNS, PoolOrder, PoolState, StepOrders, StepPlan, Totals
 from pie_vllm.vllm.worker_side import ranks, step_board
 from pie_vllm.vllm.worker_side.step_board import STEPS, TEXT_BYTES, StepBoard
 from pie_vllm.vllm.worker_side.worker import PieWorkerMixin
@@ -179,7 +179,7 @@ def test_workers_post_each_step_and_the_leader_reports_it(tmp_path: Path) -> Non
         (3, "broken", "broken"),
         (4, "", ""),
     ):
-        plan = StepPlan(number, (), (), (), (), forward=True)
+        plan = StepPlan(number, NO_RUNS, NO_RUNS, NO_RUNS, (), forward=True)
         assert other.failure(plan) == theirs
         assert lead.failure(plan) == ours
     assert lead.failure(None) == ""

@@ -10,7 +10,7 @@ import torch
 from benchmarks.gpu.harness.compute import Compute, layer_views
 from benchmarks.gpu.harness.decode import WRITTEN, LayerShape, Model, word
 from pie_vllm.engine.transfer_engine import TransferEngine
-from pie_vllm.plan import Copy, StepPlan
+from pie_vllm.plan import Runs, StepPlan
 
 SPOILT = -1
 """In no row and no page otherwise."""
@@ -129,14 +129,14 @@ class CapturedModel(Model):
         found = self._ring[layer][: len(rows)].sum(1)
         self.wrong += ((found != self.sums[layer].index_select(0, rows)) & self._loaded).sum()
 
-    def wrong_promotions(self, copies: tuple[Copy, ...]) -> int:
+    def wrong_promotions(self, copies: Runs) -> int:
         """Resident pages that do not hold the rows which were promoted to them."""
         wrong = 0
         views = layer_views(self._engine, self._compute)
-        for copy in copies:
+        for block, row, count in copies.tolist():
             for layer, view in enumerate(views):
-                sums = view[copy.block : copy.block + copy.count].sum(1)
-                wrong += int((sums != self.sums[layer, copy.row : copy.row + copy.count]).sum())
+                sums = view[block : block + count].sum(1)
+                wrong += int((sums != self.sums[layer, row : row + count]).sum())
         return wrong
 
     def spoil(self) -> None:

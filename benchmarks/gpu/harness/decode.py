@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from benchmarks.gpu.harness.inputs import SmallCopies
 from pie_vllm.engine.step_stats import StepStats
 from pie_vllm.engine.streams import row_page
 from pie_vllm.engine.transfer_engine import TransferEngine
-from pie_vllm.plan import Copy, StepPlan
+from pie_vllm.plan import Runs, StepPlan
 
 
 class LayerShape(NamedTuple):
@@ -145,11 +144,11 @@ class Model:
             engine.after_attention(layer)
         return engine.end_step()
 
-    def wrong_stores(self, copies: Sequence[Copy], step: int) -> int:
+    def wrong_stores(self, copies: Runs, step: int) -> int:
         """Pages among rows stored at `step` that do not hold what the step before wrote."""
         wrong = 0
-        for copy in copies:
-            for row in range(copy.row, copy.row + copy.count):
+        for _, first, count in copies.tolist():
+            for row in range(first, first + count):
                 for layer in range(self._engine.geometry.num_layers):
                     page = torch.frombuffer(row_page(self._engine, row, layer), dtype=torch.int64)
                     wrong += bool((page != word(step - 1, layer)).any())

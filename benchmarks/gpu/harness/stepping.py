@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pie_vllm.engine.transfer_engine import TransferEngine
-from pie_vllm.plan import StepPlan
+from pie_vllm.plan import NO_RUNS, StepPlan
 
 TIMED_EVERY = 4
 """Among an engine's steps that run the model, the CUDA driver times the copies of every fourth, in
@@ -15,7 +15,8 @@ def empty_step(engine: TransferEngine, compute_stream: int = 0) -> None:
 
     After it the CUDA driver records no events around copies that stages submit by themselves.
     """
-    engine.begin_step(StepPlan(1, (), (), (), (), forward=True), compute_stream)
+    plan = StepPlan(1, NO_RUNS, NO_RUNS, NO_RUNS, (), forward=True)
+    engine.begin_step(plan, compute_stream)
     for layer in range(engine.geometry.num_layers):
         engine.before_write(layer)
         engine.before_attention(layer)

@@ -113,7 +113,7 @@ class Turns:
                 else:
                     out.append(request_id)
                     large = large or request_id
-            elif exceeds or full or len(loaded.union(blocks)) > budget:
+            elif exceeds or full or not _fits(loaded, blocks, budget):
                 out.append(request_id)
                 full = True
             else:
@@ -131,3 +131,9 @@ class Turns:
         """These requests with pooled blocks were scheduled."""
         for request_id in requests:
             self._last[request_id] = self._clock + 1  # Behind who came in the same step.
+
+
+def _fits(loaded: set[int], blocks: Collection[int], budget: int) -> bool:
+    """Whether these blocks and those loaded are no more than the budget; most are not shared."""
+    over = len(loaded) + len(blocks) - budget
+    return over <= 0 or sum(block in loaded for block in blocks) >= over

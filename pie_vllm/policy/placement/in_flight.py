@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from pie_vllm.plan import Copy, StepPlan
+from pie_vllm.plan import Runs, StepPlan
 from pie_vllm.policy.block import Block, BlockId, RequestId, Row
 from pie_vllm.policy.placement.residency import Residency
 
@@ -205,6 +205,6 @@ class _Spoilt:
         return self.good[name] != before or len(self.keys) > known
 
 
-def _pairs(copies: Sequence[Copy]) -> Iterator[tuple[int, int]]:
+def _pairs(copies: Runs) -> Iterator[tuple[int, int]]:
     """Block and row of each block that these runs copy."""
-    return ((block + i, row + i) for block, row, count in copies for i in range(count))
+    return ((block + i, row + i) for block, row, count in copies.tolist() for i in range(count))

@@ -7,7 +7,7 @@ from typing import Any
 
 from pie_vllm.errors import IntegrityError
 from pie_vllm.geometry import Geometry
-from pie_vllm.plan import Copy, StepPlan
+from pie_vllm.plan import NO_RUNS, StepPlan
 from pie_vllm.policy.block import Block, BlockId, RequestId, Row, Table
 from pie_vllm.policy.placement.free_queue import TieredFreeBlockQueue
 from pie_vllm.policy.placement.integrity import check_books
@@ -88,7 +88,7 @@ class Residency:
         self.parking = Parking(self.rows, geometry.rows, parking)
         self.queue = TieredFreeBlockQueue(blocks, self.boundary, make_list, self)
         self.victims = Victims(tables, self.boundary)
-        self.read_set = ReadSet(self.rows, geometry.chunk_rows)
+        self.read_set = ReadSet(self.rows, self.boundary, self.window, geometry.chunk_rows)
         self.chunks_usable = self.chunks_expected = geometry.num_chunks
         self.demotions = 0
         self.promotions = 0
@@ -373,18 +373,17 @@ class Residency:
                 promoted = self._promote_free(fresh, room, load_blocks_max)
         self._demoted = False
         if ahead and forward and parking.enabled:
-            copies_now = read_set.readers or promoted or parking.pending
+            copies_now = read_set.num_blocks or promoted or parking.pending
             if ahead.prompts or (copies_now and self._step % LOOK_STEPS == 0):
                 store_ahead(self.queue, parking, ahead)
-        stores: tuple[Copy, ...] = ()
-        promotions: tuple[Copy, ...] = ()
+        stores = promotions = NO_RUNS
         if parking.pending:
             stored, restored = parking.take()
             self.withhold()
             stores = merge(stored, self.geometry.chunk_rows)
             promotions = merge([*promoted, *restored], self.geometry.chunk_rows)
         relabels = self._relabels.drain(self.victims.holders, fresh) if self._relabels.ids else ()
-        if not (stores or promotions or relabels or read_set.readers):
+        if not (len(stores) or len(promotions) or relabels or read_set.num_blocks):
             return None
         loads, pooled = read_set.take(), self.pooled_in_use
         return StepPlan(self._step, stores, promotions, loads, relabels, forward, pooled)

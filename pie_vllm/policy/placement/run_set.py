@@ -1,131 +1,167 @@
-"""Sets of blocks kept as merged runs, changed one block at a time."""
+"""Sets of blocks kept as merged runs, changed one by one or many at once."""
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pie_vllm.errors import IntegrityError
-from pie_vllm.plan import Copy
+from pie_vllm.plan import NO_RUNS, Runs
 from pie_vllm.policy.block import BlockId, Row
+
+FEW = 64
+"""Number of pairs below which merging them one by one is faster than by arrays."""
 
 
 class RunSet:
-    """Blocks with their rows, as the fewest runs ``Copy(block, row, count)``.
+    """Blocks of a range with their rows, as the fewest runs, see ``plan.Runs``.
 
-    Two neighbours merge when their blocks follow each other, their rows follow
-    each other and both rows lie in one chunk. Adding or removing one block
-    costs ``O(log n)`` comparisons and a short list move; ``runs()`` costs
-    ``O(runs)`` after a change and nothing otherwise.
+    Two neighbours merge when their blocks follow each other, their rows follow each other and both
+    rows lie in one chunk. Each block of the range has a flag that says whether it is in the set
+    and one that says whether its row follows that of the block before it. So a change costs what it
+    changes, and ``runs()`` costs a pass over these bytes and the runs after a change, and nothing
+    otherwise.
     """
 
-    def __init__(self, chunk_rows: int) -> None:
-        """Start empty; ``chunk_rows`` is the number of rows of a pool's chunk."""
+    def __init__(self, first: int, size: int, chunk_rows: int) -> None:
+        """Start empty.
+
+        Args:
+            first: The range's first block.
+            size: Number of blocks in the range.
+            chunk_rows: Number of rows of a pool's chunk.
+        """
         self._chunk_rows = chunk_rows
-        self._starts: list[int] = []
-        self._runs: dict[int, Copy] = {}
-        self._rows: dict[int, int] = {}
-        self._emitted: tuple[Copy, ...] | None = ()
+        # An entry before the first block and one after the last save comparisons with the ends.
+        self._base = first - 1
+        self._inside = np.zeros(size + 2, np.bool_)
+        self._follows = np.zeros(size + 2, np.bool_)
+        self._row = np.zeros(size + 2, np.int64)
+        # Single entries of an array are read and written faster through a view of its memory.
+        self._inside_at = memoryview(self._inside)
+        self._follows_at = memoryview(self._follows)
+        self._row_at = memoryview(self._row)
+        self._count = 0
+        self._emitted: Runs | None = NO_RUNS
 
     def __len__(self) -> int:
         """Number of blocks in the set."""
-        return len(self._rows)
+        return self._count
 
-    def __contains__(self, block: int) -> bool:
-        return block in self._rows
+    def place(self, block: BlockId, row: Row) -> None:
+        """Note the row of a block. That of a block in the set does not change."""
+        at = block - self._base
+        if row == self._row_at[at]:
+            return
+        if self._inside_at[at]:
+            raise IntegrityError(f"block {block} in the run set has row {self._row_at[at]}")
+        self._row_at[at] = row
+        for near in (at, at + 1):
+            here = self._row_at[near]
+            self._follows_at[near] = bool(
+                here == self._row_at[near - 1] + 1 and here % self._chunk_rows
+            )
 
-    def _joined(self, block: int) -> bool:
-        """Whether ``block`` belongs to the same run as the block before it."""
-        row = self._rows.get(block)
-        before = self._rows.get(block - 1)
-        return (
-            row is not None
-            and before is not None
-            and row == before + 1
-            and row % self._chunk_rows != 0
-        )
-
-    def _put(self, run: Copy) -> None:
-        if run.block not in self._runs:
-            insort(self._starts, run.block)
-        self._runs[run.block] = run
-
-    def _drop(self, start: int) -> Copy:
-        self._starts.pop(bisect_right(self._starts, start) - 1)
-        return self._runs.pop(start)
-
-    def add(self, block: BlockId, row: Row) -> None:
-        """Add a block that is not in the set."""
-        if block in self._rows:
+    def add(self, block: BlockId) -> None:
+        """Add a block that is not in the set; its row was noted."""
+        at = block - self._base
+        if self._inside_at[at]:
             raise IntegrityError(f"block {block} is in the run set already")
-        self._rows[block] = row
+        self._inside_at[at] = True
+        self._count += 1
         self._emitted = None
-        start: int = block
-        count = 1
-        if self._joined(block):
-            start = self._starts[bisect_right(self._starts, block) - 1]
-            count += self._drop(start).count
-        if self._joined(block + 1):
-            count += self._drop(block + 1).count
-        self._put(Copy(start, self._rows[start], count))
 
     def remove(self, block: BlockId) -> None:
         """Remove a block that is in the set."""
-        start = self._starts[bisect_right(self._starts, block) - 1]
-        run = self._drop(start)
-        del self._rows[block]
+        at = block - self._base
+        if not self._inside_at[at]:
+            raise IntegrityError(f"block {block} is not in the run set")
+        self._inside_at[at] = False
+        self._count -= 1
         self._emitted = None
-        left = block - start
-        if left:
-            self._put(Copy(start, run.row, left))
-        right = run.count - left - 1
-        if right:
-            self._put(Copy(block + 1, run.row + left + 1, right))
 
-    def change(self, removed: Collection[BlockId], added: Collection[tuple[BlockId, Row]]) -> None:
-        """Remove blocks that are in the set, then add blocks with their rows.
+    def change(self, blocks: NDArray[np.int64], inside: NDArray[np.bool_]) -> None:
+        """Add and remove many blocks, in the set or not; their rows were noted.
 
-        Equals ``remove`` and ``add`` one by one. Many at once are merged anew, which costs less
-        per block.
+        Args:
+            blocks: Blocks of the range; one that is named twice has the same value twice.
+            inside: Whether each of them is in the set from now on.
         """
-        if 4 * (len(removed) + len(added)) < len(self._rows):
-            for block in removed:
-                self.remove(block)
-            for block, row in added:
-                self.add(block, row)
+        at = blocks - self._base
+        if np.array_equal(self._inside[at], inside):
             return
-        for block in removed:
-            del self._rows[block]
-        self._rows.update(added)
-        self._emitted = merge(self._rows.items(), self._chunk_rows)
-        self._runs = {run.block: run for run in self._emitted}
-        self._starts = list(self._runs)
+        self._inside[at] = inside
+        self._count = int(np.count_nonzero(self._inside))
+        self._emitted = None
 
-    def runs(self) -> tuple[Copy, ...]:
-        """All runs, in the order of their blocks."""
+    def runs(self) -> Runs:
+        """All runs, in the order of their blocks; the same array until the next change."""
         if self._emitted is None:
-            self._emitted = tuple(map(self._runs.__getitem__, self._starts))
+            self._emitted = self._build()
         return self._emitted
+
+    def _build(self) -> Runs:
+        inside = self._inside
+        joined = inside[:-1] & inside[1:]
+        joined &= self._follows[1:]
+        starts = (inside[1:] > joined).nonzero()[0]
+        ends = (inside[:-1] > joined).nonzero()[0]
+        found = np.empty((len(starts), 3), np.int64)
+        starts += 1
+        np.add(starts, self._base, out=found[:, 0])
+        found[:, 1] = self._row[starts]
+        np.subtract(ends, starts, out=found[:, 2])
+        found[:, 2] += 1
+        found.flags.writeable = False
+        return found
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless the runs are exactly the merged blocks."""
-        if merge(self._rows.items(), self._chunk_rows) != tuple(
-            self._runs[start] for start in self._starts
-        ):
+        at = self._inside.nonzero()[0]
+        pairs = zip((at + self._base).tolist(), self._row[at].tolist(), strict=True)
+        wanted = merge([*pairs], self._chunk_rows)
+        if not (np.array_equal(self.runs(), wanted) and np.array_equal(self._build(), wanted)):
             raise IntegrityError("runs differ from the blocks they stand for")
+        if len(at) != self._count:
+            raise IntegrityError(f"{len(at)} blocks in a run set that counts {self._count}")
 
 
-def merge(pairs: Iterable[tuple[int, int]], chunk_rows: int) -> tuple[Copy, ...]:
+def merge(pairs: Collection[tuple[int, int]], chunk_rows: int) -> Runs:
     """Merge ``(block, row)`` pairs into the fewest runs, in order of block."""
-    runs: list[Copy] = []
+    if not pairs:
+        return NO_RUNS
+    found = (_merged_few if len(pairs) < FEW else _merged_many)(pairs, chunk_rows)
+    found.flags.writeable = False
+    return found
+
+
+def _merged_few(pairs: Collection[tuple[int, int]], chunk_rows: int) -> Runs:
+    flat: list[int] = []
     first = first_row = count = 0
     for block, row in sorted(pairs):
         if count and block == first + count and row == first_row + count and row % chunk_rows:
             count += 1
             continue
         if count:
-            runs.append(Copy(first, first_row, count))
+            flat += (first, first_row, count)
         first, first_row, count = block, row, 1
-    if count:
-        runs.append(Copy(first, first_row, count))
-    return tuple(runs)
+    flat += (first, first_row, count)
+    return np.array(flat, np.int64).reshape(-1, 3)
+
+
+def _merged_many(pairs: Collection[tuple[int, int]], chunk_rows: int) -> Runs:
+    flat = np.fromiter(chain.from_iterable(pairs), np.int64, 2 * len(pairs))
+    order = flat[::2].argsort()
+    blocks, rows = flat[::2][order], flat[1::2][order]
+    breaks = np.diff(blocks) != 1
+    breaks |= np.diff(rows) != 1
+    breaks |= rows[1:] % chunk_rows == 0
+    starts = np.concatenate(([0], breaks.nonzero()[0] + 1))
+    found = np.empty((len(starts), 3), np.int64)
+    found[:, 0] = blocks[starts]
+    found[:, 1] = rows[starts]
+    found[:, 2] = np.diff(starts, append=len(blocks))
+    return found

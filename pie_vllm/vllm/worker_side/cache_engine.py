@@ -19,7 +19,7 @@ from pie_vllm.engine.step_stats import StepStats
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import CopyError, GateError, TransferError, UnsupportedError
 from pie_vllm.geometry import Geometry
-from pie_vllm.plan import Copy, StepOrders, StepPlan, Totals
+from pie_vllm.plan import NO_RUNS, StepOrders, StepPlan, Totals
 from pie_vllm.vllm import refusals
 from pie_vllm.vllm.compat import cuda_graphs, model_runner
 from pie_vllm.vllm.worker_side import gate, kv_layout
@@ -74,7 +74,7 @@ class PieCacheEngine:
         self.allocated = False
         self.failure: TransferError | None = None
         self._switch = gate.GateSwitch(self._fail)
-        self._loads: tuple[Copy, ...] = ()
+        self._loads = NO_RUNS
         self._resend = False
         self._full_graphs = config.full_graphs
         self._gather_blocks = gather_blocks
@@ -200,7 +200,7 @@ class PieCacheEngine:
 
     def _begin(self, plan: StepPlan, compute_stream: int) -> bool:
         """Submit the first copies of a step that runs the model; whether none of them failed."""
-        self.keeper.prepare(plan.stores, plan.promotions, plan.loads or ())
+        self.keeper.prepare(plan.stores, plan.promotions, plan.loads)
         try:
             if self._graphs is None:
                 self._engine.begin_step(plan, compute_stream)
@@ -214,7 +214,7 @@ class PieCacheEngine:
         return True
 
     def _run_idle(self, plan: StepPlan, compute_stream: int) -> None:
-        self.keeper.prepare(plan.stores, plan.promotions, plan.loads or ())
+        self.keeper.prepare(plan.stores, plan.promotions, plan.loads)
         try:
             stats = self._engine.run_idle(plan, compute_stream)
         except CopyError as error:

@@ -58,7 +58,7 @@ class Shadow:
             return
         if plan.loads is not None:
             self.loads = plan.loads
-        pairs = {b + i: r + i for b, r, n in self.loads for i in range(n)}
+        pairs = {b + i: r + i for b, r, n in self.loads.tolist() for i in range(n)}
         assert set(pairs) == read, f"loads {sorted(pairs)}, reads {sorted(read)}"
-        self.stored |= {r + i for b, r, n in plan.stores for i in range(n)}
+        self.stored |= {r + i for b, r, n in plan.stores.tolist() for i in range(n)}
         assert set(pairs.values()) <= self.stored, "a row is loaded that was never stored to"

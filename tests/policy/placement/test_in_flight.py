@@ -48,7 +48,7 @@ def test_a_failed_store_spoils_the_pooled_block_from_its_first_token() -> None:
     bench = Bench()
     token, plan = bench.submit(old=12, new=12)
     assert plan is not None
-    assert plan.stores
+    assert len(plan.stores)
     assert bench.flight.failed(token) == {"old": 0}
 
 
@@ -58,7 +58,7 @@ def test_a_failed_load_spoils_what_its_readers_computed_in_the_step() -> None:
     first, _ = bench.submit(old=12, new=12)
     second, plan = bench.submit(old=13, new=13)
     assert plan is not None
-    assert not plan.stores
+    assert not len(plan.stores)
     bench.flight.landed(first)
     assert bench.flight.failed(second) == {"old": 13}
 

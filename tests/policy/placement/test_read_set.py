@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pie_vllm.plan import Copy
+from pie_vllm.plan import NO_RUNS, Runs
 from pie_vllm.policy.placement.read_set import ReadSet
+from pie_vllm.policy.placement.run_set import merge
 from pie_vllm.policy.pool.rows import RowLedger
 
 FIRST = 10
 ROWS = 24
 REQUESTS = "abcde"
+CHUNK_ROWS = 8
 
 
 def make() -> tuple[ReadSet, RowLedger]:
     rows = RowLedger(ROWS, FIRST)
     for block in range(FIRST, FIRST + ROWS):
         rows.take(block)
-    return ReadSet(rows, 8), rows
+    return ReadSet(rows, FIRST, ROWS, CHUNK_ROWS), rows
 
 
 @given(
@@ -39,7 +42,7 @@ def test_loads_are_the_union_over_scheduled_requests(
     reading, rows = make()
     pooled: dict[str, set[int]] = {}
     scheduled: set[str] = set()
-    sent: tuple[Copy, ...] = ()
+    sent = NO_RUNS
     for kind, request_id, block, names in operations:
         if kind == "add":
             reading.add(request_id, block)
@@ -54,18 +57,19 @@ def test_loads_are_the_union_over_scheduled_requests(
             scheduled = names
             reading.follow(dict.fromkeys(names, 1))
             wanted = {b for r in names for b in pooled.get(r, ())}
-            assert bool(reading.readers) == bool(wanted)
+            assert reading.num_blocks == len(wanted)
         elif kind == "take":
             reading.follow(dict.fromkeys(scheduled, 1))
             loads = reading.take()
             sent = sent if loads is None else loads
             wanted = {b for r in scheduled for b in pooled.get(r, ())}
-            named = [run.block + i for run in sent for i in range(run.count)]
-            assert sorted(named) == sorted(wanted)
-            for run in sent:
-                for i in range(run.count):
-                    assert rows.row_of(run.block + i) == run.row + i
+            assert np.array_equal(sent, merge([(b, rows.row_of(b)) for b in wanted], CHUNK_ROWS))
         reading.check_integrity(pooled)
+
+
+def listed(runs: Runs | None) -> list[list[int]] | None:
+    """Runs as they read best."""
+    return None if runs is None else runs.tolist()
 
 
 def test_the_same_loads_are_not_sent_twice() -> None:
@@ -74,13 +78,13 @@ def test_the_same_loads_are_not_sent_twice() -> None:
     for block in (10, 11, 14):
         reading.add("a", block)
     reading.follow({"a": 1})
-    assert reading.take() == (Copy(10, 0, 2), Copy(14, 4, 1))
+    assert listed(reading.take()) == [[10, 0, 2], [14, 4, 1]]
     reading.follow({"a": 1})
     assert reading.take() is None
     reading.follow({})
-    assert not reading.readers
+    assert not reading.num_blocks
     reading.follow({"a": 1})
-    assert reading.take() == (Copy(10, 0, 2), Copy(14, 4, 1))
+    assert listed(reading.take()) == [[10, 0, 2], [14, 4, 1]]
 
 
 def test_a_request_that_ran_stays_marked_until_it_is_left_out() -> None:
@@ -92,3 +96,35 @@ def test_a_request_that_ran_stays_marked_until_it_is_left_out() -> None:
     assert not reading.is_running("b"), "b has no pooled block"
     reading.follow({"b": 1})
     assert not reading.is_running("a")
+
+
+def test_one_of_a_request_that_comes_and_goes_is_seen_at_its_next_turn() -> None:
+    """What is remembered of a request between its turns follows its blocks."""
+    reading, _ = make()
+    reading.add("a", 10)
+    reading.add("b", 14)
+    reading.follow({"a": 1, "b": 1})
+    reading.follow({"b": 1})
+    reading.add("a", 11)
+    reading.follow({"a": 1, "b": 1})
+    assert listed(reading.take()) == [[10, 0, 2], [14, 4, 1]]
+    reading.follow({"b": 1})
+    reading.discard("a", 10)
+    reading.follow({"a": 1, "b": 1})
+    assert listed(reading.take()) == [[11, 1, 1], [14, 4, 1]]
+
+
+def test_a_shared_block_stays_until_its_last_reader_leaves() -> None:
+    """It loads once, whoever of its readers runs."""
+    reading, _ = make()
+    for name in "abc":
+        reading.add(name, 12)
+    reading.follow({"a": 1, "b": 1, "c": 1})
+    assert listed(reading.take()) == [[12, 2, 1]]
+    for names in ("c", "ab"):
+        reading.follow(dict.fromkeys(names, 1))
+        assert reading.take() is None
+    reading.forget("b")
+    assert reading.take() is None
+    reading.follow({})
+    assert listed(reading.take()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from pie_vllm.geometry import Geometry
+from pie_vllm.plan import num_copied
 from tests.helpers.fakes import FakePool
 
 
@@ -45,10 +46,10 @@ def test_demotion_takes_the_request_admitted_last_first() -> None:
     assert pool.tables["second"][2].block_id < 8
     plan = residency.end_step(running("first", "second"), (), True, None)
     assert plan is not None
-    assert sum(copy.count for copy in plan.stores) == 2
+    assert num_copied(plan.stores) == 2
     assert [r.request_id for r in plan.relabels] == ["second"]
     assert plan.loads is not None
-    assert sum(copy.count for copy in plan.loads) == 2
+    assert num_copied(plan.loads) == 2
     again = residency.end_step(running("first", "second"), (), True, None)
     assert again is not None
     assert again.loads is None, "unchanged loads are not sent again"
@@ -66,7 +67,7 @@ def test_free_residents_are_used_for_promotion() -> None:
     pool.free("b")
     plan = residency.end_step(running("a"), (), True, 1)
     assert plan is not None
-    assert sum(copy.count for copy in plan.promotions) == 2
+    assert num_copied(plan.promotions) == 2
     assert all(block.block_id < 8 for block in pool.tables["a"])
     assert residency.end_step(running("a"), (), True, 1) is None
     residency.check_integrity()

@@ -16,6 +16,7 @@ from hypothesis.stateful import (
 )
 
 from pie_vllm.geometry import Geometry
+from pie_vllm.plan import NO_RUNS
 from pie_vllm.policy.admission.restore import ParkedKey, cancel, restore
 from tests.helpers.fakes import FakePool
 
@@ -39,7 +40,7 @@ class Tiers(RuleBasedStateMachine):
         self.residency = self.pool.residency
         self.pages: dict[int, Any] = {}
         self.rows: dict[int, Any] = {}
-        self.loads: tuple[Any, ...] = ()
+        self.loads = NO_RUNS
         self.written: dict[str, list[Any]] = {}
         self.history: list[list[Any]] = []
         self.full: dict[str, int] = {}
@@ -156,10 +157,10 @@ class Tiers(RuleBasedStateMachine):
         if plan is not None:
             if plan.loads is not None:
                 self.loads = plan.loads
-            for block, row, count in plan.stores:
+            for block, row, count in plan.stores.tolist():
                 for i in range(count):
                     self.rows[row + i] = self.pages[block + i]
-            for block, row, count in (*plan.promotions, *self.loads):
+            for block, row, count in (*plan.promotions.tolist(), *self.loads.tolist()):
                 assert row // 3 == (row + count - 1) // 3, "a run crosses a chunk"
                 for i in range(count):
                     self.pages[block + i] = self.rows[row + i]

@@ -37,7 +37,7 @@ def test_a_block_comes_back_to_a_resident_page_and_stays_parked() -> None:
     filled = dict(copied(plan.promotions))
     ids = [block.block_id for block in pool.tables["c"]]
     assert {filled[ids[0]], filled[ids[1]]} == {row_x, row_y}
-    assert not plan.stores
+    assert not len(plan.stores)
     assert len(pool.residency.parking) == 2
     pool.free("c")
     assert take(pool, "d", 7) is None, "copies of both are in the pool"
@@ -68,7 +68,7 @@ def test_demotion_uses_the_copy_that_is_parked() -> None:
     come_back(pool, "c", [ParkedKey("x"), ParkedKey("y")], residents=2)
     plan = take(pool, "d", 4)
     assert pool.residency.demotions == 2
-    assert not plan.stores
+    assert not len(plan.stores)
     assert not len(pool.residency.parking)
 
 
