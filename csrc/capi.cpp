@@ -227,8 +227,8 @@ int pie_use_gather(pie_engine* engine, const void* image, int64_t size, int64_t 
   return guarded([&] {
     check_image(image, size);
     if (threshold_bytes < 0) throw pie::Error(PIE_ERR_CONFIG, "a threshold below 0");
-    driver(engine).use_gather(image, static_cast<size_t>(size),
-                              static_cast<size_t>(threshold_bytes), blocks);
+    open(engine).use_gather(image, static_cast<size_t>(size), static_cast<size_t>(threshold_bytes),
+                            blocks);
   });
 }
 int pie_use_graphs(pie_engine* engine, const void* image, int64_t size, int64_t pieces,

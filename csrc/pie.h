@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define PIE_ABI_VERSION 7
+#define PIE_ABI_VERSION 8
 #define PIE_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -131,15 +131,15 @@ PIE_API int pie_zero_ring(pie_engine* engine);
 
 /* The device's architecture as compilers call it ("sm_90"), cut to size; empty: no kernels. */
 PIE_API int pie_device_arch(pie_engine* engine, char* arch, int64_t size);
-/* From now on batches to the device of 16 pieces or more, below threshold_bytes on average, are
- * copied by the kernel pie_gather in the image, with a grid of 1 to 12 blocks. image NULL: by the
- * one in use. threshold_bytes 0:
- * none are, and the image is not looked at. PIE_ERR_UNSUPPORTED: no kernels, or the image is for
- * other devices. An error changes nothing. */
+/* Between steps. From the next one on runs to the device of less than threshold_bytes are copied by
+ * the kernel pie_gather in the image, where a step has 16 of them or more, with a grid of 1 to 12
+ * blocks; all others by the copy engines. image NULL: by the kernel in use. threshold_bytes 0: none
+ * are, and the image is not looked at. PIE_ERR_UNSUPPORTED: no kernels, or the image is for other
+ * devices. An error changes nothing. */
 PIE_API int pie_use_gather(pie_engine* engine, const void* image, int64_t size,
                            int64_t threshold_bytes, int blocks);
 
-/* Prepares captured steps: tables of `pieces` entries a layer, and the kernel of the image, as for
+/* Prepares captured steps: a table of `pieces` entries, and the kernel of the image, as for
  * pie_use_gather but whatever that does. Once an engine. PIE_ERR_UNSUPPORTED: no kernels, or the
  * image is for other devices. An error changes nothing. */
 PIE_API int pie_use_graphs(pie_engine* engine, const void* image, int64_t size, int64_t pieces,

@@ -43,15 +43,18 @@ void Driver::prefer_overlap(bool) {}
 
 std::string Driver::arch() const { return {}; }
 
-void Driver::use_gather(const void*, size_t, size_t, int) {
-  throw Error(PIE_ERR_UNSUPPORTED, "this driver has no kernels; the gather kernel is CUDA's");
+void Driver::load_gather(GatherUse, const void*, size_t, int) {
+  throw Error(PIE_ERR_UNSUPPORTED, "this driver runs no kernels; the gather kernel is CUDA's");
 }
-
-void Driver::load_gather(const void*, size_t, int) {
-  throw Error(PIE_ERR_UNSUPPORTED, "this driver runs no kernels, so no CUDA graph can copy");
+void Driver::launch_gather(GatherUse use, Stream, const GatherLaunch&) {
+  load_gather(use, nullptr, 0, 0);
 }
-void Driver::launch_gather(Stream, Address, Address, Address) { load_gather(nullptr, 0, 0); }
-void Driver::copy_rows(Stream, Direction, const CopyRows&) { load_gather(nullptr, 0, 0); }
+void Driver::gather(Stream, const GatherLaunch&, int64_t, int64_t) {
+  load_gather(GatherUse::kSteps, nullptr, 0, 0);
+}
+void Driver::copy_own(Stream, Direction, Address, Address, size_t) {
+  load_gather(GatherUse::kGraphs, nullptr, 0, 0);
+}
 Address Driver::reach(Address host) const { return host; }
 bool Driver::stream_is_capturing(Stream) { return false; }
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "error.h"
 
@@ -36,15 +37,34 @@ struct CopyOp {
   size_t bytes;
 };
 
-// Rows of equal length; those of each side lie its pitch apart.
-struct CopyRows {
-  Address dst;
-  size_t dst_pitch;
-  Address src;
-  size_t src_pitch;
-  size_t bytes;  // of a row
-  size_t rows;
+// Neighbouring pages of a chunk of the pool and of the device, as all layers have them: an entry of
+// gather.cu.
+struct TablePiece {
+  Address chunk;  // as reach() says
+  uint32_t chunk_rows;
+  uint32_t row;  // in the chunk
+  uint32_t block;
+  uint32_t count;  // of pages
+
+  bool operator==(const TablePiece& o) const {
+    return chunk == o.chunk && chunk_rows == o.chunk_rows && row == o.row && block == o.block &&
+           count == o.count;
+  }
 };
+using TablePieces = std::vector<TablePiece>;
+
+// One launch of the gather kernel: the pieces of a table in one layer.
+struct GatherLaunch {
+  Address table;   // of TablePieces, on the device
+  Address count;   // of a uint64: their number
+  Address copied;  // of a uint64 that the launch adds 1 to; 0: nothing
+  Address base;    // of the layer's block 0
+  uint64_t page;   // bytes
+  uint64_t layer;
+};
+
+// Whose launches: each has a kernel, and a grid, of its own.
+enum class GatherUse { kSteps, kGraphs };
 
 // Totals of complete copies: bytes, number, and seconds that copies of this direction took.
 struct Counters {
@@ -105,21 +125,19 @@ class Driver {
   virtual void prefer_overlap(bool on);
   // The device's architecture as compilers call it ("sm_90"); empty: it runs no kernels.
   virtual std::string arch() const;
-  // From now on batches to the device whose pieces are below the threshold on average are copied by
-  // the kernel in the image (gather.cu), with a grid of `blocks`. Null: the image in use. 0: none
-  // are. An error changes nothing.
-  virtual void use_gather(const void* image, size_t size, size_t threshold_bytes, int blocks);
 
-  // For captured steps; only a device with kernels has them.
-  // Loads the kernel in the image for launch_gather, and tries it. An error changes nothing.
-  virtual void load_gather(const void* image, size_t size, int blocks);
-  // Copies the pieces (CopyOp, the source as reach() says) that the table holds when this runs, and
-  // adds 1 to *copied. May be captured.
-  virtual void launch_gather(Stream stream, Address table, Address count, Address copied);
+  // Only a device with kernels has these.
+  // Loads the kernel in the image (gather.cu) and tries it; null: the one that is loaded. `blocks`:
+  // the grid from now on. An error changes nothing.
+  virtual void load_gather(GatherUse use, const void* image, size_t size, int blocks);
+  // Copies what the table holds when this runs. May be captured.
+  virtual void launch_gather(GatherUse use, Stream stream, const GatherLaunch& launch);
+  // The same of copies that counters() knows: so many pieces, of so many bytes together.
+  virtual void gather(Stream stream, const GatherLaunch& launch, int64_t bytes, int64_t pieces);
   // Where kernels find an address of host memory.
   virtual Address reach(Address host) const;
   // A small copy of the engine's own data, which no counter knows.
-  virtual void copy_rows(Stream stream, Direction direction, const CopyRows& rows);
+  virtual void copy_own(Stream stream, Direction direction, Address dst, Address src, size_t bytes);
   virtual bool stream_is_capturing(Stream stream);
 
   // For tests: PIE_FAULT_*, of copies in `directions` (bit 0 host to device, bit 1 device to host).

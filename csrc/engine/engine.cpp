@@ -24,7 +24,9 @@ Engine::Engine(const pie_geometry& geometry, const std::string& driver, double l
       pool_(*driver_, geometry_, chunks_at_start(geometry_, chunks)),
       order_(*driver_, geometry_.layers, geometry_.slots),
       plans_(geometry_, pool_),
-      graphs_(*driver_, geometry_, arena_, pool_) {}
+      pieces_(*driver_, geometry_, arena_, pool_),
+      table_(*driver_, geometry_, pieces_),
+      graphs_(*driver_, geometry_, pieces_, kHead) {}
 
 Engine::~Engine() { driver_->synchronize(); }
 
@@ -62,6 +64,9 @@ void Engine::open_step(const pie_plan& plan, bool forward, Stream compute) {
   graphs_.check(false);
   driver_->stream_error(compute);  // throws where there is no such stream
   PlanReader::Moves moves = plans_.read(plan, order_.newest_step());
+  const Runs none;
+  const Runs& loads = forward ? plans_.loads() : none;
+  table_.divide(moves.promotions, loads);
   Step step;
   step.number = plan.step;
   step.compute = compute;
@@ -69,7 +74,9 @@ void Engine::open_step(const pie_plan& plan, bool forward, Stream compute) {
   step.promotions = std::move(moves.promotions);
   step.forward = forward;
   step.gates.reserve(geometry_.layers);
-  step.streams_in = !step.promotions.empty() || (forward && !plans_.loads().empty());
+  step.streams_in = !step.promotions.empty() || !loads.empty();
+  step.promoted_bytes = blocks_of(step.promotions) * geometry_.page;
+  step.loaded_bytes = blocks_of(loads) * geometry_.page;
   step.stats.step = plan.step;
   step.open = true;
   step_ = std::move(step);
@@ -109,7 +116,8 @@ void Engine::submit_first(int64_t stores, int64_t loads) {
 void Engine::submit_store(int64_t layer) {
   order_.before_store(layer);
   if (!debug(PIE_DEBUG_SKIP_STORES)) {
-    step_.stats.bytes_stored += copy(Direction::kDeviceToHost, step_.stores, layer);
+    copy(Direction::kDeviceToHost, step_.stores, layer);
+    step_.stats.bytes_stored += blocks_of(step_.stores) * geometry_.page;
   }
   order_.after_store(layer);
   step_.next_store = layer + 1;
@@ -118,12 +126,13 @@ void Engine::submit_store(int64_t layer) {
 void Engine::submit_load(int64_t layer) {
   order_.before_load(layer, !step_.promotions.empty());
   if (!debug(PIE_DEBUG_SKIP_LOADS)) {
-    const int64_t promoted = copy(Direction::kHostToDevice, step_.promotions, layer);
-    const bool fill = step_.forward && !plans_.loads().empty();
+    const bool fill = step_.forward && step_.loaded_bytes > 0;
     if (debug(PIE_DEBUG_POISON) && fill) poison(layer);
-    const int64_t loaded = fill ? copy(Direction::kHostToDevice, plans_.loads(), layer) : 0;
-    step_.stats.bytes_promoted += promoted;
-    step_.stats.bytes_loaded += promoted + loaded;
+    copy(Direction::kHostToDevice, table_.promotions(), layer);
+    if (fill) copy(Direction::kHostToDevice, table_.loads(), layer);
+    step_.stats.copies += table_.copy(order_.h2d(), layer, fill);
+    step_.stats.bytes_promoted += step_.promoted_bytes;
+    step_.stats.bytes_loaded += step_.promoted_bytes + (fill ? step_.loaded_bytes : 0);
   }
   order_.after_load(layer);
   step_.next_load = layer + 1;
@@ -135,9 +144,9 @@ void Engine::finish_promotions() {
   while (step_.next_load < geometry_.layers) submit_load(step_.next_load);
 }
 
-// One batch; returns its bytes.
-int64_t Engine::copy(Direction direction, const Runs& runs, int64_t layer) {
-  if (runs.empty()) return 0;
+// One batch of the copy engines.
+void Engine::copy(Direction direction, const Runs& runs, int64_t layer) {
+  if (runs.empty()) return;
   const bool in = direction == Direction::kHostToDevice;
   scratch_.clear();
   for (const pie_run& run : runs) {
@@ -149,7 +158,6 @@ int64_t Engine::copy(Direction direction, const Runs& runs, int64_t layer) {
   const Stream stream = in ? order_.h2d() : order_.d2h();
   driver_->copy_batch(stream, direction, scratch_.data(), scratch_.size());
   step_.stats.copies += static_cast<int64_t>(scratch_.size());
-  return blocks_of(runs) * geometry_.page;
 }
 
 void Engine::poison(int64_t layer) {
@@ -305,6 +313,12 @@ void Engine::finish() {
   }  // Else the device is lost, of which others tell.
 }
 
+void Engine::use_gather(const void* image, size_t size, size_t threshold, int blocks) {
+  if (step_.open) throw Error(PIE_ERR_STATE, "use_gather inside a step");
+  order_.wait_for_copies();  // They read the table that goes.
+  table_.use(image, size, threshold, blocks);
+}
+
 void Engine::use_graphs(const void* image, size_t size, int64_t pieces, int blocks) {
   if (step_.open) throw Error(PIE_ERR_STATE, "use_graphs inside a step");
   graphs_.prepare(image, size, pieces, blocks);
@@ -337,16 +351,14 @@ void Engine::enter_graph() {
   step_.in_graph = true;
   order_.stall().leave();
   order_.before_launch(step_.streams_in ? kHead - 1 : -1);
-  const Runs& loads = plans_.loads();
-  LayerPieces pieces;
-  if (!debug(PIE_DEBUG_SKIP_LOADS)) pieces = graphs_.pieces(step_.promotions, loads);
-  graphs_.tables().fill(step_.compute, step_.number, pieces, kHead);
+  TablePieces pieces;
+  if (!debug(PIE_DEBUG_SKIP_LOADS)) pieces = graphs_.pieces(step_.promotions, plans_.loads());
+  graphs_.tables().fill(step_.compute, step_.number, pieces);
   if (pieces.empty()) return;
-  const int64_t bytes = (geometry_.layers - kHead) * geometry_.page;
-  const int64_t promoted = blocks_of(step_.promotions) * bytes;
-  step_.stats.bytes_promoted += promoted;
-  step_.stats.bytes_loaded += promoted + blocks_of(loads) * bytes;
-  step_.stats.copies += static_cast<int64_t>(pieces.size()) * (geometry_.layers - kHead);
+  const int64_t layers = geometry_.layers - kHead;
+  step_.stats.bytes_promoted += layers * step_.promoted_bytes;
+  step_.stats.bytes_loaded += layers * (step_.promoted_bytes + step_.loaded_bytes);
+  step_.stats.copies += layers * static_cast<int64_t>(pieces.size());
 }
 
 void Engine::self_test() {

@@ -11,7 +11,9 @@
 #include "engine/gates.h"
 #include "engine/graph_steps.h"
 #include "engine/order.h"
+#include "engine/pieces.h"
 #include "engine/plan.h"
+#include "engine/step_table.h"
 #include "memory/arena.h"
 #include "memory/pool.h"
 
@@ -57,7 +59,10 @@ class Engine {
   // Waits for all work; throws PIE_ERR_GATE when the graph of a step did not copy all its layers.
   void finish();
 
-  // Captured steps: tables and kernel, once. An error changes nothing.
+  // The kernel for short runs of later steps, as StepTable::use(). Throws PIE_ERR_STATE inside a
+  // step. An error changes nothing.
+  void use_gather(const void* image, size_t size, size_t threshold, int blocks);
+  // Captured steps: table and kernel, once. An error changes nothing.
   void use_graphs(const void* image, size_t size, int64_t pieces, int blocks);
   // Between the two, gate calls put copies into the capture of `compute`.
   void begin_capture(Stream compute);
@@ -88,6 +93,7 @@ class Engine {
     bool fits = false;        // a graph
     bool in_graph = false;
     Runs stores, promotions;
+    int64_t promoted_bytes = 0, loaded_bytes = 0;  // of a layer
     Gates gates;
     pie_stats stats{};
   };
@@ -100,7 +106,7 @@ class Engine {
   void submit_store(int64_t layer);
   void submit_load(int64_t layer);
   void finish_promotions();
-  int64_t copy(Direction direction, const Runs& runs, int64_t layer);
+  void copy(Direction direction, const Runs& runs, int64_t layer);
   void poison(int64_t layer);
   bool fits_graph() const;
   void check_layer(int64_t layer) const;
@@ -117,6 +123,8 @@ class Engine {
   Pool pool_;
   Order order_;
   PlanReader plans_;
+  const Pieces pieces_;
+  StepTable table_;
   GraphSteps graphs_;
 
   bool head_first_ = true;

@@ -4,9 +4,11 @@
 
 namespace pie {
 
-GraphCapture::GraphCapture(Driver& driver, const GraphTables& tables, int64_t layers, int64_t slots)
+GraphCapture::GraphCapture(Driver& driver, const GraphTables& tables, const Pieces& pieces,
+                           int64_t layers, int64_t slots)
     : driver_(driver),
       tables_(tables),
+      pieces_(pieces),
       layers_(layers),
       slots_(slots),
       copies_(driver),
@@ -39,7 +41,11 @@ void GraphCapture::fork() {
 }
 
 void GraphCapture::load(int64_t layer) {
-  driver_.launch_gather(copies_, tables_.table(layer), tables_.count(layer), tables_.copied());
+  GatherLaunch launch = pieces_.in_layer(layer);
+  launch.table = tables_.table();
+  launch.count = tables_.count(layer);
+  launch.copied = tables_.copied();
+  driver_.launch_gather(GatherUse::kGraphs, copies_, launch);
   driver_.event_record(ready_[static_cast<size_t>(layer)], copies_);
   loaded_ = layer + 1;
 }

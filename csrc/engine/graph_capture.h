@@ -6,6 +6,7 @@
 #include "drivers/owned.h"
 #include "engine/gates.h"
 #include "engine/graph_tables.h"
+#include "engine/pieces.h"
 
 namespace pie {
 
@@ -14,7 +15,8 @@ namespace pie {
 // captured here is read from the tables at each replay.
 class GraphCapture {
  public:
-  GraphCapture(Driver& driver, const GraphTables& tables, int64_t layers, int64_t slots);
+  GraphCapture(Driver& driver, const GraphTables& tables, const Pieces& pieces, int64_t layers,
+               int64_t slots);
 
   bool on() const { return on_; }
   // Throws PIE_ERR_STATE unless the stream is capturing.
@@ -31,6 +33,7 @@ class GraphCapture {
 
   Driver& driver_;
   const GraphTables& tables_;
+  const Pieces& pieces_;
   const int64_t layers_, slots_;
   const OwnedStream copies_;
   const OwnedEvent edge_;                 // where the branch leaves

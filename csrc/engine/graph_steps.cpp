@@ -9,8 +9,8 @@ void GraphSteps::prepare(const void* image, size_t size, int64_t pieces, int blo
   if (driver_.arch().empty()) {
     throw Error(PIE_ERR_UNSUPPORTED, "this driver runs no kernels, so no CUDA graph can copy");
   }
-  auto parts = std::make_unique<Parts>(driver_, geometry_, pieces);
-  driver_.load_gather(image, size, blocks);
+  auto parts = std::make_unique<Parts>(driver_, geometry_, pieces_, head_, pieces);
+  driver_.load_gather(GatherUse::kGraphs, image, size, blocks);
   parts_ = std::move(parts);
 }
 
@@ -24,18 +24,11 @@ void GraphSteps::end_capture() {
   parts_->capture.end();
 }
 
-LayerPieces GraphSteps::pieces(const Runs& promotions, const Runs& loads) const {
-  LayerPieces pieces;
+TablePieces GraphSteps::pieces(const Runs& promotions, const Runs& loads) const {
+  TablePieces pieces;
   pieces.reserve(loads.size() + promotions.size());
-  for (const Runs* runs : {&promotions, &loads}) {
-    for (const pie_run& run : *runs) {
-      const int64_t rows = geometry_.rows_of_chunk(run.row / geometry_.chunk_rows);
-      pieces.push_back({arena_.page(0, run.block), driver_.reach(pool_.page(run.row, 0)),
-                        static_cast<uint64_t>(run.count * geometry_.page),
-                        static_cast<uint64_t>(geometry_.layer_stride),
-                        static_cast<uint64_t>(rows * geometry_.page)});
-    }
-  }
+  for (const pie_run& run : promotions) pieces_.append(pieces, run);
+  for (const pie_run& run : loads) pieces_.append(pieces, run);
   return pieces;
 }
 

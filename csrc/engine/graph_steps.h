@@ -6,31 +6,30 @@
 
 #include "engine/graph_capture.h"
 #include "engine/graph_tables.h"
-#include "engine/plan.h"
-#include "memory/arena.h"
-#include "memory/pool.h"
+#include "engine/pieces.h"
 
 namespace pie {
 
-// The tables that replays read and the capture that is under way; neither is there before
+// The table that replays read and the capture that is under way; neither is there before
 // prepare().
 class GraphSteps {
  public:
-  GraphSteps(Driver& driver, const Geometry& geometry, const Arena& arena, const Pool& pool)
-      : driver_(driver), geometry_(geometry), arena_(arena), pool_(pool) {}
+  // The head: layers that no graph copies.
+  GraphSteps(Driver& driver, const Geometry& geometry, const Pieces& pieces, int64_t head)
+      : driver_(driver), geometry_(geometry), pieces_(pieces), head_(head) {}
 
-  // Tables and kernel, once. An error changes nothing.
+  // Table and kernel, once. An error changes nothing.
   void prepare(const void* image, size_t size, int64_t pieces, int blocks);
   void begin_capture(Stream compute);
   void end_capture();
   bool capturing() const { return parts_ != nullptr && parts_->capture.on(); }
   GraphCapture& capture() { return parts_->capture; }
 
-  // Whether tables hold so many pieces a layer.
+  // Whether the table holds so many pieces.
   bool hold(size_t pieces) const {
     return parts_ != nullptr && static_cast<int64_t>(pieces) <= parts_->tables.room();
   }
-  LayerPieces pieces(const Runs& promotions, const Runs& loads) const;
+  TablePieces pieces(const Runs& promotions, const Runs& loads) const;
   GraphTables& tables() { return parts_->tables; }
 
   // Recorded when the tables are empty; none where there are no tables.
@@ -42,17 +41,18 @@ class GraphSteps {
 
  private:
   struct Parts {
-    Parts(Driver& driver, const Geometry& geometry, int64_t pieces)
-        : tables(driver, geometry.layers, pieces),
-          capture(driver, tables, geometry.layers, geometry.slots) {}
+    Parts(Driver& driver, const Geometry& geometry, const Pieces& pieces, int64_t head,
+          int64_t room)
+        : tables(driver, geometry.layers, head, room),
+          capture(driver, tables, pieces, geometry.layers, geometry.slots) {}
     GraphTables tables;
     GraphCapture capture;
   };
 
   Driver& driver_;
   const Geometry& geometry_;
-  const Arena& arena_;
-  const Pool& pool_;
+  const Pieces& pieces_;
+  const int64_t head_;
   std::unique_ptr<Parts> parts_;
 };
 

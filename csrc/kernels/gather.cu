@@ -1,11 +1,17 @@
-// Copies many pieces from mapped host memory to device memory in one launch.
+// Copies many pieces of one layer from mapped host memory to device memory in one launch.
 //
-//   pie_gather<<<grid, block>>>(table, count, copied)
+//   pie_gather<<<grid, block>>>(table, count, copied, base, page, layer)
 //
-// `table` holds `*count` pieces {dst, src, bytes}; both lie in device memory at addresses that do
-// not change, so that a captured launch may be replayed: what they hold may change between
-// launches, and count 0 makes a launch do nothing. Pieces may have any size and alignment and must
-// not overlap. `copied`, unless null, counts launches: proof that a captured one was replayed.
+// `table` holds `*count` entries {chunk, chunk_rows, row, block, count}, the same for all layers:
+// `count` pages of `page` bytes that follow one another on both sides. They go to block `block` of
+// the layer, whose block 0 is at `base`, from row `row` of its part of a chunk of the pool, whose
+// layers lie one after the other, `chunk_rows` pages each, from the address `chunk` on. A page of
+// the ring needs no rule of its own: each layer maps the slot that it uses behind its own pages.
+//
+// Table and count lie in device memory at addresses that do not change, so that a captured launch
+// may be replayed: what they hold may change between launches, and count 0 makes a launch do
+// nothing. Pieces may have any size and alignment and must not overlap. `copied`, unless null,
+// counts launches: proof that a captured one was replayed.
 //
 // The link is filled by bytes in flight and not by SMs (SGLang #40278 reads 48 GB/s a block with
 // the registers of one, when the link answers after 1.3 us). A warp has 4 KiB in flight, a block of
@@ -40,9 +46,25 @@ using u8 = unsigned char;
 using u32 = unsigned int;
 using u64 = unsigned long long;
 
+struct Entry {
+  u64 chunk;
+  u32 chunk_rows, row, block, count;
+};
+
+// What differs between the launches of a table.
+struct Layer {
+  u64 base, page, number;
+};
+
 struct Piece {
   u64 dst, src, bytes;
 };
+
+PIE_FN Piece piece_of(const Entry& entry, const Layer& layer) {
+  return {layer.base + entry.block * layer.page,
+          entry.chunk + (layer.number * entry.chunk_rows + entry.row) * layer.page,
+          entry.count * layer.page};
+}
 
 struct alignas(16) Wide {
   u32 word[4];
@@ -143,13 +165,14 @@ struct Chunk {
 };
 
 // The chunk with this number in the tile, or nothing when the number is past the end.
-PIE_FN Chunk find(const Piece* pieces, const u32* through, u32 total, u32 number) {
+PIE_FN Chunk find(const Entry* entries, const Layer& layer, const u32* through, u32 total,
+                  u32 number) {
   if (number >= total) return {};
   u32 at = 0;  // the first piece that reaches past the number
   for (u32 step = kTile / 2; step != 0; step /= 2) {
     if (through[at + step - 1] <= number) at += step;
   }
-  return {pieces[at], number - (at == 0 ? 0 : through[at - 1])};
+  return {piece_of(entries[at], layer), number - (at == 0 ? 0 : through[at - 1])};
 }
 
 // One lane's part of a chunk, with `Unit` for whole units and single bytes at a piece's ends.
@@ -197,16 +220,19 @@ PIE_FN Chunk copy_chunk(const Chunk& chunk, u32 lane, FindNext find_next) {
   return next;
 }
 
-PIE_FN void gather_block(const Piece* table, u64 count, Scan& scan, u32 cta, u32 grid, u32 block) {
+PIE_FN void gather_block(const Entry* table, u64 count, const Layer& layer, Scan& scan, u32 cta,
+                         u32 grid, u32 block) {
   const u32 warps = grid * (block / kLanes);
   u32 turn = 0;  // the warp that the tile's first chunk goes to
   for (u64 done = 0; done < count; done += kTile) {
-    const Piece* pieces = table + done;
+    const Entry* entries = table + done;
     const u64 left = count - done;
     u32* from = scan.buffers[0];
     u32* to = scan.buffers[1];
     PIE_EACH_THREAD(t, block) {
-      for (u32 i = t; i < kTile; i += block) from[i] = i < left ? chunks_of(pieces[i]) : 0;
+      for (u32 i = t; i < kTile; i += block) {
+        from[i] = i < left ? chunks_of(piece_of(entries[i], layer)) : 0;
+      }
     }
     PIE_BARRIER();
     for (u32 reach = 1; reach < kTile; reach *= 2) {
@@ -223,10 +249,10 @@ PIE_FN void gather_block(const Piece* table, u64 count, Scan& scan, u32 cta, u32
       // Neighbours to different blocks, so that a few chunks are not one SM's work.
       const u32 warp = t / kLanes * grid + cta;
       u32 number = (warp + warps - turn) % warps;
-      Chunk chunk = find(pieces, from, total, number);
+      Chunk chunk = find(entries, layer, from, total, number);
       while (number < total) {
         number += warps;
-        auto next = [&] { return find(pieces, from, total, number); };
+        auto next = [&] { return find(entries, layer, from, total, number); };
         const u32 log = unit_log(chunk.piece);
         if (log == 4) {
           chunk = copy_chunk<4, Wide>(chunk, t % kLanes, next);
@@ -246,10 +272,12 @@ PIE_FN void gather_block(const Piece* table, u64 count, Scan& scan, u32 cta, u32
 
 #ifdef __CUDACC__
 extern "C" __global__ void __launch_bounds__(pie_gather_detail::kMaxThreads)
-    pie_gather(const pie_gather_detail::Piece* table, const unsigned long long* count,
-               unsigned long long* copied) {
+    pie_gather(const pie_gather_detail::Entry* table, const unsigned long long* count,
+               unsigned long long* copied, unsigned long long base, unsigned long long page,
+               unsigned long long layer) {
   __shared__ pie_gather_detail::Scan scan;
-  pie_gather_detail::gather_block(table, *count, scan, blockIdx.x, gridDim.x, blockDim.x);
+  pie_gather_detail::gather_block(table, *count, {base, page, layer}, scan, blockIdx.x, gridDim.x,
+                                  blockDim.x);
   if (copied != nullptr && blockIdx.x == 0 && threadIdx.x == 0) atomicAdd(copied, 1ull);
 }
 #endif

@@ -34,12 +34,17 @@ class Pool {
   // Commits the first `chunks` chunks.
   Pool(Driver& driver, const Geometry& geometry, int64_t chunks);
 
-  // Pages of neighbouring rows of one chunk and layer follow one another. Throws PIE_ERR_PLAN where
-  // the row is not held: the address would be a small number.
-  Address page(int64_t row, int64_t layer) const {
-    const int64_t chunk = row / geometry_.chunk_rows;
-    const Address base = at(chunk);
+  // Where the row's chunk is. Throws PIE_ERR_PLAN where it is not held: an address in it would be a
+  // small number.
+  Address chunk_of(int64_t row) const {
+    const Address base = at(row / geometry_.chunk_rows);
     if (base == 0) throw_not_held(row);
+    return base;
+  }
+  // Pages of neighbouring rows of one chunk and layer follow one another. Throws as chunk_of().
+  Address page(int64_t row, int64_t layer) const {
+    const Address base = chunk_of(row);
+    const int64_t chunk = row / geometry_.chunk_rows;
     const int64_t inside = row - chunk * geometry_.chunk_rows;
     const int64_t index = layer * geometry_.rows_of_chunk(chunk) + inside;
     return base + static_cast<Address>(index * geometry_.page);

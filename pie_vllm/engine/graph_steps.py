@@ -15,7 +15,7 @@ class GraphSteps:
     """
 
     def __init__(self, handle: EngineHandle) -> None:
-        """No tables yet.
+        """No table yet.
 
         Args:
             handle: the engine's.
@@ -23,28 +23,28 @@ class GraphSteps:
         self._handle = handle
 
     def prepare(self, image: bytes, pieces: int, blocks: int = 8) -> None:
-        """Prepare tables and the kernel for captured steps, once; an error changes nothing.
+        """Prepare the table and the kernel for captured steps, once; an error changes nothing.
 
         Whatever ``use_gather`` was told: the copies in a graph are always the kernel's.
 
         Args:
             image: machine code of ``gather.cu``, see ``pie_vllm.engine.gather``.
             pieces: runs to the device, loads and promotions, that a step in a graph may have.
-                Each takes 24 bytes a layer on the device, and four times that on the host.
+                Each takes 24 bytes on the device, and four times that on the host.
             blocks: thread blocks of the kernel, 1 to 12.
 
         Raises:
             UnsupportedError: the driver runs no kernels, or the image is for other devices.
             ConfigError: a size or a number that cannot work.
             TransferError: memory cannot be had, a call failed, the kernel did wrong when tried,
-                a step is open, or the tables are there already.
+                a step is open, or the table is there already.
         """
         self._handle.call("pie_use_graphs", image, len(image), pieces, blocks)
 
     def begin_capture(self, compute_stream: int) -> None:
         """Put the copies of the gate calls that follow into the capture of a stream.
 
-        They hold for every later replay of that graph: each layer loads what its table says
+        They hold for every later replay of that graph: each layer loads what the table says
         then. The first gate forks from the stream, the last layer joins it again.
 
         Args:
@@ -71,7 +71,7 @@ class GraphSteps:
     def enter(self) -> None:
         """Run the open step in a captured graph; its launch on the compute stream follows.
 
-        Fills the tables in stream order, and has the compute wait for the stores and for
+        Fills the table in stream order, and has the compute wait for the stores and for
         what ``begin_step`` loaded. The step has no gates from here on: ``end_step`` comes
         after the launch. Blocks only when four steps in graphs are under way.
 

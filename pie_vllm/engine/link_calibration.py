@@ -19,7 +19,7 @@ RUN_LENGTHS = (1, 4, 16)
 """Neighbouring blocks that make one copy of a layer: single pages, and runs as rows merge to."""
 
 GATHER_PIECES_MIN = 16
-"""Minimum number of copies in a batch that the gather kernel takes, as in ``cuda_gather.h``."""
+"""Minimum number of short runs in a step that the gather kernel takes, as in ``step_table.h``."""
 
 BLOCKS_MAX = GATHER_PIECES_MIN * RUN_LENGTHS[1]
 """Upper bound on blocks copied per direction, unless that takes less than ``BATCH_SECONDS``."""
@@ -27,11 +27,16 @@ BLOCKS_MAX = GATHER_PIECES_MIN * RUN_LENGTHS[1]
 GATHER_GAIN = 1.1
 """Speed-up over the copy engines from which the kernel is used: it takes SMs."""
 
+SUBMIT_SHARE = 0.05
+"""Maximum fraction of the calling thread's time for descriptors of copies while the link is full.
+
+At 0.5 us each (cuMemcpyBatchAsync on an H100, vLLM PR 48434) and 55 GB/s it is that of 537 KiB."""
+
 GATHER_CTAS = (1, 2, 4, 8)
 """Grid sizes of the kernel that are tried. At 64 KiB in flight per CTA, PCIe 5 needs 2 to 4."""
 
 CTAS_SHARE = 0.97
-"""Fraction of the fastest grid's speed that the grid in use must reach."""
+"""Fraction of the fastest way's speed that a way which spares SMs or the thread must reach."""
 
 UNMEASURED_CTAS = 8
 """Grid size where none was measured."""
@@ -73,10 +78,20 @@ class PieceSpeed(NamedTuple):
     store: float
     gather: float | None = None
 
-    @property
-    def gathers(self) -> bool:
-        """Whether the kernel is so much faster that it should be used."""
-        return self.gather is not None and self.gather >= GATHER_GAIN * self.load
+    def gathers(self, submit_seconds: float = 0.0) -> bool:
+        """Whether the kernel should be used.
+
+        It should where it is so much faster, or no slower while the descriptors of copies would
+        take the calling thread more than ``SUBMIT_SHARE`` of the time that the link takes for them.
+
+        Args:
+            submit_seconds: as in ``LinkSpeed``.
+        """
+        if self.gather is None:
+            return False
+        share = submit_seconds * self.load / self.piece_bytes
+        gain = CTAS_SHARE if share > SUBMIT_SHARE else GATHER_GAIN
+        return self.gather >= gain * self.load
 
 
 class LinkSpeed(NamedTuple):
@@ -103,7 +118,8 @@ class LinkSpeed(NamedTuple):
     def load(self) -> float:
         """Bytes per second to the device that a plan can count on: those of single pages."""
         first = self.pieces[0]
-        return first.gather if first.gathers and first.gather else first.load
+        by_kernel = first.gather if first.gathers(self.submit_seconds) else None
+        return by_kernel or first.load
 
     @property
     def gather_blocks(self) -> int:
@@ -112,11 +128,12 @@ class LinkSpeed(NamedTuple):
 
     @property
     def gather_below(self) -> int:
-        """Bytes of a piece below which the gather kernel was faster by 10 % or more; 0: never.
+        """Bytes of a piece below which the gather kernel should be used, as measured; 0: never.
 
-        Half-way, in powers, between the pieces where it was and the first where it was not.
+        Half-way, in powers, between the pieces where it should and the first where it should not.
         """
-        faster = list(itertools.takewhile(lambda p: p.gathers, self.pieces))
+        submit = self.submit_seconds
+        faster = list(itertools.takewhile(lambda p: p.gathers(submit), self.pieces))
         if not faster:
             return 0
         last = faster[-1].piece_bytes
@@ -231,22 +248,36 @@ def measure_link(
     def opened(sizes: Geometry) -> TransferEngine:
         return TransferEngine(sizes, driver=driver, link_bytes_per_s=link_bytes_per_s)
 
-    with opened(sizes) as engine:
-        bench = _Bench(engine)
-        blocks = math.ceil(bench.probe() * BATCH_SECONDS / page_bytes)
-        if blocks <= sizes.rows // 2:
-            return bench.measure(gather)
-    layers = min(num_layers, FAST_LAYERS)
+    engine, grows = opened(sizes), True
+    while True:
+        with engine:
+            bench = _Bench(engine)
+            larger = scratch_of_rate(engine.geometry, bench.probe(), num_layers)
+            if not grows or larger.rows <= engine.geometry.rows:
+                return bench.measure(gather)
+        try:
+            engine = opened(larger)
+        except TransferError:  # Memory is short: better measured too slow than not at all.
+            engine, grows = opened(sizes), False
+
+
+def scratch_of_rate(sizes: Geometry, rate: float, num_layers: int) -> Geometry:
+    """Scratch whose batches last ``BATCH_SECONDS``; the same where they do, larger where not.
+
+    A batch that is shorter has too much of its start in its time, so that the rate is too low: from
+    what the larger scratch shows this may be asked again, until ``FAST_SCRATCH_BYTES`` are taken.
+
+    Args:
+        sizes: scratch that the rate was measured with.
+        rate: bytes per second of loads.
+        num_layers: upper bound on layers.
+    """
+    blocks = math.ceil(rate * BATCH_SECONDS / sizes.page_bytes)
+    if blocks <= sizes.rows // 2:
+        return sizes
     blocks = max(blocks, GATHER_PIECES_MIN * RUN_LENGTHS[-1])
-    larger = scratch_geometry(layers, page_bytes, granularity, blocks, FAST_SCRATCH_BYTES)
-    try:
-        engine = opened(larger)
-    except TransferError:  # Memory is short: better measured too slow than not at all.
-        engine = opened(sizes)
-    with engine:
-        bench = _Bench(engine)
-        bench.probe()
-        return bench.measure(gather)
+    layers = min(num_layers, FAST_LAYERS)
+    return scratch_geometry(layers, sizes.page_bytes, sizes.granularity, blocks, FAST_SCRATCH_BYTES)
 
 
 class _Moved(NamedTuple):
@@ -293,7 +324,7 @@ class _Bench:
                 PieceSpeed(piece_bytes, max(map(_load_rate, loads)), max(map(_store_rate, stores)))
             )
             submit = submit or min(each.submit_seconds / each.copies for each in loads)
-        both = self._move(blocks, blocks)
+        both = max(self._repeat(blocks, blocks), key=_load_rate)
         found = LinkSpeed(tuple(pieces), _load_rate(both), _store_rate(both), submit_seconds=submit)
         if gather is None or not self._submits:
             return found

@@ -23,7 +23,7 @@ from pie_vllm.errors import (
 from pie_vllm.geometry import Geometry
 from pie_vllm.plan import NO_RUNS, Runs, StepPlan
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 """What this package expects of ``pie_abi_version()``."""
 
 DEFAULT_LIBRARY = Path(__file__).resolve().parent.parent / "_native" / "libpie.so"

@@ -254,19 +254,20 @@ class TransferEngine:
         self.handle.call("pie_zero_ring")
 
     def use_gather(self, image: bytes | None, threshold_bytes: int, blocks: int = 8) -> None:
-        """Have a kernel load small pieces from now on; an error changes nothing.
+        """Have a kernel load short runs from the next step on; an error changes nothing.
 
         Args:
             image: machine code of ``gather.cu``, see ``pie_vllm.engine.gather``; None is the one in
                 use.
-            threshold_bytes: a layer's loads of smaller pieces, on average, are the kernel's
-                if they are 16 or more. 0 is no kernel, whatever the image.
+            threshold_bytes: loads and promotions of fewer bytes in a layer are the kernel's where
+                a step has 16 of them or more. 0 is no kernel, whatever the image.
             blocks: thread blocks of the kernel, 1 to 12; each takes an SM while it runs.
 
         Raises:
             UnsupportedError: the driver runs no kernels, or the image is for other devices.
             ConfigError: a size or a number that cannot work.
-            TransferError: a call failed, or the kernel copied wrong bytes when tried.
+            TransferError: a step is open, a call failed, or the kernel copied wrong bytes when
+                tried.
         """
         size = len(image or b"")
         self.handle.call("pie_use_gather", image, size, threshold_bytes, blocks)

@@ -3,9 +3,10 @@
 //   gather FIRST_SEED COUNT
 //
 // Each seed draws buffers with gaps and, at the same addresses, some tables one after the other:
-// pieces of 1 byte to 300 KB at any alignment, none, or more than are numbered at a time. Every
-// byte of a piece must be written once and with the right value, nothing else be written or read,
-// and every access be aligned. Prints the first thing that is wrong and returns 1.
+// pieces of 1 byte to 300 KB at any alignment, none, or more than are numbered at a time. Then runs
+// of pages of several chunks, and one table of them that is copied in several layers. Every byte of
+// a piece must be written once and with the right value, nothing else be written or read, and every
+// access be aligned. Prints the first thing that is wrong and returns 1.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -25,7 +26,12 @@ void on_access(uint64_t address, size_t bytes, bool is_store);
 
 namespace {
 
-using Piece = pie_gather_detail::Piece;
+using pie_gather_detail::Entry;
+using pie_gather_detail::Layer;
+
+struct Piece {
+  uint64_t dst, src, bytes;
+};
 
 constexpr uint8_t kGuard = 0xa5;
 constexpr size_t kChunk = 4096;
@@ -74,13 +80,50 @@ class Scenario {
     destination = &dst;
     source = &src;
     // At fixed addresses, as a graph has them baked in.
-    std::vector<Piece> table(size);
+    std::vector<Entry> table(size);
     unsigned long long count = 0;
     for (int round = 0; round < 3; ++round) {
       const std::vector<Piece> pieces = chance(10) ? std::vector<Piece>() : draw();
-      std::copy(pieces.begin(), pieces.end(), table.begin());
       count = pieces.size();
-      check(pieces, table.data(), &count);
+      check(pieces, as_bytes(pieces, table), table.data(), &count);
+    }
+    run_layers();
+  }
+
+  // A pool of three chunks, the last one shorter, as [chunk][layer][row][page], and layers that lie
+  // a stride apart on the device: the table says nothing of them.
+  void run_layers() {
+    const size_t page = chance(50) ? 16 * (1 + pick(40)) : 1 + pick(700);
+    const size_t layers = 2 + pick(4), chunk_rows = 5 + pick(60), last = 1 + pick(chunk_rows);
+    const size_t rows = 2 * chunk_rows + last, blocks = rows + pick(20);
+    const size_t shift = pick(64), stride = blocks * page + shift + pick(100);
+    Buffer dst(layers * stride), src(rows * layers * page);
+    destination = &dst;
+    source = &src;
+    std::vector<Entry> table;
+    std::vector<std::vector<Piece>> pieces(layers);
+    size_t block = pick(5);
+    for (size_t row = pick(3); row < rows;) {
+      const size_t chunk = row / chunk_rows, in_chunk = chunk < 2 ? chunk_rows : last;
+      const size_t inside = row - chunk * chunk_rows;
+      const size_t count = 1 + pick(std::min<size_t>(4, in_chunk - inside));
+      if (block + count > blocks) break;
+      const size_t begin = chunk * chunk_rows * layers * page;
+      table.push_back({src.address() + begin, static_cast<unsigned>(in_chunk),
+                       static_cast<unsigned>(inside), static_cast<unsigned>(block),
+                       static_cast<unsigned>(count)});
+      for (size_t l = 0; l < layers; ++l) {
+        pieces[l].push_back({dst.address() + l * stride + shift + block * page,
+                             src.address() + begin + l * in_chunk * page + inside * page,
+                             count * page});
+      }
+      block += count + pick(3);
+      row += count + pick(3);
+    }
+    std::shuffle(table.begin(), table.end(), random_);
+    const unsigned long long count = table.size();
+    for (size_t l = 0; l < layers; ++l) {
+      check(pieces[l], {dst.address() + l * stride + shift, page, l}, table.data(), &count);
     }
   }
 
@@ -94,10 +137,12 @@ class Scenario {
       pieces.push_back(
           {dst.address() + i * piece_bytes, src.address() + i * piece_bytes, piece_bytes});
     }
+    std::vector<Entry> table(n);
+    const Layer layer = as_bytes(pieces, table);
     unsigned long long count = n;
     for (unsigned grid : {1u, 5u, kMaxGrid}) {
       grid_ = grid;
-      check(pieces, pieces.data(), &count);
+      check(pieces, layer, table.data(), &count);
       const auto [least, most] = std::minmax_element(stored_by_block, stored_by_block + grid_);
       if (*most - *least > kChunk) fail("uneven work", seed_, *most - *least);
     }
@@ -106,6 +151,19 @@ class Scenario {
  private:
   size_t pick(size_t n) { return std::uniform_int_distribution<size_t>(0, n - 1)(random_); }
   bool chance(size_t percent) { return pick(100) < percent; }
+
+  // Pages of one byte, in any layer of a chunk that begins before the source.
+  Layer as_bytes(const std::vector<Piece>& pieces, std::vector<Entry>& table) {
+    const uint64_t layer = pick(80), chunk_rows = pick(1000);
+    for (size_t i = 0; i < pieces.size(); ++i) {
+      const Piece& piece = pieces[i];
+      table[i] = {source->address() - layer * chunk_rows, static_cast<unsigned>(chunk_rows),
+                  static_cast<unsigned>(piece.src - source->address()),
+                  static_cast<unsigned>(piece.dst - destination->address()),
+                  static_cast<unsigned>(piece.bytes)};
+    }
+    return {destination->address(), 1, layer};
+  }
 
   size_t draw_bytes(size_t kind) {
     if (kind == 0) return 1 + pick(40);
@@ -149,7 +207,8 @@ class Scenario {
     return pieces;
   }
 
-  void check(const std::vector<Piece>& pieces, const Piece* table, unsigned long long* count) {
+  void check(const std::vector<Piece>& pieces, const Layer& layer, const Entry* table,
+             const unsigned long long* count) {
     std::fill_n(destination->bytes, destination->size, kGuard);
     for (size_t i = 0; i < source->size; i += 8) {
       const uint64_t word = random_();
@@ -169,7 +228,8 @@ class Scenario {
       std::fill_n(reads.begin() + from, piece.bytes, 1);
     }
     const unsigned block = 32 << pick(5);
-    pie_gather_host(table, count, nullptr, grid_ != 0 ? grid_ : 1 + pick(kMaxGrid), block);
+    const unsigned grid = grid_ != 0 ? grid_ : 1 + pick(kMaxGrid);
+    pie_gather_host(table, count, nullptr, layer, grid, block);
     compare("written too often or not", destination->touched.data(), writes);
     compare("read too often or not", source->touched.data(), reads);
     compare("wrong byte", destination->bytes, expected);

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 
+from pie_vllm.engine import link_calibration
 from pie_vllm.engine.link_calibration import (
     SCRATCH_BYTES,
     LinkSpeed,
@@ -11,7 +14,10 @@ from pie_vllm.engine.link_calibration import (
     measure_link,
     scratch_geometry,
 )
+from pie_vllm.engine.streams import Counters
 from pie_vllm.errors import TransferError, UnsupportedError
+from pie_vllm.geometry import Geometry
+from pie_vllm.plan import StepPlan
 from tests.engine.driving import PAGE
 from tests.helpers.process import resident_bytes
 
@@ -103,3 +109,85 @@ def test_the_kernel_is_for_pieces_where_it_is_faster(
 def test_the_host_drivers_log_is_silent_about_kernels() -> None:
     """It runs none."""
     assert "gather" not in str(measure(None))
+
+
+class EmulatedLink:
+    """An engine in place of the real one whose copies take no time but their own clock's.
+
+    Each batch takes ``start`` seconds and then its bytes' at ``rate``, one direction beside the
+    other.
+    """
+
+    rate, start = 1.0, 0.0
+    runs: ClassVar[list[float]]
+    """Seconds of loads between two looks at the counters."""
+
+    def __init__(self, sizes: Geometry, **_: object) -> None:
+        self.geometry = sizes
+        self.moved = {"load": Counters(0, 0, 0.0), "store": Counters(0, 0, 0.0)}
+
+    def __enter__(self) -> EmulatedLink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def run_idle(self, plan: StepPlan) -> None:
+        for direction, runs in (("load", plan.promotions), ("store", plan.stores)):
+            if not len(runs):
+                continue
+            old, layers = self.moved[direction], self.geometry.num_layers
+            blocks = sum(int(count) for _, _, count in runs)
+            size = layers * blocks * self.geometry.page_bytes
+            seconds = layers * self.start + size / self.rate
+            self.moved[direction] = Counters(
+                old.bytes + size, old.copies + layers * len(runs), old.seconds + seconds
+            )
+
+    def drain(self) -> None:
+        self.runs.append(self.moved["load"].seconds)
+
+
+@pytest.mark.parametrize("start", [5e-6, 30e-6])
+@pytest.mark.parametrize("rate", [1e9, 55e9, 400e9])
+def test_the_start_of_a_batch_is_little_of_its_time(
+    monkeypatch: pytest.MonkeyPatch, rate: float, start: float
+) -> None:
+    """Whatever the link, NVLink-C2C too: within 10 %, and timed for as long as is meant."""
+    monkeypatch.setattr(link_calibration, "TransferEngine", EmulatedLink)
+    monkeypatch.setattr(link_calibration, "counters", lambda engine, way: engine.moved[way])
+    monkeypatch.setattr(link_calibration, "device_arch", lambda _: None)
+    monkeypatch.setattr(EmulatedLink, "rate", rate)
+    monkeypatch.setattr(EmulatedLink, "start", start)
+    monkeypatch.setattr(EmulatedLink, "runs", [], raising=False)
+    found = measure_link(80, 65_536, granularity=2 << 20, driver="cuda")
+    for piece in found.pieces:
+        assert 0.9 * rate <= piece.load <= rate
+        assert 0.9 * rate <= piece.store <= rate
+    assert 0.9 * rate <= found.load_both <= rate
+    # What was measured last: both directions.
+    longest = EmulatedLink.runs[-1] - EmulatedLink.runs[-2]
+    assert longest >= 0.9 * link_calibration.SECONDS
+
+
+@pytest.mark.parametrize(
+    ("submit_us", "by_kernel", "below"),
+    [
+        # Descriptors take 42, 10 and 2.6 % of the thread.
+        (0.5, (55e9, 55e9, 55e9), 524_288),
+        (0.5, (55e9, 53e9, 55e9), 131_072),
+        (0.5, (53e9, 55e9, 55e9), 0),
+        (0.5, (55e9, 55e9, 61e9), 1_048_577),
+        # 84, 21 and 5.2 %.
+        (1.0, (55e9, 55e9, 55e9), 1_048_577),
+        (0.0, (55e9, 55e9, 55e9), 0),
+    ],
+)
+def test_a_kernel_that_is_no_slower_spares_the_thread(
+    submit_us: float, by_kernel: tuple[float, ...], below: int
+) -> None:
+    """Where descriptors would take more than 5 % of it."""
+    sizes, loads = (65_536, 262_144, 1_048_576), (55e9, 55e9, 55e9)
+    pieces = [PieceSpeed(*p) for p in zip(sizes, loads, loads, by_kernel, strict=True)]
+    found = LinkSpeed(tuple(pieces), 1e9, 1e9, submit_seconds=submit_us * 1e-6)
+    assert found.gather_below == below

@@ -9,6 +9,7 @@ import pytest
 
 from pie_vllm.engine.streams import counters
 from pie_vllm.engine.transfer_engine import TransferEngine
+from pie_vllm.errors import TransferError
 from pie_vllm.geometry import Geometry
 from tests.engine.driving import PAGE, View, inject, latched, plan, run_step
 from tests.engine.gathering import (
@@ -46,37 +47,74 @@ def engine(make_engine: MakeEngine) -> TransferEngine:
     return engine
 
 
-def by_kernel(engine: TransferEngine, loads: Triples, stores: Triples = ()) -> bool:
-    """Whether these loads are; never partly, and stores never are."""
+def paths(engine: TransferEngine, loads: Triples, stores: Triples = ()) -> Paths:
+    """How the loads of a layer go, by the kernel and by the copy engines; stores never are its."""
     before = Paths.now()
     run_step(engine, plan(int(time.monotonic() * 1e6), loads=loads, stores=stores))
     done = before.since()
     layers = len(LAYERS)
-    batches = done.batches - layers * bool(stores)
-    assert (done.launches, batches) in ((layers, 0), (0, layers))
-    return batches == 0
+    assert done.launches % layers == done.batches % layers == 0
+    return Paths(done.launches // layers, done.batches // layers - bool(stores))
+
+
+KERNEL, ENGINES, EACH = Paths(1, 0), Paths(0, 1), Paths(1, 1)
+FOUR = (FIRST + 16, 16, 4)
 
 
 @pytest.mark.parametrize(
     ("threshold", "loads", "expected"),
     [
-        (1001, singles(16), True),
-        (1001, singles(40), True),
-        (1001, singles(15), False),
-        (1000, singles(16), False),
-        (1 << 40, singles(16), True),
-        # On average: 16 singles and a run of four are 1176 bytes.
-        (1177, (*singles(16), (FIRST + 16, 16, 4)), True),
-        (1176, (*singles(16), (FIRST + 16, 16, 4)), False),
-        (0, singles(16), False),
+        (1001, singles(16), KERNEL),
+        (1001, singles(40), KERNEL),
+        (1001, singles(15), ENGINES),
+        (1000, singles(16), ENGINES),
+        (1 << 40, singles(16), KERNEL),
+        # Each run goes the way that its own length says.
+        (1001, (*singles(16), FOUR), EACH),
+        (4000, (FOUR, *singles(16)), EACH),
+        (4001, (*singles(16), FOUR), KERNEL),
+        (4001, (*singles(15), FOUR), KERNEL),
+        (4000, (*singles(15), FOUR), ENGINES),
+        (0, singles(16), ENGINES),
     ],
 )
-def test_small_pieces_are_the_kernels(
-    engine: TransferEngine, threshold: int, loads: Triples, expected: bool
+def test_short_runs_are_the_kernels(
+    engine: TransferEngine, threshold: int, loads: Triples, expected: Paths
 ) -> None:
     engine.use_gather(IMAGE, threshold)
-    assert by_kernel(engine, loads) is expected
-    assert by_kernel(engine, loads, stores=tuple((i, 40 + i, 1) for i in range(20))) is expected
+    assert paths(engine, loads) == expected
+    assert paths(engine, loads, stores=tuple((i, 40 + i, 1) for i in range(20))) == expected
+
+
+def test_short_and_long_runs_of_a_step(engine: TransferEngine) -> None:
+    """Each block is copied, whichever way; promotions and loads count together."""
+    view = View(engine)
+    write_rows(engine, 40)
+    seen = Seen(engine, 24)
+    promotions = ((1, 30, 1), (3, 32, 3), (9, 37, 1))
+    loads = (*singles(10), (FIRST + 10, 10, 4), *singles(4, row=14, block=FIRST + 14))
+    loads += ((FIRST + 18, 18, 6),)
+    before = Paths.now()
+    stats = run_step(engine, plan(1, loads=loads, promotions=promotions), attend=seen)
+    assert (seen.wrong, seen.layers) == ([], list(LAYERS))
+    for block, tag in ((1, 31), (3, 33), (5, 35), (9, 38)):
+        assert all(view.holds(layer, block, tag) for layer in LAYERS)
+    assert before.since() == (6, 2 * 6)
+    assert stats.copies == 6 * (len(promotions) + len(loads))
+    assert stats.bytes_loaded == 6 * 29 * PAGE_BYTES
+    assert stats.bytes_promoted == 6 * 5 * PAGE_BYTES
+
+
+def test_one_table_a_step(make_engine: MakeEngine) -> None:
+    """Whatever the number of pieces: one copy of it, then a launch a layer."""
+    engine = make_engine(num_layers=20, ring_slots=3, page_bytes=16, pooled_blocks=1200, rows=1200)
+    engine.use_gather(IMAGE, 100)
+    calls = "cuMemcpy2DAsync", "cuLaunchKernel", "cuMemcpyBatchAsync", "cuMemcpyHtoDAsync"
+    before = [load().calls(name) for name in calls]
+    for step in (1, 2):
+        run_step(engine, plan(step, loads=tuple((8 + i, 1142 - i, 1) for i in range(1142))))
+    found = [load().calls(name) - old for name, old in zip(calls, before, strict=True)]
+    assert found == [2, 2 * 20, 0, 0]
 
 
 def test_it_copies_what_the_copy_engines_do(engine: TransferEngine, kernel: GatherKernel) -> None:
@@ -181,7 +219,7 @@ def test_several_steps_in_flight(engine: TransferEngine, stream: DriverStream) -
 def test_tables_are_used_again_only_after_their_launch(
     engine: TransferEngine, stream: DriverStream, kernel: GatherKernel
 ) -> None:
-    """More launches than tables, faster than they run: the fixture compares the tables."""
+    """More steps than buffers, faster than they run: the fixture compares the tables."""
     write_rows(engine, 56)
     kernel.wait(0.5)
     before, steps = Paths.now(), []
@@ -194,7 +232,7 @@ def test_tables_are_used_again_only_after_their_launch(
     assert [seen.wrong for seen in steps] == [[]] * 55
 
 
-def test_a_batch_larger_than_a_table(make_engine: MakeEngine, kernel: GatherKernel) -> None:
+def test_a_table_of_several_tiles(make_engine: MakeEngine, kernel: GatherKernel) -> None:
     engine = make_engine(
         num_layers=2, ring_slots=1, page_bytes=24, pooled_blocks=5000, rows=5000, chunk_rows=5000
     )
@@ -207,8 +245,69 @@ def test_a_batch_larger_than_a_table(make_engine: MakeEngine, kernel: GatherKern
 
     run_step(engine, plan(1, loads=singles(5000, block=8)), attend=attend)
     assert wrong == []
-    assert before.since() == (2 * 2, 0)
+    assert before.since() == (2, 0)
     assert kernel.pieces - tried == 2 * 5000
+
+
+def test_more_pieces_than_a_table_holds(make_engine: MakeEngine, kernel: GatherKernel) -> None:
+    """The others are the copy engines'."""
+    count = 65536 + 100
+    engine = make_engine(
+        num_layers=1, ring_slots=1, page_bytes=16, pooled_blocks=count, rows=count, chunk_rows=count
+    )
+    load().set(race_check=0)
+    engine.use_gather(IMAGE, 100)
+    view, before, tried = View(engine), Paths.now(), kernel.pieces
+    checked = (0, 65535, 65536, count - 1)
+    for i in checked:
+        view.write_row(i, 1 + i % 200)
+    wrong: list[int] = []
+
+    def attend(layer: int) -> None:
+        wrong.extend(i for i in checked if not view.holds(layer, 8 + i, 1 + i % 200))
+
+    run_step(engine, plan(1, loads=singles(count, block=8)), attend=attend)
+    assert wrong == []
+    assert kernel.pieces - tried == 65536
+    assert before.since() == (1, 1)
+
+
+def test_promotions_of_an_aborted_step_are_the_kernels_too(engine: TransferEngine) -> None:
+    """Those of all layers; what the step was to load is not loaded."""
+    view = View(engine)
+    write_rows(engine, 40)
+    for block in range(FIRST, FIRST + 20):
+        view.write_all(block, 99)
+    before = Paths.now()
+    engine.begin_step(plan(1, loads=singles(20), promotions=singles(16, row=20, block=2)))
+    engine.abort_step()
+    assert before.since() == (6, 0)
+    assert all(view.holds(layer, 2 + i, 21 + i) for layer in LAYERS for i in range(16))
+    assert view.holds(0, FIRST, 1)
+    assert view.holds(5, FIRST, 99)  # the last that was written to that slot
+
+
+def test_a_table_that_did_not_go_fails_its_step_and_comes_again(engine: TransferEngine) -> None:
+    """An abort makes the promotions all the same."""
+    view, standin = View(engine), load()
+    write_rows(engine, 40)
+    for function in ("cuMemcpy2DAsync", "cuEventRecord"):
+        standin.fail(function, error=2)
+        with pytest.raises(TransferError, match=f"{function}.*OUT_OF_MEMORY"):
+            engine.begin_step(plan(1, promotions=singles(16, block=0)))
+        standin.clear()
+        engine.abort_step()
+        seen = Seen(engine, 20)
+        run_step(engine, plan(3, loads=singles(20), promotions=singles(16, block=0)), attend=seen)
+        assert seen.wrong == []
+        assert all(view.holds(layer, i, 1 + i) for layer in LAYERS for i in range(16))
+
+
+def test_it_is_not_changed_inside_a_step(engine: TransferEngine) -> None:
+    engine.begin_step(plan(1, loads=singles()))
+    with pytest.raises(TransferError, match="use_gather inside a step"):
+        engine.use_gather(None, 0)
+    engine.abort_step()
 
 
 def test_a_device_with_its_own_addresses(make_engine: MakeEngine) -> None:

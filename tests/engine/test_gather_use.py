@@ -114,7 +114,9 @@ def test_each_call_that_fails_leaves_everything_as_it_was(
     assert launches(engine, 3) == 6
 
 
-@pytest.mark.parametrize("function", ["cuLaunchKernel", "cuEventRecord", "cuEventSynchronize"])
+@pytest.mark.parametrize(
+    "function", ["cuLaunchKernel", "cuEventRecord", "cuEventSynchronize", "cuMemcpy2DAsync"]
+)
 @pytest.mark.parametrize("nth", [1, 2, 5])
 @pytest.mark.parametrize("inline", [True, False])
 def test_a_launch_that_fails_fails_its_step(
@@ -126,7 +128,7 @@ def test_a_launch_that_fails_fails_its_step(
     load().fail(function, nth, error=2)
 
     def steps() -> None:
-        for number in (1, 2, 3):
+        for number in range(1, 7):
             run_step(engine, plan(number, loads=singles()), stream=stream)
 
     with pytest.raises(TransferError, match=f"{function}.*CUDA_ERROR_OUT_OF_MEMORY"):

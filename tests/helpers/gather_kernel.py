@@ -43,8 +43,8 @@ class GatherKernel:
         run, declare = (
             ctypes.cast(f, ctypes.c_void_p) for f in (library.gather_run, library.gather_declare)
         )
-        sizes = (ctypes.c_size_t * 3)(8, 8, 8)
-        standin.library.standin_register_kernel(ENTRY.encode(), run, declare, sizes, 3)
+        sizes = (ctypes.c_size_t * 6)(*6 * [8])
+        standin.library.standin_register_kernel(ENTRY.encode(), run, declare, sizes, len(sizes))
 
     @property
     def changed(self) -> int:

@@ -143,7 +143,9 @@ void Device::set_access(Address address, size_t bytes) const {
 void Device::zero(Address address, size_t bytes) const {
   use();
   check(api_.cuMemsetD8Async(address, 0, bytes, nullptr), "cuMemsetD8Async", size_text(bytes));
-  check(api_.cuStreamSynchronize(nullptr), "cuStreamSynchronize");
+  const CUresult over = api_.cuStreamSynchronize(nullptr);
+  if (over != CUDA_SUCCESS) api_.cuStreamSynchronize(nullptr);  // The memory is about to go.
+  check(over, "cuStreamSynchronize");
 }
 
 void Device::unmap(Address address, size_t bytes) const noexcept {

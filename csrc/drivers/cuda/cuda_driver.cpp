@@ -149,57 +149,51 @@ void CudaDriver::copy_batch(Stream stream, Direction direction, const CopyOp* op
   device_.use();
   int64_t bytes = 0;
   for (size_t i = 0; i < count; ++i) bytes += static_cast<int64_t>(ops[i].bytes);
-  const bool by_kernel = gather_ != nullptr && direction == Direction::kHostToDevice &&
-                         count >= Gather::kFewest &&
-                         static_cast<size_t>(bytes) < gather_below_ * count;
   meter_.before(stream);
   const char* call = nullptr;
-  const CUresult result = by_kernel ? gather_->copy(of(stream), ops, count, call)
-                                    : copy_all(of(stream), direction, ops, count, call);
+  const CUresult result = copy_all(of(stream), direction, ops, count, call);
   submitted(result, call, stream);
   meter_.after(stream, direction, bytes, static_cast<int64_t>(count));
 }
 
-void CudaDriver::use_gather(const void* image, size_t size, size_t threshold_bytes, int blocks) {
+void CudaDriver::load_gather(GatherUse use, const void* image, size_t size, int blocks) {
   device_.use();
-  if (threshold_bytes == 0) return gather_.reset();
-  if (image == nullptr && gather_ != nullptr) {
-    gather_->set_blocks(blocks);
-  } else {
-    gather_ = std::make_unique<Gather>(device_, image, size, blocks);
-  }
-  gather_below_ = threshold_bytes;
+  std::unique_ptr<Kernel>& kernel = kernels_[use];
+  if (image == nullptr && kernel != nullptr) return kernel->set_blocks(blocks);
+  kernel = std::make_unique<Kernel>(device_, image, size, blocks);
 }
 
-void CudaDriver::load_gather(const void* image, size_t size, int blocks) {
-  device_.use();
-  kernel_ = std::make_unique<Kernel>(device_, image, size, blocks);
-}
-
-void CudaDriver::launch_gather(Stream stream, Address table, Address count, Address copied) {
+void CudaDriver::launch_gather(GatherUse use, Stream stream, const GatherLaunch& launch) {
   device_.use();
   const char* call = nullptr;
-  const CUresult result = kernel_->launch(of(stream), table, count, copied, call);
+  const CUresult result = kernels_.at(use)->launch(of(stream), launch, call);
   submitted(result, call, stream);
 }
 
-void CudaDriver::copy_rows(Stream stream, Direction direction, const CopyRows& rows) {
+void CudaDriver::gather(Stream stream, const GatherLaunch& launch, int64_t bytes, int64_t pieces) {
+  device_.use();
+  meter_.before(stream);
+  launch_gather(GatherUse::kSteps, stream, launch);
+  meter_.after(stream, Direction::kHostToDevice, bytes, pieces);
+}
+
+// The rows of a 2D copy, of which there is one: calls that move KV are others.
+void CudaDriver::copy_own(Stream stream, Direction direction, Address dst, Address src,
+                          size_t bytes) {
   device_.use();
   CUDA_MEMCPY2D copy{};
-  copy.WidthInBytes = rows.bytes;
-  copy.Height = rows.rows;
-  copy.srcPitch = rows.src_pitch;
-  copy.dstPitch = rows.dst_pitch;
+  copy.WidthInBytes = bytes;
+  copy.Height = 1;
   if (direction == Direction::kHostToDevice) {
     copy.srcMemoryType = CU_MEMORYTYPE_HOST;
-    copy.srcHost = reinterpret_cast<const void*>(rows.src);
+    copy.srcHost = reinterpret_cast<const void*>(src);
     copy.dstMemoryType = CU_MEMORYTYPE_DEVICE;
-    copy.dstDevice = rows.dst;
+    copy.dstDevice = dst;
   } else {
     copy.srcMemoryType = CU_MEMORYTYPE_DEVICE;
-    copy.srcDevice = rows.src;
+    copy.srcDevice = src;
     copy.dstMemoryType = CU_MEMORYTYPE_HOST;
-    copy.dstHost = reinterpret_cast<void*>(rows.dst);
+    copy.dstHost = reinterpret_cast<void*>(dst);
   }
   submitted(api_.cuMemcpy2DAsync(&copy, of(stream)), "cuMemcpy2DAsync", stream);
 }

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "drivers/cuda/cuda_device.h"
-#include "drivers/cuda/cuda_gather.h"
+#include "drivers/cuda/cuda_kernel.h"
 #include "drivers/cuda/cuda_meter.h"
 
 namespace pie::cuda {
@@ -57,12 +57,13 @@ class CudaDriver : public Driver {
   void sample(bool on) override { meter_.sample(on); }
   void prefer_overlap(bool on) override { overlap_ = on; }
   std::string arch() const override { return device_.arch(); }
-  void use_gather(const void* image, size_t size, size_t threshold_bytes, int blocks) override;
 
-  void load_gather(const void* image, size_t size, int blocks) override;
-  void launch_gather(Stream stream, Address table, Address count, Address copied) override;
+  void load_gather(GatherUse use, const void* image, size_t size, int blocks) override;
+  void launch_gather(GatherUse use, Stream stream, const GatherLaunch& launch) override;
+  void gather(Stream stream, const GatherLaunch& launch, int64_t bytes, int64_t pieces) override;
   Address reach(Address host) const override { return device_.reach(host); }
-  void copy_rows(Stream stream, Direction direction, const CopyRows& rows) override;
+  void copy_own(Stream stream, Direction direction, Address dst, Address src,
+                size_t bytes) override;
   bool stream_is_capturing(Stream stream) override;
 
  private:
@@ -76,12 +77,10 @@ class CudaDriver : public Driver {
   const Api& api_;
   Device device_;
   mutable Meter meter_;
-  std::unique_ptr<Gather> gather_;  // null: the copy engines do all copies
-  size_t gather_below_ = 0;         // bytes of a batch's average piece
-  std::unique_ptr<Kernel> kernel_;  // of captured copies; null: none are
-  bool overlap_ = true;             // batches ask for it
-  bool batches_;                    // false: this machine has no batched copy
-  std::mutex mutex_;                // of these three: the pool's thread makes events too
+  std::map<GatherUse, std::unique_ptr<Kernel>> kernels_;
+  bool overlap_ = true;  // batches ask for it
+  bool batches_;         // false: this machine has no batched copy
+  std::mutex mutex_;     // of these three: the pool's thread makes events too
   std::map<Stream, std::string> errors_;
   std::set<Stream> streams_;  // made here and not destroyed yet
   std::set<Event> events_;

@@ -1,6 +1,6 @@
 #include "drivers/cuda/cuda_kernel.h"
 
-#include <algorithm>
+#include <cstddef>
 #include <cstring>
 
 namespace pie::cuda {
@@ -18,9 +18,9 @@ unsigned checked(int blocks) {
   return static_cast<unsigned>(blocks);
 }
 
-// Memory of the trial: a table, what it copies, and where to.
+// Memory of the trial: a table, a chunk of two layers that it copies from, and where to.
 struct Trial {
-  static constexpr size_t kBytes = 1 << 16, kPiece = 1000, kPieces = (kBytes + kPiece - 1) / kPiece;
+  static constexpr uint64_t kPage = 1000, kPages = 64, kLayer = 1;
 
   explicit Trial(Device& device)
       : device(device),
@@ -32,8 +32,8 @@ struct Trial {
 
   struct Memory {
     uint64_t count, copied;
-    CopyOp pieces[kPieces];
-    unsigned char from[kBytes], to[kBytes];
+    TablePiece pieces[kPages];
+    unsigned char from[2][kPages][kPage], to[kPages][kPage];
   };
   Device& device;
   Memory* const memory;
@@ -68,39 +68,47 @@ Kernel::Kernel(Device& device, const void* image, size_t size, int blocks)
 
 void Kernel::set_blocks(int blocks) { blocks_ = checked(blocks); }
 
-CUresult Kernel::launch(CUstream stream, Address table, Address count, Address copied,
-                        const char*& call) const {
-  void* parameters[] = {&table, &count, &copied};
+CUresult Kernel::launch(CUstream stream, const GatherLaunch& what, const char*& call) const {
+  GatherLaunch copy = what;
+  void* parameters[] = {&copy.table, &copy.count, &copy.copied,
+                        &copy.base,  &copy.page,  &copy.layer};
   call = "cuLaunchKernel";
   return api_.cuLaunchKernel(module_.kernel(), blocks_, 1, 1, kThreads, 1, 1, 0, stream, parameters,
                              nullptr);
 }
 
-// On a device that has not run it yet: a few pieces from and to CPU memory, which the kernel writes
-// like any memory. This also has the driver load the code now: a step would wait for that, and a
-// capture does not allow it.
+// On a device that has not run it yet: rows to other blocks, from and to CPU memory, which the
+// kernel writes like any memory. This also has the driver load the code now: a step would wait for
+// that, and a capture does not allow it.
 void Kernel::try_it(Device& device) const {
   const Trial trial(device);
   Trial::Memory& memory = *trial.memory;
-  for (size_t i = 0; i < Trial::kBytes; ++i) {
-    memory.from[i] = static_cast<unsigned char>(i * 31 + i / 251);
+  auto* const bytes = &memory.from[0][0][0];
+  for (size_t i = 0; i < sizeof memory.from; ++i) {
+    bytes[i] = static_cast<unsigned char>(i * 31 + i / 251);
   }
-  const Address source = trial.address + offsetof(Trial::Memory, from);
-  const Address target = trial.address + offsetof(Trial::Memory, to);
-  for (size_t at = 0; at < Trial::kBytes; at += Trial::kPiece) {
-    memory.pieces[memory.count++] = {target + at, source + at,
-                                     std::min(Trial::kPiece, Trial::kBytes - at)};
+  const auto there = [&](size_t offset) { return trial.address + offset; };
+  constexpr auto kPages = static_cast<uint32_t>(Trial::kPages);
+  for (uint32_t row = 0; row < kPages; ++row) {
+    memory.pieces[memory.count++] = {there(offsetof(Trial::Memory, from)), kPages, row,
+                                     kPages - 1 - row, 1};
   }
   const char* call = nullptr;
-  const CUresult launched = launch(nullptr, trial.address + offsetof(Trial::Memory, pieces),
-                                   trial.address + offsetof(Trial::Memory, count),
-                                   trial.address + offsetof(Trial::Memory, copied), call);
+  const CUresult launched =
+      launch(nullptr,
+             {there(offsetof(Trial::Memory, pieces)), there(offsetof(Trial::Memory, count)),
+              there(offsetof(Trial::Memory, copied)), there(offsetof(Trial::Memory, to)),
+              Trial::kPage, Trial::kLayer},
+             call);
   check(launched, call, kName);
   const CUresult over = api_.cuStreamSynchronize(nullptr);
   if (over != CUDA_SUCCESS) api_.cuStreamSynchronize(nullptr);  // The memory is about to go.
   check(over, "cuStreamSynchronize");
-  if (std::memcmp(memory.from, memory.to, Trial::kBytes) != 0) {
-    throw Error(PIE_ERR_TRANSFER, "the gather kernel copies other bytes than it should");
+  for (size_t row = 0; row < Trial::kPages; ++row) {
+    const auto* const found = memory.to[Trial::kPages - 1 - row];
+    if (std::memcmp(memory.from[Trial::kLayer][row], found, Trial::kPage) != 0) {
+      throw Error(PIE_ERR_TRANSFER, "the gather kernel copies other bytes than it should");
+    }
   }
   if (memory.copied != 1) {
     throw Error(PIE_ERR_TRANSFER, "the gather kernel does not count its launches");

@@ -14,9 +14,8 @@ class Kernel {
   // for other devices.
   Kernel(Device& device, const void* image, size_t size, int blocks);
 
-  // Addresses of the device; copied is 0 for nothing to count. `call` is what the result is of.
-  CUresult launch(CUstream stream, Address table, Address count, Address copied,
-                  const char*& call) const;
+  // `call` is what the result is of.
+  CUresult launch(CUstream stream, const GatherLaunch& what, const char*& call) const;
   // Blocks of the grid from now on. Throws PIE_ERR_CONFIG.
   void set_blocks(int blocks);
 

@@ -15,10 +15,11 @@
 
 namespace {
 
-using Piece = pie_gather_detail::Piece;
-using Pieces = std::vector<Piece>;
+using pie_gather_detail::Entry;
+using pie_gather_detail::Layer;
+using Entries = std::vector<Entry>;
 struct Launched {
-  Pieces pieces;
+  Entries entries;
   bool on_device;  // the table
 };
 
@@ -32,15 +33,17 @@ std::atomic<int64_t> wait_by[kGrids];  // microseconds, by the blocks of a launc
 
 uint64_t value(void* param) { return *static_cast<const uint64_t*>(param); }
 
-Pieces table(void** params) {
-  const auto* pieces = static_cast<const Piece*>(standin_pointer(value(params[0])));
+Entries table(void** params) {
+  const auto* entries = static_cast<const Entry*>(standin_pointer(value(params[0])));
   const auto* count = static_cast<const uint64_t*>(standin_pointer(value(params[1])));
-  return {pieces, pieces + *count};
+  return {entries, entries + *count};
 }
 
-bool same(const Pieces& a, const Pieces& b) {
+Layer layer(void** params) { return {value(params[3]), value(params[4]), value(params[5])}; }
+
+bool same(const Entries& a, const Entries& b) {
   return a.size() == b.size() &&
-         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(Piece)) == 0);
+         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(Entry)) == 0);
 }
 
 }  // namespace
@@ -51,27 +54,28 @@ extern "C" {
 void gather_declare(void** params, const unsigned*, const unsigned*) {
   uint64_t count = 0;
   const bool on_device = standin_peek(value(params[1]), sizeof count, &count) != 0;
-  Pieces pieces(count);
-  standin_peek(value(params[0]), count * sizeof(Piece), pieces.data());
+  Entries entries(count);
+  standin_peek(value(params[0]), count * sizeof(Entry), entries.data());
   standin_touch(value(params[1]), sizeof(uint64_t), 0);
-  standin_touch(value(params[0]), pieces.size() * sizeof(Piece), 0);
-  for (const Piece& piece : pieces) {
+  standin_touch(value(params[0]), entries.size() * sizeof(Entry), 0);
+  for (const Entry& entry : entries) {
+    const pie_gather_detail::Piece piece = piece_of(entry, layer(params));
     standin_touch(piece.src, piece.bytes, 0);
     standin_touch(piece.dst, piece.bytes, 1);
   }
   if (value(params[2]) != 0) standin_touch(value(params[2]), sizeof(uint64_t), 1);
   std::lock_guard<std::mutex> lock(mutex);
-  launched[params[0]] = {std::move(pieces), on_device};
+  launched[params[0]] = {std::move(entries), on_device};
 }
 
 void gather_run(void** params, const unsigned* grid, const unsigned* block) {
   std::this_thread::sleep_for(std::chrono::microseconds(wait_us + wait_by[*grid % kGrids]));
-  Pieces pieces = table(params);
+  Entries entries = table(params);
   bool on_device = false;
   {
     std::lock_guard<std::mutex> lock(mutex);
     const auto found = launched.find(params[0]);
-    if (found == launched.end() || !same(found->second.pieces, pieces)) {
+    if (found == launched.end() || !same(found->second.entries, entries)) {
       ++changed;
     } else {
       on_device = found->second.on_device;
@@ -82,17 +86,20 @@ void gather_run(void** params, const unsigned* grid, const unsigned* block) {
     const auto own = [](uint64_t address) {
       return reinterpret_cast<uint64_t>(standin_pointer(address)) != address;
     };
-    for (const Piece& piece : pieces) astray += own(piece.src) ? 0 : 1;
+    for (const Entry& entry : entries) astray += own(entry.chunk) ? 0 : 1;
     if (!on_device) astray += own(value(params[0])) && own(value(params[1])) ? 0 : 1;
   }
-  for (Piece& piece : pieces) {
-    piece.src = reinterpret_cast<uint64_t>(standin_pointer(piece.src));
-    piece.dst = reinterpret_cast<uint64_t>(standin_pointer(piece.dst));
+  for (Entry& entry : entries) {
+    entry.chunk = reinterpret_cast<uint64_t>(standin_pointer(entry.chunk));
   }
-  const unsigned long long count = pieces.size();
+  Layer at = layer(params);
+  at.base = reinterpret_cast<uint64_t>(standin_pointer(at.base));
+  const unsigned long long count = entries.size();
   auto* const copied = static_cast<unsigned long long*>(standin_pointer(value(params[2])));
-  pie_gather_host(pieces.data(), &count, uncounted != 0 ? nullptr : copied, grid[0], block[0]);
-  if (breaks != 0 && count > 0) ++*reinterpret_cast<unsigned char*>(pieces.back().dst);
+  pie_gather_host(entries.data(), &count, uncounted != 0 ? nullptr : copied, at, grid[0], block[0]);
+  if (breaks != 0 && count > 0) {
+    ++*reinterpret_cast<unsigned char*>(piece_of(entries.back(), at).dst);
+  }
   pieces_done += static_cast<int64_t>(count);
   grid_seen = grid[0];
 }
