@@ -130,9 +130,8 @@ def test_other_numbers_beyond_64_bits_are_not_cut() -> None:
     with pytest.raises(ctypes.ArgumentError, match="does not fit 64 bits"):
         TransferEngine(geometry(), chunks=2**64 + 1)
     with TransferEngine(geometry()) as engine:
-        for wrong in (plan(2**64 + 1), plan(1, stores=((2**64, 0, 1),))):
-            with pytest.raises(IntegrityError, match="64 bits"):
-                engine.begin_step(wrong)
+        with pytest.raises(IntegrityError, match="64 bits"):
+            engine.begin_step(plan(2**64 + 1))
         for call in (engine.commit_chunk, engine.release_chunk):
             with pytest.raises(ctypes.ArgumentError, match="does not fit 64 bits"):
                 call(2**64)

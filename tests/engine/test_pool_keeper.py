@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import random
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -137,6 +139,25 @@ def test_what_is_reported_is_held_until_an_order_of_a_higher_number(
         assert state.number == order.number
         time.sleep(rng.choice([0, 0, 0.0005]))
         assert chunks.held >= set(range(state.chunks))
+
+
+def test_an_equal_order_that_was_sent_anew_changes_nothing(
+    make: Callable[..., PoolKeeper],
+) -> None:
+    """Each step's order is another object: a worker unpickles it."""
+    heard: list[PoolOrder] = []
+    board = SimpleNamespace(
+        leads=True,
+        follow=heard.append,
+        news=lambda _: False,
+        exchange=lambda _, *, idle: 3600.0,
+        least=lambda own: own,
+    )
+    keeper = make(Chunks(), board=board)
+    order = PoolOrder(2)
+    for _ in range(3):
+        keeper.follow(pickle.loads(pickle.dumps(order)))
+    assert heard == [order]
 
 
 def test_memory_that_cannot_be_had_is_said_once_and_tried_again(

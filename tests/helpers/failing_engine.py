@@ -25,7 +25,8 @@ class FailingPlans:
         if not self.orders:
             return
         part, wait, direction, nth = self.orders[0]
-        if plan is None or not getattr(plan, part):
+        runs = None if plan is None else getattr(plan, part)
+        if runs is None or not len(runs):
             return
         if wait:
             self.orders[0] = (part, wait - 1, direction, nth)

@@ -201,7 +201,7 @@ def test_rows_of_aborted_requests_are_free() -> None:
 
 class _SkipsStores(DictMemory):
     def run(self, plan: Any, work: Any) -> None:
-        super().run(plan and plan._replace(stores=()), work)
+        super().run(plan and plan._replace(stores=NO_RUNS), work)
 
 
 class _SkipsRestores(DictMemory):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pie_vllm.geometry import Geometry
+from pie_vllm.plan import NO_RUNS
 from pie_vllm.policy.admission.lookup import ParkedLookup
 from pie_vllm.policy.admission.transaction import Claims
 from pie_vllm.policy.control.elastic_pool import FREE_MARGIN, ElasticPool
@@ -291,17 +292,17 @@ def test_a_block_is_not_promoted_under_a_request_that_just_came() -> None:
 
 class _SkipsLoads(DictMemory):
     def run(self, plan: Any, work: Any) -> None:
-        super().run(plan and plan._replace(loads=(), promotions=()), work)
+        super().run(plan and plan._replace(loads=NO_RUNS, promotions=NO_RUNS), work)
 
 
 class _SkipsStores(DictMemory):
     def run(self, plan: Any, work: Any) -> None:
-        super().run(plan and plan._replace(stores=()), work)
+        super().run(plan and plan._replace(stores=NO_RUNS), work)
 
 
 class _SkipsPromotions(DictMemory):
     def run(self, plan: Any, work: Any) -> None:
-        super().run(plan and plan._replace(promotions=()), work)
+        super().run(plan and plan._replace(promotions=NO_RUNS), work)
 
 
 @pytest.mark.parametrize("memory", [_SkipsLoads, _SkipsStores, _SkipsPromotions])
