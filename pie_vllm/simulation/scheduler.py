@@ -246,14 +246,13 @@ class SimulatedScheduler:
     def _adopt(self, request: Request, hits: Sequence[Any], blocks: int) -> bool:
         """Give a request these blocks and others up to a number, if they can be had."""
         queue = self._residency.queue
-        idle = sum(block.ref_cnt == 0 for block in hits)
-        if blocks - len(hits) + idle > queue.num_free_blocks:
+        idle = [block for block in hits if block.ref_cnt == 0]
+        if blocks - len(hits) + len(idle) > queue.num_free_blocks:
             return False
+        queue.remove_n(idle)
         for block in hits:
-            if block.ref_cnt == 0:
-                queue.remove(block)
             block.ref_cnt += 1
-            request.table.append(block)
+        request.table.extend(hits)
         self._take(request, blocks - len(hits))
         return True
 

@@ -50,18 +50,17 @@ def restore(residency: Residency, found: Sequence[Any], first: int, residents: i
         first: index of the first of them in the request's table.
         residents: free ones to use, at most ``queue.free_residents``.
     """
-    keys = [block.key for block in found if isinstance(block, ParkedKey)]
+    places = [index for index, block in enumerate(found) if isinstance(block, ParkedKey)]
+    keys = [found[index].key for index in places]
     # Before anything is evicted, which may take the rows of parked blocks.
     residency.parking.pin(keys[:residents])
-    attached = {key: _attach(residency, key) for key in keys[residents:]}
-    blocks: list[Any] = []
-    for index, block in enumerate(found, first):
-        if isinstance(block, ParkedKey):
-            key = block.key
-            block = attached.get(key) or _fill(residency, key)
-            residency.entries.put(block, key, index)
-            residency.queue.append(block)
-        blocks.append(block)
+    attached = [_attach(residency, key) for key in keys[residents:]]
+    given = [*_fill(residency, keys[:residents]), *attached]
+    blocks, put = list(found), residency.entries.put
+    for index, key, block in zip(places, keys, given, strict=True):
+        put(block, key, first + index)
+        blocks[index] = block
+    residency.queue.append_n(given)
     residency.withhold()
     return blocks
 
@@ -100,12 +99,15 @@ def _attach(residency: Residency, key: Hashable) -> Any:
     return block
 
 
-def _fill(residency: Residency, key: Hashable) -> Any:
-    """A resident that the coming step fills from the row of the key, which is pinned."""
-    block = residency.queue.popleft()
-    residency.entries.drop(block)
-    residency.parking.restore(key, block.block_id)
-    return block
+def _fill(residency: Residency, keys: Sequence[Hashable]) -> list[Any]:
+    """Residents that the coming step fills from the rows of the keys, which are pinned."""
+    blocks = residency.queue.popleft_n(len(keys)) if keys else []
+    drop = residency.entries.drop
+    for block in blocks:
+        if block.block_hash is not None:
+            drop(block)
+    residency.parking.restore(keys, [block.block_id for block in blocks])
+    return blocks
 
 
 def cancel(residency: Residency, blocks: Sequence[Any]) -> None:

@@ -18,14 +18,14 @@ class FreeObserver(Protocol):
     def make_residents_free(self, count: int) -> None:
         """Demote until ``count`` more residents are free."""
 
-    def on_reused(self, block: Block) -> None:
-        """An idle cached resident block is in use again (prefix hit)."""
+    def on_reused(self, blocks: Sequence[Block]) -> None:
+        """Idle cached resident blocks are in use again (prefix hits)."""
 
-    def on_resident_freed(self, block: Block) -> None:
-        """Nobody uses a resident block any more."""
+    def on_residents_freed(self, blocks: Sequence[Block]) -> None:
+        """Nobody uses these resident blocks any more."""
 
-    def on_evicted(self, block: Block) -> None:
-        """A free resident block is handed to another use."""
+    def on_evicted(self, blocks: Sequence[Block]) -> None:
+        """Free resident blocks that are cached are handed to another use."""
 
     def on_pooled_dropped(self, block: Block) -> None:
         """A pooled id is handed to another use, or its KV is of no use to anybody."""
@@ -144,9 +144,9 @@ class TieredFreeBlockQueue:
                 raise ValueError("No free blocks available")
         self.num_free_blocks -= n
         blocks = resident.popleft_n(n)
-        for block in blocks:
-            if block.block_hash is not None:
-                self._observer.on_evicted(block)
+        cached = [block for block in blocks if block.block_hash is not None]
+        if cached:
+            self._observer.on_evicted(cached)
         return blocks
 
     def take_pooled(self, *, with_row: bool = False) -> Block:
@@ -187,11 +187,14 @@ class TieredFreeBlockQueue:
 
     def remove(self, block: Block) -> None:
         """Take a given free block out: a prefix hit on idle cached KV."""
-        if block.block_id < self._boundary:
-            self._resident.remove(block)
-            self._observer.on_reused(block)
-        else:
-            self._cached.remove(block)
+        self.remove_n([block])
+
+    def remove_n(self, blocks: Sequence[Block]) -> None:
+        """Take given free blocks out: prefix hits on idle cached KV."""
+        boundary, resident, cached = self._boundary, self._resident.remove, self._cached.remove
+        for block in blocks:
+            (resident if block.block_id < boundary else cached)(block)
+        self._observer.on_reused([b for b in blocks if b.block_id < boundary])
         self.refresh()
 
     def append(self, block: Block) -> None:
@@ -216,8 +219,8 @@ class TieredFreeBlockQueue:
 
     def _freed_residents(self, blocks: list[Block]) -> list[Block]:
         residents = [b for b in blocks if b.block_id < self._boundary]
-        for block in residents:
-            self._observer.on_resident_freed(block)
+        if residents:
+            self._observer.on_residents_freed(residents)
         return residents
 
     def get_all_free_blocks(self) -> list[Block]:

@@ -42,10 +42,9 @@ class LeastRecentlyUsed(Generic[K]):
 
     def use(self, key: K) -> bool:
         """Make a key the one used last; False where it is not here."""
-        try:
-            self._rows.move_to_end(key)
-        except KeyError:
+        if key not in self._rows:
             return False
+        self._rows.move_to_end(key)
         return True
 
     def remove(self, key: K) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from typing import Any
 
 from pie_vllm.errors import ConfigError, IntegrityError
@@ -73,15 +73,16 @@ class Parking:
 
     # Out: KV that loses its block.
 
-    def evicted(self, block: Any) -> None:
-        """A cached resident block that nobody uses gets another use in the coming step."""
-        key = block.block_hash
-        if key is None or not self.enabled:
+    def evicted(self, blocks: Iterable[Any]) -> None:
+        """Cached resident blocks that nobody uses get another use in the coming step."""
+        if not self.enabled:
             return
-        if self.copies.restores.pop(block.block_id, None) is not None:
-            return  # Its KV has not come yet; the row is still parked.
-        if not self._index.touch(key) and not self.keep(block):
-            self.lost_blocks += 1
+        restores, touch = self.copies.restores, self._index.touch
+        for block in blocks:
+            if restores and restores.pop(block.block_id, None) is not None:
+                continue  # Its KV has not come yet; the row is still parked.
+            if not touch(block.block_hash) and not self.keep(block):
+                self.lost_blocks += 1
 
     def keep(self, block: Any) -> bool:
         """Have a cached resident stored and parked, if allowance and rows suffice."""
@@ -139,16 +140,23 @@ class Parking:
         """The coming step copies from the rows of these keys: they are not given up before."""
         self._index.pin(keys)
 
-    def restore(self, key: Hashable, resident: int) -> None:
-        """The coming step fills a resident page with the KV of a pinned key; its row stays.
+    def restore(self, keys: Sequence[Hashable], residents: Sequence[int]) -> None:
+        """The coming step fills resident pages with the KV of pinned keys; their rows stay.
 
         Raises:
-            IntegrityError: the key is not pinned, or its KV is stored in this very step.
+            IntegrityError: a key is not pinned, or its KV is stored in this very step; those before
+                it are restored then.
         """
-        row = self._index.pinned_row(key)
-        if row is None or row in self.copies.stores:
-            raise IntegrityError(f"the KV of {key!r} cannot be restored in this step")
-        self.copies.restores[resident] = row
+        pinned_row, stores, restores = (
+            self._index.pinned_row,
+            self.copies.stores,
+            self.copies.restores,
+        )
+        for key, resident in zip(keys, residents, strict=True):
+            row = pinned_row(key)
+            if row is None or row in stores:
+                raise IntegrityError(f"the KV of {key!r} cannot be restored in this step")
+            restores[resident] = row
 
     def attach(self, key: Hashable, pooled: int) -> int:
         """A pooled id that has no row takes the row of a parked block, without a copy."""
