@@ -60,26 +60,30 @@ def restore(residency: Residency, found: Sequence[Any], first: int, residents: i
     for index, key, block in zip(places, keys, given, strict=True):
         put(block, key, first + index)
         blocks[index] = block
-    residency.queue.append_n(given)
+    residency.queue.append_n(given[::-1])  # The last one of a prefix is reused first.
     residency.withhold()
     return blocks
 
 
-def restore_part(residency: Residency, found: Sequence[Any], first: int, most: int) -> None:
+def restore_part(residency: Residency, found: Sequence[Any], first: int, most: int) -> list[Any]:
     """Give the first ``most`` of parked blocks residents, as cached blocks that nobody uses.
 
-    The others keep their rows whatever this step evicts, and are as young as these after it.
+    As many that follow are made young before anything is evicted, and come next. The other ones
+    were made young when they were found.
 
     Args:
         residency: whose blocks.
         found: as ``restore``.
         first: as ``restore``.
         most: parked blocks, at most ``queue.free_residents``.
+
+    Returns:
+        The blocks of ``found`` up to the next one that is parked.
     """
     part = first_of(found, most)
-    left = found[len(part) :]
-    residency.parking.pin(block.key for block in left if isinstance(block, ParkedKey))
-    restore(residency, part, first, most)
+    following = found[len(part) : len(part) + most]
+    residency.parking.touch(b.key for b in reversed(following) if isinstance(b, ParkedKey))
+    return restore(residency, part, first, most)
 
 
 def first_of(found: Sequence[Any], parked: int) -> list[Any]:
@@ -135,6 +139,7 @@ def forget_unfilled(residency: Residency, table: Sequence[Any], full: int) -> No
     """
     for block in table[full:]:
         if block.ref_cnt == 1 and block.block_hash is not None:
+            residency.parking.watched.changed(block.block_hash)
             residency.entries.drop(block)
 
 

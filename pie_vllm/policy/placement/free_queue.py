@@ -55,6 +55,9 @@ class TieredFreeBlockQueue:
         withheld: Number of pooled ids that may not be used now, for want of CPU memory. Call
             ``refresh`` after a change.
         missing: Number of withheld ids whose memory is not on its way either.
+        taken: Number of residents taken out of the free list, less those put at its front. While
+            it grows by less than the blocks that stood before one, that one is free still.
+        turnover: Number of times that cached blocks came in use or became idle.
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class TieredFreeBlockQueue:
         self._blank_set = set(self._blank)
         self.demotable = 0
         self.frozen = False
-        self.withheld = self.missing = 0
+        self.withheld = self.missing = self.taken = self.turnover = 0
         self.num_free_blocks = self.free_pooled = self.available_pooled = 0
         self._hits = 0
         self._reserve = 0
@@ -127,6 +130,17 @@ class TieredFreeBlockQueue:
         self._reserve = reserve
         self.refresh()
 
+    def on_terms(self, hits: int, reserve: int, pooled: int) -> int:
+        """``num_free_blocks`` as ``admission(hits, reserve)`` makes it; changes nothing.
+
+        Args:
+            hits: As ``admission``.
+            reserve: As ``admission``.
+            pooled: Number of pooled ids that may be had beyond ``available_pooled``.
+        """
+        more = 0 if self.frozen else self.available_pooled + pooled
+        return self.free_residents + min(more, self.demotable + hits - reserve)
+
     def popleft(self) -> Block:
         """Take one resident block. Raises ValueError when none can be had."""
         return self.popleft_n(1)[0]
@@ -143,6 +157,7 @@ class TieredFreeBlockQueue:
             if n > resident.num_free_blocks:
                 raise ValueError("No free blocks available")
         self.num_free_blocks -= n
+        self.taken += n
         blocks = resident.popleft_n(n)
         cached = [block for block in blocks if block.block_hash is not None]
         if cached:
@@ -173,11 +188,13 @@ class TieredFreeBlockQueue:
 
     def freshen(self, blocks: Sequence[Block]) -> None:
         """Make those of the blocks that are free the last to be reused; changes nothing else."""
-        for block in blocks:
-            if block.ref_cnt == 0:
-                tier = self._resident if block.block_id < self._boundary else self._cached
+        free = [block for block in blocks if block.ref_cnt == 0]
+        residents = [block for block in free if block.block_id < self._boundary]
+        pooled = [block for block in free if block.block_id >= self._boundary]
+        for tier, moved in ((self._resident, residents), (self._cached, pooled)):
+            for block in moved:
                 tier.remove(block)
-                tier.append_n([block])
+            tier.append_n(moved)
 
     def give_blank(self, block: Block) -> None:
         """Give back a pooled block that holds no KV."""
@@ -194,7 +211,10 @@ class TieredFreeBlockQueue:
         boundary, resident, cached = self._boundary, self._resident.remove, self._cached.remove
         for block in blocks:
             (resident if block.block_id < boundary else cached)(block)
-        self._observer.on_reused([b for b in blocks if b.block_id < boundary])
+        residents = [block for block in blocks if block.block_id < boundary]
+        self._observer.on_reused(residents)
+        self.taken += len(residents)
+        self.turnover += 1
         self.refresh()
 
     def append(self, block: Block) -> None:
@@ -203,13 +223,16 @@ class TieredFreeBlockQueue:
 
     def append_n(self, blocks: list[Block]) -> None:
         """Put back blocks that are to be reused last: their KV is cached."""
+        self.turnover += bool(blocks)
         self._resident.append_n(self._freed_residents(blocks))
         self._cached.append_n([b for b in blocks if b.block_id >= self._boundary])
         self.refresh()
 
     def prepend_n(self, blocks: list[Block]) -> None:
         """Put back blocks that are to be reused first: their KV is of no use."""
-        self._resident.prepend_n(self._freed_residents(blocks))
+        residents = self._freed_residents(blocks)
+        self._resident.prepend_n(residents)
+        self.taken -= len(residents)
         for block in blocks:
             if block.block_id >= self._boundary:
                 self._observer.on_pooled_dropped(block)

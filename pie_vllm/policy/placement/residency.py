@@ -169,10 +169,14 @@ class Residency:
 
     def on_evicted(self, blocks: Sequence[Block]) -> None:
         """Free residents get another use: what they cache may be parked."""
+        if self.parking.watched.places:
+            for block in blocks:
+                self.parking.watched.changed(block.block_hash)
         self.parking.evicted(blocks)
 
     def on_pooled_dropped(self, block: Block) -> None:
         """A pooled id gets another use: its row is parked, or free."""
+        self.parking.watched.changed(block.block_hash)
         if self.rows.holds(block.block_id):
             self.parking.left_row(block)
         self.entries.drop(block)
@@ -280,6 +284,7 @@ class Residency:
             self._relabels.record(request_id, index, target.block_id)
         target.ref_cnt = block.ref_cnt
         block.ref_cnt = 0
+        self.parking.watched.changed(block.block_hash)
         self.entries.move(block, target)
 
     # Memory of the pool.
@@ -307,6 +312,7 @@ class Residency:
 
     def forget_idle(self) -> None:
         """Drop all KV in the pool that no request uses: its memory may be gone."""
+        self.parking.watched.all_changed()
         self.queue.forget_cached_pooled()
         self.forget_parked()
 
@@ -317,6 +323,7 @@ class Residency:
 
     def discard(self, block: Block) -> None:
         """The KV of a block is wrong: nobody may find it any more."""
+        self.parking.watched.changed(block.block_hash)
         self.entries.drop(block)
         idle = block.ref_cnt == 0 and block.block_id >= self.boundary
         if idle and not self.queue.is_blank(block.block_id):

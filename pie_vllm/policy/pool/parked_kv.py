@@ -11,6 +11,7 @@ from pie_vllm.policy.pool.parked_index import ParkedIndex
 from pie_vllm.policy.pool.rows import RowLedger
 from pie_vllm.policy.pool.step_copies import StepCopies
 from pie_vllm.policy.pool.tails import Tail, Tails
+from pie_vllm.policy.pool.watched_keys import WatchedKeys
 
 
 class Parking:
@@ -25,6 +26,8 @@ class Parking:
 
     Attributes:
         enabled: whether anything may be parked.
+        evictable_row: gives the row of a key whose KV is parked and not pinned, or None.
+        watched: keys that a look-up remembers; told of those that leave.
         copies: stores and restores of the coming step.
         tails: last blocks of preempted requests.
         allowance: pages that may still be stored in this step; None is without end.
@@ -48,6 +51,8 @@ class Parking:
         self.enabled = policy is not None
         self._rows = rows
         self._index: ParkedIndex[Hashable] = ParkedIndex(capacity_rows)
+        self.evictable_row = self._index.evictable_row
+        self.watched = WatchedKeys()
         self.copies = StepCopies(rows)
         self.tails = Tails(self.copies)
         self.allowance: int | None = None
@@ -126,15 +131,22 @@ class Parking:
         """A row to park in: a free one, else that of the least recently used parked block."""
         row = self._rows.take_parked()
         if row is None and (evicted := self._index.evict()) is not None:
-            row = evicted[1]
+            key, row = evicted
+            self.watched.changed(key)
         return row
 
     # Back.
 
     def has(self, key: Hashable) -> bool:
         """Whether the coming step can restore the KV of a key."""
-        row = self._index.evictable_row(key)
+        row = self.evictable_row(key)
         return row is not None and row not in self.copies.stores
+
+    def touch(self, keys: Iterable[Hashable]) -> None:
+        """Make these keys the youngest, in this order; no change for those that are not parked."""
+        touch = self._index.touch
+        for key in keys:
+            touch(key)
 
     def pin(self, keys: Iterable[Hashable]) -> None:
         """The coming step copies from the rows of these keys: they are not given up before."""
@@ -161,6 +173,7 @@ class Parking:
     def attach(self, key: Hashable, pooled: int) -> int:
         """A pooled id that has no row takes the row of a parked block, without a copy."""
         row = self._index.remove(key)
+        self.watched.changed(key)
         self._rows.adopt(pooled, row)
         return row
 
@@ -183,7 +196,9 @@ class Parking:
         """Free the row of the least recently used parked block, else that of the oldest tail."""
         evicted = self._index.evict()
         if evicted is not None:
-            self._rows.free_parked(evicted[1])
+            key, row = evicted
+            self.watched.changed(key)
+            self._rows.free_parked(row)
         else:
             self.tails.drop_oldest()
 
@@ -223,6 +238,7 @@ class Parking:
         self._index.unpin_all()
         self.copies.free_leaving()
         self.tails.clear()
+        self.watched.all_changed()
         for row in self._index.clear():
             self.copies.free(row)
 
@@ -238,6 +254,7 @@ class Parking:
         """
         index = self._index
         for key in {*index.keys_in(rows), *(key for key in keys if key in index)}:
+            self.watched.changed(key)
             self.copies.free(index.remove(key))
         self.tails.drop_in(requests, rows)
 
