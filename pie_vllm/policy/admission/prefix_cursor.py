@@ -76,10 +76,11 @@ class PrefixCursor:
             row = row_of(self.gap)
             if (row is None or row in stores) and cached(self.gap) is None:
                 return
-            self._again.append(self.gap)
+            self._again.appendleft(self.gap)
             self.gap = None
         found: list[Any] = []
         keys: list[Hashable] = []
+        parked = 0
         for key in islice(self._next_keys(), keys_max):
             block = cached(key)
             if block is None:
@@ -88,11 +89,12 @@ class PrefixCursor:
                     self.gap = key
                     break
                 block = ParkedKey(key)
+                parked += 1
             found.append(block)
             keys.append(key)
         self.more = keys_max is not None and len(found) >= keys_max
         if found:
-            self._put(found, keys)
+            self._put(found, keys, parked)
 
     def _next_keys(self) -> Iterator[Hashable]:
         while self._again:
@@ -100,14 +102,13 @@ class PrefixCursor:
         for key in self._keys:  # noqa: UP028  # ``yield from`` would close it.
             yield key
 
-    def _put(self, found: list[Any], keys: list[Hashable]) -> None:
-        parked = sum(isinstance(block, ParkedKey) for block in found)
+    def _put(self, found: list[Any], keys: list[Hashable], parked: int) -> None:
         self.parked += parked
         if parked < len(found):
             self._counted, self._safe = None, self._queue.taken
         if self.kept:
             self._parking.watched.add(keys)
-            self._parking.touch(k for k in reversed(keys))
+            self._parking.touch(reversed(keys))
         self.behind += found
         if self.kept:
             self._join()
@@ -171,16 +172,14 @@ class PrefixCursor:
 
     def restored(self, blocks: Sequence[Any]) -> None:
         """The first entries of ``behind`` are these blocks now, which nobody uses."""
-        back = sum(isinstance(block, ParkedKey) for block in islice(self.behind, len(blocks)))
-        before = self.behind[: len(blocks)]
-        self.behind[: len(blocks)] = blocks
+        others = [b for b in self.behind[: len(blocks)] if not isinstance(b, ParkedKey)]
+        back = len(blocks) - len(others)
+        del self.behind[: len(blocks)]
+        self.hits += blocks
         self.parked -= back
         self._idle += back
-        self._idle_hits += back + sum(
-            not isinstance(block, ParkedKey) and not block.ref_cnt for block in before
-        )
+        self._idle_hits += back + sum(not block.ref_cnt for block in others)
         self._counted = self._queue.turnover
-        self._join()
 
     # What nobody uses.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, ItemsView
+from collections.abc import Callable, Hashable, ItemsView, Iterable
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -46,6 +46,13 @@ class LeastRecentlyUsed(Generic[K]):
             return False
         self._rows.move_to_end(key)
         return True
+
+    def use_all(self, keys: Iterable[K]) -> None:
+        """Make these keys the ones used last, in this order; no change for those not here."""
+        rows, move = self._rows, self._rows.move_to_end
+        for key in keys:
+            if key in rows:
+                move(key)
 
     def remove(self, key: K) -> int | None:
         """Take out a key; returns its row, or None where it is not here."""

@@ -66,6 +66,10 @@ class ParkedIndex(Generic[K]):
         """Make a parked key the one used last, a pinned one at its unpinning; False if unknown."""
         return self._order.use(key) or key in self._pinned
 
+    def touch_all(self, keys: Iterable[K]) -> None:
+        """As ``touch`` for each of these keys."""
+        self._order.use_all(keys)
+
     def remove(self, key: K) -> int:
         """A key leaves, because its row gets another use or its KV is wrong; returns the row.
 

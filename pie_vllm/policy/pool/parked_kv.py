@@ -144,9 +144,7 @@ class Parking:
 
     def touch(self, keys: Iterable[Hashable]) -> None:
         """Make these keys the youngest, in this order; no change for those that are not parked."""
-        touch = self._index.touch
-        for key in keys:
-            touch(key)
+        self._index.touch_all(keys)
 
     def pin(self, keys: Iterable[Hashable]) -> None:
         """The coming step copies from the rows of these keys: they are not given up before."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
+from itertools import count
 
 
 class WatchedKeys:
@@ -23,9 +24,7 @@ class WatchedKeys:
 
     def add(self, keys: Iterable[Hashable]) -> None:
         """Watch these keys, too, as the next of the table."""
-        places = self.places
-        for key in keys:
-            places[key] = len(places)
+        self.places.update(zip(keys, count(len(self.places))))
 
     def changed(self, key: Hashable) -> None:
         """The KV of a key has another place, or none."""
