@@ -190,8 +190,8 @@ class Admission:
         if self._others_run:
             at_once, handled = self._restored_at_once(), self.decision.handled_blocks_max
             waits = self._patience.waits(request_id, cdiv(num_tokens, self._block_size))
-            keys = max(LOOK_KEYS_MAX, handled or 0)
-            limits = Limits(keys, *((at_once, None) if waits else (None, handled)))
+            looked_at = max(LOOK_KEYS_MAX, handled or 0)
+            limits = Limits(looked_at, *((at_once, None) if waits else (None, handled)))
         return self._lookup.find(
             request_id, num_tokens, keys, hits, self._room(), with_tail, state=state, limits=limits
         )
