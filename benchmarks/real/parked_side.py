@@ -131,7 +131,7 @@ def fill_pool(side: PieSide, chats: int) -> None:
     side.residency.use_chunks(chunks_of_all)
 
     def park(key: Any) -> None:
-        parking.evicted(SimpleNamespace(block_id=1, block_hash=key))
+        parking.evicted([SimpleNamespace(block_id=1, block_hash=key)])
 
     for make_key, count in _keys(side, chats, rows.num_free + len(parking)):
         for number in range(count):

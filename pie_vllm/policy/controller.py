@@ -153,7 +153,7 @@ class Controller:
             return StepTerms(0, paused=True)
         decision = self.decider.decide(prompts)
         self.admission.begin_step(decision, blocks)
-        residency.parking.allowance = decision.park_blocks_max
+        residency.parking.allowance = decision.parked_at_once
         self._scheduler.leave_out(
             self.turns.begin_step(running, residency, decision, self._priority)
         )

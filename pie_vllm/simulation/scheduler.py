@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 from pie_vllm.geometry import cdiv
@@ -219,9 +220,12 @@ class SimulatedScheduler:
     def _admit(self, request: Request, budget: int) -> int:
         """Admit a waiting request; returns the tokens that it computes, 0 if there is no room."""
         name, size, tokens = request.request_id, self._size, request.num_tokens
-        keys = request.keys[: (tokens - 1) // size]
-        hits = self._book.hits(keys)
-        parked = self.admission.find_parked(name, tokens, keys[len(hits) :], hits)
+        end = (tokens - 1) // size
+        hits = self.admission.recall(name, tokens)
+        if hits is None:
+            hits = self._book.hits(request.keys[:end])
+        keys = islice(request.keys, len(hits), end)
+        parked = self.admission.find_parked(name, tokens, keys, hits, state=tokens)
         if parked is None:
             parked = ParkedHits.none(len(hits) * size)
         count = min(tokens - parked.tokens, budget)
@@ -246,14 +250,13 @@ class SimulatedScheduler:
     def _adopt(self, request: Request, hits: Sequence[Any], blocks: int) -> bool:
         """Give a request these blocks and others up to a number, if they can be had."""
         queue = self._residency.queue
-        idle = sum(block.ref_cnt == 0 for block in hits)
-        if blocks - len(hits) + idle > queue.num_free_blocks:
+        idle = [block for block in hits if block.ref_cnt == 0]
+        if blocks - len(hits) + len(idle) > queue.num_free_blocks:
             return False
+        queue.remove_n(idle)
         for block in hits:
-            if block.ref_cnt == 0:
-                queue.remove(block)
             block.ref_cnt += 1
-            request.table.append(block)
+        request.table.extend(hits)
         self._take(request, blocks - len(hits))
         return True
 

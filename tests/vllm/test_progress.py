@@ -196,10 +196,9 @@ def test_no_restore_keeps_a_request_waiting_for_ever(
     """
     driver = waits_for_its_parked_kv()
     if path == "part":
-        monkeypatch.setattr("pie_vllm.policy.admission.transaction.restore_part", lambda *_: None)
+        monkeypatch.setattr("pie_vllm.policy.admission.transaction.restore_part", lambda *_: [])
     else:
-        search = ParkedLookup._search
-        monkeypatch.setattr(ParkedLookup, "_search", lambda *args: (search(*args)[0], True))
+        monkeypatch.setattr(ParkedLookup, "_coming", lambda *_: True)
     blocks = -(-113 // BLOCK_SIZE)
     steps_of_waiting(driver)
     assert driver.scheduler.pie_waits.steps["restore"] == blocks

@@ -6,7 +6,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from pie_vllm.geometry import cdiv
-from pie_vllm.policy.admission.restore import ParkedKey, first_of
+from pie_vllm.policy.admission.prefix_cursor import PrefixCursor
+from pie_vllm.policy.admission.restore import first_of
 from pie_vllm.policy.placement.residency import Residency
 
 
@@ -20,6 +21,7 @@ class ParkedHits(NamedTuple):
         full_tokens: in the hits before and these.
         tokens: with those of the request's tail, if that is restored too.
         cut: whether more is parked than there is room for now, or than this step can copy back.
+        more: whether not all keys were looked at: the next step looks on.
     """
 
     found: list[Any]
@@ -28,6 +30,7 @@ class ParkedHits(NamedTuple):
     full_tokens: int
     tokens: int
     cut: bool
+    more: bool = False
 
     @classmethod
     def none(cls, tokens: int) -> ParkedHits:
@@ -54,14 +57,65 @@ class Room(NamedTuple):
     chunk_blocks: int
 
 
+class Limits(NamedTuple):
+    """Bounds of one look; None is none.
+
+    Attributes:
+        keys: Maximum number of keys looked at, beyond those remembered.
+        at_once: Maximum number of residents that the step fills while the request waits.
+        restores: Maximum number of blocks restored even if the request does not wait for more.
+    """
+
+    keys: int | None = None
+    at_once: int | None = None
+    restores: int | None = None
+
+
+NO_LIMITS = Limits()
+
+
 class ParkedLookup:
-    """Finds parked hits; changes nothing but the order in which free blocks are reused."""
+    """Finds parked hits; changes nothing but the order in which blocks are reused or given up.
+
+    It remembers what it found for the request that was refused last, which is the one that is asked
+    for first in the next step (``PrefixCursor``).
+    """
 
     def __init__(self, residency: Residency, cached: Callable[[Any], Any], block_size: int) -> None:
         """Over the manager's parts; ``cached`` gives the block of a key, or None."""
         self._residency = residency
         self._cached = cached
         self._block_size = block_size
+        self._cursor: PrefixCursor | None = None
+
+    def recall(self, request_id: str, state: object) -> list[Any] | None:
+        """The cached blocks that a waiting request begins with, as far as they were found before.
+
+        Args:
+            request_id: Its name.
+            state: Value that is another one if its tokens or their keys are others.
+
+        Returns:
+            Blocks, which ``find`` takes as ``hits`` and may extend; None if nothing is remembered.
+        """
+        cursor = self._cursor
+        if cursor is None or not cursor.kept or cursor.name != (request_id, state):
+            return None
+        cursor.settle()
+        hits: list[Any] = cursor.hits
+        return hits
+
+    def begin(
+        self, request_id: str, state: object, keys: Iterable[Hashable], hits: Sequence[Any]
+    ) -> PrefixCursor:
+        """The cursor of a request: that of ``hits`` which were recalled, else a new one."""
+        cursor = self._cursor
+        if cursor is None or cursor.hits is not hits:
+            self.forget()
+            name = request_id, state
+            cursor = PrefixCursor(self._residency, self._cached, name, keys, hits)
+            self._cursor = cursor
+        return cursor
 
     def find(
         self,
@@ -71,6 +125,9 @@ class ParkedLookup:
         hits: Sequence[Any],
         room: Room,
         with_tail: bool = True,
+        *,
+        state: object = None,
+        limits: Limits = NO_LIMITS,
     ) -> ParkedHits | None:
         """The parked blocks behind the ``hits`` that have blocks; None where there are none.
 
@@ -78,54 +135,80 @@ class ParkedLookup:
             request_id: of a waiting request, with prefix caching.
             num_tokens: that it has, the last of which is computed anyway.
             keys: of its blocks after ``hits`` that are full without that token.
-            hits: blocks that were found cached.
+            hits: blocks that were found cached, or recalled ones.
             room: for the admission as a whole.
             with_tail: whether the hit may end within a block, with the request's tail.
+            state: as ``recall``.
+            limits: of this look.
         """
         parking = self._residency.parking
-        size, count = self._block_size, len(hits)
-        found, soon = self._search(keys)
-        parked = sum(isinstance(block, ParkedKey) for block in found)
-        tail = parking.tails.find(request_id) if with_tail else None
-        full = (count + len(found)) * size
-        tokens = full
+        cursor = self.begin(request_id, state, keys, hits)
+        cursor.extend(limits.keys)
+        found, parked, size = cursor.behind, cursor.parked, self._block_size
+        count, more, soon = len(cursor.hits), cursor.more, self._coming(cursor)
+        tokens = full = (count + len(found)) * size
+        tail = parking.tails.find(request_id) if with_tail and not more else None
         if tail is not None and tail.index * size == full:
             tokens = max(full, min(tail.tokens, num_tokens - 1))
-        if not parked and tokens == full and not soon:
+        if not (parked or tokens > full or soon or more):
             return None
-        blocks = cdiv(num_tokens, size) - count
-        idle = [b for b in (*hits, *found) if not isinstance(b, ParkedKey) and not b.ref_cnt]
-        self._residency.queue.freshen(idle)
-        pooled = sum(block.block_id >= self._residency.boundary for block in idle)
-        free = Room(
-            room.residents - len(idle) + pooled, max(0, room.pooled - pooled), room.chunk_blocks
-        )
+        blocks, idle, pooled = cdiv(num_tokens, size) - count, cursor.idle, cursor.idle_pooled
+        free = Room(room.residents - idle + pooled, max(0, room.pooled - pooled), room.chunk_blocks)
         residents = _residents_for(parked, blocks - len(found), free)
-        if parked - residents <= free.pooled:
-            return ParkedHits(found, parked, residents, full, tokens, soon)
-        # What is left out has to be computed, which takes residents.
-        residents = _residents_for(parked, blocks, free)
-        parked = min(parked, residents + free.pooled)
-        found = first_of(found, parked)
-        full = (count + len(found)) * size
-        return ParkedHits(found, parked, residents, full, full, True)
+        cut = parked - residents > free.pooled
+        if cut:
+            # What is left out has to be computed, which takes residents.
+            residents = _residents_for(parked, blocks, free)
+            parked = min(parked, residents + free.pooled)
+        if limits.restores is not None and parked > limits.restores:
+            parked, cut = limits.restores, True
+            residents = min(residents, parked)
+        if cut:
+            found = found[:parked] if len(found) == cursor.parked else first_of(found, parked)
+            tokens = full = (count + len(found)) * size
+        at_once = residents if limits.at_once is None else min(residents, limits.at_once)
+        cursor.protect(at_once, room.chunk_blocks)
+        return ParkedHits(found, parked, residents, full, tokens, cut or soon, more)
 
-    def _search(self, keys: Iterable[Hashable]) -> tuple[list[Any], bool]:
-        """Cached and parked blocks of a request's table, up to a gap or the end.
+    def _coming(self, cursor: PrefixCursor) -> bool:
+        """Whether the block at the gap is only missing in this step.
 
-        And whether the gap is only for this step: KV that it stores can be copied back by the next.
+        KV that the step stores can be copied back by the next.
         """
-        parking = self._residency.parking
-        found: list[Any] = []
-        for key in keys:
-            block = self._cached(key)
-            if block is not None:
-                found.append(block)
-            elif parking.has(key):
-                found.append(ParkedKey(key))
-            else:
-                return found, parking.parked(key)
-        return found, False
+        return cursor.gap is not None and self._residency.parking.parked(cursor.gap)
+
+    def idle_of(self, hits: Sequence[Any]) -> int:
+        """How many of a request's hits nobody uses."""
+        cursor = self._cursor
+        if cursor is not None and cursor.hits is hits:
+            return cursor.idle_hits
+        return sum(block.ref_cnt == 0 for block in hits)
+
+    def keep(self, request_id: str) -> None:
+        """The request that was looked up last is refused, and will be asked for again."""
+        if self._cursor is not None and self._cursor.name[0] == request_id:
+            self._cursor.keep()
+
+    def protect_pooled(self) -> None:
+        """Make sure that no pooled block of the request is among those handed out next."""
+        if self._cursor is not None and self._cursor.idle_pooled:
+            self._cursor.freshen()
+
+    def still_parked(self, blocks: int) -> bool:
+        """Whether the next parked blocks of the request are still to be restored."""
+        return self._cursor is None or self._cursor.still_parked(blocks)
+
+    def restored(self, blocks: Sequence[Any]) -> None:
+        """The first blocks that were found behind the hits of a kept request have come back."""
+        if self._cursor is not None and blocks:
+            self._cursor.restored(blocks)
+
+    def forget(self, request_id: str | None = None) -> None:
+        """Remember nothing of a request that was admitted or has ended; None is whichever it is."""
+        cursor = self._cursor
+        if cursor is not None and request_id in (None, cursor.name[0]):
+            cursor.drop()
+            self._cursor = None
 
 
 def _residents_for(parked: int, computed: int, room: Room) -> int:

@@ -50,37 +50,40 @@ def restore(residency: Residency, found: Sequence[Any], first: int, residents: i
         first: index of the first of them in the request's table.
         residents: free ones to use, at most ``queue.free_residents``.
     """
-    keys = [block.key for block in found if isinstance(block, ParkedKey)]
+    places = [index for index, block in enumerate(found) if isinstance(block, ParkedKey)]
+    keys = [found[index].key for index in places]
     # Before anything is evicted, which may take the rows of parked blocks.
     residency.parking.pin(keys[:residents])
-    attached = {key: _attach(residency, key) for key in keys[residents:]}
-    blocks: list[Any] = []
-    for index, block in enumerate(found, first):
-        if isinstance(block, ParkedKey):
-            key = block.key
-            block = attached.get(key) or _fill(residency, key)
-            residency.entries.put(block, key, index)
-            residency.queue.append(block)
-        blocks.append(block)
+    attached = [_attach(residency, key) for key in keys[residents:]]
+    given = [*_fill(residency, keys[:residents]), *attached]
+    blocks, put = list(found), residency.entries.put
+    for index, key, block in zip(places, keys, given, strict=True):
+        put(block, key, first + index)
+        blocks[index] = block
+    residency.queue.append_n(given[::-1])  # The last one of a prefix is reused first.
     residency.withhold()
     return blocks
 
 
-def restore_part(residency: Residency, found: Sequence[Any], first: int, most: int) -> None:
+def restore_part(residency: Residency, found: Sequence[Any], first: int, most: int) -> list[Any]:
     """Give the first ``most`` of parked blocks residents, as cached blocks that nobody uses.
 
-    The others keep their rows whatever this step evicts, and are as young as these after it.
+    As many that follow are made young before anything is evicted, and come next. The other ones
+    were made young when they were found.
 
     Args:
         residency: whose blocks.
         found: as ``restore``.
         first: as ``restore``.
         most: parked blocks, at most ``queue.free_residents``.
+
+    Returns:
+        The blocks of ``found`` up to the next one that is parked.
     """
     part = first_of(found, most)
-    left = found[len(part) :]
-    residency.parking.pin(block.key for block in left if isinstance(block, ParkedKey))
-    restore(residency, part, first, most)
+    following = found[len(part) : len(part) + most]
+    residency.parking.touch(b.key for b in reversed(following) if isinstance(b, ParkedKey))
+    return restore(residency, part, first, most)
 
 
 def first_of(found: Sequence[Any], parked: int) -> list[Any]:
@@ -100,12 +103,15 @@ def _attach(residency: Residency, key: Hashable) -> Any:
     return block
 
 
-def _fill(residency: Residency, key: Hashable) -> Any:
-    """A resident that the coming step fills from the row of the key, which is pinned."""
-    block = residency.queue.popleft()
-    residency.entries.drop(block)
-    residency.parking.restore(key, block.block_id)
-    return block
+def _fill(residency: Residency, keys: Sequence[Hashable]) -> list[Any]:
+    """Residents that the coming step fills from the rows of the keys, which are pinned."""
+    blocks = residency.queue.popleft_n(len(keys)) if keys else []
+    drop = residency.entries.drop
+    for block in blocks:
+        if block.block_hash is not None:
+            drop(block)
+    residency.parking.restore(keys, [block.block_id for block in blocks])
+    return blocks
 
 
 def cancel(residency: Residency, blocks: Sequence[Any]) -> None:
@@ -133,6 +139,7 @@ def forget_unfilled(residency: Residency, table: Sequence[Any], full: int) -> No
     """
     for block in table[full:]:
         if block.ref_cnt == 1 and block.block_hash is not None:
+            residency.parking.watched.changed(block.block_hash)
             residency.entries.drop(block)
 
 

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from pie_vllm.geometry import cdiv
 from pie_vllm.policy.admission.chunk import PROMPT_RESERVE, promised
-from pie_vllm.policy.admission.lookup import ParkedHits, ParkedLookup, Room
+from pie_vllm.policy.admission.lookup import NO_LIMITS, Limits, ParkedHits, ParkedLookup, Room
 from pie_vllm.policy.admission.restore import (
+    ParkedKey,
     cancel,
     forget_unfilled,
     keep_tail,
@@ -26,6 +27,10 @@ from pie_vllm.policy.admission.restore import (
 from pie_vllm.policy.admission.waits import Patience, short_at_once, short_of
 from pie_vllm.policy.control.decider import Decision
 from pie_vllm.policy.placement.residency import Residency
+
+LOOK_KEYS_MAX = 256
+"""Maximum number of keys looked up in a step for a waiting request while others run, if the step
+may not handle more blocks. A look at one that is not in the processor's cache takes about 2 us."""
 
 
 class Claims(NamedTuple):
@@ -114,6 +119,7 @@ class Admission:
         self._patience = Patience()
         self._claims: Claims | None = None
         self._kept_back = 0
+        self._others_run = False
         self.decision = Decision(
             load_blocks_max=0, pooled_admission_max=residency.window, spare_load_blocks_max=0
         )
@@ -136,10 +142,24 @@ class Admission:
             running_blocks: Number of blocks that running requests may take in it.
         """
         self._claims = self.refused = None
+        self._others_run = running_blocks > 0
         self.decision = decision
         self._kept_back = self._residency.window - decision.pooled_admission_max
         if self._residency.queue.num_free_blocks < running_blocks:
             self._residency.catch_up()
+
+    def recall(self, request_id: str, state: object) -> list[Any] | None:
+        """Blocks in the prefix cache that a refused request was found to begin with.
+
+        Args:
+            request_id: Its name.
+            state: Value that is another one if its tokens or their keys are others.
+
+        Returns:
+            Those that are still right, to be given to ``find_parked``, which may extend them; None
+            if they are to be looked up.
+        """
+        return self._lookup.recall(request_id, state)
 
     def find_parked(
         self,
@@ -149,24 +169,37 @@ class Admission:
         hits: Sequence[Any],
         *,
         with_tail: bool = True,
+        state: object = None,
     ) -> ParkedHits | None:
         """Parked KV behind a waiting request's ``hits``; None if there is none, or it stays parked.
 
-        Changes nothing but the order in which free blocks are reused.
+        Changes nothing but the order in which blocks are reused or given up.
 
         Args:
             request_id: Of a request that may use the prefix cache.
             num_tokens: Number of tokens that it has, the last of which is computed anyway.
-            keys: Keys of its full blocks after ``hits``.
-            hits: Blocks found in the prefix cache.
+            keys: Keys of its full blocks after ``hits``, read on demand.
+            hits: Blocks found in the prefix cache, or what ``recall`` gave.
             with_tail: Whether the hit may end within a block, with the request's tail.
+            state: As ``recall``.
         """
         if not (self._residency.parking.any and self.decision.restore_enabled):
+            self._lookup.begin(request_id, state, keys, hits)
             return None
-        return self._lookup.find(request_id, num_tokens, keys, hits, self._room(), with_tail)
+        limits = NO_LIMITS
+        if self._others_run:
+            at_once, handled = self._restored_at_once(), self.decision.handled_blocks_max
+            waits = self._patience.waits(request_id, cdiv(num_tokens, self._block_size))
+            looked_at = max(LOOK_KEYS_MAX, handled or 0)
+            limits = Limits(looked_at, *((at_once, None) if waits else (None, handled)))
+        return self._lookup.find(
+            request_id, num_tokens, keys, hits, self._room(), with_tail, state=state, limits=limits
+        )
 
     def prepare(self, request: Candidate) -> Transaction | None:
         """Get a waiting request ready for its allocation; None if it waits in this step.
+
+        What was found of its KV is remembered then (``recall``).
 
         The whole sequence must fit both tiers together, idle prefix hits are not counted as
         residents, and residents that running requests still need are left alone: for the chunks
@@ -174,6 +207,12 @@ class Admission:
         KV that the link cannot copy back behind the step's compute is copied back in parts, while
         the request waits.
         """
+        transaction = self._prepare(request)
+        if transaction is None:
+            self._lookup.keep(request.request_id)
+        return transaction
+
+    def _prepare(self, request: Candidate) -> Transaction | None:
         residency, parked = self._residency, request.parked
         if parked.cut and request.beside and self._may_wait(request):
             return None  # There will be room once others are done.
@@ -181,15 +220,60 @@ class Admission:
         if bounded and not self._fits(request):
             return None
         residency.catch_up()
-        most = restored_at_once(residency, self.decision.restore_blocks_max)
-        if request.beside and parked.residents > most and self._may_wait(request):
-            restore_part(residency, parked.found, len(request.hits), most)
-            self.on_restored_ahead(request.request_id, most)
+        most = self._restored_at_once()
+        in_parts = request.beside and (parked.more or parked.residents > most)
+        if in_parts and self._may_wait(request):
+            self._restore_part(request, min(most, parked.residents))
+            return None
+        if parked.parked and not self._lookup.still_parked(len(parked.found)):
+            self.refused = "restore"
             return None
         claims = self._claimed()
         prompts = request.beside and (request.partial or claims.prompts)
         reserve = promised(residency.queue, claims.tails, self.prompt_reserve if prompts else 0)
+        if parked.parked > parked.residents:
+            self._lookup.protect_pooled()
+        found = request.hits or parked.parked
+        if found and not self._there_at_once(request, reserve):
+            return None
         return Transaction(self, residency, request, reserve)
+
+    def _restored_at_once(self) -> int:
+        """Parked blocks that are copied back in a step for a request that waits meanwhile."""
+        decision = self.decision
+        most = restored_at_once(self._residency, decision.restore_blocks_max)
+        handled = decision.handled_blocks_max
+        return most if handled is None else min(most, handled)
+
+    def _restore_part(self, request: Candidate, most: int) -> None:
+        """Copy the next parked blocks of a request back while it waits."""
+        lookup, parked = self._lookup, request.parked
+        lookup.keep(request.request_id)
+        if most and lookup.still_parked(most):
+            blocks = restore_part(self._residency, parked.found, len(request.hits), most)
+            lookup.restored(blocks)
+            self.on_restored_ahead(request.request_id, most)
+
+    def _there_at_once(self, request: Candidate, reserve: int) -> bool:
+        """Whether the blocks that the step computes can be had once its parked KV has blocks.
+
+        Restoring it first and finding out then costs what the restoring costs. Pooled ids for it
+        come with rows of their own.
+        """
+        queue, parked, hits = self._residency.queue, request.parked, request.hits
+        idle = self._lookup.idle_of(hits) + parked.parked
+        if len(parked.found) > parked.parked:
+            others = (b for b in parked.found if not isinstance(b, ParkedKey))
+            idle += sum(block.ref_cnt == 0 for block in others)
+        attached = parked.parked - parked.residents
+        within = queue.on_terms(idle - parked.residents, reserve, attached)
+        held = len(self._residency.tables.get(request.request_id, ()))
+        used = held + len(hits) + len(parked.found) - idle
+        wanted = cdiv(request.reached, self._block_size) - used
+        if wanted <= within:
+            return True
+        self.refused = short_at_once(queue, wanted)
+        return False
 
     def releases(
         self, request_id: str, computed: int, *, finished: bool, reusable: bool = True
@@ -208,6 +292,7 @@ class Admission:
             forget_unfilled(residency, table, computed // self._block_size)
         if finished:
             self._patience.forget(request_id)
+            self._lookup.forget(request_id)
             residency.parking.tails.drop(request_id)
         elif table and reusable:
             keep_tail(residency, request_id, table, computed, self._block_size)
@@ -253,7 +338,7 @@ class Admission:
         queue, hits = self._residency.queue, request.hits
         held = len(self._residency.tables.get(request.request_id, ())) + len(hits)
         needed = max(0, cdiv(request.span, self._block_size) - held)
-        needed += sum(block.ref_cnt == 0 for block in hits)
+        needed += self._lookup.idle_of(hits)
         within, headroom = queue.available_in_all, 0
         if request.beside:
             # Rows that are on their way count: the schedule waits for them.
@@ -276,6 +361,8 @@ class Admission:
     def _admitted(self, request: Candidate) -> None:
         """Note for those behind it that a request was admitted."""
         self._patience.forget(request.request_id)
+        self._lookup.forget(request.request_id)
+        self._others_run = True
         if request.partial:
             self._claims = self._claimed()._replace(prompts=True)
 
@@ -352,6 +439,7 @@ class Transaction:
         """The request got no blocks: leave everything as it was before ``prepare``."""
         residency, name = self._residency, self._request.request_id
         self._admission._failed(self._request, self.hits)
+        self._admission._lookup.keep(name)
         if not self.goes_on:
             residency.forget(name)
         cancel(residency, self.hits)

@@ -58,12 +58,15 @@ class Patience:
         """Nobody has waited."""
         self._steps: dict[str, int] = {}
 
+    def waits(self, request_id: str, blocks: int) -> bool:
+        """Whether a request of so many blocks may wait for one step more."""
+        return self._steps.get(request_id, 0) < blocks
+
     def wait(self, request_id: str, blocks: int) -> bool:
         """Whether a request of so many blocks may wait in this step, too; counts it if so."""
-        steps = self._steps.get(request_id, 0)
-        if steps >= blocks:
+        if not self.waits(request_id, blocks):
             return False
-        self._steps[request_id] = steps + 1
+        self._steps[request_id] = self._steps.get(request_id, 0) + 1
         return True
 
     def forget(self, request_id: str) -> None:

@@ -18,14 +18,14 @@ class FreeObserver(Protocol):
     def make_residents_free(self, count: int) -> None:
         """Demote until ``count`` more residents are free."""
 
-    def on_reused(self, block: Block) -> None:
-        """An idle cached resident block is in use again (prefix hit)."""
+    def on_reused(self, blocks: Sequence[Block]) -> None:
+        """Idle cached resident blocks are in use again (prefix hits)."""
 
-    def on_resident_freed(self, block: Block) -> None:
-        """Nobody uses a resident block any more."""
+    def on_residents_freed(self, blocks: Sequence[Block]) -> None:
+        """Nobody uses these resident blocks any more."""
 
-    def on_evicted(self, block: Block) -> None:
-        """A free resident block is handed to another use."""
+    def on_evicted(self, blocks: Sequence[Block]) -> None:
+        """Free resident blocks that are cached are handed to another use."""
 
     def on_pooled_dropped(self, block: Block) -> None:
         """A pooled id is handed to another use, or its KV is of no use to anybody."""
@@ -55,6 +55,9 @@ class TieredFreeBlockQueue:
         withheld: Number of pooled ids that may not be used now, for want of CPU memory. Call
             ``refresh`` after a change.
         missing: Number of withheld ids whose memory is not on its way either.
+        taken: Number of residents taken out of the free list, less those put at its front. While
+            it grows by less than the blocks that stood before one, that one is free still.
+        turnover: Number of times that cached blocks came in use or became idle.
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class TieredFreeBlockQueue:
         self._blank_set = set(self._blank)
         self.demotable = 0
         self.frozen = False
-        self.withheld = self.missing = 0
+        self.withheld = self.missing = self.taken = self.turnover = 0
         self.num_free_blocks = self.free_pooled = self.available_pooled = 0
         self._hits = 0
         self._reserve = 0
@@ -127,6 +130,17 @@ class TieredFreeBlockQueue:
         self._reserve = reserve
         self.refresh()
 
+    def on_terms(self, hits: int, reserve: int, pooled: int) -> int:
+        """``num_free_blocks`` as ``admission(hits, reserve)`` makes it; changes nothing.
+
+        Args:
+            hits: As ``admission``.
+            reserve: As ``admission``.
+            pooled: Number of pooled ids that may be had beyond ``available_pooled``.
+        """
+        more = 0 if self.frozen else self.available_pooled + pooled
+        return self.free_residents + min(more, self.demotable + hits - reserve)
+
     def popleft(self) -> Block:
         """Take one resident block. Raises ValueError when none can be had."""
         return self.popleft_n(1)[0]
@@ -143,10 +157,11 @@ class TieredFreeBlockQueue:
             if n > resident.num_free_blocks:
                 raise ValueError("No free blocks available")
         self.num_free_blocks -= n
+        self.taken += n
         blocks = resident.popleft_n(n)
-        for block in blocks:
-            if block.block_hash is not None:
-                self._observer.on_evicted(block)
+        cached = [block for block in blocks if block.block_hash is not None]
+        if cached:
+            self._observer.on_evicted(cached)
         return blocks
 
     def take_pooled(self, *, with_row: bool = False) -> Block:
@@ -173,11 +188,13 @@ class TieredFreeBlockQueue:
 
     def freshen(self, blocks: Sequence[Block]) -> None:
         """Make those of the blocks that are free the last to be reused; changes nothing else."""
-        for block in blocks:
-            if block.ref_cnt == 0:
-                tier = self._resident if block.block_id < self._boundary else self._cached
+        free = [block for block in blocks if block.ref_cnt == 0]
+        residents = [block for block in free if block.block_id < self._boundary]
+        pooled = [block for block in free if block.block_id >= self._boundary]
+        for tier, moved in ((self._resident, residents), (self._cached, pooled)):
+            for block in moved:
                 tier.remove(block)
-                tier.append_n([block])
+            tier.append_n(moved)
 
     def give_blank(self, block: Block) -> None:
         """Give back a pooled block that holds no KV."""
@@ -187,11 +204,17 @@ class TieredFreeBlockQueue:
 
     def remove(self, block: Block) -> None:
         """Take a given free block out: a prefix hit on idle cached KV."""
-        if block.block_id < self._boundary:
-            self._resident.remove(block)
-            self._observer.on_reused(block)
-        else:
-            self._cached.remove(block)
+        self.remove_n([block])
+
+    def remove_n(self, blocks: Sequence[Block]) -> None:
+        """Take given free blocks out: prefix hits on idle cached KV."""
+        boundary, resident, cached = self._boundary, self._resident.remove, self._cached.remove
+        for block in blocks:
+            (resident if block.block_id < boundary else cached)(block)
+        residents = [block for block in blocks if block.block_id < boundary]
+        self._observer.on_reused(residents)
+        self.taken += len(residents)
+        self.turnover += 1
         self.refresh()
 
     def append(self, block: Block) -> None:
@@ -200,13 +223,16 @@ class TieredFreeBlockQueue:
 
     def append_n(self, blocks: list[Block]) -> None:
         """Put back blocks that are to be reused last: their KV is cached."""
+        self.turnover += bool(blocks)
         self._resident.append_n(self._freed_residents(blocks))
         self._cached.append_n([b for b in blocks if b.block_id >= self._boundary])
         self.refresh()
 
     def prepend_n(self, blocks: list[Block]) -> None:
         """Put back blocks that are to be reused first: their KV is of no use."""
-        self._resident.prepend_n(self._freed_residents(blocks))
+        residents = self._freed_residents(blocks)
+        self._resident.prepend_n(residents)
+        self.taken -= len(residents)
         for block in blocks:
             if block.block_id >= self._boundary:
                 self._observer.on_pooled_dropped(block)
@@ -216,8 +242,8 @@ class TieredFreeBlockQueue:
 
     def _freed_residents(self, blocks: list[Block]) -> list[Block]:
         residents = [b for b in blocks if b.block_id < self._boundary]
-        for block in residents:
-            self._observer.on_resident_freed(block)
+        if residents:
+            self._observer.on_residents_freed(residents)
         return residents
 
     def get_all_free_blocks(self) -> list[Block]:

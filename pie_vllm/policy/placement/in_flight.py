@@ -49,15 +49,26 @@ class Cell(NamedTuple):
 class Holding(NamedTuple):
     """The blocks of a request, or those that it gave back.
 
+    It is noted in columns: thousands of blocks are given back at once, and hardly ever looked at.
+
     Attributes:
         request_id: Id of the request.
-        cells: Its blocks, in order.
+        ids: Ids of its blocks, in order.
+        keys: Key of each in the prefix cache; None for one that is not cached.
+        rows: Row of each that is pooled, by id.
         until: Number of the newest step in flight when it gave them back; None if it has them.
     """
 
     request_id: RequestId
-    cells: Sequence[Cell]
+    ids: Sequence[BlockId]
+    keys: Sequence[Hashable | None]
+    rows: Mapping[BlockId, Row]
     until: int | None = None
+
+    def cells(self) -> list[Cell]:
+        """Its blocks, in order."""
+        row_of = self.rows.get
+        return [Cell(i, row_of(i), key) for i, key in zip(self.ids, self.keys, strict=True)]
 
 
 class Flight:
@@ -110,14 +121,15 @@ class Flight:
     def _leave(self, request_id: RequestId) -> None:
         table = self._residency.tables.get(request_id)
         if table and any(step.plan is not None for step in self._steps):
-            self._left.append(Holding(request_id, self._cells(table), self._number))
+            self._left.append(self._holding(request_id, table, self._number))
 
-    def _cells(self, table: Sequence[Block]) -> list[Cell]:
-        rows, cells = self._residency.rows, []
-        for block in table:
-            row = rows.row_of(block.block_id) if rows.holds(block.block_id) else None
-            cells.append(Cell(block.block_id, row, block.block_hash))
-        return cells
+    def _holding(
+        self, request_id: RequestId, table: Sequence[Block], until: int | None = None
+    ) -> Holding:
+        boundary, ledger = self._residency.boundary, self._residency.rows
+        ids = [block.block_id for block in table]
+        rows = {i: ledger.row_of(i) for i in ids if i >= boundary and ledger.holds(i)}
+        return Holding(request_id, ids, [block.block_hash for block in table], rows, until)
 
     def failed(self, token: object) -> dict[RequestId, int]:
         """Copies of a step failed: forget what it spoilt; before ``landed``.
@@ -135,15 +147,17 @@ class Flight:
             return {}
         spoilt = _Spoilt(steps, self._block_size)
         tables = self._residency.tables
-        holdings = [Holding(r, self._cells(table)) for r, table in tables.items() if table]
-        while sum(map(spoilt.reaches, (*holdings, *self._left))):
+        holdings = [self._holding(r, table) for r, table in tables.items() if table]
+        followed = [(held.request_id, held.cells()) for held in (*holdings, *self._left)]
+        while sum(spoilt.reaches(name, cells) for name, cells in followed):
             pass  # What one has, another may have found in the prefix cache.
         self._forget(spoilt)
         return spoilt.good
 
     def _forget(self, spoilt: _Spoilt) -> None:
         residency = self._residency
-        for block, cell in zip(residency.blocks, self._cells(residency.blocks), strict=True):
+        cells = self._holding("", residency.blocks).cells()
+        for block, cell in zip(residency.blocks, cells, strict=True):
             if spoilt.has(cell):
                 residency.discard(block)
         residency.parking.forget(spoilt.keys, spoilt.rows, spoilt.good)
@@ -185,22 +199,21 @@ class _Spoilt:
             or (cell.key is not None and cell.key in self.keys)
         )
 
-    def reaches(self, holding: Holding) -> bool:
+    def reaches(self, name: RequestId, table: Sequence[Cell]) -> bool:
         """Follow what a request computed upon such a block; whether that was news."""
-        found = (index for index, cell in enumerate(holding.cells) if self.has(cell))
+        found = (index for index, cell in enumerate(table) if self.has(cell))
         first = next(found, None)
-        name = holding.request_id
         since = self._since.get(name)
         if first is None and not (name in self._readers and since is not None):
             return False
-        good = len(holding.cells) if first is None else first
+        good = len(table) if first is None else first
         good *= self._block_size
         good = good if since is None else min(good, since)
         before = self.good.get(name)
         self.good[name] = good if before is None else min(good, before)
         known = len(self.keys)
         if since is not None:
-            cells = holding.cells[since // self._block_size :]
+            cells = table[since // self._block_size :]
             self.keys.update(cell.key for cell in cells if cell.key is not None)
         return self.good[name] != before or len(self.keys) > known
 

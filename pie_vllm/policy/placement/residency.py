@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from pie_vllm.errors import IntegrityError
@@ -114,16 +114,14 @@ class Residency:
         """The first ``num_full`` blocks of a request are complete after this step."""
         holder = self.victims.holders[request_id]
         if num_full > holder.full:
-            for block in self.tables[request_id][holder.full : num_full]:
-                self._set_full(block)
+            self._set_full(self.tables[request_id][holder.full : num_full])
             holder.full = num_full
             self.victims.offer(holder)
             self.queue.refresh()
 
     def computed_again(self, request_id: RequestId, num_full: int) -> None:
         """``computed`` for a request admitted in this step, which includes its hits."""
-        for block in self.tables[request_id][:num_full]:
-            self._set_full(block)
+        self._set_full(self.tables[request_id][:num_full])
         holder = self.victims.holders[request_id]
         holder.full = num_full
         holder.cursor = 0  # Restored hits are complete only now.
@@ -136,12 +134,15 @@ class Residency:
         if self.victims.forget(request_id):
             self.read_set.forget(request_id)
 
-    def _set_full(self, block: Block) -> None:
-        """The KV of a block in use is complete."""
-        block_id = block.block_id
-        if block_id < self.boundary and not self.victims.full[block_id]:
-            self.victims.full[block_id] = 1
-            self.queue.demotable += 1
+    def _set_full(self, blocks: Iterable[Block]) -> None:
+        """The KV of these blocks in use is complete."""
+        boundary, full, news = self.boundary, self.victims.full, 0
+        for block in blocks:
+            block_id = block.block_id
+            if block_id < boundary and not full[block_id]:
+                full[block_id] = 1
+                news += 1
+        self.queue.demotable += news
 
     def _clear_full(self, block_id: BlockId) -> None:
         """The KV of a resident page is not what a block in use holds."""
@@ -151,21 +152,31 @@ class Residency:
 
     # What the free queue does, as its observer.
 
-    def on_reused(self, block: Block) -> None:
-        """An idle cached resident is in use again; its KV is complete unless it is on its way."""
-        if block.block_id not in self.parking.copies.restores:
-            self._set_full(block)
+    def on_reused(self, blocks: Sequence[Block]) -> None:
+        """Idle cached residents are in use again; their KV is complete unless on its way."""
+        restores = self.parking.copies.restores
+        self._set_full([b for b in blocks if b.block_id not in restores] if restores else blocks)
 
-    def on_resident_freed(self, block: Block) -> None:
-        """Nobody uses a resident any more, so it is no candidate for demotion."""
-        self._clear_full(block.block_id)
+    def on_residents_freed(self, blocks: Sequence[Block]) -> None:
+        """Nobody uses these residents any more, so they are no candidates for demotion."""
+        full, cleared = self.victims.full, 0
+        for block in blocks:
+            block_id = block.block_id
+            if full[block_id]:
+                full[block_id] = 0
+                cleared += 1
+        self.queue.demotable -= cleared
 
-    def on_evicted(self, block: Block) -> None:
-        """A free resident gets another use: what it caches may be parked."""
-        self.parking.evicted(block)
+    def on_evicted(self, blocks: Sequence[Block]) -> None:
+        """Free residents get another use: what they cache may be parked."""
+        if self.parking.watched.places:
+            for block in blocks:
+                self.parking.watched.changed(block.block_hash)
+        self.parking.evicted(blocks)
 
     def on_pooled_dropped(self, block: Block) -> None:
         """A pooled id gets another use: its row is parked, or free."""
+        self.parking.watched.changed(block.block_hash)
         if self.rows.holds(block.block_id):
             self.parking.left_row(block)
         self.entries.drop(block)
@@ -259,7 +270,7 @@ class Residency:
         for request_id in users:
             self.read_set.discard(request_id, block.block_id)
             self.victims.offer_from(request_id, index)
-        self._set_full(target)
+        self._set_full((target,))
         self.queue.give_blank(block)
         self.promotions += 1
         return target.block_id, row
@@ -273,6 +284,7 @@ class Residency:
             self._relabels.record(request_id, index, target.block_id)
         target.ref_cnt = block.ref_cnt
         block.ref_cnt = 0
+        self.parking.watched.changed(block.block_hash)
         self.entries.move(block, target)
 
     # Memory of the pool.
@@ -300,6 +312,7 @@ class Residency:
 
     def forget_idle(self) -> None:
         """Drop all KV in the pool that no request uses: its memory may be gone."""
+        self.parking.watched.all_changed()
         self.queue.forget_cached_pooled()
         self.forget_parked()
 
@@ -310,6 +323,7 @@ class Residency:
 
     def discard(self, block: Block) -> None:
         """The KV of a block is wrong: nobody may find it any more."""
+        self.parking.watched.changed(block.block_hash)
         self.entries.drop(block)
         idle = block.ref_cnt == 0 and block.block_id >= self.boundary
         if idle and not self.queue.is_blank(block.block_id):

@@ -19,6 +19,10 @@ class ParkedIndex(Generic[K]):
     has the row to give back. A key is in the order of eviction, or it is pinned: then it stays
     until ``unpin_all``. ``keys_in``, ``clear`` and ``check_integrity`` pass over all that is
     parked; what other calls cost does not depend on it (see ``LeastRecentlyUsed``).
+
+    Attributes:
+        evictable_row: As ``row_of``, but gives None for a key that is pinned.
+        pinned_row: As ``row_of``, but gives None for a key that is not pinned.
     """
 
     def __init__(self, capacity_rows: int) -> None:
@@ -26,6 +30,7 @@ class ParkedIndex(Generic[K]):
         self.capacity_rows = capacity_rows
         self._order: LeastRecentlyUsed[K] = LeastRecentlyUsed()
         self._pinned: dict[K, int] = {}
+        self.evictable_row, self.pinned_row = self._order.row_of, self._pinned.get
 
     def __len__(self) -> int:
         """Number of parked blocks."""
@@ -39,14 +44,6 @@ class ParkedIndex(Generic[K]):
         """The row that holds the KV of a key; changes nothing."""
         row = self._order.row_of(key)
         return self._pinned.get(key) if row is None and self._pinned else row
-
-    def evictable_row(self, key: K) -> int | None:
-        """As ``row_of``, but None for a key that is pinned."""
-        return self._order.row_of(key)
-
-    def pinned_row(self, key: K) -> int | None:
-        """As ``row_of``, but None for a key that is not pinned."""
-        return self._pinned.get(key)
 
     @property
     def num_pinned(self) -> int:
@@ -68,6 +65,10 @@ class ParkedIndex(Generic[K]):
     def touch(self, key: K) -> bool:
         """Make a parked key the one used last, a pinned one at its unpinning; False if unknown."""
         return self._order.use(key) or key in self._pinned
+
+    def touch_all(self, keys: Iterable[K]) -> None:
+        """As ``touch`` for each of these keys."""
+        self._order.use_all(keys)
 
     def remove(self, key: K) -> int:
         """A key leaves, because its row gets another use or its KV is wrong; returns the row.

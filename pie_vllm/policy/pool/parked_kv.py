@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from typing import Any
 
 from pie_vllm.errors import ConfigError, IntegrityError
@@ -11,6 +11,7 @@ from pie_vllm.policy.pool.parked_index import ParkedIndex
 from pie_vllm.policy.pool.rows import RowLedger
 from pie_vllm.policy.pool.step_copies import StepCopies
 from pie_vllm.policy.pool.tails import Tail, Tails
+from pie_vllm.policy.pool.watched_keys import WatchedKeys
 
 
 class Parking:
@@ -25,6 +26,8 @@ class Parking:
 
     Attributes:
         enabled: whether anything may be parked.
+        evictable_row: gives the row of a key whose KV is parked and not pinned, or None.
+        watched: keys that a look-up remembers; told of those that leave.
         copies: stores and restores of the coming step.
         tails: last blocks of preempted requests.
         allowance: pages that may still be stored in this step; None is without end.
@@ -48,6 +51,8 @@ class Parking:
         self.enabled = policy is not None
         self._rows = rows
         self._index: ParkedIndex[Hashable] = ParkedIndex(capacity_rows)
+        self.evictable_row = self._index.evictable_row
+        self.watched = WatchedKeys()
         self.copies = StepCopies(rows)
         self.tails = Tails(self.copies)
         self.allowance: int | None = None
@@ -73,15 +78,16 @@ class Parking:
 
     # Out: KV that loses its block.
 
-    def evicted(self, block: Any) -> None:
-        """A cached resident block that nobody uses gets another use in the coming step."""
-        key = block.block_hash
-        if key is None or not self.enabled:
+    def evicted(self, blocks: Iterable[Any]) -> None:
+        """Cached resident blocks that nobody uses get another use in the coming step."""
+        if not self.enabled:
             return
-        if self.copies.restores.pop(block.block_id, None) is not None:
-            return  # Its KV has not come yet; the row is still parked.
-        if not self._index.touch(key) and not self.keep(block):
-            self.lost_blocks += 1
+        restores, touch = self.copies.restores, self._index.touch
+        for block in blocks:
+            if restores and restores.pop(block.block_id, None) is not None:
+                continue  # Its KV has not come yet; the row is still parked.
+            if not touch(block.block_hash) and not self.keep(block):
+                self.lost_blocks += 1
 
     def keep(self, block: Any) -> bool:
         """Have a cached resident stored and parked, if allowance and rows suffice."""
@@ -125,34 +131,47 @@ class Parking:
         """A row to park in: a free one, else that of the least recently used parked block."""
         row = self._rows.take_parked()
         if row is None and (evicted := self._index.evict()) is not None:
-            row = evicted[1]
+            key, row = evicted
+            self.watched.changed(key)
         return row
 
     # Back.
 
     def has(self, key: Hashable) -> bool:
         """Whether the coming step can restore the KV of a key."""
-        row = self._index.evictable_row(key)
+        row = self.evictable_row(key)
         return row is not None and row not in self.copies.stores
+
+    def touch(self, keys: Iterable[Hashable]) -> None:
+        """Make these keys the youngest, in this order; no change for those that are not parked."""
+        self._index.touch_all(keys)
 
     def pin(self, keys: Iterable[Hashable]) -> None:
         """The coming step copies from the rows of these keys: they are not given up before."""
         self._index.pin(keys)
 
-    def restore(self, key: Hashable, resident: int) -> None:
-        """The coming step fills a resident page with the KV of a pinned key; its row stays.
+    def restore(self, keys: Sequence[Hashable], residents: Sequence[int]) -> None:
+        """The coming step fills resident pages with the KV of pinned keys; their rows stay.
 
         Raises:
-            IntegrityError: the key is not pinned, or its KV is stored in this very step.
+            IntegrityError: a key is not pinned, or its KV is stored in this very step; those before
+                it are restored then.
         """
-        row = self._index.pinned_row(key)
-        if row is None or row in self.copies.stores:
-            raise IntegrityError(f"the KV of {key!r} cannot be restored in this step")
-        self.copies.restores[resident] = row
+        pinned_row, stores, restores = (
+            self._index.pinned_row,
+            self.copies.stores,
+            self.copies.restores,
+        )
+        for key, resident in zip(keys, residents, strict=True):
+            row = pinned_row(key)
+            if row is None or row in stores:
+                raise IntegrityError(f"the KV of {key!r} cannot be restored in this step")
+            restores[resident] = row
 
     def attach(self, key: Hashable, pooled: int) -> int:
         """A pooled id that has no row takes the row of a parked block, without a copy."""
         row = self._index.remove(key)
+        self.watched.changed(key)
         self._rows.adopt(pooled, row)
         return row
 
@@ -175,7 +194,9 @@ class Parking:
         """Free the row of the least recently used parked block, else that of the oldest tail."""
         evicted = self._index.evict()
         if evicted is not None:
-            self._rows.free_parked(evicted[1])
+            key, row = evicted
+            self.watched.changed(key)
+            self._rows.free_parked(row)
         else:
             self.tails.drop_oldest()
 
@@ -215,6 +236,7 @@ class Parking:
         self._index.unpin_all()
         self.copies.free_leaving()
         self.tails.clear()
+        self.watched.all_changed()
         for row in self._index.clear():
             self.copies.free(row)
 
@@ -230,6 +252,7 @@ class Parking:
         """
         index = self._index
         for key in {*index.keys_in(rows), *(key for key in keys if key in index)}:
+            self.watched.changed(key)
             self.copies.free(index.remove(key))
         self.tails.drop_in(requests, rows)
 

@@ -91,22 +91,31 @@ class PieBlockSpaceManager(KVCacheManager):
                 beside the KV are kept by block: a hit then ends with a block, too. None is all
                 but the last.
         """
-        cap = () if max_cache_hit_length is None else (max_cache_hit_length,)
-        blocks, tokens, boundary = super().get_computed_blocks(request, *cap)
         self._parked.clear()
-        if self.residency.parking.any and self.prefix_cache_lookup_enabled(request):
-            hits = blocks.blocks[0]
-            parked = self.admission.find_parked(
-                request.request_id,
-                request.num_tokens,
-                keys_behind(request, len(hits), self.block_size, max_cache_hit_length),
-                hits,
-                with_tail=max_cache_hit_length is None,
-            )
-            if parked is not None:
-                self._parked[request.request_id] = parked
-                tokens = parked.tokens
-        return blocks, tokens, boundary
+        cap = () if max_cache_hit_length is None else (max_cache_hit_length,)
+        if not self.prefix_cache_lookup_enabled(request):
+            blocks, tokens, boundary = super().get_computed_blocks(request, *cap)
+            return blocks, tokens, boundary
+        # Hashes are chained: the last one stands for all.
+        state = (request.num_tokens, *cap, *request.block_hashes[-1:])
+        hits: Any = self.admission.recall(request.request_id, state)
+        boundary, known = 0, hits is not None  # There is one with windows or states only.
+        if not known:
+            found, _, boundary = super().get_computed_blocks(request, *cap)
+            hits = found.blocks[0]
+        parked = self.admission.find_parked(
+            request.request_id,
+            request.num_tokens,
+            keys_behind(request, len(hits), self.block_size, max_cache_hit_length),
+            hits,
+            with_tail=max_cache_hit_length is None,
+            state=state,
+        )
+        blocks = self.create_kv_cache_blocks((hits,)) if known else found
+        if parked is None:
+            return blocks, len(hits) * self.block_size, boundary
+        self._parked[request.request_id] = parked
+        return blocks, parked.tokens, boundary
 
     def _cached(self, key: Any) -> Any:
         """The block of a key in the prefix cache; a reset of the cache makes a new map."""

@@ -184,3 +184,60 @@ def test_a_prompt_under_way_claims_a_resident_of_those_behind_it(new: int) -> No
     free = pool.residency.queue.free_residents
     kept = admission.prompt_reserve if new < 40 else 0
     assert admission._room().residents == free - kept
+
+
+def waits(admission: Admission, tokens: int = 60, **other: Any) -> ParkedHits | None:
+    """One step in which the request that begins with x, y and z asks; what it found if it waits."""
+    hits: Any = admission.recall("c", 0)
+    known = [] if hits is None else hits
+    parked = admission.find_parked("c", tokens, iter("xyz"[len(known) :]), known, state=0)
+    asks = candidate(tokens, parked or ParkedHits.none(len(known) * SIZE), hits=known, **other)
+    return parked if admission.prepare(asks) is None else None
+
+
+def test_nothing_is_restored_for_a_request_that_finds_no_blocks() -> None:
+    """Residents that others were promised do not suffice for what it computes: it costs nothing."""
+    pool = with_parked()
+    admission = admission_of(pool)
+    admission.prompt_reserve = pool.residency.queue.free_residents
+    before = books(pool)
+    assert waits(admission, new_tokens=8) is not None
+    assert admission.refused == "residents"
+    assert books(pool) == before
+    admission.prompt_reserve = 1
+    assert waits(admission, new_tokens=8) is None
+    assert books(pool) != before
+
+
+def test_a_step_handles_a_bounded_number_of_blocks_while_others_run() -> None:
+    """Also when the request has waited long enough: it computes the rest then."""
+    pool = with_parked()
+    admission = admission_of(pool)
+    bounded = ALL._replace(handled_blocks_max=1)
+    for step in range(4):
+        admission.begin_step(bounded, 1)
+        restored = len(pool.residency.parking.copies.restores)
+        assert waits(admission) is not None, step
+        assert len(pool.residency.parking.copies.restores) - restored <= 1
+        pool.residency.end_step({}, (), False, None)
+        if step < 3:
+            pool.residency.discard(pool.cached["x"])
+    admission.begin_step(bounded, 1)
+    assert not admission._patience.waits("c", 4)
+    parked = admission.find_parked("c", 60, iter("yz"), [pool.cached["x"]])
+    assert parked is not None
+    assert (parked.parked, parked.tokens) == (1, 2 * SIZE)
+
+
+def test_a_look_is_bounded_while_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request waits until all of its keys are looked at; it computes nothing parked."""
+    monkeypatch.setattr("pie_vllm.policy.admission.transaction.LOOK_KEYS_MAX", 2)
+    admission = admission_of(with_parked())
+    admission.begin_step(ALL._replace(restore_blocks_max=0), 1)
+    found = waits(admission)
+    assert found is not None
+    assert (found.parked, found.more, admission.refused) == (2, True, "restore")
+    admission.begin_step(ALL, 1)
+    assert waits(admission) is None
+    alone = admission_of(with_parked())
+    assert waits(alone) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -39,14 +40,14 @@ class Observer:
             self.queue.demotable -= 1
             self.queue.prepend_n([block])
 
-    def on_reused(self, block: FakeBlock) -> None:
-        self.reused.append(block.block_id)
+    def on_reused(self, blocks: Sequence[FakeBlock]) -> None:
+        self.reused += [block.block_id for block in blocks]
 
-    def on_resident_freed(self, block: FakeBlock) -> None:
-        self.freed.append(block.block_id)
+    def on_residents_freed(self, blocks: Sequence[FakeBlock]) -> None:
+        self.freed += [block.block_id for block in blocks]
 
-    def on_evicted(self, block: FakeBlock) -> None:
-        self.evicted.append(block.block_id)
+    def on_evicted(self, blocks: Sequence[FakeBlock]) -> None:
+        self.evicted += [block.block_id for block in blocks]
 
     def on_pooled_dropped(self, block: FakeBlock) -> None:
         self.dropped.append(block.block_id)
