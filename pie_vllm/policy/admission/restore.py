@@ -95,8 +95,11 @@ def first_of(found: Sequence[Any], parked: int) -> list[Any]:
 
 def _attach(residency: Residency, key: Hashable) -> Any:
     """A pooled block whose row is that of the key."""
-    block = residency.queue.take_pooled(with_row=True)
-    residency.parking.attach(key, block.block_id)
+    parking = residency.parking
+    place = parking.place_of(key)
+    block = residency.queue.take_pooled(place, with_row=True)
+    parking.attach(key, block.block_id)
+    parking.places[block.block_id] = place
     return block
 
 
@@ -105,6 +108,7 @@ def _fill(residency: Residency, key: Hashable) -> Any:
     block = residency.queue.popleft()
     residency.entries.drop(block)
     residency.parking.restore(key, block.block_id)
+    residency.parking.places[block.block_id] = residency.parking.place_of(key)
     return block
 
 

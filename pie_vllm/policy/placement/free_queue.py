@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from heapq import heappop, heappush
 from itertools import islice
 from typing import Protocol
 
 from pie_vllm.errors import IntegrityError
 from pie_vllm.policy.block import Block
 from pie_vllm.policy.placement.interfaces import FreeList
+from pie_vllm.policy.pool.extents import Extents, extent_of
 
 
 class FreeObserver(Protocol):
@@ -77,8 +77,8 @@ class TieredFreeBlockQueue:
         self._observer = observer
         self._resident = make_list(list(blocks[:resident_blocks]))
         self._cached = make_list([])
-        self._blank = list(range(resident_blocks, len(blocks)))
-        self._blank_set = set(self._blank)
+        pooled = len(blocks) - resident_blocks
+        self._blank = Extents(pooled, extent_of(pooled))
         self.demotable = 0
         self.frozen = False
         self.withheld = self.missing = 0
@@ -100,13 +100,13 @@ class TieredFreeBlockQueue:
     @property
     def available_in_all(self) -> int:
         """Number of free blocks of both tiers, without those that are missing."""
-        there = len(self._blank) - self.missing
+        there = self._blank.num_free - self.missing
         return self.free_residents + self._cached.num_free_blocks + max(there, 0)
 
     def refresh(self) -> None:
         """Recompute ``num_free_blocks`` and the counts of pooled ids after a change."""
         free = self._resident.num_free_blocks
-        blank, cached = len(self._blank), self._cached.num_free_blocks
+        blank, cached = self._blank.num_free, self._cached.num_free_blocks
         self.free_pooled = blank + cached
         blank -= self.withheld
         self.available_pooled = cached + (blank if blank > 0 else 0)
@@ -149,27 +149,65 @@ class TieredFreeBlockQueue:
                 self._observer.on_evicted(block)
         return blocks
 
-    def take_pooled(self, *, with_row: bool = False) -> Block:
+    def take_pooled(self, place: int, *, with_row: bool = False) -> Block:
         """Take a pooled block for a demotion, or for a row that is there already.
 
-        A blank one, else the idle cached one that was used least recently,
-        whose cached KV then loses its id.
+        A blank one, that of the place in a chain if it can be had (``pool.extents``). Where there
+        is none, the idle cached one that was used least recently loses its id, and others with it
+        if that frees an extent for the place.
         """
-        if self._blank and (with_row or len(self._blank) > self.withheld):
-            block = self._blocks[heappop(self._blank)]
-            self._blank_set.discard(block.block_id)
-        else:
-            block = self._cached.popleft()
-            self._observer.on_pooled_dropped(block)
+        block = self._take_pooled(place, with_row)
         self.refresh()
         return block
+
+    def take_pooled_n(self, place: int, count: int) -> list[Block]:
+        """As ``take_pooled`` for so many places, from the first one on."""
+        blocks = [self._take_pooled(each, False) for each in range(place, place + count)]
+        self.refresh()
+        return blocks
+
+    def _take_pooled(self, place: int, with_row: bool) -> Block:
+        blank = self._blank
+        if blank.num_free <= (0 if with_row else self.withheld):
+            self._drop_cached(self._cached.popleft())
+        slot = blank.take(place)
+        if slot is None and self._drop_extent():
+            slot = blank.take(place)
+        if slot is None:
+            slot = blank.take_spare()
+        assert slot is not None
+        return self._blocks[self._boundary + slot]
+
+    def _drop_extent(self) -> bool:
+        """Drop the KV of the extent of the least recently used cached pooled block.
+
+        Returns:
+            Whether the extent is free now. There is no change if a block of it is in use, or if
+            blank ids are withheld: the cached ones are not.
+        """
+        oldest = next(iter(self._cached.iter_blocks_after(None)), None)
+        if oldest is None or self.withheld:
+            return False
+        blank, boundary = self._blank, self._boundary
+        members = blank.members(oldest.block_id - boundary)
+        idle = [self._blocks[boundary + slot] for slot in members if not blank.is_free(slot)]
+        if any(block.ref_cnt for block in idle):
+            return False
+        for block in idle:
+            self._cached.remove(block)
+            self._drop_cached(block)
+        return True
+
+    def _drop_cached(self, block: Block) -> None:
+        """An idle cached pooled block, out of its list already, is blank."""
+        self._observer.on_pooled_dropped(block)
+        self._blank.give(block.block_id - self._boundary)
 
     def forget_cached_pooled(self) -> None:
         """Drop the KV of all pooled blocks that nobody uses."""
         while self._cached.num_free_blocks:
-            block = self._cached.popleft()
-            self._observer.on_pooled_dropped(block)
-            self.give_blank(block)
+            self._drop_cached(self._cached.popleft())
+        self.refresh()
 
     def freshen(self, blocks: Sequence[Block]) -> None:
         """Make those of the blocks that are free the last to be reused; changes nothing else."""
@@ -181,8 +219,7 @@ class TieredFreeBlockQueue:
 
     def give_blank(self, block: Block) -> None:
         """Give back a pooled block that holds no KV."""
-        heappush(self._blank, block.block_id)
-        self._blank_set.add(block.block_id)
+        self._blank.give(block.block_id - self._boundary)
         self.refresh()
 
     def remove(self, block: Block) -> None:
@@ -209,9 +246,7 @@ class TieredFreeBlockQueue:
         self._resident.prepend_n(self._freed_residents(blocks))
         for block in blocks:
             if block.block_id >= self._boundary:
-                self._observer.on_pooled_dropped(block)
-                heappush(self._blank, block.block_id)
-                self._blank_set.add(block.block_id)
+                self._drop_cached(block)
         self.refresh()
 
     def _freed_residents(self, blocks: list[Block]) -> list[Block]:
@@ -225,7 +260,7 @@ class TieredFreeBlockQueue:
         return [
             *self._resident.get_all_free_blocks(),
             *self._cached.get_all_free_blocks(),
-            *(self._blocks[i] for i in sorted(self._blank)),
+            *(self._blocks[self._boundary + slot] for slot in self._blank.free_slots()),
         ]
 
     def next_reused(self, count: int) -> Iterator[Block]:
@@ -238,7 +273,7 @@ class TieredFreeBlockQueue:
 
     def is_blank(self, block_id: int) -> bool:
         """Whether a pooled id is free and holds no KV."""
-        return block_id in self._blank_set
+        return self._blank.is_free(block_id - self._boundary)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless the lists and counts agree."""
@@ -248,8 +283,7 @@ class TieredFreeBlockQueue:
             raise IntegrityError("a block is twice in the free lists, or a count is off")
         if any(b.ref_cnt for b in free):
             raise IntegrityError("a block in use is in a free list")
-        if set(self._blank) != self._blank_set:
-            raise IntegrityError("blank ids disagree")
+        self._blank.check_integrity()
         before = self.num_free_blocks
         self.refresh()
         if before != self.num_free_blocks:

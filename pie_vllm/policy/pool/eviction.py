@@ -32,6 +32,11 @@ class LeastRecentlyUsed(Generic[K]):
         """The row of a key, or None; changes nothing."""
         return self._rows.get(key)
 
+    @property
+    def oldest_row(self) -> int | None:
+        """The row of the least recently used key; None without keys."""
+        return next(iter(self._rows.values()), None)
+
     def items(self) -> ItemsView[K, int]:
         """All keys with their rows, least recently used first."""
         return self._rows.items()

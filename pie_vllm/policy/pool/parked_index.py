@@ -44,6 +44,11 @@ class ParkedIndex(Generic[K]):
         """As ``row_of``, but None for a key that is pinned."""
         return self._order.row_of(key)
 
+    @property
+    def oldest_row(self) -> int | None:
+        """The row of the least recently used key, which ``evict`` gives; None without one."""
+        return self._order.oldest_row
+
     def pinned_row(self, key: K) -> int | None:
         """As ``row_of``, but None for a key that is not pinned."""
         return self._pinned.get(key)
