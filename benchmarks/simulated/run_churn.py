@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pie_vllm.geometry import Geometry, blocks_fed, plan_geometry
+from pie_vllm.geometry import Geometry, blocks_fed, cdiv, plan_geometry
 from pie_vllm.plan import Prior, StepOrders
 from pie_vllm.policy.control.decider import Decider
 from pie_vllm.simulation.scheduler import Request
@@ -16,6 +16,9 @@ from pie_vllm.simulation.traces import Job, Profile, StepCost
 
 BLOCK_TOKENS = 16
 TURNS = 3
+FOLLOW_UPS = 50, 400
+"""Least and most tokens of a later turn's prompt."""
+
 EXCESS = 1.25
 """Chats that come, as a share of those that both tiers serve."""
 
@@ -56,6 +59,12 @@ class Machine:
         return self.layers * self.page
 
     @property
+    def longest(self) -> int:
+        """Blocks of the longest chat at its end."""
+        more = (TURNS - 1) * FOLLOW_UPS[1] + TURNS * self.answers[1]
+        return cdiv(self.prompts[1] + more, BLOCK_TOKENS)
+
+    @property
     def profile(self) -> Profile:
         """Its times."""
         return Profile(
@@ -76,7 +85,7 @@ class Machine:
             device_bytes=self.device,
             pool_bytes=self.pool,
             granularity=2 << 20,
-            needed_blocks=512,
+            needed_blocks=self.longest,
             fed_blocks=blocks_fed(self.link, self.step, self.row),
             link_bytes_per_s=self.link,
         )
@@ -221,7 +230,7 @@ def chats(machine: Machine, sizes: Geometry, steps: int) -> list[Job]:
         now += rng.expovariate(rate)
         jobs.append(Job(now, rng.randint(*machine.prompts), rng.randint(*machine.answers)))
         for _ in range(TURNS - 1):
-            more = rng.randint(50, 400), rng.randint(*machine.answers)
+            more = rng.randint(*FOLLOW_UPS), rng.randint(*machine.answers)
             jobs.append(Job(rng.uniform(5, 40), *more, after=len(jobs) - 1))
     return jobs
 

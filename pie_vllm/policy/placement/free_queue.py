@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Protocol
 
 from pie_vllm.errors import IntegrityError
 from pie_vllm.policy.block import Block
+from pie_vllm.policy.placement.blank_ids import BlankIds
 from pie_vllm.policy.placement.interfaces import FreeList
-from pie_vllm.policy.pool.extents import Extents, extent_of
+
+GAP_MIN = 8
+"""Length of the longest gap of blank ids below which idle cached ones are dropped for a longer
+one, in a window of at least ``GAP_SHARE`` times as many."""
+
+GAP_SHARE = 64
+"""Ids of a window for each id of that length, in smaller windows."""
+
+DROPPED_AT_ONCE = 32
+"""Number of these: a request's, most often, whose ids lie together."""
 
 
 class FreeObserver(Protocol):
@@ -77,8 +87,9 @@ class TieredFreeBlockQueue:
         self._observer = observer
         self._resident = make_list(list(blocks[:resident_blocks]))
         self._cached = make_list([])
-        pooled = len(blocks) - resident_blocks
-        self._blank = Extents(pooled, extent_of(pooled))
+        self._hit: set[int] = set()  # Pooled ids that a waiting request has found.
+        self._blank = BlankIds(len(blocks) - resident_blocks)
+        self._gap_min = min(GAP_MIN, (len(blocks) - resident_blocks) // GAP_SHARE)
         self.demotable = 0
         self.frozen = False
         self.withheld = self.missing = 0
@@ -152,9 +163,8 @@ class TieredFreeBlockQueue:
     def take_pooled(self, place: int, *, with_row: bool = False) -> Block:
         """Take a pooled block for a demotion, or for a row that is there already.
 
-        A blank one, that of the place in a chain if it can be had (``pool.extents``). Where there
-        is none, the idle cached one that was used least recently loses its id, and others with it
-        if that frees an extent for the place.
+        A blank one, beside that of the neighbour in the chain if it can be had. Where there is
+        none, or no gap for a run, the idle cached ones that were used least recently lose theirs.
         """
         block = self._take_pooled(place, with_row)
         self.refresh()
@@ -167,50 +177,57 @@ class TieredFreeBlockQueue:
         return blocks
 
     def _take_pooled(self, place: int, with_row: bool) -> Block:
-        blank = self._blank
+        blank, dropped = self._blank, None
         if blank.num_free <= (0 if with_row else self.withheld):
-            self._drop_cached(self._cached.popleft())
-        slot = blank.take(place)
-        if slot is None and self._drop_extent():
-            slot = blank.take(place)
+            dropped = self._drop_oldest()
+        slot = blank.beside(place)
         if slot is None:
-            slot = blank.take_spare()
-        assert slot is not None
+            slot = dropped
+        if slot is None:
+            slot, length = blank.longest_gap()
+            if length < self._gap_min and self._drop_more():
+                slot, _ = blank.longest_gap()
+        blank.take(slot, place)
         return self._blocks[self._boundary + slot]
 
-    def _drop_extent(self) -> bool:
-        """Drop the KV of the extent of the least recently used cached pooled block.
+    def _drop_more(self) -> bool:
+        """Drop the KV of some of the oldest idle cached pooled blocks, so that gaps get longer.
 
         Returns:
-            Whether the extent is free now. There is no change if a block of it is in use, or if
+            Whether there were any. Those that a waiting request has found stay, and all stay while
             blank ids are withheld: the cached ones are not.
         """
-        oldest = next(iter(self._cached.iter_blocks_after(None)), None)
-        if oldest is None or self.withheld:
+        if self.withheld:
             return False
-        blank, boundary = self._blank, self._boundary
-        members = blank.members(oldest.block_id - boundary)
-        idle = [self._blocks[boundary + slot] for slot in members if not blank.is_free(slot)]
-        if any(block.ref_cnt for block in idle):
-            return False
-        for block in idle:
-            self._cached.remove(block)
-            self._drop_cached(block)
-        return True
+        oldest = list(islice(self._cached.iter_blocks_after(None), DROPPED_AT_ONCE))
+        oldest = list(takewhile(lambda block: block.block_id not in self._hit, oldest))
+        for _ in oldest:
+            self._drop_oldest()
+        return bool(oldest)
 
-    def _drop_cached(self, block: Block) -> None:
-        """An idle cached pooled block, out of its list already, is blank."""
+    def _drop_oldest(self) -> int:
+        """The idle cached pooled block that was used least recently is blank; returns its slot."""
+        block = self._cached.popleft()
+        self._drop(block)
+        return block.block_id - self._boundary
+
+    def _drop(self, block: Block) -> None:
+        """A pooled block that is in no list is blank."""
         self._observer.on_pooled_dropped(block)
         self._blank.give(block.block_id - self._boundary)
 
     def forget_cached_pooled(self) -> None:
         """Drop the KV of all pooled blocks that nobody uses."""
         while self._cached.num_free_blocks:
-            self._drop_cached(self._cached.popleft())
+            self._drop_oldest()
         self.refresh()
 
     def freshen(self, blocks: Sequence[Block]) -> None:
-        """Make those of the blocks that are free the last to be reused; changes nothing else."""
+        """Make those of the blocks that are free the last to be reused; changes nothing else.
+
+        Until the next call they are not dropped for the sake of longer gaps.
+        """
+        self._hit = {block.block_id for block in blocks if block.block_id >= self._boundary}
         for block in blocks:
             if block.ref_cnt == 0:
                 tier = self._resident if block.block_id < self._boundary else self._cached
@@ -246,7 +263,7 @@ class TieredFreeBlockQueue:
         self._resident.prepend_n(self._freed_residents(blocks))
         for block in blocks:
             if block.block_id >= self._boundary:
-                self._drop_cached(block)
+                self._drop(block)
         self.refresh()
 
     def _freed_residents(self, blocks: list[Block]) -> list[Block]:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pie_vllm.errors import IntegrityError
+from pie_vllm.policy.placement import free_queue
 from pie_vllm.policy.placement.free_queue import TieredFreeBlockQueue
 from pie_vllm.simulation.prefix_cache import Free
 from tests.helpers.fakes import FakeBlock
@@ -226,3 +227,22 @@ def test_an_idle_cached_resident_is_told_of_before_it_is_reused() -> None:
     taken = queue.popleft_n(2)
     assert taken[0] is cached
     assert observer.evicted == [cached.block_id]
+
+
+def test_idle_ids_are_dropped_for_a_longer_gap_but_for_those_of_a_hit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a waiting request has found is not taken for what it needs besides."""
+    monkeypatch.setattr(free_queue, "GAP_SHARE", 1)
+    queue, observer, blocks = make()
+    taken = [queue.take_pooled(10 * place) for place in range(POOLED)]
+    queue.append_n(taken[1:])
+    queue.give_blank(taken[0])
+    queue.freshen(taken[2:3])
+    before = queue.num_free_blocks, queue.available_pooled
+    assert queue.take_pooled(100) is blocks[RESIDENT], "the longest gap begins with it"
+    dropped = [block.block_id for block in taken[1:] if block is not taken[2]]
+    assert observer.dropped == dropped
+    assert not queue.is_blank(taken[2].block_id)
+    assert (queue.num_free_blocks, queue.available_pooled) == (before[0], before[1] - 1)
+    queue.check_integrity()
