@@ -11,11 +11,11 @@ from pie_vllm.policy.block import Block
 from pie_vllm.policy.placement.blank_ids import BlankIds
 from pie_vllm.policy.placement.interfaces import FreeList
 
-GAP_MIN = 8
+GAP_MIN = 16
 """Length of the longest gap of blank ids below which idle cached ones are dropped for a longer
 one, in a window of at least ``GAP_SHARE`` times as many."""
 
-GAP_SHARE = 64
+GAP_SHARE = 32
 """Ids of a window for each id of that length, in smaller windows."""
 
 DROPPED_AT_ONCE = 32
@@ -181,7 +181,7 @@ class TieredFreeBlockQueue:
         if blank.num_free <= (0 if with_row else self.withheld):
             dropped = self._drop_oldest()
         slot = blank.beside(place)
-        if slot is None:
+        if slot is None and (self.withheld or not self._gap_min):
             slot = dropped
         if slot is None:
             slot, length = blank.longest_gap()
