@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -170,7 +171,7 @@ class Window(NamedTuple):
     stores: Copies
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """So many steps were played."""
 
 
@@ -191,10 +192,8 @@ class Churn(Simulation):
 
     def play(self) -> list[Window]:
         """All windows."""
-        try:
+        with suppress(_EnoughError):
             self.run(self._left + 1)
-        except _Enough:
-            pass
         return self.windows
 
     def _cost(self, orders: StepOrders, ran: Sequence[Request], tokens: int) -> StepCost:
@@ -212,7 +211,7 @@ class Churn(Simulation):
             self.windows.append(Window(self._number, self._clock, pooled, parked, *self._counted))
             self._counted = [Copies()] * 3
         if not self._left:
-            raise _Enough
+            raise _EnoughError
         return super()._cost(orders, ran, tokens)
 
 
@@ -239,9 +238,7 @@ def churn(machine: Machine, steps: int, every: int, *, parking: bool = True) -> 
     """The simulation of so many steps on a machine, not played yet."""
     sizes = machine.geometry()
     prior = Prior(machine.link, step_seconds=machine.step)
-    decider = Decider(
-        sizes.row_bytes, sizes.pooled_blocks, prior=prior, block_tokens=BLOCK_TOKENS
-    )
+    decider = Decider(sizes.row_bytes, sizes.pooled_blocks, prior=prior, block_tokens=BLOCK_TOKENS)
     return Churn(
         steps,
         every,

@@ -29,13 +29,19 @@ AHEAD_STEPS = 4
 """Number of steps for whose new blocks residents are made free at once: demoting one block in each
 of many allocations costs several times as much."""
 
+AHEAD_MIN = 8
+"""Number of new blocks a step below which none is demoted ahead: it would be loaded for some steps
+more, and there is little to save."""
+
 AHEAD_MAX = 64
 """Maximum number of blocks demoted at once where fewer are asked for; each takes microseconds."""
 
 
 def demoted_at_once(running: int, block_size: int) -> int:
     """Number of blocks demoted where one is asked for, while ``running`` requests decode."""
-    return max(1, min(AHEAD_STEPS * running // block_size, AHEAD_MAX))
+    if running < AHEAD_MIN * block_size:
+        return 1
+    return min(AHEAD_STEPS * running // block_size, AHEAD_MAX)
 
 
 def tail_room(running: int, block_size: int) -> int:
@@ -149,7 +155,9 @@ class Residency:
         for block in self.tables[request_id][:num_full]:
             self._set_full(block)
         holder = self.victims.holders[request_id]
-        self._note_places(holder.chain + holder.full, self.tables[request_id][holder.full : num_full])
+        self._note_places(
+            holder.chain + holder.full, self.tables[request_id][holder.full : num_full]
+        )
         holder.full = num_full
         holder.cursor = 0  # Restored hits are complete only now.
         self.victims.offer(holder)
@@ -290,9 +298,7 @@ class Residency:
                     spare -= not running  # A load that the step would do without.
         return copies
 
-    def _promote(
-        self, index: int, block: Block, users: Sequence[RequestId]
-    ) -> tuple[BlockId, Row]:
+    def _promote(self, index: int, block: Block, users: Sequence[RequestId]) -> tuple[BlockId, Row]:
         """Give a pooled block of these requests a free resident; the page and the row."""
         target = self.queue.popleft()
         self.entries.drop(target)

@@ -35,7 +35,7 @@ class Tiers(RuleBasedStateMachine):
         pooled=st.integers(1, 9),
         extra=st.integers(0, 9),
         parking=st.sampled_from([None, "lru"]),
-        extents_min=st.sampled_from([2, 4, 16]),
+        extents_min=st.sampled_from([2, 4, 64]),
         ahead_max=st.integers(1, 4),
     )
     def start(
