@@ -36,8 +36,27 @@ matters on devices of a few blocks: with thousands of blocks a link feeds some p
 UNKNOWN_LINK_FRACTION = 0.05
 """Share of the device's KV bytes for the ring where the link could not be measured."""
 
-CHUNK_BYTES = 64 << 20
-"""Target size of a chunk of the host pool; a chunk holds whole rows."""
+CHUNK_BYTES_MIN = 64 << 20
+"""Lower bound on the target size of a chunk of the host pool; a chunk holds whole rows."""
+
+CHUNK_BYTES_MAX = 1 << 30
+"""Upper bound on it: Linux 6.11 to 6.13 refuse to pin 2 GiB in one call (cuda_driver pins a chunk
+in one), and a chunk is what a growing pool waits for."""
+
+CHUNKS_MIN = 16
+"""Number of chunks that a pool has at least, unless they would be below ``CHUNK_BYTES_MIN``: it
+grows and shrinks by whole ones."""
+
+CHUNKS_MAX = 4096
+"""Number of chunks above which they are larger than ``CHUNK_BYTES_MIN``: each is a registration
+with the driver."""
+
+COPY_SECONDS = 25e-6
+"""Duration of a copy that a link does at its full speed, in seconds: 9 MB over NVLink-C2C, which
+wants 8 MiB; 1.4 MB over PCIe 5."""
+
+EXTENT_BLOCKS = 32
+"""Maximum number of blocks that placement keeps together; large chunks hold a multiple."""
 
 PAGE_TABLE_SHARE = 512
 """Bytes of the CPU pool for which a CUDA device may take one byte of its own memory: its page
@@ -104,6 +123,22 @@ def blocks_fed(link_bytes_per_s: float, step_seconds: float, row_bytes: int) -> 
         row_bytes: bytes of one block in all layers.
     """
     return max(1, math.ceil(link_bytes_per_s * step_seconds / row_bytes))
+
+
+def chunk_target(pool_bytes: int, num_layers: int, link_bytes_per_s: float | None = None) -> int:
+    """Target size of a chunk of the pool: ``COPY_SECONDS`` of the link in each layer, in bounds.
+
+    Rows of a layer lie together within a chunk, so no copy is longer than a chunk's share of a
+    layer.
+
+    Args:
+        pool_bytes: bytes of the CPU pool.
+        num_layers: attention layers with KV.
+        link_bytes_per_s: speed from the CPU to the device; None if unknown.
+    """
+    wanted = num_layers * math.ceil((link_bytes_per_s or 0) * COPY_SECONDS)
+    wanted = max(min(wanted, pool_bytes // CHUNKS_MIN), pool_bytes // CHUNKS_MAX)
+    return min(max(wanted, CHUNK_BYTES_MIN), CHUNK_BYTES_MAX)
 
 
 @dataclass(frozen=True)
@@ -278,7 +313,8 @@ def plan_geometry(
     ring_slots: int | None = None,
     ring_fraction: float | None = None,
     fed_blocks: int | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    link_bytes_per_s: float | None = None,
+    chunk_bytes: int | None = None,
     whole_blocks: int = 0,
 ) -> Geometry:
     """Divide ``device_bytes`` into resident pages and a ring.
@@ -301,12 +337,16 @@ def plan_geometry(
         ring_fraction: share of ``device_bytes`` that the ring may take; ``None`` is
             ``RING_FRACTION_MAX`` with ``fed_blocks``.
         fed_blocks: blocks that the link brings in one step; see ``blocks_fed``.
-        chunk_bytes: target size of one chunk of the pool.
+        link_bytes_per_s: speed from the CPU to the device; None if unknown.
+        chunk_bytes: target size of one chunk of the pool; None follows the link, see
+            ``chunk_target``.
         whole_blocks: blocks that one step must be able to write, all of them resident.
 
     Raises:
         ConfigError: the sizes cannot work; says the least that would.
     """
+    if chunk_bytes is None:
+        chunk_bytes = chunk_target(pool_bytes, num_layers, link_bytes_per_s)
     _check_sizes(
         {
             "the number of attention layers": num_layers,
@@ -336,7 +376,7 @@ def plan_geometry(
         pooled_blocks=window,
         ring_slots=slots,
         rows=rows,
-        chunk_rows=max(1, min(rows, chunk_bytes // (num_layers * page_bytes))),
+        chunk_rows=_chunk_rows(rows, chunk_bytes, num_layers * page_bytes),
         granularity=granularity,
     )
     _check_geometry(geometry, device, needed)
@@ -364,6 +404,14 @@ def _rows(pool_bytes: int, row_bytes: int) -> int:
             f"{row_bytes / 2**30:.6f} GiB."
         )
     return pool_bytes // row_bytes
+
+
+def _chunk_rows(rows: int, chunk_bytes: int, row_bytes: int) -> int:
+    """Rows of a chunk: whole extents where it holds one."""
+    chunk_rows = max(1, min(rows, chunk_bytes // row_bytes))
+    if EXTENT_BLOCKS <= chunk_rows < rows:
+        chunk_rows -= chunk_rows % EXTENT_BLOCKS
+    return chunk_rows
 
 
 def _fitted(device: _Device, window: int, rows: int, needed: int, whole_blocks: int) -> int:

@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 from pie_vllm.errors import ConfigError
 from pie_vllm.geometry import (
     BYTES_MAX,
+    CHUNK_BYTES_MAX,
+    CHUNK_BYTES_MIN,
     MIN_RESIDENT_BLOCKS,
     RING_FRACTION_MAX,
     Geometry,
     blocks_fed,
+    chunk_target,
     plan_geometry,
 )
 
@@ -115,6 +118,40 @@ def test_no_run_of_rows_can_leave_the_pool() -> None:
     g = plan(chunk_bytes=5 * 30 * 98_304 + 17)
     assert g.chunk_rows == 5
     assert g.num_chunks == 16
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("pool", "layers", "link", "target"),
+    [
+        (8 * GIB, 32, None, CHUNK_BYTES_MIN),
+        (80 * GIB, 32, 55e9, CHUNK_BYTES_MIN),
+        (GIB, 80, 377e9, CHUNK_BYTES_MIN),
+        (4 * GIB, 80, 377e9, 4 * GIB // 16),
+        (54 * GIB, 80, 377e9, 80 * 9_425_000),
+        (900 * GIB, 126, 377e9, CHUNK_BYTES_MAX),
+        (1024 * GIB, 32, 55e9, 1024 * GIB // 4096),
+    ],
+)
+def test_chunks_follow_the_link_and_the_pool(
+    pool: int, layers: int, link: float | None, target: int
+) -> None:
+    """A fast link's copies are as long as it wants, a small pool has several chunks all the same.
+
+    A large pool has no more of them than a driver registers.
+    """
+    assert chunk_target(pool, layers, link) == target
+    row = layers * 65536
+    g = plan(
+        num_layers=layers, page_bytes=65536, pool_bytes=pool, device_bytes=GIB * layers,
+        link_bytes_per_s=link,
+    )  # fmt: skip
+    assert g.chunk_rows * row <= target < g.chunk_rows * row + 32 * row
+    if link == 377e9 and pool > 50 * GIB:
+        assert g.chunk_rows * g.page_bytes >= 8 << 20
+        assert g.chunk_rows % 32 == 0
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ DRIVEN_BY_TESTS = {
     "seconds_until": "DriverEvent, in the GPU checks",
     "submit_head_first": "TransferEngine: order of submission, in the GPU checks",
     "page_offset": "Geometry: where a page lies, for tests that read the arena",
-    "num_free": "RowLedger",
     "NEW_WEIGHTS": "vLLM's calls that load weights, as patched",
 }
 """Name: what it is. Tests or benchmarks need it, and nothing in the product does."""

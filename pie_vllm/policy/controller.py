@@ -20,7 +20,7 @@ from pie_vllm.policy.control.elastic_pool import ElasticPool
 from pie_vllm.policy.control.stall_samples import AwaitedStalls, speed_of_finished
 from pie_vllm.policy.control.turns import Turns
 from pie_vllm.policy.placement.completed_blocks import CompletedBlocks
-from pie_vllm.policy.placement.residency import Residency, tail_room
+from pie_vllm.policy.placement.residency import Residency, demoted_at_once, tail_room
 from pie_vllm.policy.placement.store_ahead import Ahead
 
 
@@ -154,6 +154,7 @@ class Controller:
         decision = self.decider.decide(prompts)
         self.admission.begin_step(decision, blocks)
         residency.parking.allowance = decision.parked_at_once
+        residency.ahead_max = demoted_at_once(len(running), self._size)
         self._scheduler.leave_out(
             self.turns.begin_step(running, residency, decision, self._priority)
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
@@ -28,7 +28,7 @@ class Free:
     """A free list of blocks."""
 
     def __init__(self, blocks: list[Any]) -> None:
-        self._blocks: deque[Any] = deque(blocks)
+        self._blocks: OrderedDict[int, Any] = OrderedDict((b.block_id, b) for b in blocks)
 
     @property
     def num_free_blocks(self) -> int:
@@ -37,31 +37,33 @@ class Free:
 
     def popleft(self) -> Any:
         """Take the first block."""
-        return self._blocks.popleft()
+        return self._blocks.popitem(last=False)[1]
 
     def popleft_n(self, n: int) -> list[Any]:
         """Take the first ``n`` blocks."""
-        return [self._blocks.popleft() for _ in range(n)]
+        return [self.popleft() for _ in range(n)]
 
     def remove(self, block: Any) -> None:
         """Take a given block out."""
-        self._blocks.remove(block)
+        del self._blocks[block.block_id]
 
     def append_n(self, blocks: list[Any]) -> None:
         """Put blocks back as the last."""
-        self._blocks.extend(blocks)
+        self._blocks.update((block.block_id, block) for block in blocks)
 
     def prepend_n(self, blocks: list[Any]) -> None:
         """Put blocks back as the first."""
-        self._blocks.extendleft(reversed(blocks))
+        for block in reversed(blocks):
+            self._blocks[block.block_id] = block
+            self._blocks.move_to_end(block.block_id, last=False)
 
     def get_all_free_blocks(self) -> list[Any]:
         """All blocks, in order."""
-        return list(self._blocks)
+        return list(self._blocks.values())
 
     def iter_blocks_after(self, cursor: None) -> Iterator[Any]:  # noqa: ARG002
         """All blocks, in order."""
-        return iter(self._blocks)
+        return iter(self._blocks.values())
 
 
 def give_back(queue: TieredFreeBlockQueue, table: Sequence[Any]) -> None:

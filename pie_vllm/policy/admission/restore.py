@@ -98,8 +98,11 @@ def first_of(found: Sequence[Any], parked: int) -> list[Any]:
 
 def _attach(residency: Residency, key: Hashable) -> Any:
     """A pooled block whose row is that of the key."""
-    block = residency.queue.take_pooled(with_row=True)
-    residency.parking.attach(key, block.block_id)
+    parking = residency.parking
+    place = parking.place_of(key)
+    block = residency.queue.take_pooled(place, with_row=True)
+    parking.attach(key, block.block_id)
+    parking.places[block.block_id] = place
     return block
 
 
@@ -110,7 +113,10 @@ def _fill(residency: Residency, keys: Sequence[Hashable]) -> list[Any]:
     for block in blocks:
         if block.block_hash is not None:
             drop(block)
-    residency.parking.restore(keys, [block.block_id for block in blocks])
+    parking = residency.parking
+    ids = [block.block_id for block in blocks]
+    parking.restore(keys, ids)
+    parking.places.update(zip(ids, map(parking.place_of, keys), strict=True))
     return blocks
 
 

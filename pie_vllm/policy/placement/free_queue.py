@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from heapq import heappop, heappush
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Protocol
 
 from pie_vllm.errors import IntegrityError
 from pie_vllm.policy.block import Block
+from pie_vllm.policy.placement.blank_ids import BlankIds
 from pie_vllm.policy.placement.interfaces import FreeList
+
+GAP_MIN = 16
+"""Length of the longest gap of blank ids below which idle cached ones are dropped for a longer
+one, in a window of at least ``GAP_SHARE`` times as many."""
+
+GAP_SHARE = 32
+"""Ids of a window for each id of that length, in smaller windows."""
+
+DROPPED_AT_ONCE = 32
+"""Number of these: a request's, most often, whose ids lie together."""
 
 
 class FreeObserver(Protocol):
@@ -80,8 +90,9 @@ class TieredFreeBlockQueue:
         self._observer = observer
         self._resident = make_list(list(blocks[:resident_blocks]))
         self._cached = make_list([])
-        self._blank = list(range(resident_blocks, len(blocks)))
-        self._blank_set = set(self._blank)
+        self._hit: set[int] = set()  # Pooled ids that a waiting request has found.
+        self._blank = BlankIds(len(blocks) - resident_blocks)
+        self._gap_min = min(GAP_MIN, (len(blocks) - resident_blocks) // GAP_SHARE)
         self.demotable = 0
         self.frozen = False
         self.withheld = self.missing = self.taken = self.turnover = 0
@@ -103,13 +114,13 @@ class TieredFreeBlockQueue:
     @property
     def available_in_all(self) -> int:
         """Number of free blocks of both tiers, without those that are missing."""
-        there = len(self._blank) - self.missing
+        there = self._blank.num_free - self.missing
         return self.free_residents + self._cached.num_free_blocks + max(there, 0)
 
     def refresh(self) -> None:
         """Recompute ``num_free_blocks`` and the counts of pooled ids after a change."""
         free = self._resident.num_free_blocks
-        blank, cached = len(self._blank), self._cached.num_free_blocks
+        blank, cached = self._blank.num_free, self._cached.num_free_blocks
         self.free_pooled = blank + cached
         blank -= self.withheld
         self.available_pooled = cached + (blank if blank > 0 else 0)
@@ -164,30 +175,74 @@ class TieredFreeBlockQueue:
             self._observer.on_evicted(cached)
         return blocks
 
-    def take_pooled(self, *, with_row: bool = False) -> Block:
+    def take_pooled(self, place: int, *, with_row: bool = False) -> Block:
         """Take a pooled block for a demotion, or for a row that is there already.
 
-        A blank one, else the idle cached one that was used least recently,
-        whose cached KV then loses its id.
+        A blank one, beside that of the neighbour in the chain if it can be had. Where there is
+        none, or no gap for a run, the idle cached ones that were used least recently lose theirs.
         """
-        if self._blank and (with_row or len(self._blank) > self.withheld):
-            block = self._blocks[heappop(self._blank)]
-            self._blank_set.discard(block.block_id)
-        else:
-            block = self._cached.popleft()
-            self._observer.on_pooled_dropped(block)
+        block = self._take_pooled(place, with_row)
         self.refresh()
         return block
+
+    def take_pooled_n(self, place: int, count: int) -> list[Block]:
+        """As ``take_pooled`` for so many places, from the first one on."""
+        blocks = [self._take_pooled(each, False) for each in range(place, place + count)]
+        self.refresh()
+        return blocks
+
+    def _take_pooled(self, place: int, with_row: bool) -> Block:
+        blank, dropped = self._blank, None
+        if blank.num_free <= (0 if with_row else self.withheld):
+            dropped = self._drop_oldest()
+        slot = blank.beside(place)
+        if slot is None and (self.withheld or not self._gap_min):
+            slot = dropped
+        if slot is None:
+            slot, length = blank.longest_gap()
+            if length < self._gap_min and self._drop_more():
+                slot, _ = blank.longest_gap()
+        blank.take(slot, place)
+        return self._blocks[self._boundary + slot]
+
+    def _drop_more(self) -> bool:
+        """Drop the KV of some of the oldest idle cached pooled blocks, so that gaps get longer.
+
+        Returns:
+            Whether there were any. Those that a waiting request has found stay, and all stay while
+            blank ids are withheld: the cached ones are not.
+        """
+        if self.withheld:
+            return False
+        oldest = list(islice(self._cached.iter_blocks_after(None), DROPPED_AT_ONCE))
+        oldest = list(takewhile(lambda block: block.block_id not in self._hit, oldest))
+        for _ in oldest:
+            self._drop_oldest()
+        return bool(oldest)
+
+    def _drop_oldest(self) -> int:
+        """The idle cached pooled block that was used least recently is blank; returns its slot."""
+        block = self._cached.popleft()
+        self._drop(block)
+        return block.block_id - self._boundary
+
+    def _drop(self, block: Block) -> None:
+        """A pooled block that is in no list is blank."""
+        self._observer.on_pooled_dropped(block)
+        self._blank.give(block.block_id - self._boundary)
 
     def forget_cached_pooled(self) -> None:
         """Drop the KV of all pooled blocks that nobody uses."""
         while self._cached.num_free_blocks:
-            block = self._cached.popleft()
-            self._observer.on_pooled_dropped(block)
-            self.give_blank(block)
+            self._drop_oldest()
+        self.refresh()
 
     def freshen(self, blocks: Sequence[Block]) -> None:
-        """Make those of the blocks that are free the last to be reused; changes nothing else."""
+        """Make those of the blocks that are free the last to be reused; changes nothing else.
+
+        Until the next call they are not dropped for the sake of longer gaps.
+        """
+        self._hit = {block.block_id for block in blocks if block.block_id >= self._boundary}
         free = [block for block in blocks if block.ref_cnt == 0]
         residents = [block for block in free if block.block_id < self._boundary]
         pooled = [block for block in free if block.block_id >= self._boundary]
@@ -198,8 +253,7 @@ class TieredFreeBlockQueue:
 
     def give_blank(self, block: Block) -> None:
         """Give back a pooled block that holds no KV."""
-        heappush(self._blank, block.block_id)
-        self._blank_set.add(block.block_id)
+        self._blank.give(block.block_id - self._boundary)
         self.refresh()
 
     def remove(self, block: Block) -> None:
@@ -235,9 +289,7 @@ class TieredFreeBlockQueue:
         self.taken -= len(residents)
         for block in blocks:
             if block.block_id >= self._boundary:
-                self._observer.on_pooled_dropped(block)
-                heappush(self._blank, block.block_id)
-                self._blank_set.add(block.block_id)
+                self._drop(block)
         self.refresh()
 
     def _freed_residents(self, blocks: list[Block]) -> list[Block]:
@@ -251,7 +303,7 @@ class TieredFreeBlockQueue:
         return [
             *self._resident.get_all_free_blocks(),
             *self._cached.get_all_free_blocks(),
-            *(self._blocks[i] for i in sorted(self._blank)),
+            *(self._blocks[self._boundary + slot] for slot in self._blank.free_slots()),
         ]
 
     def next_reused(self, count: int) -> Iterator[Block]:
@@ -264,7 +316,7 @@ class TieredFreeBlockQueue:
 
     def is_blank(self, block_id: int) -> bool:
         """Whether a pooled id is free and holds no KV."""
-        return block_id in self._blank_set
+        return self._blank.is_free(block_id - self._boundary)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless the lists and counts agree."""
@@ -274,8 +326,7 @@ class TieredFreeBlockQueue:
             raise IntegrityError("a block is twice in the free lists, or a count is off")
         if any(b.ref_cnt for b in free):
             raise IntegrityError("a block in use is in a free list")
-        if set(self._blank) != self._blank_set:
-            raise IntegrityError("blank ids disagree")
+        self._blank.check_integrity()
         before = self.num_free_blocks
         self.refresh()
         if before != self.num_free_blocks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
 from pie_vllm.plan import Relabel
 from pie_vllm.policy.block import BlockId, RequestId
@@ -19,9 +19,10 @@ class RelabelLog:
         """Start without a change."""
         self.ids: dict[RequestId, dict[int, BlockId]] = {}
 
-    def record(self, request_id: RequestId, index: int, block_id: BlockId) -> None:
-        """Entry ``index`` of a request's table is ``block_id`` now."""
-        self.ids.setdefault(request_id, {})[index] = block_id
+    def record(self, request_id: RequestId, first: int, block_ids: Sequence[BlockId]) -> None:
+        """Entries of a request's table from ``first`` on are these now."""
+        changed = self.ids.setdefault(request_id, {})
+        changed.update(zip(range(first, first + len(block_ids)), block_ids, strict=True))
 
     def drain(self, live: Container[RequestId], fresh: Container[RequestId]) -> tuple[Relabel, ...]:
         """Merged relabels of live requests that are not fresh; the rest is dropped."""

@@ -16,12 +16,32 @@ from pie_vllm.policy.placement.read_set import ReadSet
 from pie_vllm.policy.placement.relabel_log import RelabelLog
 from pie_vllm.policy.placement.run_set import merge
 from pie_vllm.policy.placement.store_ahead import LOOK_STEPS, Ahead, store_ahead
-from pie_vllm.policy.placement.victims import Victims
+from pie_vllm.policy.placement.victims import Stretch, Victims
+from pie_vllm.policy.pool.extents import CHAIN
 from pie_vllm.policy.pool.parked_kv import Parking
 from pie_vllm.policy.pool.rows import RowLedger
 
 BLOCKED_SHARE_MAX = 0.2
 """Share of the residents that link-blocked requests may hold before demotion stops."""
+
+
+AHEAD_STEPS = 4
+"""Number of steps for whose new blocks residents are made free at once: demoting one block in each
+of many allocations costs several times as much."""
+
+AHEAD_MIN = 8
+"""Number of new blocks a step below which none is demoted ahead: it would be loaded for some steps
+more, and there is little to save."""
+
+AHEAD_MAX = 64
+"""Maximum number of blocks demoted at once where fewer are asked for; each takes microseconds."""
+
+
+def demoted_at_once(running: int, block_size: int) -> int:
+    """Number of blocks demoted where one is asked for, while ``running`` requests decode."""
+    if running < AHEAD_MIN * block_size:
+        return 1
+    return min(AHEAD_STEPS * running // block_size, AHEAD_MAX)
 
 
 def tail_room(running: int, block_size: int) -> int:
@@ -50,6 +70,7 @@ class Residency:
         read_set: Pooled blocks of each request, and those that the step loads.
         chunks_usable: Number of chunks of the pool whose rows are handed out.
         chunks_expected: Number of chunks whose rows an admission may count on.
+        ahead_max: Number of blocks demoted where fewer are asked for, if so many are private.
         demotions: Number of blocks demoted since the start.
         promotions: Number of blocks promoted since the start.
         catch_up: Hook called before a demotion; it tells of blocks that are complete by then.
@@ -90,13 +111,14 @@ class Residency:
         self.victims = Victims(tables, self.boundary)
         self.read_set = ReadSet(self.rows, self.boundary, self.window, geometry.chunk_rows)
         self.chunks_usable = self.chunks_expected = geometry.num_chunks
+        self.ahead_max = 1
         self.demotions = 0
         self.promotions = 0
         self.catch_up: Callable[[], None] = lambda: None
         self.on_leave: Callable[[RequestId], None] = lambda _: None
         self._relabels = RelabelLog()
         self._step = 0
-        self._demoted = False  # Whether a block was demoted in the step that is planned.
+        self._promotes_from = 0  # The first step that promotes, after the newest demotion.
 
     # What requests do.
 
@@ -106,15 +128,23 @@ class Residency:
 
     def admitted(self, request_id: RequestId) -> None:
         """A request got its first blocks; the pooled ones among its hits are noted."""
-        for block in self.tables[request_id][: self.victims.holders[request_id].full]:
+        holder = self.victims.holders[request_id]
+        hits = self.tables[request_id][: holder.full]
+        for block in hits:
             if block.block_id >= self.boundary:
                 self.read_set.add(request_id, block.block_id)
+        if hits:
+            place = self.parking.places.get(hits[-1].block_id)
+            if place is not None and place % CHAIN == len(hits) - 1:
+                self.victims.continue_chain(holder, place - place % CHAIN)
 
     def computed(self, request_id: RequestId, num_full: int) -> None:
         """The first ``num_full`` blocks of a request are complete after this step."""
         holder = self.victims.holders[request_id]
         if num_full > holder.full:
-            self._set_full(self.tables[request_id][holder.full : num_full])
+            blocks = self.tables[request_id][holder.full : num_full]
+            self._set_full(blocks)
+            self._note_places(holder.chain + holder.full, blocks)
             holder.full = num_full
             self.victims.offer(holder)
             self.queue.refresh()
@@ -123,6 +153,9 @@ class Residency:
         """``computed`` for a request admitted in this step, which includes its hits."""
         self._set_full(self.tables[request_id][:num_full])
         holder = self.victims.holders[request_id]
+        self._note_places(
+            holder.chain + holder.full, self.tables[request_id][holder.full : num_full]
+        )
         holder.full = num_full
         holder.cursor = 0  # Restored hits are complete only now.
         self.victims.offer(holder)
@@ -131,8 +164,16 @@ class Residency:
     def forget(self, request_id: RequestId) -> None:
         """A request is about to give its blocks back."""
         self.on_leave(request_id)
-        if self.victims.forget(request_id):
+        holder = self.victims.holders.get(request_id)
+        if holder is not None:
+            left = self.tables.get(request_id, [])[holder.full :]
+            self._note_places(holder.chain + holder.full, left)
+            self.victims.forget(request_id)
             self.read_set.forget(request_id)
+
+    def _note_places(self, first: int, blocks: Sequence[Block]) -> None:
+        """These blocks are at places from ``first`` on of a chain."""
+        self.parking.places.update((b.block_id, p) for p, b in enumerate(blocks, first))
 
     def _set_full(self, blocks: Iterable[Block]) -> None:
         """The KV of these blocks in use is complete."""
@@ -188,37 +229,47 @@ class Residency:
         self.catch_up()
         victims = self.victims
         count = min(count, self.queue.available_pooled)
-        while count > 0:
-            victim = victims.private()
-            if victim is None:
-                break
-            self._demote(victim.index, victim.block, (victim.request_id,))
-            count -= 1
+        most = min(max(count, self.ahead_max), self.queue.available_pooled)
+        while most > 0 and (stretch := victims.private(most)) is not None:
+            self._demote(stretch, (stretch.request_id,))
+            most -= len(stretch.blocks)
+            count -= len(stretch.blocks)
+        if count < 0:  # Residents that are free ahead of their use are not for promotion.
+            self._promotes_from = self._step + 1 + AHEAD_STEPS
         if count <= 0:
             return
-        for _, index, block in victims.rest():
-            self._demote(index, block, victims.users(index, block))
+        for stretch in victims.rest():
+            self._demote(stretch, victims.users(stretch.index, stretch.blocks[0]))
             count -= 1
             if count <= 0:
                 return
 
-    def _demote(self, index: int, block: Block, users: Collection[RequestId]) -> None:
-        """Give a resident block of these requests a pooled id, and its KV a row."""
-        if len(users) != block.ref_cnt:
-            raise IntegrityError(
-                f"block {block.block_id} has {block.ref_cnt} users, {len(users)} were found"
-            )
-        target = self.queue.take_pooled()
-        row, stored = self.parking.row_for(block, target.block_id)
-        if not stored:
-            self.parking.copies.stores[row] = block.block_id
-        self._demoted = True
-        self._clear_full(block.block_id)
-        self._relabel(index, block, target, users)
-        for request_id in users:
-            self.read_set.add(request_id, target.block_id)
-        self.queue.prepend_n([block])
-        self.demotions += 1
+    def _demote(self, stretch: Stretch, users: Collection[RequestId]) -> None:
+        """Give resident blocks, each of all these requests, pooled ids, and their KV rows."""
+        request_id, first, blocks = stretch
+        parking, queue, full = self.parking, self.queue, self.victims.full
+        stores, row_for, places = parking.copies.stores, parking.row_for, parking.places
+        place = self.victims.holders[request_id].chain + first
+        targets = queue.take_pooled_n(place, len(blocks))
+        for block, target in zip(blocks, targets, strict=True):
+            if block.ref_cnt != len(users):
+                raise IntegrityError(
+                    f"block {block.block_id} has {block.ref_cnt} users, {len(users)} were found"
+                )
+            row, stored = row_for(block, target.block_id, place)
+            if not stored:
+                stores[row] = block.block_id
+            places[target.block_id] = place
+            place += 1
+            full[block.block_id] = 0
+        queue.demotable -= len(blocks)
+        self._relabel(first, blocks, targets, users)
+        for name in users:
+            for target in targets:
+                self.read_set.add(name, target.block_id)
+        queue.prepend_n(blocks)
+        self._promotes_from = max(self._promotes_from, self._step + 2)
+        self.demotions += len(blocks)
 
     # Promotion.
 
@@ -258,15 +309,14 @@ class Residency:
                     spare -= not running  # A load that the step would do without.
         return copies
 
-    def _promote(
-        self, index: int, block: Block, users: Collection[RequestId]
-    ) -> tuple[BlockId, Row]:
+    def _promote(self, index: int, block: Block, users: Sequence[RequestId]) -> tuple[BlockId, Row]:
         """Give a pooled block of these requests a free resident; the page and the row."""
         target = self.queue.popleft()
         self.entries.drop(target)
         row = self.rows.row_of(block.block_id)
         self.parking.promoted(block)
-        self._relabel(index, block, target, users)
+        self.parking.places[target.block_id] = self.victims.holders[users[0]].chain + index
+        self._relabel(index, [block], [target], users)
         for request_id in users:
             self.read_set.discard(request_id, block.block_id)
             self.victims.offer_from(request_id, index)
@@ -276,16 +326,22 @@ class Residency:
         return target.block_id, row
 
     def _relabel(
-        self, index: int, block: Block, target: Block, users: Collection[RequestId]
+        self,
+        first: int,
+        blocks: Sequence[Block],
+        targets: Sequence[Block],
+        users: Collection[RequestId],
     ) -> None:
-        """Put ``target`` in the place of a block in the tables of its users."""
+        """Put ``targets`` in the place of neighbouring blocks in the tables of their users."""
+        ids = [target.block_id for target in targets]
         for request_id in users:
-            self.tables[request_id][index] = target
-            self._relabels.record(request_id, index, target.block_id)
-        target.ref_cnt = block.ref_cnt
-        block.ref_cnt = 0
-        self.parking.watched.changed(block.block_hash)
-        self.entries.move(block, target)
+            self.tables[request_id][first : first + len(ids)] = targets
+            self._relabels.record(request_id, first, ids)
+        move, changed = self.entries.move, self.parking.watched.changed
+        for block, target in zip(blocks, targets, strict=True):
+            target.ref_cnt, block.ref_cnt = block.ref_cnt, 0
+            changed(block.block_hash)
+            move(block, target)
 
     # Memory of the pool.
 
@@ -348,6 +404,8 @@ class Residency:
                 no bound.
         """
         beyond = pooled_max is not None and self.pooled_in_use >= pooled_max
+        if pooled_max is not None:
+            self.ahead_max = min(self.ahead_max, max(1, pooled_max - self.pooled_in_use))
         if not blocked and not self.queue.frozen and not beyond:
             return
         held = sum(len(self.tables[r]) - len(self.read_set.pooled(r)) for r in blocked)
@@ -383,9 +441,8 @@ class Residency:
         if read_set.by_request:
             read_set.follow(scheduled, len(scheduled) == len(self.victims.holders))
             room = 0 if headroom is None else self.queue.free_residents - headroom
-            if room > 0 and forward and not self._demoted:
+            if room > 0 and forward and self._step >= self._promotes_from:
                 promoted = self._promote_free(fresh, room, load_blocks_max)
-        self._demoted = False
         if ahead and forward and parking.enabled:
             copies_now = read_set.num_blocks or promoted or parking.pending
             if ahead.prompts or (copies_now and self._step % LOOK_STEPS == 0):

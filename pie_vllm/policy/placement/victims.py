@@ -10,6 +10,7 @@ from typing import NamedTuple
 from pie_vllm.errors import IntegrityError
 from pie_vllm.policy.block import Block, RequestId, Table
 from pie_vllm.policy.placement.interfaces import Progress
+from pie_vllm.policy.pool.extents import CHAIN
 
 
 class Holder:
@@ -18,6 +19,7 @@ class Holder:
     Attributes:
         request_id: Id of the request.
         serial: Place in the order of admission.
+        chain: First place of its blocks (``pie_vllm.policy.pool.extents``).
         full: Number of blocks at the front whose KV is complete.
         cursor: Index from which on the search for a private, resident, full block continues.
         listed: Whether such a block may stand at the cursor or after it.
@@ -26,12 +28,13 @@ class Holder:
         progress: vLLM's request; None until its first step is planned.
     """
 
-    __slots__ = ("cursor", "due", "full", "listed", "progress", "request_id", "serial")
+    __slots__ = ("chain", "cursor", "due", "full", "listed", "progress", "request_id", "serial")
 
     def __init__(self, request_id: RequestId, serial: int) -> None:
         """Start without a complete block."""
         self.request_id = request_id
         self.serial = serial
+        self.chain = serial * CHAIN
         self.full = 0
         self.cursor = 0
         self.listed = False
@@ -39,12 +42,12 @@ class Holder:
         self.progress: Progress | None = None
 
 
-class Victim(NamedTuple):
-    """A block to demote, and where it stands in the table of one of its users."""
+class Stretch(NamedTuple):
+    """Neighbouring blocks to demote, and where they stand in the table of one of their users."""
 
     request_id: RequestId
     index: int  # type: ignore[assignment]  # the word for it, over tuple.index
-    block: Block
+    blocks: list[Block]
 
 
 class Victims:
@@ -69,6 +72,7 @@ class Victims:
         self._serial = 0
         self._listed: list[int] = []
         self._by_serial: dict[int, Holder] = {}
+        self._chains: set[int] = set()
 
     def admit(self, request_id: RequestId, hits: int) -> None:
         """A request gets its first blocks, ``hits`` of them full; no change if known."""
@@ -77,6 +81,7 @@ class Victims:
             holder = self.holders[request_id] = Holder(request_id, self._serial)
             self._by_serial[self._serial] = holder
             holder.full = hits
+            self._chains.add(holder.chain)
             self.offer(holder)
 
     def forget(self, request_id: RequestId) -> bool:
@@ -85,9 +90,17 @@ class Victims:
         if holder is None:
             return False
         del self._by_serial[holder.serial]
+        self._chains.discard(holder.chain)
         if holder.listed:
             self._listed.pop(bisect_left(self._listed, holder.serial))
         return True
+
+    def continue_chain(self, holder: Holder, chain: int) -> None:
+        """A request's blocks continue a chain, unless another request that is there has it."""
+        if chain not in self._chains:
+            self._chains.discard(holder.chain)
+            self._chains.add(chain)
+            holder.chain = chain
 
     def offer(self, holder: Holder) -> None:
         """The request may have a private resident full block at its cursor or after."""
@@ -106,8 +119,12 @@ class Victims:
         block_id = block.block_id
         return block_id < self._boundary and bool(self.full[block_id])
 
-    def private(self) -> Victim | None:
-        """The next block that one request alone uses; None when the search finds none."""
+    def private(self, count: int) -> Stretch | None:
+        """The next blocks, at most ``count`` neighbours, that one request alone uses.
+
+        Returns:
+            None when the search finds none.
+        """
         full, boundary = self.full, self._boundary
         while self._listed:
             holder = self._by_serial[self._listed[-1]]
@@ -117,23 +134,33 @@ class Victims:
                 block_id = block.block_id
                 if block_id < boundary and full[block_id] and block.ref_cnt == 1:
                     holder.cursor = index
-                    return Victim(holder.request_id, index, block)
+                    last = min(index + count, holder.full, len(table))
+                    return Stretch(holder.request_id, index, self._stretch(table[index:last]))
             holder.cursor = holder.full
             holder.listed = False
             self._listed.pop()
         return None
 
-    def rest(self) -> Iterator[Victim]:
+    def _stretch(self, blocks: list[Block]) -> list[Block]:
+        """The first of these blocks, up to one that is not private, resident and full."""
+        full, boundary = self.full, self._boundary
+        for number, block in enumerate(blocks):
+            block_id = block.block_id
+            if block_id >= boundary or not full[block_id] or block.ref_cnt != 1:
+                return blocks[:number]
+        return blocks
+
+    def rest(self) -> Iterator[Stretch]:
         """Blocks that ``private`` passed over: those private by now, then shared ones.
 
-        Costs a pass over the tables. Each block may be demoted when it is yielded.
+        Costs a pass over the tables. Each block comes alone and may be demoted when it does.
         """
         for shared in (False, True):
             for request_id in reversed(self.holders):
                 full = self.holders[request_id].full
                 for index, block in enumerate(self._tables.get(request_id, ())[:full]):
                     if self._demotable(block) and (shared or block.ref_cnt == 1):
-                        yield Victim(request_id, index, block)
+                        yield Stretch(request_id, index, [block])
 
     def users(self, index: int, block: Block) -> list[RequestId]:
         """Requests that hold a block; a shared prefix has one index in all."""

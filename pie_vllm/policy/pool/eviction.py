@@ -32,6 +32,11 @@ class LeastRecentlyUsed(Generic[K]):
         """Number of keys."""
         return len(self._rows)
 
+    @property
+    def oldest_row(self) -> int | None:
+        """The row of the least recently used key; None without keys."""
+        return next(iter(self._rows.values()), None)
+
     def items(self) -> ItemsView[K, int]:
         """All keys with their rows, least recently used first."""
         return self._rows.items()

@@ -46,6 +46,11 @@ class ParkedIndex(Generic[K]):
         return self._pinned.get(key) if row is None and self._pinned else row
 
     @property
+    def oldest_row(self) -> int | None:
+        """The row of the least recently used key, which ``evict`` gives; None without one."""
+        return self._order.oldest_row
+
+    @property
     def num_pinned(self) -> int:
         """Number of parked blocks that ``evict`` cannot give."""
         return len(self._pinned)

@@ -29,6 +29,8 @@ class Parking:
         evictable_row: gives the row of a key whose KV is parked and not pinned, or None.
         watched: keys that a look-up remembers; told of those that leave.
         copies: stores and restores of the coming step.
+        places: place in a chain of the KV in a block, by block id, as far as it is known; see
+            ``pie_vllm.policy.pool.extents``.
         tails: last blocks of preempted requests.
         allowance: pages that may still be stored in this step; None is without end.
         parked_blocks: stored for parking since the start.
@@ -53,6 +55,9 @@ class Parking:
         self._index: ParkedIndex[Hashable] = ParkedIndex(capacity_rows)
         self.evictable_row = self._index.evictable_row
         self.watched = WatchedKeys()
+        # The key parked last in each row: it may have left since.
+        self._keys: list[Hashable | None] = [None] * (capacity_rows if self.enabled else 0)
+        self.places: dict[int, int] = {}
         self.copies = StepCopies(rows)
         self.tails = Tails(self.copies)
         self.allowance: int | None = None
@@ -93,10 +98,10 @@ class Parking:
         """Have a cached resident stored and parked, if allowance and rows suffice."""
         if not self.enabled or (self.allowance is not None and self.allowance <= 0):
             return False
-        row = self._room()
+        row = self._room(self.places.get(block.block_id))
         if row is None:
             return False
-        self._index.park(block.block_hash, row)
+        self._park(block.block_hash, row)
         self._store(row, block.block_id)
         return True
 
@@ -107,13 +112,13 @@ class Parking:
     def left_row(self, block: Any) -> None:
         """A pooled block loses its id: its row is parked, or free if nobody can ask for its KV."""
         if self._can_park(block.block_hash):
-            self._index.park(block.block_hash, self._rows.park(block.block_id))
+            self._park(block.block_hash, self._rows.park(block.block_id))
         else:
             self.copies.stores.pop(self._rows.release(block.block_id), None)
 
     def keep_tail(self, request_id: str, block: Any, index: int, tokens: int) -> None:
         """A request is preempted: keep its last block, which is resident."""
-        row = self._room() if self.enabled else None
+        row = self._room(None) if self.enabled else None
         if row is not None:
             self.tails.keep(request_id, Tail(row, index, tokens))
             self._store(row, block.block_id)
@@ -127,13 +132,45 @@ class Parking:
         if self.allowance is not None:
             self.allowance -= 1
 
-    def _room(self) -> int | None:
-        """A row to park in: a free one, else that of the least recently used parked block."""
-        row = self._rows.take_parked()
-        if row is None and (evicted := self._index.evict()) is not None:
+    def _park(self, key: Hashable, row: int) -> None:
+        self._index.park(key, row)
+        self._keys[row] = key
+
+    def _room(self, place: int | None) -> int | None:
+        """A row to park in, that of a place if it can be had; None if none can be."""
+        self._give_way(place)
+        return self._rows.take_parked(place)
+
+    def _give_way(self, place: int | None) -> bool:
+        """Evict parked KV where a place has no row; returns whether there is a row for it now."""
+        rows = self._rows
+        if place is not None and not rows.offers(place):
+            self._evict_extent()
+        if not rows.has_free and (evicted := self._index.evict()) is not None:
             key, row = evicted
             self.watched.changed(key)
-        return row
+            self.copies.free(row)
+        return rows.has_free
+
+    def _evict_extent(self) -> None:
+        """Evict all of the extent of rows in which the least recently used parked block lies.
+
+        Its neighbours were used with it, and a whole extent keeps those together that come next.
+        No change where a row of the extent is not evictable: the extent would not become free.
+        """
+        oldest = self._index.oldest_row
+        if oldest is None:
+            return
+        extents, evictable_row, keys = self._rows.extents, self._index.evictable_row, []
+        for row in extents.members(oldest):
+            if not extents.is_free(row):
+                key = self._keys[row]
+                if key is None or evictable_row(key) != row:
+                    return
+                keys.append(key)
+        for key in keys:
+            self.watched.changed(key)
+            self.copies.free(self._index.remove(key))
 
     # Back.
 
@@ -175,10 +212,19 @@ class Parking:
         self._rows.adopt(pooled, row)
         return row
 
+    def place_of(self, key: Hashable) -> int:
+        """The place of parked KV, or another one with neighbours as its row has them."""
+        row = self._index.row_of(key)
+        assert row is not None
+        place = self._rows.extents.place_of(row)
+        return row if place is None else place
+
     # Rows of pooled blocks.
 
-    def row_for(self, block: Any, pooled: int) -> tuple[int, bool]:
+    def row_for(self, block: Any, pooled: int, place: int) -> tuple[int, bool]:
         """The row that a pooled id has for a resident block, and whether the KV is in it already.
+
+        A row that holds nothing yet is that of the place, if it can be had.
 
         The KV of a block that is demoted is never pinned: only KV that no block holds is restored,
         and the page that it fills is not complete before the step ends.
@@ -186,25 +232,15 @@ class Parking:
         key = block.block_hash
         if key is not None and key in self._index:
             return self.attach(key, pooled), True
-        if self.enabled and not self._rows.has_free:
-            self._give_up()
-        return self._rows.take(pooled), False
-
-    def _give_up(self) -> None:
-        """Free the row of the least recently used parked block, else that of the oldest tail."""
-        evicted = self._index.evict()
-        if evicted is not None:
-            key, row = evicted
-            self.watched.changed(key)
-            self._rows.free_parked(row)
-        else:
+        if self.enabled and not self._give_way(place):
             self.tails.drop_oldest()
+        return self._rows.take(pooled, place), False
 
     def promoted(self, block: Any) -> None:
         """A pooled block is copied to a resident page in the coming step; its row stays parked."""
         key, row = block.block_hash, self._rows.park(block.block_id)
         if self._can_park(key):
-            self._index.park(key, row)
+            self._park(key, row)
             self._index.pin((key,))
         else:
             self.copies.leaving.add(row)

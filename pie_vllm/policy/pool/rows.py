@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from heapq import heapify, heappop, heappush
-
 from pie_vllm.errors import IntegrityError
 from pie_vllm.policy.block import BlockId, Row
-
-_FREE, _POOLED, _PARKED = range(3)
+from pie_vllm.policy.pool.extents import Extents, extent_of
 
 
 class RowLedger:
     """Rows of the CPU pool. A row holds one block, that of a pooled id or a parked one.
 
-    Rows and pooled ids are two numbers: there may be more rows than ids. A row
-    is handed out next to the row of the neighbouring id where that is free, so
-    that runs of ids are runs of rows. A parked row is taken and belongs to no
+    Rows and pooled ids are two numbers: there may be more rows than ids. Rows are handed out by
+    extents (``pie_vllm.policy.pool.extents``), as ids are, so that blocks which follow each other
+    have rows and ids that do, in one run. A parked row is taken and belongs to no
     id; who has parked it knows what it holds (``pie_vllm.policy.pool.parked_kv``).
 
     Attributes:
-        usable: rows from here on are not handed out. Lower it to
-            ``chunks_held`` chunks at most.
+        extents: Which rows are taken, and for which places of chains.
         num_parked: rows that are taken and belong to no id.
     """
 
@@ -33,25 +29,32 @@ class RowLedger:
             chunk_rows: rows of one chunk of the pool; None is one chunk.
         """
         self._first_block = first_block
-        self.usable = rows
         self._chunk_rows = chunk_rows or max(rows, 1)
         self._in_chunk = [0] * -(-rows // self._chunk_rows)
         self._chunks_held = 0
-        self._free = list(range(rows))
-        heapify(self._free)
-        self._taken = bytearray(rows)
+        self.extents = Extents(rows, extent_of(rows))
+        self._parked = bytearray(rows)
         self._row_of: dict[int, Row] = {}
         self.num_parked = 0
 
     @property
+    def usable(self) -> int:
+        """Rows from here on are not handed out. Lower it to ``chunks_held`` chunks at most."""
+        return self.extents.usable
+
+    @usable.setter
+    def usable(self, rows: int) -> None:
+        self.extents.usable = rows
+
+    @property
     def num_free(self) -> int:
         """Rows that are not taken."""
-        return len(self._taken) - len(self._row_of) - self.num_parked
+        return len(self._parked) - len(self._row_of) - self.num_parked
 
     @property
     def has_free(self) -> bool:
         """Whether a row may be handed out."""
-        return self._peek() is not None
+        return self.extents.num_free > 0
 
     @property
     def chunks_held(self) -> int:
@@ -62,6 +65,10 @@ class RowLedger:
         self._chunks_held = held
         return held
 
+    def offers(self, place: int) -> bool:
+        """Whether a place has a row of its own, or can have one in a free extent."""
+        return self.extents.offers(place)
+
     def row_of(self, block: BlockId) -> Row:
         """The row of a pooled id. Raises KeyError when it has none."""
         return self._row_of[block]
@@ -70,19 +77,12 @@ class RowLedger:
         """Whether the pooled id has a row."""
         return block in self._row_of
 
-    def take(self, block: int) -> int:
-        """Give a free row to a pooled id that has none."""
+    def take(self, block: int, place: int | None = None) -> int:
+        """Give a free row to a pooled id that has none, that of its place if it can be had."""
         self._check_without_row(block)
-        row = block - self._first_block
-        before = self._row_of.get(block - 1)
-        if before is not None and before + 1 < self.usable and not self._taken[before + 1]:
-            row = before + 1
-        elif row >= self.usable or self._taken[row]:
-            lowest = self._lowest_free()
-            if lowest is None:
-                raise IntegrityError("no free row: more pooled ids are in use than rows may be")
-            row = lowest
-        self._mark(row, _POOLED)
+        row = self._take(block - self._first_block if place is None else place)
+        if row is None:
+            raise IntegrityError("no free row: more pooled ids are in use than rows may be")
         self._row_of[block] = Row(row)
         return row
 
@@ -92,18 +92,22 @@ class RowLedger:
         self._give_back(row)
         return row
 
-    def take_parked(self) -> int | None:
-        """Take a free row for a block without an id; None when none may be used."""
-        row = self._lowest_free()
+    def take_parked(self, place: int | None = None) -> int | None:
+        """Take a free row for a block without an id, that of its place if it can be had.
+
+        Returns:
+            The row; None when none may be used.
+        """
+        row = self._take(place)
         if row is not None:
-            self._mark(row, _PARKED)
+            self._parked[row] = 1
             self.num_parked += 1
         return row
 
     def park(self, block: int) -> int:
         """The row of a pooled id stays taken and is parked; returns the row."""
         row = self._row_of.pop(block)
-        self._taken[row] = _PARKED
+        self._parked[row] = 1
         self.num_parked += 1
         return row
 
@@ -111,13 +115,14 @@ class RowLedger:
         """A parked row becomes that of a pooled id that has none."""
         self._check_without_row(block)
         self._check_parked(row)
-        self._taken[row] = _POOLED
+        self._parked[row] = 0
         self.num_parked -= 1
         self._row_of[block] = Row(row)
 
     def free_parked(self, row: int) -> None:
         """A parked row is free."""
         self._check_parked(row)
+        self._parked[row] = 0
         self.num_parked -= 1
         self._give_back(row)
 
@@ -126,53 +131,39 @@ class RowLedger:
             raise IntegrityError(f"pooled block {block} has row {self._row_of[block]} already")
 
     def _check_parked(self, row: int) -> None:
-        if self._taken[row] != _PARKED:
+        if not self._parked[row]:
             raise IntegrityError(f"row {row} is not parked")
 
-    def _mark(self, row: int, use: int) -> None:
-        self._taken[row] = use
-        chunk = row // self._chunk_rows
-        self._in_chunk[chunk] += 1
-        if chunk >= self._chunks_held:
-            self._chunks_held = chunk + 1
+    def _take(self, place: int | None) -> int | None:
+        row = None if place is None else self.extents.take(place)
+        if row is None:
+            row = self.extents.take_spare()
+        if row is not None:
+            chunk = row // self._chunk_rows
+            self._in_chunk[chunk] += 1
+            if chunk >= self._chunks_held:
+                self._chunks_held = chunk + 1
+        return row
 
     def _give_back(self, row: int) -> None:
-        self._taken[row] = _FREE
         self._in_chunk[row // self._chunk_rows] -= 1
-        heappush(self._free, row)
-        if len(self._free) > 2 * len(self._taken) + 64:
-            self._free = [r for r in range(len(self._taken)) if not self._taken[r]]
-
-    def _peek(self) -> int | None:
-        """The lowest free row that may be used."""
-        # Rows taken by preference stay in the heap until they surface here.
-        while self._free and self._taken[self._free[0]]:
-            heappop(self._free)
-        return self._free[0] if self._free and self._free[0] < self.usable else None
-
-    def _lowest_free(self) -> int | None:
-        row = self._peek()
-        if row is not None:
-            heappop(self._free)
-        return row
+        self.extents.give(row)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless every row has at most one owner."""
         rows = list(self._row_of.values())
         if len(set(rows)) != len(rows):
             raise IntegrityError("two pooled blocks share a row")
-        pooled = [row for row, use in enumerate(self._taken) if use == _POOLED]
-        if sorted(rows) != pooled:
-            raise IntegrityError("taken rows differ from rows with an owner")
-        parked = [row for row, use in enumerate(self._taken) if use == _PARKED]
+        parked = [row for row, use in enumerate(self._parked) if use]
         if len(parked) != self.num_parked:
             raise IntegrityError("the count of parked rows is off")
         taken = rows + parked
+        free = self.extents.free_slots()
+        if len(set(taken)) != len(taken) or sorted(taken + free) != list(range(len(self._parked))):
+            raise IntegrityError("taken rows differ from rows with an owner")
         held = {row // self._chunk_rows for row in taken}
         if self.chunks_held != max(held, default=-1) + 1:
             raise IntegrityError("the count of chunks with a taken row is off")
         if taken and max(taken) >= self.usable:
             raise IntegrityError("a row that may not be used is taken")
-        free = {r for r in self._free if not self._taken[r]}
-        if free != {r for r in range(len(self._taken)) if not self._taken[r]}:
-            raise IntegrityError("a free row is missing from the heap")
+        self.extents.check_integrity()

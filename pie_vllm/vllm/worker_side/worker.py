@@ -121,7 +121,9 @@ class PieWorkerMixin(_Mixed):
                 fraction = UNKNOWN_LINK_FRACTION
             elif prior.step_seconds is not None:
                 fed = blocks_fed(prior.bandwidth, prior.step_seconds, row_bytes)
-        geometry: Geometry = plan(ring_fraction=fraction, fed_blocks=fed)
+        geometry: Geometry = plan(
+            ring_fraction=fraction, fed_blocks=fed, link_bytes_per_s=prior.bandwidth
+        )
         if whole:
             whole.check(geometry.resident_blocks, spec.block_size)
         self._pie_log_sizes(geometry, spec.block_size)

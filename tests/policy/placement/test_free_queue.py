@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pie_vllm.errors import IntegrityError
+from pie_vllm.policy.placement import free_queue
 from pie_vllm.policy.placement.free_queue import TieredFreeBlockQueue
 from pie_vllm.simulation.prefix_cache import Free
 from tests.helpers.fakes import FakeBlock
@@ -32,7 +33,7 @@ class Observer:
 
     def make_residents_free(self, count: int) -> None:
         for _ in range(min(count, self.queue.available_pooled, len(self.used))):
-            target = self.queue.take_pooled()
+            target = self.queue.take_pooled(0)
             target.ref_cnt = 1
             self.pooled.append(target)
             block = self.used.pop(0)
@@ -143,13 +144,13 @@ def test_only_as_many_can_be_had_as_can_be_demoted() -> None:
 def test_demotion_takes_blank_ids_first_then_the_oldest_idle_one() -> None:
     """Idle cached KV in the pool stays as long as there are blank ids, oldest dropped first."""
     queue, observer, blocks = make()
-    taken = [queue.take_pooled() for _ in range(POOLED)]
+    taken = [queue.take_pooled(0) for _ in range(POOLED)]
     assert [b.block_id for b in taken] == list(range(RESIDENT, RESIDENT + POOLED))
     queue.append_n([blocks[RESIDENT + 2], blocks[RESIDENT]])
     queue.give_blank(blocks[RESIDENT + 1])
-    assert queue.take_pooled() is blocks[RESIDENT + 1]
+    assert queue.take_pooled(0) is blocks[RESIDENT + 1]
     assert observer.dropped == []
-    assert queue.take_pooled() is blocks[RESIDENT + 2]
+    assert queue.take_pooled(0) is blocks[RESIDENT + 2]
     assert observer.dropped == [RESIDENT + 2]
 
 
@@ -190,12 +191,12 @@ def test_integrity_notices_a_block_in_use_among_the_free() -> None:
 def test_withheld_ids_stay_blank_and_idle_ones_are_taken_in_their_place() -> None:
     """For want of memory no further row may be used, but one that is held may change hands."""
     queue, observer, _ = make()
-    taken = [queue.take_pooled() for _ in range(2)]
+    taken = [queue.take_pooled(0) for _ in range(2)]
     queue.withheld = 2
     queue.refresh()
     queue.append_n(taken)
     assert (queue.free_pooled, queue.available_pooled) == (4, 2)
-    assert queue.take_pooled() is taken[0]
+    assert queue.take_pooled(0) is taken[0]
     assert observer.dropped == [taken[0].block_id]
     assert queue.available_pooled == 1
     queue.forget_cached_pooled()
@@ -227,3 +228,22 @@ def test_an_idle_cached_resident_is_told_of_before_it_is_reused() -> None:
     taken = queue.popleft_n(2)
     assert taken[0] is cached
     assert observer.evicted == [cached.block_id]
+
+
+def test_idle_ids_are_dropped_for_a_longer_gap_but_for_those_of_a_hit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a waiting request has found is not taken for what it needs besides."""
+    monkeypatch.setattr(free_queue, "GAP_SHARE", 1)
+    queue, observer, blocks = make()
+    taken = [queue.take_pooled(10 * place) for place in range(POOLED)]
+    queue.append_n(taken[1:])
+    queue.give_blank(taken[0])
+    queue.freshen(taken[2:3])
+    before = queue.num_free_blocks, queue.available_pooled
+    assert queue.take_pooled(100) is blocks[RESIDENT], "the longest gap begins with it"
+    dropped = [block.block_id for block in taken[1:] if block is not taken[2]]
+    assert observer.dropped == dropped
+    assert not queue.is_blank(taken[2].block_id)
+    assert (queue.num_free_blocks, queue.available_pooled) == (before[0], before[1] - 1)
+    queue.check_integrity()

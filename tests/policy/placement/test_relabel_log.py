@@ -21,7 +21,7 @@ def test_applying_the_relabels_gives_the_newest_ids(
     log = RelabelLog()
     newest: dict[tuple[str, int], int] = {}
     for request_id, index, block in records:
-        log.record(request_id, index, block)
+        log.record(request_id, index, [block])
         newest[request_id, index] = block
     relabels = log.drain(live, fresh)
     found = {
@@ -38,8 +38,8 @@ def test_applying_the_relabels_gives_the_newest_ids(
 def test_draining_forgets() -> None:
     """Each change is told once, also one that nobody needed."""
     log = RelabelLog()
-    log.record("a", 3, 7)
-    log.record("a", 4, 9)
-    log.record("gone", 0, 1)
+    log.record("a", 3, [7])
+    log.record("a", 4, [9])
+    log.record("gone", 0, [1])
     assert log.drain({"a"}, ()) == (Relabel("a", 3, (7, 9)),)
     assert log.drain({"a", "gone"}, ()) == ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -18,6 +19,8 @@ from hypothesis.stateful import (
 from pie_vllm.geometry import Geometry
 from pie_vllm.plan import NO_RUNS
 from pie_vllm.policy.admission.restore import ParkedKey, cancel, restore
+from pie_vllm.policy.placement import free_queue
+from pie_vllm.policy.pool import extents
 from tests.helpers.fakes import FakePool
 
 
@@ -33,11 +36,26 @@ class Tiers(RuleBasedStateMachine):
         pooled=st.integers(1, 9),
         extra=st.integers(0, 9),
         parking=st.sampled_from([None, "lru"]),
+        extents_min=st.sampled_from([2, 4, 64]),
+        ahead_max=st.integers(1, 4),
     )
-    def start(self, resident: int, pooled: int, extra: int, parking: str | None) -> None:
+    def start(
+        self,
+        resident: int,
+        pooled: int,
+        extra: int,
+        parking: str | None,
+        extents_min: int,
+        ahead_max: int,
+    ) -> None:
         self.geometry = Geometry(2, 4096, resident, pooled, 1, pooled + extra, 3, 4096)
-        self.pool = FakePool(self.geometry, parking)
+        with pytest.MonkeyPatch.context() as patch:
+            # Extents of 1 to 8 rows and gaps of 0 to 8 ids in a small pool.
+            patch.setattr(extents, "EXTENTS_MIN", extents_min)
+            patch.setattr(free_queue, "GAP_SHARE", extents_min)
+            self.pool = FakePool(self.geometry, parking)
         self.residency = self.pool.residency
+        self.residency.ahead_max = ahead_max
         self.pages: dict[int, Any] = {}
         self.rows: dict[int, Any] = {}
         self.loads = NO_RUNS

@@ -42,7 +42,7 @@ class Tables:
 def drain(tables: Tables) -> list[tuple[str, int]]:
     """Demote all that the fast search finds."""
     order = []
-    while (victim := tables.victims.private()) is not None:
+    while (victim := tables.victims.private(1)) is not None:
         order.append((victim.request_id, victim.index))
         tables.demote(victim.request_id, victim.index)
         tables.victims.check_integrity()
@@ -55,7 +55,7 @@ def test_the_request_admitted_last_gives_all_its_blocks_first() -> None:
     tables.admit("old", 2)
     tables.admit("new", 2, (tables.tables["old"][0],))
     assert drain(tables) == [("new", 1), ("new", 2), ("old", 1)]
-    rest = [(v.request_id, v.index, v.block.ref_cnt) for v in tables.victims.rest()]
+    rest = [(v.request_id, v.index, v.blocks[0].ref_cnt) for v in tables.victims.rest()]
     assert rest == [("new", 0, 2), ("old", 0, 2)]
     assert tables.victims.users(0, tables.tables["old"][0]) == ["old", "new"]
 
@@ -109,7 +109,7 @@ def test_random_comings_and_goings_keep_the_books() -> None:
         for name, index in drain(tables):
             found.add(tables.tables[name][index].block_id - BOUNDARY)
         for victim in tables.victims.rest():
-            found.add(victim.block.block_id)
+            found.add(victim.blocks[0].block_id)
             tables.demote(victim.request_id, victim.index)
         assert found == wanted
         assert not any(tables.victims.full)

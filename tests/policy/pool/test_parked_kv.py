@@ -204,8 +204,8 @@ def test_blocks_that_came_back_are_found_for_demotion() -> None:
     take(pool, "b", 7)
     pool.free("b")
     victims = pool.residency.victims
-    come_back(pool, "c", [ParkedKey("x")], 1, meanwhile=lambda: victims.private() is None)
-    victim = victims.private()
+    come_back(pool, "c", [ParkedKey("x")], 1, meanwhile=lambda: victims.private(1) is None)
+    victim = victims.private(1)
     assert victim is not None
     assert (victim.request_id, victim.index) == ("c", 0)
 
@@ -260,9 +260,9 @@ def test_a_tail_gives_way_to_a_pooled_block_when_nothing_else_is_parked() -> Non
     parking.keep_tail("b", block(2, None), 0, 5)
     assert parking.keep(block(3, "x"))
     parking.take()
-    assert parking.row_for(block(4, "y"), 10) == (2, False)
+    assert parking.row_for(block(4, "y"), 10, 0) == (2, False)
     assert (len(parking), len(parking.tails)) == (0, 2)
-    assert parking.row_for(block(5, "z"), 11) == (0, False)
+    assert parking.row_for(block(5, "z"), 11, 1) == (0, False)
     assert parking.tails.find("a") is None
     assert parking.tails.find("b") is not None
     assert rows.num_parked == 1

@@ -1,0 +1,82 @@
+"""Extents: no slot is taken twice, and what belongs together comes to lie together."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from pie_vllm.policy.pool.extents import CHAIN, Extents, extent_of
+
+
+@pytest.mark.parametrize(("slots", "size"), [(1, 1), (7, 1), (64, 8), (61, 8), (90, 4), (3, 8)])
+def test_random_takes_and_gives_keep_the_books(slots: int, size: int) -> None:
+    """A free slot is found as long as there is one, and none beyond those that may be used."""
+    rng = random.Random(slots)
+    extents = Extents(slots, size)
+    taken: set[int] = set()
+    for _ in range(1500):
+        if rng.random() < 0.05:
+            extents.usable = rng.randint(max(taken, default=-1) + 1, slots)
+        if taken and rng.random() < 0.5:
+            slot = rng.choice(sorted(taken))
+            extents.give(slot)
+            taken.remove(slot)
+        else:
+            place = rng.randrange(4) * CHAIN + rng.randrange(40)
+            offered = extents.offers(place)
+            found = extents.take(place)
+            assert (found is not None) == offered
+            if found is not None:
+                assert found % size == place % size
+                assert extents.place_of(found) == place
+            else:
+                found = extents.take_spare()
+            free = [s for s in range(extents.usable) if s not in taken]
+            assert (found is not None) == bool(free)
+            if found is not None:
+                assert found in free
+                taken.add(found)
+        assert extents.free_slots() == [s for s in range(slots) if s not in taken]
+    extents.check_integrity()
+
+
+def test_blocks_of_a_chain_lie_together_in_whatever_order_they_come() -> None:
+    """Two chains at once, one from its end on, one from its start: each in extents of its own."""
+    extents = Extents(64, 8)
+    up, down = [], []
+    for index in range(16):
+        up.append(extents.take(CHAIN + index))
+        down.append(extents.take(2 * CHAIN + 15 - index))
+    for slots in (up, down[::-1]):
+        for first in (0, 8):
+            run = slots[first : first + 8]
+            assert run == list(range(run[0], run[0] + 8))  # type: ignore[arg-type, operator]
+
+
+def test_the_next_extent_of_a_chain_is_the_one_behind() -> None:
+    """Then runs are longer than an extent."""
+    extents = Extents(64, 8)
+    extents.take(CHAIN)
+    extents.take(2 * CHAIN + 8)
+    assert extents.take(CHAIN + 8) == 16, "the one behind is another's"
+    assert extents.take(2 * CHAIN + 16) == 24
+    assert [extents.take(3 * CHAIN + i) for i in (0, 8, 16)] == [32, 40, 48]
+    assert extents.take(4 * CHAIN + 8) == 56
+
+
+def test_room_in_the_extent_of_another_is_used_last() -> None:
+    """And an extent that is free again is for anybody."""
+    extents = Extents(16, 4)
+    assert [extents.take(chain * CHAIN) for chain in range(1, 5)] == [0, 4, 8, 12]
+    assert extents.take(5 * CHAIN) is None
+    assert extents.take_spare() == 1
+    extents.give(8)
+    assert extents.take(5 * CHAIN + 2) == 10
+    assert extents.take(3 * CHAIN + 1) is None
+
+
+@pytest.mark.parametrize(("slots", "size"), [(0, 1), (127, 1), (128, 2), (1516, 16), (10_299, 32)])
+def test_small_spaces_have_small_extents(slots: int, size: int) -> None:
+    """Several for each request; 32 slots at most."""
+    assert extent_of(slots) == size
