@@ -35,6 +35,7 @@ from benchmarks.harness.result_file import RESULTS, write_result
 from pie_vllm.engine.native import PlanArrays
 from pie_vllm.engine.pool_keeper import PoolKeeper
 from pie_vllm.plan import NO_RUNS, PoolOrder, StepOrders, StepPlan
+from pie_vllm.policy.block import BlockId
 from pie_vllm.policy.control.turns import Turns
 from pie_vllm.policy.placement.read_set import ReadSet
 from pie_vllm.policy.pool.rows import RowLedger
@@ -96,13 +97,15 @@ def loops_per_second() -> float:
     return LOOPS * 1e9 / (thread_time_ns() - begin)
 
 
-def scattered(requests: int, blocks_each: int) -> tuple[ReadSet, dict[str, list[int]]]:
+def scattered(requests: int, blocks_each: int) -> tuple[ReadSet, dict[str, list[BlockId]]]:
     """Requests with pooled blocks that are no neighbours, and one id more for each of them."""
     window = 2 * requests * (blocks_each + 1)
     rows = RowLedger(window, FIRST)
     read_set = ReadSet(rows, FIRST, window, window)
     ids = count(FIRST, 2)
-    blocks = {f"r{i}": [next(ids) for _ in range(blocks_each + 1)] for i in range(requests)}
+    blocks = {
+        f"r{i}": [BlockId(next(ids)) for _ in range(blocks_each + 1)] for i in range(requests)
+    }
     for name, own in blocks.items():
         for block in own:
             rows.take(block)

@@ -150,7 +150,7 @@ def test_an_equal_order_that_was_sent_anew_changes_nothing(
         leads=True,
         follow=heard.append,
         news=lambda _: False,
-        exchange=lambda _, *, idle: 3600.0,
+        exchange=lambda *_, **__: 3600.0,
         least=lambda own: own,
     )
     keeper = make(Chunks(), board=board)

@@ -37,7 +37,7 @@ def output(step: int, pieces: int) -> SchedulerOutput:
     loads = runs(Copy(2 * i, (i + step) % MANY, 1) for i in range(pieces))
     found = SchedulerOutput.make_empty()
     plan = StepPlan(step, NO_RUNS, runs([Copy(step, 0, 1)]), loads, (), forward=True)
-    found.pie = StepOrders(plan, PoolOrder(1), blocks=7)  # type: ignore[attr-defined]
+    found.pie = StepOrders(plan, PoolOrder(1), blocks=7)
     return found
 
 

@@ -44,7 +44,7 @@ class ReadSet:
         self._running: set[RequestId] = set()
         # By pooled id: number of running requests that read the block.
         self._readers = np.zeros(window, np.int64)
-        self._readers_at = memoryview(self._readers)
+        self._readers_at = self._readers.data
         self._ids: dict[RequestId, NDArray[np.int64]] = {}
         self._loads = RunSet(first, window, chunk_rows)
         self._sent: Runs | None = NO_RUNS

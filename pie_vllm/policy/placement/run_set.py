@@ -41,9 +41,9 @@ class RunSet:
         self._follows = np.zeros(size + 2, np.bool_)
         self._row = np.zeros(size + 2, np.int64)
         # Single entries of an array are read and written faster through a view of its memory.
-        self._inside_at = memoryview(self._inside)
-        self._follows_at = memoryview(self._follows)
-        self._row_at = memoryview(self._row)
+        self._inside_at = self._inside.data
+        self._follows_at = self._follows.data
+        self._row_at = self._row.data
         self._count = 0
         self._emitted: Runs | None = NO_RUNS
 
