@@ -10,7 +10,7 @@ SMALL = Machine(
     layers=8,
     page=65536,
     device=500 * 8 * 65536,
-    pool=1500 * 8 * 65536,
+    pool=8200 * 8 * 65536,
     link=377e9,
     store_link=297e9,
     step=0.02,
@@ -19,13 +19,13 @@ SMALL = Machine(
     prompts=(600, 1000),
     answers=(50, 200),
 )
-"""About 700 blocks in both tiers, for 8 to 10 chats; the pool is full after some 1,000 steps."""
+"""About 700 blocks in both tiers, for 8 to 10 chats; the pool is full after some 3,000 steps."""
 
 
 @pytest.mark.parametrize(("parking", "mean_min"), [(True, 5.0), (False, 10.0)])
 def test_runs_stay_long(parking: bool, mean_min: float) -> None:
     """With rows and ids from whoever was evicted, the mean run is below 2 with parking."""
-    simulation = churn(SMALL, 4000, 1000, parking=parking)
+    simulation = churn(SMALL, 6000, 1000, parking=parking)
     windows = simulation.play()
     simulation.residency.check_integrity()
     last: Copies = windows[-1].loads

@@ -128,7 +128,7 @@ class Victims:
         full, boundary = self.full, self._boundary
         while self._listed:
             holder = self._by_serial[self._listed[-1]]
-            table = self._tables.get(holder.request_id, ())
+            table = self._tables.get(holder.request_id, [])
             for index in range(holder.cursor, min(holder.full, len(table))):
                 block = table[index]
                 block_id = block.block_id

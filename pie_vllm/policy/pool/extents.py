@@ -16,9 +16,9 @@ from pie_vllm.geometry import EXTENT_BLOCKS
 CHAIN = 1 << 24
 """Places of one chain: a bound on the blocks of a request. A multiple of every extent."""
 
-EXTENTS_MIN = 64
-"""Minimum number of extents of a space that is divided in any: half an extent is lost to a chain's
-end, so there must be several for each request."""
+EXTENTS_MIN = 256
+"""Minimum number of extents of a space that is divided in any: half an extent is lost to the end of
+each chain, which is KV that a small pool could hold."""
 
 
 def extent_of(slots: int) -> int:

@@ -6,6 +6,7 @@ import random
 
 from pie_vllm.geometry import Geometry
 from pie_vllm.plan import num_copied
+from pie_vllm.policy.placement.residency import AHEAD_STEPS, demoted_at_once
 from tests.helpers.fakes import FakePool
 
 
@@ -115,3 +116,36 @@ def test_a_shared_block_moves_with_all_its_users() -> None:
     assert plan is not None
     assert {r.request_id for r in plan.relabels} == {"one", "two"}
     residency.check_integrity()
+
+
+def test_blocks_demoted_ahead_of_need_go_in_one_run_and_stay() -> None:
+    """One relabel and one run for all, and no promotion while they are free for what comes."""
+    pool = FakePool(sizes(12, 12))
+    residency = pool.residency
+    start(pool, "old", 3)
+    start(pool, "new", 7)
+    residency.ahead_max = 4
+    assert pool.allocate("old", 2), "one is free"
+    assert (residency.demotions, residency.queue.free_residents) == (4, 3)
+    everyone = running("old", "new")
+    plan = residency.end_step(everyone, (), True, 0)
+    assert plan is not None
+    (relabel,) = plan.relabels
+    assert (relabel.request_id, relabel.index) == ("new", 0)
+    assert relabel.blocks == tuple(range(relabel.blocks[0], relabel.blocks[0] + 4))
+    assert plan.loads is not None
+    assert sum(count for _, _, count in plan.loads) == 4
+    assert not residency.promotions
+    for _ in range(AHEAD_STEPS - 1):
+        residency.end_step(everyone, (), True, 0)
+    assert not residency.promotions
+    residency.end_step(everyone, (), True, 0)
+    assert residency.promotions == 3
+    residency.check_integrity()
+
+
+def test_few_running_requests_have_nothing_demoted_ahead() -> None:
+    """It would be loaded for steps in which its page is of no use."""
+    assert [demoted_at_once(running, 16) for running in (1, 127, 128, 256, 1000)] == [
+        1, 1, 32, 64, 64,
+    ]  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 
 from pie_vllm.errors import IntegrityError
 from pie_vllm.policy.admission.restore import ParkedKey, cancel, restore
+from pie_vllm.policy.pool import extents
 from pie_vllm.policy.pool.parked_kv import Parking
 from pie_vllm.policy.pool.rows import RowLedger
 from tests.helpers.parked_steps import come_back, copied, leave, make, take
@@ -266,4 +267,25 @@ def test_a_tail_gives_way_to_a_pooled_block_when_nothing_else_is_parked() -> Non
     assert parking.tails.find("a") is None
     assert parking.tails.find("b") is not None
     assert rows.num_parked == 1
+    parking.check_integrity()
+
+
+def test_an_extent_is_evicted_whole_unless_a_step_reads_from_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that what comes next lies together too; else what is spare is used."""
+    monkeypatch.setattr(extents, "EXTENTS_MIN", 2)
+    rows, parking = parking_of(8)
+    for index in range(8):
+        parking.places[index] = extents.CHAIN + index
+        assert parking.keep(block(index, f"k{index}"))
+    parking.take()
+    parking.places[20], parking.places[21] = 2 * extents.CHAIN, 3 * extents.CHAIN
+    assert parking.keep(block(20, "new"))
+    assert [parking.parked(f"k{index}") for index in range(8)] == [False] * 4 + [True] * 4
+    assert rows.num_free == 3
+    parking.pin(["k5"])
+    assert parking.keep(block(21, "other"))
+    assert all(parking.parked(f"k{index}") for index in range(4, 8))
+    assert rows.num_free == 2
     parking.check_integrity()
