@@ -184,6 +184,15 @@ SETTINGS = (
         section=ADVANCED,
     ),
     Setting(
+        "hold_pool",
+        switch(),
+        False,
+        "Whether the whole pool is taken and pinned at start and never given back, in place of a "
+        "pool that follows the load. No step then waits for its memory; the start waits for all of "
+        "it.",
+        section=ADVANCED,
+    ),
+    Setting(
         "limit_contention",
         switch(UNSET),
         None,
@@ -233,6 +242,7 @@ class PieConfig:
     ring_fraction: float | None = _default("ring_fraction")
     link_gbps: float | None = _default("link_gbps")
     pool_idle_seconds: float = _default("pool_idle_seconds")
+    hold_pool: bool = _default("hold_pool")
     limit_contention: bool | None = _default("limit_contention")
     emulated_link_gbps: float | None = _default("emulated_link_gbps")
     debug: tuple[str, ...] = _default("debug")

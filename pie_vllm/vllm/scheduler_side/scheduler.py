@@ -102,6 +102,7 @@ class PieSchedulerMixin(_Mixed):
             config.pool_idle_seconds,
             step_blocks=controller.step_blocks,
             ranks=vllm_config.parallel_config.tensor_parallel_size,
+            first_chunks=settings.first_chunks(vllm_config, geometry, block_size),
         )
         return controller
 
@@ -219,9 +220,9 @@ class PieSchedulerMixin(_Mixed):
         return finished
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
-        """Make vLLM's statistics of a step, with pie's among them."""
+        """Make vLLM's statistics of a step, with pie's among them where they are due."""
         stats = super().make_stats(*args, **kwargs)
-        if stats is not None:
+        if stats is not None and self.pie_report.due(last=not self._view.num_unfinished):
             manager, controller = self.kv_cache_manager, self.pie_controller
             decision, detector = controller.decision, controller.decider.detector
             control = Control(
