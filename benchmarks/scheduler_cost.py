@@ -55,6 +55,7 @@ class Scale(NamedTuple):
         chat_tokens: mean number of tokens of a chat.
         chat_steps: number of steps in which they are watched.
         chat_kv_bytes: device memory for their KV, in bytes.
+        chat_haste: factor by which their answers and pauses are shorter.
         rows: number of parked rows whose books are weighed.
     """
 
@@ -67,6 +68,7 @@ class Scale(NamedTuple):
     chat_tokens: int = 8192
     chat_steps: int = 1300
     chat_kv_bytes: int = 110 * 10**9
+    chat_haste: float = 1.0
     rows: int = 30_000
 
 
@@ -79,7 +81,8 @@ SHORT = Scale(
     chats=12,
     chat_tokens=512,
     chat_steps=40,
-    chat_kv_bytes=400 * ROW_BYTES,
+    chat_kv_bytes=250 * ROW_BYTES,
+    chat_haste=20.0,
     rows=2_000,
 )
 
@@ -144,6 +147,7 @@ class Run:
                     steps=self._scale.chat_steps,
                     tokens=self._scale.chat_tokens,
                     kv_bytes=self._scale.chat_kv_bytes,
+                    haste=self._scale.chat_haste,
                 )
         stock, pie_cost = found[False], found[True]
         return [

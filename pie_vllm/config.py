@@ -184,12 +184,12 @@ SETTINGS = (
         section=ADVANCED,
     ),
     Setting(
-        "hold_pool",
-        switch(),
-        False,
-        "Whether the whole pool is taken and pinned at start and never given back, in place of a "
-        "pool that follows the load. No step then waits for its memory; the start waits for all of "
-        "it.",
+        "pool_start_gib",
+        number("a number of GiB", "GIB", AUTO, POOL_GIB_MAX),
+        None,
+        "Part of the pool that is taken and pinned at start and never given back, in GiB, over all "
+        "ranks together. No step waits for it, but the start does; the size of the pool, or more, "
+        "takes all of it. 'auto' is what one step of prompts can demote, and at most 1 GiB a rank.",
         section=ADVANCED,
     ),
     Setting(
@@ -242,7 +242,7 @@ class PieConfig:
     ring_fraction: float | None = _default("ring_fraction")
     link_gbps: float | None = _default("link_gbps")
     pool_idle_seconds: float = _default("pool_idle_seconds")
-    hold_pool: bool = _default("hold_pool")
+    pool_start_gib: float | None = _default("pool_start_gib")
     limit_contention: bool | None = _default("limit_contention")
     emulated_link_gbps: float | None = _default("emulated_link_gbps")
     debug: tuple[str, ...] = _default("debug")

@@ -59,7 +59,7 @@ def _base_config(parking: str) -> VllmConfig:
         max_model_len=4096,
         enforce_eager=True,
         kv_cache_memory_bytes=1 << 28,
-        **pie_vllm.engine_args(pool_gib=0.1, parking=parking),
+        **pie_vllm.engine_args(pool_gib=0.1, parking=parking, pool_start_gib=1e-6),
     )
     return args.create_engine_config()
 

@@ -19,7 +19,10 @@ BACKGROUND = 64
 
 BACKGROUND_BLOCKS = 16
 ANSWER = 8
-FILLER_BLOCKS = 256
+FILLER_BLOCKS = 96
+"""Blocks of each prompt that takes others' pages: fewer than a step that decodes may park, because
+a step's bound on parking does not count the prompts of newcomers."""
+
 STEPS_MAX = 500
 BASE_STEPS = 16
 

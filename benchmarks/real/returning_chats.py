@@ -46,7 +46,8 @@ class ChatsCost(NamedTuple):
 class _Chats:
     """Histories that grow with each turn, and the times at which the next turns come."""
 
-    def __init__(self, chats: int, tokens: int) -> None:
+    def __init__(self, chats: int, tokens: int, haste: float) -> None:
+        self._haste = haste
         self._rng = random.Random(5)
         self._tokens = tokens
         self._turns = 0
@@ -78,18 +79,26 @@ class _Chats:
             name = f"{chat}.{self._turns}"
             self._turns += 1
             self._chat_of[name] = chat
-            side.add(name, list(history), self._rng.randint(100, 300))
+            answer = self._rng.randint(100, 300)
+            side.add(name, list(history), max(1, int(answer / self._haste)))
 
     def leave(self, side: ModelledSide) -> None:
         """Have the chats whose turns ended come again after a pause."""
         for name in side.finished:
             chat = self._chat_of.pop(name)
             self._histories[chat] += [7] * 200
-            heapq.heappush(self._coming, (side.clock + self._rng.uniform(2, 30), chat))
+            pause = self._rng.uniform(2, 30) / self._haste
+            heapq.heappush(self._coming, (side.clock + pause, chat))
 
 
 def chats_cost(
-    *, pie: bool, chats: int, steps: int, tokens: int = CHAT_TOKENS, kv_bytes: int = H200.kv_bytes
+    *,
+    pie: bool,
+    chats: int,
+    steps: int,
+    tokens: int = CHAT_TOKENS,
+    kv_bytes: int = H200.kv_bytes,
+    haste: float = 1.0,
 ) -> ChatsCost:
     """Steps of one side, after as many warm-up steps as all chats take to come first.
 
@@ -99,10 +108,11 @@ def chats_cost(
         steps: number of steps that count.
         tokens: mean length of a history.
         kv_bytes: device memory for KV, in bytes.
+        haste: factor by which answers, of 100 to 300 tokens, and pauses, of 2 to 30 s, are shorter.
     """
     machine = replace(H200, kv_bytes=kv_bytes)
     side = ModelledSide(machine, 2 * tokens // BLOCK_SIZE, pie=pie)
-    load = _Chats(chats, tokens)
+    load = _Chats(chats, tokens, haste)
 
     def step() -> StepTimes:
         load.arrive(side)

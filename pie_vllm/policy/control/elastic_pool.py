@@ -117,6 +117,14 @@ class ElasticPool:
             return self.usable
         return max(self.usable, self.ceiling)
 
+    def settled(self, usable: int) -> bool:
+        """Whether a step may begin without a look at the pool.
+
+        Args:
+            usable: number of chunks whose rows are handed out now.
+        """
+        return not (self.order.idle or self.asking or self._gone) and usable == self.usable
+
     def paused(self, short: bool) -> bool:
         """Whether the coming step schedules nothing.
 

@@ -101,7 +101,7 @@ class Report:
         """Whether a step brings a report: ``REPORT_SECONDS`` after the one before, or as the last.
 
         Args:
-            last: whether no request is left to run, so that no step may follow for hours.
+            last: whether no request runs any more, so that no step may follow for hours.
         """
         now = time.monotonic()
         if now < self._due and not last:

@@ -28,7 +28,8 @@ PASSES_SECONDS = 1.5
 """Seconds of all forward passes at start, about; fast devices need a tenth of it."""
 
 COPIED_BYTES = 128 << 20
-"""Bytes of the copy within the device's memory that is timed: more than a GPU's cache holds."""
+"""Maximum bytes of the copy within the device's memory that is timed: more than a GPU's cache
+holds."""
 
 
 class Measured(NamedTuple):
@@ -86,8 +87,8 @@ def with_link(
 class StepTimes:
     """Times passes over more and more tokens, and guesses those that would take too long.
 
-    A pass over ``n`` times the tokens takes at most ``n`` times as long, so it is known before a
-    pass whether it fits what is left of the time. A fast device is timed at the sizes asked for;
+    A pass over ``n`` times the tokens takes at most ``n`` times as long, so it is known before
+    whether passes fit what is left of the time. A fast device is timed at the sizes asked for;
     a slow one at smaller ones, whose last two are continued in a straight line.
     """
 
@@ -113,7 +114,7 @@ class StepTimes:
             self._time(1, until)
         size, seconds = self._known[-1]
         while size < tokens:
-            fitting = int(size * (self._left - until) / (2 * seconds))  # Timed twice at least.
+            fitting = int(size * (self._left - until) / (PASSES * seconds))
             if fitting <= size:
                 break
             size, seconds = self._time(min(tokens, fitting), until)
@@ -129,7 +130,7 @@ class StepTimes:
             taken = self._one_pass(tokens)
             self._left -= taken
             shortest = min(shortest, max(taken, 1e-9))
-            if self._left - taken < until:
+            if self._left - shortest < until:
                 break
         self._known.append((tokens, shortest))
         return self._known[-1]
@@ -178,7 +179,8 @@ def with_attention(prior: Prior, device: torch.device, kv_bytes: int) -> Prior:
         device: the device whose memory holds KV.
         kv_bytes: bytes of KV that the requests of a step read.
     """
-    bandwidth = memory_bandwidth(device)
+    # KV has no memory yet, so a copy of a quarter of it fits twice.
+    bandwidth = memory_bandwidth(device, max(1, min(COPIED_BYTES, kv_bytes // 4)))
     seconds = kv_bytes / bandwidth
     logger.info(
         "Pie: the device's memory reads and writes %.0f GB/s, so attention over %.2f GiB of KV "
@@ -190,9 +192,9 @@ def with_attention(prior: Prior, device: torch.device, kv_bytes: int) -> Prior:
     return prior._replace(attention_seconds=seconds)
 
 
-def memory_bandwidth(device: torch.device) -> float:
-    """Bytes that a device's memory reads and writes in a second, by a copy within it."""
-    source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
+def memory_bandwidth(device: torch.device, copied: int) -> float:
+    """Bytes that a device's memory reads and writes in a second, by a copy of so many within it."""
+    source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     on_accelerator = device.type != "cpu"
     shortest = math.inf
@@ -205,4 +207,4 @@ def memory_bandwidth(device: torch.device) -> float:
     del source, target
     if on_accelerator:
         torch.accelerator.empty_cache()  # KV is allocated beside torch's allocator.
-    return 2 * COPIED_BYTES / shortest
+    return 2 * copied / shortest
