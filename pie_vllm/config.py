@@ -184,6 +184,15 @@ SETTINGS = (
         section=ADVANCED,
     ),
     Setting(
+        "pool_start_gib",
+        number("a number of GiB", "GIB", AUTO, POOL_GIB_MAX),
+        None,
+        "Part of the pool that is taken and pinned at start and never given back, in GiB, over all "
+        "ranks together. No step waits for it, but the start does; the size of the pool, or more, "
+        "takes all of it. 'auto' is what one step of prompts can demote, and at most 1 GiB a rank.",
+        section=ADVANCED,
+    ),
+    Setting(
         "limit_contention",
         switch(UNSET),
         None,
@@ -233,6 +242,7 @@ class PieConfig:
     ring_fraction: float | None = _default("ring_fraction")
     link_gbps: float | None = _default("link_gbps")
     pool_idle_seconds: float = _default("pool_idle_seconds")
+    pool_start_gib: float | None = _default("pool_start_gib")
     limit_contention: bool | None = _default("limit_contention")
     emulated_link_gbps: float | None = _default("emulated_link_gbps")
     debug: tuple[str, ...] = _default("debug")

@@ -216,8 +216,10 @@ class Prior(NamedTuple):
         bandwidth: speed from the CPU to the device, bytes per second; None if unknown.
         most_bandwidth: upper bound on the speed that is counted on, bytes per second, whatever is
             measured; None if there is none.
-        step_seconds: duration of a step that only decodes; None if unknown. The first such step
-            replaces it.
+        step_seconds: duration of a step that only decodes, without its attention; None if unknown.
+            The first such step replaces it.
+        attention_seconds: time that attention adds to it once the device is full of KV, in
+            seconds; 0 if unknown.
         request_seconds: time that each further request adds to it; 0 if unknown.
         prompt_seconds: time that each prompt token adds to a step; 0 if unknown.
         limits_contention: whether the compute time that loads take counts as slowdown, beside the
@@ -227,6 +229,12 @@ class Prior(NamedTuple):
     bandwidth: float | None = None
     most_bandwidth: float | None = None
     step_seconds: float | None = None
+    attention_seconds: float = 0.0
     request_seconds: float = 0.0
     prompt_seconds: float = 0.0
     limits_contention: bool = True
+
+    @property
+    def full_step_seconds(self) -> float | None:
+        """Duration of a step that only decodes, over a device full of KV; None if unknown."""
+        return None if self.step_seconds is None else self.step_seconds + self.attention_seconds

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,6 +49,15 @@ def commit() -> str:
         check=False,
     )
     return done.stdout.strip() or "unknown"
+
+
+def loop_rate() -> float:
+    """Empty loops of Python a second on this thread's CPU time: how fast the machine is now."""
+    loops = 300_000
+    start = time.thread_time()
+    for _ in range(loops):
+        pass
+    return loops / (time.thread_time() - start)
 
 
 def private_bytes() -> int:

@@ -27,6 +27,7 @@ import pie_vllm
 from benchmarks.harness.model import ROOT, made_once
 from benchmarks.make_model import DEFAULT_OUTPUT
 from pie_vllm.geometry import Geometry
+from pie_vllm.plan import Prior
 from pie_vllm.vllm import settings
 from pie_vllm.vllm.scheduler_side.scheduler import make_scheduler
 
@@ -58,13 +59,17 @@ def _base_config(parking: str) -> VllmConfig:
         max_model_len=4096,
         enforce_eager=True,
         kv_cache_memory_bytes=1 << 28,
-        **pie_vllm.engine_args(pool_gib=0.1, parking=parking),
+        **pie_vllm.engine_args(pool_gib=0.1, parking=parking, pool_start_gib=1e-6),
     )
     return args.create_engine_config()
 
 
 def vllm_config(
-    sizes: Geometry, block_size: int, parking: str = "lru", **scheduler: Any
+    sizes: Geometry,
+    block_size: int,
+    parking: str = "lru",
+    prior: Prior | None = None,
+    **scheduler: Any,
 ) -> VllmConfig:
     """A finished VllmConfig; other keywords are fields of the scheduler or cache config."""
     config = deepcopy(_base_config(parking))
@@ -76,6 +81,7 @@ def vllm_config(
         assert hasattr(owner, name), name
         setattr(owner, name, value)
     settings.of(config).geometry = sizes
+    settings.of(config).prior = prior or Prior()
     return config
 
 

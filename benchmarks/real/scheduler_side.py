@@ -1,11 +1,14 @@
-"""The two schedulers that `benchmarks.scheduler_cost` compares, with their requests."""
+"""One scheduler, vLLM's or pie's, driven step by step without a model, and timed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from statistics import median
 from time import thread_time_ns
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -13,33 +16,49 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from benchmarks.real import bare_schedulers
 from pie_vllm.geometry import Geometry
-from pie_vllm.plan import PoolState, StepReport, Totals
-from pie_vllm.policy.control.detector import Observation
-from pie_vllm.policy.control.step_time_model import OFTEN
+from pie_vllm.plan import Prior, StepReport
 from pie_vllm.vllm.scheduler_side.scheduler import PieSchedulerMixin
 
 BLOCK_SIZE = 16
-REQUESTS = 256
-POOLED_REQUESTS = 64
-POOLED_EACH = 32
-RESIDENT_SHARE = 0.63
+"""Tokens of a block: the default on CUDA."""
+
+EOS_FREE_TOKEN = 7
+"""Token that every request samples; the requests ignore their end token."""
 
 
-def tiers(blocks: int) -> Geometry:
-    """So many blocks, resident and pooled."""
-    resident = int(blocks * RESIDENT_SHARE)
-    return bare_schedulers.geometry(resident, blocks - resident, chunk_rows=4096)
+class StepTimes(NamedTuple):
+    """CPU time of the scheduler's thread in one step, nanoseconds.
+
+    Attributes:
+        schedule: time of ``schedule``.
+        ship: time to pickle and unpickle the step's orders for the workers; 0 for vLLM's scheduler.
+        update: time of ``update_from_output``, the making of statistics included.
+    """
+
+    schedule: int
+    ship: int
+    update: int
+
+    @property
+    def whole(self) -> int:
+        """All that the step costs the scheduler's process."""
+        return self.schedule + self.ship + self.update
 
 
-class Timed:
-    """Times the methods of the class after it, and the allocations within `schedule`."""
+class _TimedInner:
+    """Times the methods of the class after it: vLLM's own, wherever pie's stand around them.
 
-    inner = 0
-    allocating = 0
+    Attributes:
+        inner: nanoseconds of vLLM's ``schedule`` and ``update_from_output`` in the newest step.
+        allocating: part of ``inner`` in which blocks were allocated.
+        stats: part of ``inner`` in which vLLM made its statistics.
+    """
+
+    inner = allocating = stats = 0
 
     def schedule(self) -> Any:
         """As the class after this one does."""
-        self.allocating = 0
+        self.allocating = self.stats = 0
         start = thread_time_ns()
         output = super().schedule()  # type: ignore[misc]
         self.inner = thread_time_ns() - start
@@ -52,7 +71,14 @@ class Timed:
         self.inner += thread_time_ns() - start
         return outputs
 
-    def watch(self) -> None:
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class after this one does."""
+        start = thread_time_ns()
+        stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
+        self.stats += thread_time_ns() - start
+        return stats
+
+    def watch_allocations(self) -> None:
         """Time allocations from now on."""
         pool = self.kv_cache_manager.block_pool  # type: ignore[attr-defined]
         allocate = pool.get_new_blocks
@@ -66,123 +92,135 @@ class Timed:
         pool.get_new_blocks = get_new_blocks
 
 
+class _TimedOuter:
+    """Times ``make_stats`` with pie's part in it.
+
+    Attributes:
+        all_stats: nanoseconds of ``make_stats`` in the newest step.
+    """
+
+    all_stats = 0
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class after this one does."""
+        start = thread_time_ns()
+        stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
+        self.all_stats = thread_time_ns() - start
+        return stats
+
+
+def flavour_of(*, pie: bool, asynchronous: bool = True) -> type:
+    """A scheduler class that times its parts; with ``pie``, pie's stands around vLLM's."""
+    plain: Any = AsyncScheduler if asynchronous else Scheduler
+    bases = (_TimedOuter, PieSchedulerMixin, _TimedInner, plain) if pie else (_TimedInner, plain)
+    return type(f"Timed{'Pie' if pie else ''}{plain.__name__}", bases, {})
+
+
 class Side:
-    """One scheduler with all requests past their prompts."""
+    """A scheduler and the engine around it, which samples the same token for everybody.
+
+    Attributes:
+        scheduler: vLLM's scheduler, or pie's.
+        finished: ids of the requests that finished in the newest step.
+    """
 
     def __init__(
-        self, flavour: type, sizes: Geometry, steps: int, phases: int, others: int = 0
+        self,
+        flavour: type,
+        sizes: Geometry,
+        *,
+        requests_max: int,
+        tokens_max: int,
+        length_max: int,
+        prior: Prior | None = None,
     ) -> None:
-        """Over these sizes, for so many steps; ``others`` may run beside the requests."""
+        """Start without requests.
+
+        Args:
+            flavour: class of the scheduler, from ``flavour_of``.
+            sizes: blocks of both tiers.
+            requests_max: maximum number of running requests.
+            tokens_max: maximum number of tokens in a step.
+            length_max: maximum number of tokens of a request.
+            prior: what the workers measured at start; None for nothing.
+        """
         self.scheduler: Any = bare_schedulers.make(
             sizes,
             BLOCK_SIZE,
             flavour=flavour,
-            max_num_seqs=REQUESTS + others,
-            max_num_batched_tokens=1 << 17,
-            max_num_scheduled_tokens=1 << 17,
-            max_model_len=4096,
+            prior=prior or Prior(),
+            max_num_seqs=requests_max,
+            max_num_batched_tokens=tokens_max,
+            max_num_scheduled_tokens=tokens_max,
+            max_model_len=length_max,
             async_scheduling=issubclass(flavour, AsyncScheduler),
         )
-        self.held: list[Any] = []
-        for i in range(REQUESTS):
-            pooled = i >= REQUESTS - POOLED_REQUESTS
-            full = POOLED_EACH - steps // BLOCK_SIZE if pooled else POOLED_EACH // 2
-            prompt = [(i * 7 + t) % 997 for t in range(full * BLOCK_SIZE + 1 + i % BLOCK_SIZE)]
-            prompt[0] = i + 1
-            self.scheduler.add_request(
-                bare_schedulers.make_request(f"r{i}", prompt, 16 + (phases + 1) * steps, BLOCK_SIZE)
-            )
-        while self.scheduler.waiting or any(r.is_prefill_chunk for r in self.scheduler.running):
-            self.step()
-        self.scheduler.watch()
+        self.finished: list[str] = []
 
-    def step(self) -> int:
-        """Schedule and take results; returns nanoseconds."""
+    def add(self, name: str, prompt: list[int], answer: int) -> None:
+        """A request arrives, which ends after ``answer`` tokens."""
+        request = bare_schedulers.make_request(name, prompt, answer, BLOCK_SIZE)
+        self.scheduler.add_request(request)
+
+    def step(self) -> StepTimes:
+        """Schedule, ship the orders, take the results."""
         start = thread_time_ns()
         output = self.scheduler.schedule()
-        seconds = thread_time_ns() - start
-        scheduled = output.num_scheduled_tokens
-        requests = self.scheduler.requests
-        result = ModelRunnerOutput(
-            req_ids=list(scheduled),
-            req_id_to_index={r: i for i, r in enumerate(scheduled)},
-            sampled_token_ids=[[] if requests[r].is_prefill_chunk else [7] for r in scheduled],
+        scheduled_at = thread_time_ns()
+        orders = getattr(output, "pie", None)
+        if orders is not None:
+            pickle.loads(pickle.dumps(orders, pickle.HIGHEST_PROTOCOL))
+        shipped_at = thread_time_ns()
+        names, requests = list(output.num_scheduled_tokens), self.scheduler.requests
+        result: Any = ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: i for i, name in enumerate(names)},
+            sampled_token_ids=[
+                [] if requests[name].is_prefill_chunk else [EOS_FREE_TOKEN] for name in names
+            ],
         )
-        self.report(output, result)
-        start = thread_time_ns()
+        result.pie = self.report(output)
+        answered_at = thread_time_ns()
         outputs = self.scheduler.update_from_output(output, result)
-        seconds += thread_time_ns() - start
-        del outputs  # That is hundreds of objects.
-        return seconds
+        update = thread_time_ns() - answered_at
+        self.finished = [
+            one.request_id
+            for of_client in (outputs or {}).values()
+            for one in of_client.outputs
+            if one.finished
+        ]
+        return StepTimes(scheduled_at - start, shipped_at - scheduled_at, update)
 
-    def report(self, output: Any, result: Any) -> None:
-        """Add what a worker says beside the tokens: stock's says nothing."""
+    def report(self, output: Any) -> StepReport | None:  # noqa: ARG002
+        """What the workers say beside the tokens; None as stock's do."""
+        return None
 
-    def leave_out(self, turn: int) -> None:
-        """Leave out every other request of those that hold pooled blocks, from this step."""
-        later = self.scheduler.current_step + 2
-        for request in self.scheduler.running[-POOLED_REQUESTS:][turn % 2 :: 2]:
-            request.next_decode_eligible_step = later
+    def settle(self) -> None:
+        """Step until no request waits or computes its prompt."""
+        while self.scheduler.waiting or any(r.is_prefill_chunk for r in self.scheduler.running):
+            self.step()
 
-
-class PieSide(Side):
-    """Pie's scheduler; says how many residents are free before each step."""
-
-    def __init__(
-        self, flavour: type, sizes: Geometry, steps: int, phases: int, others: int = 0
-    ) -> None:
-        """As ``Side``."""
-        self.totals = Totals()
-        super().__init__(flavour, sizes, steps, phases, others)
-        # As learnt from a link whose budget is the whole window, and no more from every step.
-        row_bytes = self.scheduler.kv_cache_manager.geometry.row_bytes
-        seen = Observation(REQUESTS, REQUESTS, 1.0, 0.0, sizes.num_blocks * row_bytes, 1e-3)
-        for _ in range(OFTEN):
-            self.scheduler.pie_controller.decider.observe(seen)
-
-    def report(self, output: Any, result: Any) -> None:
-        """Add the counters of the engine, as if the step had loaded what it was to load."""
-        read_set, before, orders = self.residency.read_set, self.totals, output.pie
-        row_bytes = self.scheduler.kv_cache_manager.geometry.row_bytes
-        self.totals = before._replace(
-            steps=before.steps + bool(read_set.num_blocks),
-            bytes_loaded=before.bytes_loaded + read_set.num_blocks * row_bytes,
-            bytes_finished=before.bytes_finished + read_set.num_blocks * row_bytes,
-            load_seconds=before.load_seconds + read_set.num_blocks * 1e-9,
-            stall_step=before.stall_step if orders.plan is None else orders.plan.step,
-        )
-        pool = PoolState(orders.pool.chunks, number=orders.pool.number)
-        result.pie = StepReport(self.totals, pool, seconds=1.0)
-
-    @property
-    def residency(self) -> Any:
-        """The policy."""
-        return self.scheduler.kv_cache_manager.residency
-
-    def fill(self) -> None:
-        """Pool the blocks of the last requests, and hold all free residents."""
-        count = POOLED_REQUESTS * POOLED_EACH
-        self.residency.make_residents_free(count)
-        free = self.residency.queue.free_residents - REQUESTS // BLOCK_SIZE - 2
-        self.held = self.scheduler.kv_cache_manager.block_pool.get_new_blocks(free)
-        self.step()
-        assert abs(self.residency.pooled_in_use - count) <= BLOCK_SIZE
-
-    def release(self, count: int) -> None:
-        """Make residents free for the next step."""
-        given = [self.held.pop() for _ in range(count)]
-        self.scheduler.kv_cache_manager.block_pool.free_blocks(given)
+    def own(self, times: StepTimes) -> int:
+        """Nanoseconds of the newest step outside vLLM's code; allocations count as vLLM's."""
+        stats = getattr(self.scheduler, "all_stats", self.scheduler.stats) - self.scheduler.stats
+        return times.whole - self.scheduler.inner + stats
 
 
-def two_sides(
-    sizes: Geometry, steps: int, phases: int, asynchronous: bool, others: int = 0
-) -> tuple[Side, PieSide]:
-    """Stock's scheduler and pie's, over the same blocks."""
-    plain: Any = AsyncScheduler if asynchronous else Scheduler
-    timed = type("Timed" + plain.__name__, (Timed, plain), {})
-    flavour = type("Pie" + plain.__name__, (PieSchedulerMixin, timed), {})
-    stock = Side(timed, sizes, steps, phases, others)
-    return stock, PieSide(flavour, sizes, steps, phases, others)
+@contextmanager
+def steady_heap() -> Iterator[None]:
+    """Keep objects made so far out of collections, as vLLM's engine core does after its start."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def at(quantile: float, values: Sequence[float]) -> float:
+    """The value below which this share of them is; of one value, that value."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(quantile * len(ordered)))]
 
 
 def difference_of(times: Sequence[tuple[int, int]]) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pie_vllm.geometry import Geometry, blocks_fed, plan_geometry
 from pie_vllm.plan import Prior
@@ -62,18 +62,23 @@ class Machine:
         """What a server measures at start."""
         profile = self.profile()
         step = profile.base + MAX_NUM_SEQS * profile.per_request
-        return Prior(self.link, step_seconds=step)
+        attention = self.kv_bytes / self.memory
+        return Prior(self.link, step_seconds=step, attention_seconds=attention)
 
-    def geometry(self) -> Geometry:
-        """The geometry that a server plans, with a pool of four times the device's KV bytes."""
-        step = self.prior().step_seconds or 0.0
+    def geometry(self, longest: int = 512) -> Geometry:
+        """The geometry that a server plans, with a pool of four times the device's KV bytes.
+
+        Args:
+            longest: number of blocks of the longest request.
+        """
+        step = self.prior().full_step_seconds or 0.0
         return plan_geometry(
             num_layers=LAYERS,
             page_bytes=PAGE_BYTES,
             device_bytes=self.kv_bytes,
             pool_bytes=4 * self.kv_bytes,
             granularity=GRANULARITY,
-            needed_blocks=512,
+            needed_blocks=longest,
             fed_blocks=blocks_fed(self.link, step, ROW_BYTES),
         )
 
@@ -110,3 +115,6 @@ MACHINES = (
         "weights and 3 GB of activations leave 4 GiB",
     ),
 )
+
+H200 = replace(MACHINES[1], kv_bytes=110 * 10**9)
+"""An H200 that serves this model alone: 90 % of 141 GB, less weights and activations."""

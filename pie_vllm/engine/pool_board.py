@@ -43,7 +43,9 @@ class Board:
         leads: whether this is the rank whose output vLLM returns.
     """
 
-    def __init__(self, store: Store, rank: int, ranks: int, name: str) -> None:
+    def __init__(
+        self, store: Store, rank: int, ranks: int, name: str, first_chunks: int = 1
+    ) -> None:
         """Join a board; nothing is known of the others.
 
         Args:
@@ -51,6 +53,7 @@ class Board:
             rank: number of this process among the ranks; 0 leads.
             ranks: number of ranks.
             name: name of this board in the store, the same on all ranks and never used before.
+            first_chunks: chunks that each rank holds from the start and never gives back.
         """
         self.leads = rank == 0
         self._store = store
@@ -58,7 +61,8 @@ class Board:
         self._release_key = f"{name}/release"
         self._others = [f"{name}/{other}" for other in range(1, ranks)] if self.leads else []
         self._lock = threading.Lock()
-        self._known = dict.fromkeys(self._others, 1)
+        self._first = first_chunks
+        self._known = dict.fromkeys(self._others, first_chunks)
         self._refused = dict.fromkeys(self._others, 0)
         self._least_number = 0
         self._posted: PoolState | None = None
@@ -84,7 +88,7 @@ class Board:
         """The leader uses the leave of an order; the others may, from its note on."""
         with self._lock:
             self._least_number = order.number + 1  # Older notes say what there was before.
-            self._cut(1)
+            self._cut(self._first)
             self._release = order.number
 
     def released(self, order: PoolOrder) -> bool:
@@ -118,7 +122,7 @@ class Board:
             return SELDOM
         with self._lock:
             behind = any(chunks < own.chunks for chunks in self._known.values())
-        if not behind and not (idle and not self.leads and own.chunks > 1):
+        if not behind and not (idle and not self.leads and own.chunks > self._first):
             self._wait = SOON
             return NEVER
         wait, self._wait = self._wait, min(1.25 * self._wait, SELDOM)

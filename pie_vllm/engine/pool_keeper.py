@@ -76,7 +76,7 @@ class PoolKeeper:
 
     The engine's thread calls ``prepare`` and ``follow``; they take microseconds and wait for no
     memory. Nothing is given back but by an order: fewer chunks, or leave to give back all but the
-    first when no other order comes for the idle time (``PoolOrder.idle``). What is released by
+    first ones when no other order comes for the idle time (``PoolOrder.idle``). What is released by
     leave is reported before the scheduler names a row of it again, so this clock may be as early
     or as late as it likes. A chunk that cannot be had is no error: it is said once, the scheduler
     is told, and it is tried again later while the order stands.
@@ -91,16 +91,18 @@ class PoolKeeper:
         chunk_rows: int,
         *,
         idle_seconds: float,
+        first_chunks: int = 1,
         budget: Callable[[], AbstractContextManager[object]] = nullcontext,
         board: Board | None = None,
     ) -> None:
         """Start the thread.
 
         Args:
-            engine: the engine whose chunks these are; it holds the first one.
+            engine: the engine whose chunks these are; it holds the first ones.
             chunk_rows: rows of a chunk.
             idle_seconds: seconds without an order after which the leave to give back is used;
                 ``inf`` is never.
+            first_chunks: number of chunks that the engine holds already; they are never given back.
             budget: entered around the taking of one chunk; raises PieError to refuse it.
             board: what the ranks tell each other; None is a single rank.
         """
@@ -109,9 +111,9 @@ class PoolKeeper:
         self._idle_seconds = idle_seconds
         self._budget = budget
         self._board = board
-        self._ready = self._wanted = 1
+        self._first = self._ready = self._wanted = first_chunks
         self._refused = self._released = 0
-        self._order = PoolOrder(1)
+        self._order = PoolOrder(first_chunks)
         self._unheard = -1
         self._expires = self._retry = math.inf
         self._closing = False
@@ -165,7 +167,8 @@ class PoolKeeper:
             if self._order.idle and self._wanted < self._order.chunks:
                 self._unheard = order.number
             # What was given back by leave is not taken again before the scheduler has heard of it.
-            self._order, self._wanted = order, order.chunks if order.number != self._unheard else 1
+            heard = order.number != self._unheard
+            self._order, self._wanted = order, order.chunks if heard else self._first
             self._expires = time.monotonic() + self._idle_seconds if order.idle else math.inf
             if self._board is not None:
                 self._board.follow(order)
@@ -212,14 +215,14 @@ class PoolKeeper:
         """The chunk to release (below ``_ready``) or commit next; None after waiting for one."""
         with self._changed:
             if self._may_release() and not self._closing:
-                if self._ready > 1:
+                if self._ready > self._first:
                     logger.info(
                         "Pie: idle for %.0f s, so %d of %d chunks of the CPU pool go back",
                         self._idle_seconds,
-                        self._ready - 1,
+                        self._ready - self._first,
                         self._ready,
                     )
-                self._wanted, self._expires = 1, math.inf
+                self._wanted, self._expires = self._first, math.inf
                 self._released += 1
                 if self._board is not None:
                     self._board.release(self._order)
@@ -232,13 +235,13 @@ class PoolKeeper:
                 return self._ready
             if self._board is None or not self._board.news(self._own()):
                 retry = self._retry - now if self._wanted > self._ready else math.inf
-                left = self._expires - now if self._wanted > 1 else math.inf
+                left = self._expires - now if self._wanted > self._first else math.inf
                 self._changed.wait(max(0.0, min(wait, left, retry, WAIT_SECONDS_MAX)))
             return None
 
     def _may_release(self) -> bool:
         """Whether the leave of the newest order is used now."""
-        if not self._order.idle or self._wanted == 1:
+        if not self._order.idle or self._wanted <= self._first:
             return False
         if self._board is not None and not self._board.leads:
             return self._board.released(self._order)

@@ -82,6 +82,20 @@ class StepTerms(NamedTuple):
     paused: bool = False
 
 
+class _Counted(NamedTuple):
+    """Blocks of a step's requests, counted some steps ago.
+
+    Attributes:
+        requests: number of requests of that step.
+        blocks: number of blocks that they had in use.
+        steps: number of steps since, in which the same requests decoded.
+    """
+
+    requests: int = 0
+    blocks: int = 0
+    steps: int = 0
+
+
 class Controller:
     """Calls the parts of the policy in their order, once a step.
 
@@ -128,12 +142,13 @@ class Controller:
         self._completions = CompletedBlocks(block_size, residency)
         self._stalls = AwaitedStalls()
         self._totals = Totals()
-        self._prompts_under_way = self._paused = False
+        self._prompts_under_way = self._paused = self._quiet = False
         self._restored = 0
+        self._counted = _Counted()
 
     @property
     def decision(self) -> Decision:
-        """Bounds of the newest step that was not paused."""
+        """Bounds of the newest step in which anything could be pooled or admitted."""
         return self.admission.decision
 
     @property
@@ -145,6 +160,11 @@ class Controller:
     def begin_step(self) -> StepTerms:
         """Before anything is scheduled: bounds of the step, and who is left out of it."""
         residency, running = self._residency, self._scheduler.running
+        self._quiet = self._is_quiet(len(running))
+        if self._quiet:
+            self._paused = self.turns.taken = self.turns.exceeds = False
+            residency.parking.allowance = self.decision.park_blocks_max
+            return StepTerms(self._scheduler.tokens_max)
         prompts = self._prompt_tokens(running) if self._prompts_under_way else 0
         blocks = len(running) + prompts // self._size
         self._restored = residency.parking.restored_blocks
@@ -172,7 +192,9 @@ class Controller:
             tokens: Sum of these.
             fresh: Ids of those that got their first blocks in the step.
         """
-        residency, queue = self._residency, self._residency.queue
+        residency = self._residency
+        if self._quiet and tokens == len(scheduled) and not fresh and not residency.parking.pending:
+            return self._end_quiet_step(scheduled)
         plan = self._plan(scheduled, tokens, fresh)
         order = PoolOrder(residency.geometry.num_chunks)
         if self.pool is not None:
@@ -181,18 +203,61 @@ class Controller:
                 residency.rows.chunks_held,
                 changed=plan is not None and len(plan.stores) > 0,
                 idle=not (in_use or self._scheduler.num_unfinished),
-                short=queue.free_residents < 2 * self.step_blocks + len(self._scheduler.running),
+                short=self._short(len(self._scheduler.running)),
             )
         if not self._paused:
             self.turns.end_step(scheduled, residency)
+        # What attention reads: not what requests hold that are left out of the step.
+        blocks = sum(map(len, map(residency.tables.__getitem__, scheduled)))
+        self._counted = _Counted(len(scheduled), blocks)
         return StepOrders(
             plan,
             order,
-            # What attention reads: not what requests hold that are left out of the step.
-            blocks=sum(map(len, map(residency.tables.__getitem__, scheduled))),
+            blocks=blocks,
             within_budget=not self.turns.exceeds,
             restored=residency.parking.restored_blocks != self._restored,
         )
+
+    def _is_quiet(self, running: int) -> bool:
+        """Whether the coming step can neither pool, admit nor wait: most of its work is left out.
+
+        Nothing is pooled, nobody waits or computes a prompt, and the free residents last for more
+        than the step. What is evicted in it may still be parked.
+        """
+        residency, pool = self._residency, self.pool
+        queue = residency.queue
+        return not (
+            residency.read_set.by_request
+            or self._prompts_under_way
+            or self._scheduler.num_waiting
+            or queue.frozen
+            or self._short(running)
+            or (pool is not None and not pool.settled(residency.chunks_usable))
+        )
+
+    def _short(self, running: int) -> bool:
+        """Whether the free residents may not last for two steps of so many running requests."""
+        return self._residency.queue.free_residents < 2 * self.step_blocks + running
+
+    def _end_quiet_step(self, scheduled: Mapping[str, int]) -> StepOrders:
+        """``end_step`` of a quiet step in which nothing was evicted, admitted or prefilled."""
+        residency, counted = self._residency, self._counted
+        self._completions.pass_step()
+        residency.pass_step()
+        order = PoolOrder(residency.geometry.num_chunks)
+        if self.pool is not None:
+            idle = not (scheduled or self._scheduler.num_unfinished)
+            short = self._short(len(self._scheduler.running))
+            held = residency.rows.chunks_held
+            order = self.pool.end_step(held, changed=False, idle=idle, short=short)
+        requests = len(scheduled)
+        if requests != counted.requests or counted.steps >= self._size:
+            blocks = sum(map(len, map(residency.tables.__getitem__, scheduled)))
+            counted = _Counted(requests, blocks)
+        self._counted = counted._replace(steps=counted.steps + 1)
+        # Each request fills a block in as many steps as it has tokens.
+        blocks = counted.blocks + requests * counted.steps // self._size
+        return StepOrders(None, order, blocks)
 
     def observe(
         self, orders: StepOrders, report: StepReport | None, tokens: int, requests: int

@@ -6,11 +6,14 @@ from typing import Any
 
 from pie_vllm.config import SETTINGS_KEY, PieConfig
 from pie_vllm.errors import UnsupportedError
-from pie_vllm.geometry import Geometry
+from pie_vllm.geometry import Geometry, cdiv
 from pie_vllm.plan import Prior
 from pie_vllm.vllm.opt_in import wants_pie
 
-__all__ = ["PieSettings", "of", "take", "wants_pie"]
+__all__ = ["PieSettings", "first_chunks", "of", "take", "wants_pie"]
+
+FIRST_BYTES_MAX = 1 << 30
+"""Maximum bytes of the pool that are taken at start where the user does not say how many."""
 
 
 class PieSettings(dict[str, Any]):
@@ -56,3 +59,26 @@ def of(vllm_config: Any) -> PieSettings:
             "--block-manager default."
         )
     return settings
+
+
+def first_chunks(vllm_config: Any, geometry: Geometry, block_size: int) -> int:
+    """Chunks of the pool that are taken at start and never given back.
+
+    By default they hold what one step of prompts can demote, up to ``FIRST_BYTES_MAX``: memory for
+    more is ordered two steps ahead, but the first demotions of a small device come sooner than
+    that. Workers and scheduler ask here, so that they agree.
+
+    Args:
+        vllm_config: the finished configuration.
+        geometry: sizes of the tiers.
+        block_size: tokens of a block.
+    """
+    given = of(vllm_config).config.pool_start_gib
+    if given is None:
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        rows = min(cdiv(tokens, block_size), geometry.resident_blocks // 2)
+        rows = min(rows, FIRST_BYTES_MAX // geometry.row_bytes)
+    else:
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        rows = cdiv(int(given * 2**30) // ranks, geometry.row_bytes)
+    return min(max(1, cdiv(rows, geometry.chunk_rows)), geometry.num_chunks)

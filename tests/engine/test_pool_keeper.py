@@ -94,6 +94,20 @@ def test_it_follows_orders_in_a_thread_of_its_own(make: Callable[..., PoolKeeper
     assert chunks.threads == {"pie-pool"}
 
 
+def test_first_chunks_are_held_from_the_start_and_stay(make: Callable[..., PoolKeeper]) -> None:
+    """They are not taken again, a step may name their rows at once, and leave spares them."""
+    chunks = Chunks()
+    chunks.held = {0, 1, 2}
+    keeper = make(chunks, idle_seconds=0.05, first_chunks=3)
+    assert keeper.state == PoolState(3)
+    keeper.prepare(stores(2))
+    keeper.follow(PoolOrder(5))
+    until(lambda: keeper.state.chunks == 5)
+    keeper.follow(PoolOrder(5, idle=True))
+    until(lambda: chunks.held == {0, 1, 2})
+    assert keeper.state == PoolState(3, released=1)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities on Linux")
 def test_growing_takes_no_core_from_a_step(make: Callable[..., PoolKeeper]) -> None:
     """The thread that fills fresh memory steps back behind those that compute."""

@@ -36,9 +36,10 @@ class ElasticPool:
 
     After ``idle_seconds`` in which less was needed, the pool shrinks to what was needed at most
     meanwhile. An engine with nothing to run gives the workers leave with its last step: they give
-    all but one chunk back after that time by their own clock. From then on nothing here counts on
-    those chunks. The next step takes the leave back; if it could name rows beyond the first chunk,
-    nothing is scheduled until its report says whether they are still there (``asking``).
+    all but the first chunks back after that time by their own clock. From then on nothing here
+    counts on those chunks. The next step takes the leave back; if it could name rows beyond the
+    first chunks, nothing is scheduled until its report says whether they are still there
+    (``asking``).
 
     Attributes:
         order: the newest order.
@@ -60,8 +61,9 @@ class ElasticPool:
         *,
         step_blocks: int = 0,
         ranks: int = 1,
+        first_chunks: int = 1,
     ) -> None:
-        """Begin with one chunk.
+        """Begin with the first chunks.
 
         Args:
             geometry: the sizes.
@@ -72,6 +74,7 @@ class ElasticPool:
             idle_seconds: how long the pool keeps what is not needed.
             step_blocks: rows that one step may take.
             ranks: how many take a chunk of the same memory at once.
+            first_chunks: chunks that the workers take at start and never give back.
         """
         self._chunks = geometry.num_chunks
         self._chunk_bytes = geometry.chunk_rows * geometry.row_bytes * ranks
@@ -80,17 +83,18 @@ class ElasticPool:
         self._free_memory = free_memory
         self._idle_seconds = idle_seconds
         self._clock = clock
-        self.order = PoolOrder(1)
-        self.usable = 1
+        self._first = first_chunks
+        self.order = PoolOrder(first_chunks)
+        self.usable = first_chunks
         self.ceiling = self._chunks
-        self.state = PoolState(1)
+        self.state = PoolState(first_chunks)
         self.asking = False
         self._gone = False
         self._silent = False
         self._steps = 0
         self._due = False
         self._looked = self._since = clock()
-        self._peak = 1
+        self._peak = first_chunks
         self._refused_at: float | None = None
         self._paused_at: float | None = None
         self.pauses = 0
@@ -112,6 +116,14 @@ class ElasticPool:
         if self._silent or self._refused_at is not None:
             return self.usable
         return max(self.usable, self.ceiling)
+
+    def settled(self, usable: int) -> bool:
+        """Whether a step may begin without a look at the pool.
+
+        Args:
+            usable: number of chunks whose rows are handed out now.
+        """
+        return not (self.order.idle or self.asking or self._gone) and usable == self.usable
 
     def paused(self, short: bool) -> bool:
         """Whether the coming step schedules nothing.
@@ -142,14 +154,15 @@ class ElasticPool:
         """
         if self.order.idle:
             self.order = PoolOrder(self.order.chunks, number=self.order.number + 1)
-            self.usable, self.asking = 1, held > 1
+            self.usable, self.asking = self._first, held > self._first
         if self.asking:
             return False
         gone, self._gone = self._gone, False
         if gone:  # It grows anew, by what is needed.
-            self.order, self.usable = PoolOrder(1, number=self.order.number + 1), 1
-            self._since, self._peak = self._clock(), 1
-        return gone and held > 1
+            self.order = PoolOrder(self._first, number=self.order.number + 1)
+            self.usable = self._peak = self._first
+            self._since = self._clock()
+        return gone and held > self._first
 
     def end_step(
         self, held: int, *, changed: bool, idle: bool = False, short: bool = False
@@ -164,10 +177,10 @@ class ElasticPool:
         """
         self._steps += 1
         if idle or self.asking:
-            if idle and self.order.chunks > 1:
+            if idle and self.order.chunks > self._first:
                 self.order = self.order._replace(idle=True)
             return self.order
-        changed |= self._due or (short and self.order.chunks == 1 < self.ceiling)
+        changed |= self._due or (short and self.order.chunks == self._first < self.ceiling)
         if not changed and self._steps % LOOK_STEPS:
             return self.order
         self._due = False
@@ -175,16 +188,16 @@ class ElasticPool:
         if held or short or self.scarce:
             self._look(now, held)
         ahead = held + 1 + held // 8 + (self._ahead if held or short else 0)
-        wanted = max(held, min(ahead, self.ceiling))
+        wanted = max(held, min(ahead, self.ceiling), self._first)
         chunks = self.order.chunks
         if wanted >= chunks:
-            self._since, self._peak = now, 1
+            self._since, self._peak = now, self._first
             chunks = wanted
         else:
             self._peak = max(self._peak, wanted)
             if now - self._since >= self._idle_seconds or chunks > max(self.ceiling, wanted):
                 chunks = self._peak if chunks <= self.ceiling else wanted
-                self._since, self._peak = now, 1
+                self._since, self._peak = now, self._first
         if chunks != self.order.chunks:
             less = chunks < self.order.chunks
             self.order = PoolOrder(chunks, number=self.order.number + less)
@@ -199,11 +212,11 @@ class ElasticPool:
         self._gone |= state.released != self.state.released
         self.state, self._silent = state, False
         if state.number == self.order.number:
-            self.usable = max(1, min(state.chunks, self.order.chunks))
+            self.usable = max(self._first, min(state.chunks, self.order.chunks))
             self.asking = False
 
     def unanswered(self, order: PoolOrder) -> None:
-        """A step came back without a report: nothing beyond the first chunk is known to be there.
+        """A step came back without a report: only the first chunks are known to be there.
 
         Args:
             order: of that step.
@@ -224,4 +237,4 @@ class ElasticPool:
             else:
                 self._refused_at = None
         ceiling = min(self._chunks, self.state.chunks + room)
-        self.ceiling = max(ceiling, self._least, held, 1)
+        self.ceiling = max(ceiling, self._least, held, self._first)

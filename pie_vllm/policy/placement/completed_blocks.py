@@ -51,6 +51,10 @@ class CompletedBlocks:
             holder.progress = requests[request_id]
             self._note(holder, self._residency.computed_again)
 
+    def pass_step(self) -> None:
+        """Go on by one step that computes at most one token of each request, and no first one."""
+        self._step += 1
+
     def catch_up(self) -> None:
         """Tell of all blocks that are complete after the last step."""
         step = self._step

@@ -104,7 +104,9 @@ class Flight:
     def landed(self, token: object) -> None:
         """The results of a step are there, and of all before it."""
         steps = self._steps
-        if any(step.token is token for step in steps):
+        if steps and steps[0].token is token:
+            steps.popleft()
+        elif any(step.token is token for step in steps):
             while steps.popleft().token is not token:
                 pass
         if self._left:

@@ -459,6 +459,10 @@ class Residency:
         loads, pooled = read_set.take(), self.pooled_in_use
         return StepPlan(self._step, stores, promotions, loads, relabels, forward, pooled)
 
+    def pass_step(self) -> None:
+        """After a step that copies and moves nothing, while no request has pooled blocks."""
+        self._step += 1  # Steps without a plan count: the engine must notice the gap.
+
     # Counts.
 
     @property

@@ -51,11 +51,11 @@ def relabel_rows(runner: Any, relabels: Any) -> None:
     of(runner).relabel_rows(runner, relabels)
 
 
-def forward_seconds(runner: Any, tokens: int) -> float:
-    """Seconds of a forward pass over so many tokens, without attention.
+def forward_pass(runner: Any) -> Callable[[int], float]:
+    """A function that runs a pass over so many tokens, without attention, and returns its seconds.
 
-    The tokens are those of as many decoding requests, up to ``--max-num-seqs``. The result is the
-    shortest of three passes, the first of which warms up. There is no KV cache yet.
+    The tokens are those of as many decoding requests, up to ``--max-num-seqs``. There is no KV
+    cache yet.
     """
     one_pass: Callable[[int], float] = of(runner).forward_pass(runner)
-    return min(one_pass(tokens) for _ in range(3))
+    return one_pass

@@ -61,7 +61,7 @@ def relabel_rows(runner: Any, relabels: Any) -> None:
 
 
 def forward_pass(runner: Any) -> Callable[[int], float]:
-    """A function that times one pass of the V1 runner, for ``model_runner.forward_seconds``.
+    """A function that times one pass of the V1 runner, for ``model_runner.forward_pass``.
 
     Relies on ``_dummy_run`` as ``profile_run`` calls it, v1/worker/gpu_model_runner.py:6193, and on
     ``compute_logits`` of what it returns, 5942 there.

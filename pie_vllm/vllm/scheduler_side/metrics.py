@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -18,6 +19,10 @@ logger = init_logger("vllm.pie")
 
 LOG_SECONDS = 10.0
 """Least time between two lines of totals, in seconds."""
+
+REPORT_SECONDS = 0.1
+"""Least time between two reports to the front end while requests run, in seconds. A report costs
+the scheduler tens of microseconds, and Prometheus asks every few seconds."""
 
 
 class Hits(NamedTuple):
@@ -90,6 +95,19 @@ class Report:
             "pie_pool_ceiling_bytes": geometry.host_bytes,
         }
         self._geometry = geometry
+        self._due = -math.inf
+
+    def due(self, *, last: bool) -> bool:
+        """Whether a step brings a report: ``REPORT_SECONDS`` after the one before, or as the last.
+
+        Args:
+            last: whether no request runs any more, so that no step may follow for hours.
+        """
+        now = time.monotonic()
+        if now < self._due and not last:
+            return False
+        self._due = now + REPORT_SECONDS
+        return True
 
     def changes(self, totals: Totals, residency: Residency, control: Control) -> dict[str, int]:
         """Increments of counters and new values of gauges since the last call.

@@ -102,6 +102,7 @@ class PieSchedulerMixin(_Mixed):
             config.pool_idle_seconds,
             step_blocks=controller.step_blocks,
             ranks=vllm_config.parallel_config.tensor_parallel_size,
+            first_chunks=settings.first_chunks(vllm_config, geometry, block_size),
         )
         return controller
 
@@ -132,10 +133,12 @@ class PieSchedulerMixin(_Mixed):
         """
         most = self.max_num_scheduled_tokens
         self.max_num_scheduled_tokens = tokens
+        self.kv_cache_manager.serve_running()
         try:
             output: SchedulerOutput = super().schedule(*args, **kwargs)
         finally:
             self.max_num_scheduled_tokens = most
+            self.kv_cache_manager.serve_waiting()
         return output
 
     def _passed_over(self, output: SchedulerOutput, allowed: int) -> str:
@@ -167,6 +170,7 @@ class PieSchedulerMixin(_Mixed):
         0.32 counts the adapters of those that run in the step, v1/core/sched/scheduler.py:892, and
         asserts a step later that those left out of it fit, too.
         """
+        self.kv_cache_manager.serve_waiting()
         ready = bool(super()._handle_blocked_waiting_request(request))
         return ready and (self.lora_config is None or self._adapter_fits(request))
 
@@ -219,9 +223,10 @@ class PieSchedulerMixin(_Mixed):
         return finished
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
-        """Make vLLM's statistics of a step, with pie's among them."""
+        """Make vLLM's statistics of a step, with pie's among them where they are due."""
         stats = super().make_stats(*args, **kwargs)
-        if stats is not None:
+        goes_on = self.running and self.pause_state == PauseState.UNPAUSED
+        if stats is not None and self.pie_report.due(last=not goes_on):
             manager, controller = self.kv_cache_manager, self.pie_controller
             decision, detector = controller.decision, controller.decider.detector
             control = Control(

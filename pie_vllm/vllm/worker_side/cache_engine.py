@@ -54,6 +54,7 @@ class PieCacheEngine:
         gather_below: int = 0,
         gather_blocks: int = UNMEASURED_CTAS,
         board: Board | None = None,
+        first_chunks: int = 1,
     ) -> None:
         """Reserve arena and pool and test the hand-over on this machine.
 
@@ -64,6 +65,7 @@ class PieCacheEngine:
             gather_below: bytes of a piece below which loads were faster by the gather kernel.
             gather_blocks: number of CTAs of that kernel, in graphs too.
             board: where the ranks tell each other of their pools; None for a single rank.
+            first_chunks: chunks of the pool that are taken now and never given back.
 
         Raises:
             TransferError: memory cannot be had, or the self-test fails.
@@ -79,11 +81,12 @@ class PieCacheEngine:
         self._full_graphs = config.full_graphs
         self._gather_blocks = gather_blocks
         self._graphs: FullGraphs | None = None
-        self._engine = _open(config, geometry, driver)
+        self._engine = _open(config, geometry, driver, first_chunks)
         self.keeper = PoolKeeper(
             self._engine,
             geometry.chunk_rows,
             idle_seconds=config.pool_idle_seconds,
+            first_chunks=first_chunks,
             budget=partial(taking, geometry.bytes_of_chunks(1)),
             board=board,
         )
@@ -292,13 +295,13 @@ class PieCacheEngine:
         self._engine.close()
 
 
-def _open(config: PieConfig, geometry: Geometry, driver: str) -> TransferEngine:
-    """The transfer engine with the pool's first chunk. Memory that is not free is never taken.
+def _open(config: PieConfig, geometry: Geometry, driver: str, chunks: int) -> TransferEngine:
+    """The transfer engine with the pool's first chunks. Memory that is not free is never taken.
 
     Raises:
         TransferError: the memory cannot be had.
     """
-    first = geometry.bytes_of_chunks(1)
+    first = geometry.bytes_of_chunks(chunks)
     device = geometry.device_bytes if driver == "host" else 0
     try:
         with taking(first + device, seconds=START_SECONDS):
@@ -307,12 +310,12 @@ def _open(config: PieConfig, geometry: Geometry, driver: str) -> TransferEngine:
                 driver=driver,
                 link_bytes_per_s=config.emulated_link,
                 debug=config.debug,
-                chunks=1,
+                chunks=chunks,
             )
     except TransferError as error:
         raise TransferError(
             f"--block-manager pie cannot start: it takes {device / 2**20:.0f} MiB for KV on the "
-            f"device and {first / 2**20:.0f} MiB for the first chunk of its pool from CPU memory. "
-            f"{error} Free CPU memory, lower --kv-cache-memory-bytes, or use --block-manager "
-            "default."
+            f"device and {first / 2**20:.0f} MiB for the beginning of its pool from CPU memory. "
+            f"{error} Free CPU memory, lower --kv-cache-memory-bytes or --pie-pool-gib, or use "
+            "--block-manager default."
         ) from error

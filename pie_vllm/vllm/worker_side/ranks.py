@@ -44,11 +44,14 @@ def least_bytes(*sizes: int) -> Sequence[int]:
     return [int(size) for size in least(*sizes)]
 
 
-def pool_board() -> Board | None:
+def pool_board(first_chunks: int) -> Board | None:
     """Where the ranks note what their pools hold; all ranks call it together. None for one rank.
 
     vLLM returns the output of the first rank of the tensor-parallel group
     (v1/executor/multiproc_executor.py:548, ``_get_output_rank``).
+
+    Args:
+        first_chunks: number of chunks that each rank holds from the start.
 
     Raises:
         UnsupportedError: this torch does not show the store that its ranks share.
@@ -65,7 +68,8 @@ def pool_board() -> Board | None:
             f"{torch.__version__} does not show. Use one rank, or --block-manager default."
         )
     (name,) = least_bytes(secrets.randbelow(2**50))  # No engine before this one had it.
-    return Board(store_of(), group.rank_in_group, group.world_size, f"pie-pool-{name}")
+    board = f"pie-pool-{name}"
+    return Board(store_of(), group.rank_in_group, group.world_size, board, first_chunks)
 
 
 def step_board() -> StepBoard | None:
@@ -103,15 +107,17 @@ def slowest(prior: Prior) -> Prior:
 
     A bandwidth that one rank could not measure is known to none.
     """
-    bandwidth, step, by_request, by_token = least(
+    bandwidth, step, attention, by_request, by_token = least(
         prior.bandwidth or 0.0,
         -(prior.step_seconds or 0.0),
+        -prior.attention_seconds,
         -prior.request_seconds,
         -prior.prompt_seconds,
     )
     return prior._replace(
         bandwidth=bandwidth or None,
         step_seconds=None if prior.step_seconds is None else -step,
+        attention_seconds=-attention,
         request_seconds=-by_request,
         prompt_seconds=-by_token,
     )

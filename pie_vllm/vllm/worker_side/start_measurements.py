@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from time import perf_counter
 from typing import Any, NamedTuple
 
+import torch
 from vllm.logger import init_logger
 
 from pie_vllm.config import PieConfig
@@ -16,6 +20,16 @@ logger = init_logger("vllm.pie")
 
 PROMPT_TOKENS = 256
 """Number of prompt tokens in the step whose time is taken at start."""
+
+PASSES = 3
+"""Number of passes of which the shortest counts."""
+
+PASSES_SECONDS = 1.5
+"""Seconds of all forward passes at start, about; fast devices need a tenth of it."""
+
+COPIED_BYTES = 128 << 20
+"""Maximum bytes of the copy within the device's memory that is timed: more than a GPU's cache
+holds."""
 
 
 class Measured(NamedTuple):
@@ -70,6 +84,58 @@ def with_link(
     return Measured(prior._replace(bandwidth=link.load), link.gather_below, link.gather_blocks)
 
 
+class StepTimes:
+    """Times passes over more and more tokens, and guesses those that would take too long.
+
+    A pass over ``n`` times the tokens takes at most ``n`` times as long, so it is known before
+    whether passes fit what is left of the time. A fast device is timed at the sizes asked for;
+    a slow one at smaller ones, whose last two are continued in a straight line.
+    """
+
+    def __init__(self, one_pass: Callable[[int], float], sizes: int, seconds_max: float) -> None:
+        """Run nothing yet.
+
+        Args:
+            one_pass: runs a pass over so many tokens and returns its seconds.
+            sizes: number of sizes that will be asked for, of 1 token first and then of more.
+            seconds_max: seconds of all passes together, about.
+        """
+        self._one_pass = one_pass
+        self._sizes_left = sizes
+        self._left = seconds_max
+        self._known: list[tuple[int, float]] = []
+
+    def seconds(self, tokens: int) -> float:
+        """Seconds of a pass over so many tokens, at least as many as asked for before."""
+        share = self._left / max(self._sizes_left, 1)
+        self._sizes_left -= 1
+        until = self._left - share
+        if not self._known:
+            self._time(1, until)
+        size, seconds = self._known[-1]
+        while size < tokens:
+            fitting = int(size * (self._left - until) / (PASSES * seconds))
+            if fitting <= size:
+                break
+            size, seconds = self._time(min(tokens, fitting), until)
+        if size >= tokens or len(self._known) == 1:
+            return seconds
+        before, less = self._known[-2]
+        return seconds + max(seconds - less, 0.0) / (size - before) * (tokens - size)
+
+    def _time(self, tokens: int, until: float) -> tuple[int, float]:
+        """Note the shortest of some passes, the first of which warms up."""
+        shortest = math.inf
+        for _ in range(PASSES):
+            taken = self._one_pass(tokens)
+            self._left -= taken
+            shortest = min(shortest, max(taken, 1e-9))
+            if self._left - shortest < until:
+                break
+        self._known.append((tokens, shortest))
+        return self._known[-1]
+
+
 def with_step_times(prior: Prior, runner: Any, requests: int, tokens_max: int) -> Prior:
     """Add the seconds of a step without attention, of each of its requests and prompt tokens.
 
@@ -79,14 +145,14 @@ def with_step_times(prior: Prior, runner: Any, requests: int, tokens_max: int) -
         requests: number of requests that decode in the step.
         tokens_max: largest number of tokens in one step.
     """
-    one = model_runner.forward_seconds(runner, 1)
-    step = model_runner.forward_seconds(runner, requests)
+    times = StepTimes(model_runner.forward_pass(runner), 3, PASSES_SECONDS)
+    one = times.seconds(1)
+    step = times.seconds(requests)
     by_request = max(step - one, 0.0) / max(requests - 1, 1)
     tokens = min(tokens_max, requests + PROMPT_TOKENS)
     by_token = by_request
     if tokens > requests:
-        longer = model_runner.forward_seconds(runner, tokens) - step
-        by_token = max(longer, 0.0) / (tokens - requests)
+        by_token = max(times.seconds(tokens) - step, 0.0) / (tokens - requests)
     logger.info(
         "Pie: %d requests decode in %.1f ms without attention, one in %.1f ms; a prompt token "
         "takes %.2f ms",
@@ -96,3 +162,49 @@ def with_step_times(prior: Prior, runner: Any, requests: int, tokens_max: int) -
         1e3 * by_token,
     )
     return prior._replace(step_seconds=step, request_seconds=by_request, prompt_seconds=by_token)
+
+
+def with_attention(prior: Prior, device: torch.device, kv_bytes: int) -> Prior:
+    """Add the seconds of attention over a device full of KV: ``kv_bytes / memory_bandwidth``.
+
+    In decoding, attention reads each byte of KV once and computes a few operations with it: as many
+    as query heads share a KV head, where a GPU computes a hundred in that time. Its time is that of
+    memory (the roofline model: S. Williams et al., 2009; for decoding: Flash-Decoding, T. Dao et
+    al., 2023). A CPU computes longer than that, so there this is a lower bound. A pass of vLLM's
+    with attention would tell less: at this time there are no block tables, so it would read one
+    block from a cache again and again.
+
+    Args:
+        prior: what is known so far.
+        device: the device whose memory holds KV.
+        kv_bytes: bytes of KV that the requests of a step read.
+    """
+    # KV has no memory yet, so a copy of a quarter of it fits twice.
+    bandwidth = memory_bandwidth(device, max(1, min(COPIED_BYTES, kv_bytes // 4)))
+    seconds = kv_bytes / bandwidth
+    logger.info(
+        "Pie: the device's memory reads and writes %.0f GB/s, so attention over %.2f GiB of KV "
+        "takes %.1f ms at least",
+        bandwidth / 1e9,
+        kv_bytes / 2**30,
+        1e3 * seconds,
+    )
+    return prior._replace(attention_seconds=seconds)
+
+
+def memory_bandwidth(device: torch.device, copied: int) -> float:
+    """Bytes that a device's memory reads and writes in a second, by a copy of so many within it."""
+    source = torch.zeros(copied, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    on_accelerator = device.type != "cpu"
+    shortest = math.inf
+    for _ in range(PASSES):
+        start = perf_counter()
+        target.copy_(source)
+        if on_accelerator:
+            torch.accelerator.synchronize(device)
+        shortest = min(shortest, perf_counter() - start)
+    del source, target
+    if on_accelerator:
+        torch.accelerator.empty_cache()  # KV is allocated beside torch's allocator.
+    return 2 * copied / shortest

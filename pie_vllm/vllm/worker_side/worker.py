@@ -25,7 +25,12 @@ from pie_vllm.vllm.worker_side import kv_layout, ranks
 from pie_vllm.vllm.worker_side.cache_engine import PieCacheEngine
 from pie_vllm.vllm.worker_side.failures import end_rank, said_once
 from pie_vllm.vllm.worker_side.output_tags import HostTimer, Tag, Timer, tagged
-from pie_vllm.vllm.worker_side.start_measurements import Measured, with_link, with_step_times
+from pie_vllm.vllm.worker_side.start_measurements import (
+    Measured,
+    with_attention,
+    with_link,
+    with_step_times,
+)
 from pie_vllm.vllm.worker_side.step_board import StepBoard
 
 logger = init_logger("vllm.pie")
@@ -111,16 +116,18 @@ class PieWorkerMixin(_Mixed):
         )
         plan(ring_fraction=config.ring_fraction, fed_blocks=1)  # Refuses early what cannot work.
         row_bytes = len(specs) * spec.page_size_bytes
-        requests = self._pie_requests(device_bytes // row_bytes, needed)
+        device_blocks = device_bytes // row_bytes
+        requests = self._pie_requests(device_blocks, needed)
+        kv_bytes = min(device_blocks, requests * needed) * row_bytes
         prior = self._pie_prior = ranks.slowest(
-            self._pie_measure(len(specs), spec.page_size_bytes, requests)
+            self._pie_measure(len(specs), spec.page_size_bytes, requests, kv_bytes)
         )
         fraction, fed = config.ring_fraction, None
         if fraction is None:
             if prior.bandwidth is None:
                 fraction = UNKNOWN_LINK_FRACTION
-            elif prior.step_seconds is not None:
-                fed = blocks_fed(prior.bandwidth, prior.step_seconds, row_bytes)
+            elif prior.full_step_seconds is not None:
+                fed = blocks_fed(prior.bandwidth, prior.full_step_seconds, row_bytes)
         geometry: Geometry = plan(
             ring_fraction=fraction, fed_blocks=fed, link_bytes_per_s=prior.bandwidth
         )
@@ -171,13 +178,14 @@ class PieWorkerMixin(_Mixed):
         )
         return check_device_bytes(device_bytes - tables, tables, pool_bytes)
 
-    def _pie_measure(self, num_layers: int, page_bytes: int, requests: int) -> Prior:
+    def _pie_measure(self, num_layers: int, page_bytes: int, requests: int, kv_bytes: int) -> Prior:
         """How fast the link is and, where a target asks for it, how long a step takes.
 
         Args:
             num_layers: number of layers with KV.
             page_bytes: bytes of a block in one layer.
             requests: number of requests in the step that is timed.
+            kv_bytes: bytes of KV that these requests hold on a full device.
         """
         config = settings.of(self.vllm_config).config
         contention = config.limit_contention
@@ -187,6 +195,7 @@ class PieWorkerMixin(_Mixed):
         if config.target_slowdown is not None:
             tokens_max = int(self.vllm_config.scheduler_config.max_num_batched_tokens)
             prior = with_step_times(prior, self.model_runner, requests, tokens_max)
+            prior = with_attention(prior, self.model_runner.device, kv_bytes)
         measured = self._pie_measured = with_link(
             prior,
             config,
@@ -217,13 +226,16 @@ class PieWorkerMixin(_Mixed):
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Allocate arena and pool, give the runner its views, put up the gates."""
         config = settings.of(self.vllm_config).config
+        block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        first_chunks = settings.first_chunks(self.vllm_config, self._pie_geometry, block_size)
         self.pie = PieCacheEngine(
             config,
             self._pie_geometry,
             self.pie_driver,
             self._pie_measured.gather_below,
             self._pie_measured.gather_blocks,
-            ranks.pool_board(),
+            ranks.pool_board(first_chunks),
+            first_chunks,
         )
         self._pie_step_board = ranks.step_board()
         shaped = kv_layout.over_arena(kv_cache_config, self._pie_geometry)

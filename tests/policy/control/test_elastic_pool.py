@@ -53,6 +53,34 @@ def test_one_chunk_while_nothing_is_pooled() -> None:
     assert all(world.step(0) is first for _ in range(5))
 
 
+def test_the_first_chunks_are_there_from_the_start_and_stay() -> None:
+    """They are usable before any report, and neither idle time nor a release takes them."""
+    world = World(first_chunks=3)
+    pool = world.pool
+    assert (pool.order, pool.usable, pool.state) == (PoolOrder(3), 3, PoolState(3))
+    assert world.step(0) == PoolOrder(3)
+    assert world.step(0, idle=True) == PoolOrder(3), "there is nothing to give back"
+    assert world.step(10).chunks == 12
+    assert world.step(0, seconds=100.0).chunks == 3
+    assert world.step(10).chunks == 12
+    assert world.step(3, idle=True) == PoolOrder(12, idle=True, number=1)
+    pool.begin_step(3)
+    assert (pool.usable, pool.asking) == (3, False), "rows of the first chunks only"
+    pool.report(PoolState(3, number=pool.order.number, released=1))
+    pool.begin_step(3)
+    assert pool.order.chunks == 3
+    assert pool.usable == 3
+
+
+def test_a_pool_that_is_held_whole_never_changes() -> None:
+    """All chunks are first ones, whatever memory there is and however long nothing is needed."""
+    world = World(first_chunks=CHUNKS)
+    world.free = 0
+    orders = [world.step(held, seconds=70.0) for held in (0, CHUNKS, 2, 0, 0)]
+    assert orders == [PoolOrder(CHUNKS)] * 5
+    assert not world.pool.scarce
+
+
 def test_steps_that_change_nothing_look_now_and_then() -> None:
     """What they would see was seen; a worker's refusal is looked at in the next one."""
     world = World()
