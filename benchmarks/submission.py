@@ -30,7 +30,7 @@ from benchmarks.harness.result_file import RESULTS, write_result
 from benchmarks.harness.stats import percentile
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.geometry import Geometry
-from pie_vllm.plan import Copy, StepPlan
+from pie_vllm.plan import NO_RUNS, Copy, StepPlan, runs
 
 SOURCE = Path(__file__).resolve().parent / "harness" / "idle_cuda.cpp"
 HOST_KERNEL = ROOT / "tests" / "csrc"
@@ -85,8 +85,8 @@ def _compile(target: Path) -> None:
 
 def plan_of(step: int, pieces: int, first: int) -> StepPlan:
     """Single pages whose rows do not lie together, others in each step."""
-    loads = tuple(Copy(first + i, (7 * i + step) % pieces, 1) for i in range(pieces))
-    return StepPlan(step, (), (), loads, (), forward=True)
+    loads = runs(Copy(first + i, (7 * i + step) % pieces, 1) for i in range(pieces))
+    return StepPlan(step, NO_RUNS, NO_RUNS, loads, (), forward=True)
 
 
 def one_step(engine: TransferEngine, plan: StepPlan) -> float:

@@ -111,7 +111,8 @@ class ParkedContext:
             end = 0
             while "again" not in side.finished:
                 end = side.step().whole
-        if found is not None and _blocks_found(manager) - found < self.blocks:
+        again = _blocks_found(manager)
+        if found is not None and again is not None and again - found < self.blocks:
             raise RuntimeError(f"not all of the context's {self.blocks} blocks were parked")
         return ContextCost(
             self.blocks,

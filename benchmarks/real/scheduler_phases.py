@@ -120,7 +120,11 @@ class _Pair:
     def __init__(self, blocks: int, steps: int, asynchronous: bool) -> None:
         """Over so many blocks; each phase has at most so many steps."""
         sizes = tiers(blocks)
-        limits = {"requests_max": REQUESTS, "tokens_max": 1 << 17, "length_max": 1 << 13}
+        limits: dict[str, Any] = {
+            "requests_max": REQUESTS,
+            "tokens_max": 1 << 17,
+            "length_max": 1 << 13,
+        }
         stock, pie = (flavour_of(pie=p, asynchronous=asynchronous) for p in (False, True))
         self.stock = Side(stock, sizes, **limits)
         self.pie = _PieSide(pie, sizes, **limits)

@@ -203,7 +203,7 @@ class Side:
     def own(self, times: StepTimes) -> int:
         """Nanoseconds of the newest step outside vLLM's code; allocations count as vLLM's."""
         stats = getattr(self.scheduler, "all_stats", self.scheduler.stats) - self.scheduler.stats
-        return times.whole - self.scheduler.inner + stats
+        return int(times.whole - self.scheduler.inner + stats)
 
 
 @contextmanager

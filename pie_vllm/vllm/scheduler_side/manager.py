@@ -79,7 +79,6 @@ class PieBlockSpaceManager(KVCacheManager):
         self.hit_counts = HitCounts(geometry.resident_blocks)
         self.admission.on_restored_ahead = self.hit_counts.ahead
         self._parked: dict[str, ParkedHits] = {}  # Of the request asked for last.
-        self._stock_allocate_slots = super().allocate_slots
 
     def get_computed_blocks(
         self, request: Request, max_cache_hit_length: int | None = None
@@ -132,21 +131,11 @@ class PieBlockSpaceManager(KVCacheManager):
 
         The request's own status says who that is, whatever way it came here: new, preempted, or a
         streaming session that goes on with the blocks it has, for which vLLM looks up no prefix.
+        There are hundreds of running requests a step, so they pass at once.
         """
         if request.status is RequestStatus.RUNNING:
             return super().allocate_slots(request, num_new_tokens, *args, **kwargs)
         return self._admit(request, num_new_tokens, *args, **kwargs)
-
-    def serve_running(self) -> None:
-        """Only running requests ask for slots until ``serve_waiting``: vLLM's method serves them.
-
-        There are hundreds of them a step, and a call passed on costs each up to a microsecond.
-        """
-        vars(self)["allocate_slots"] = self._stock_allocate_slots
-
-    def serve_waiting(self) -> None:
-        """Anybody may ask for slots: ``allocate_slots`` looks who it is."""
-        vars(self).pop("allocate_slots", None)
 
     def _admit(
         self,

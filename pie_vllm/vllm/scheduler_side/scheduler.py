@@ -133,12 +133,10 @@ class PieSchedulerMixin(_Mixed):
         """
         most = self.max_num_scheduled_tokens
         self.max_num_scheduled_tokens = tokens
-        self.kv_cache_manager.serve_running()
         try:
             output: SchedulerOutput = super().schedule(*args, **kwargs)
         finally:
             self.max_num_scheduled_tokens = most
-            self.kv_cache_manager.serve_waiting()
         return output
 
     def _passed_over(self, output: SchedulerOutput, allowed: int) -> str:
@@ -170,7 +168,6 @@ class PieSchedulerMixin(_Mixed):
         0.32 counts the adapters of those that run in the step, v1/core/sched/scheduler.py:892, and
         asserts a step later that those left out of it fit, too.
         """
-        self.kv_cache_manager.serve_waiting()
         ready = bool(super()._handle_blocked_waiting_request(request))
         return ready and (self.lora_config is None or self._adapter_fits(request))
 
