@@ -133,11 +133,11 @@ class PieBlockSpaceManager(KVCacheManager):
 
         There are hundreds of them a step, and a call passed on costs each up to a microsecond.
         """
-        vars(self)["allocate_slots"] = self._stock_allocate_slots
+        self.__dict__["allocate_slots"] = self._stock_allocate_slots
 
     def serve_waiting(self) -> None:
         """Anybody may ask for slots: ``allocate_slots`` looks who it is."""
-        vars(self).pop("allocate_slots", None)
+        self.__dict__.pop("allocate_slots", None)
 
     def _admit(
         self,
