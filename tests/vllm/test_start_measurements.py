@@ -50,7 +50,7 @@ def test_a_fast_device_is_timed_at_the_sizes_asked_for() -> None:
     times = StepTimes(device, 3, PASSES_SECONDS)
     found = [times.seconds(tokens) for tokens in (1, 256, 512)]
     assert found == pytest.approx([device.seconds(t) for t in (1, 256, 512)])
-    assert all(device.sizes.count(t) == PASSES for t in (1, 256, 512))
+    assert [device.sizes.count(t) for t in (1, 256, 512)] == [PASSES - 1, PASSES, PASSES]
     assert len(set(device.sizes)) <= 4
     assert device.spent < 0.2
 

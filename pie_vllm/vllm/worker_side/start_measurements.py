@@ -22,9 +22,9 @@ PROMPT_TOKENS = 256
 """Number of prompt tokens in the step whose time is taken at start."""
 
 PASSES = 3
-"""Number of passes of which the shortest counts."""
+"""Number of passes of which the shortest counts; one less of a single token."""
 
-PASSES_SECONDS = 1.5
+PASSES_SECONDS = 2.0
 """Seconds of all forward passes at start, about; fast devices need a tenth of it."""
 
 COPIED_BYTES = 128 << 20
@@ -126,7 +126,7 @@ class StepTimes:
     def _time(self, tokens: int, until: float) -> tuple[int, float]:
         """Note the shortest of some passes, the first of which warms up."""
         shortest = math.inf
-        for _ in range(PASSES):
+        for _ in range(PASSES if self._known else PASSES - 1):
             taken = self._one_pass(tokens)
             self._left -= taken
             shortest = min(shortest, max(taken, 1e-9))
