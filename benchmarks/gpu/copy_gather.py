@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,7 +48,7 @@ def gather(context: Context, compute: Compute, sizes: Sizes, peak: float) -> Non
             for count in (count for count in sizes.counts if count * piece <= area):
                 if not context.has_time(5, "all sizes of the gather kernel"):
                     return
-                table = pieces(target, source, piece, count).to(compute.device)
+                table = pieces(target, source, piece, count)
                 target.zero_()
                 for ctas in CTAS:
                     times = [kernel.seconds(table, ctas) for _ in range(sizes.repeats + 1)][1:]
@@ -65,7 +65,7 @@ def gather(context: Context, compute: Compute, sizes: Sizes, peak: float) -> Non
                 wrong += int((there != source.view(-1, 2, piece)[:count, 0]).sum())
                 wrong += int(target.view(-1, 2, piece)[:count, 1].count_nonzero())
     context.report.check("bytes that the gather kernel left wrong", wrong, "0", wrong == 0)
-    table = pieces(target, source, BESIDE_PIECE, area // BESIDE_PIECE).to(compute.device)
+    table = pieces(target, source, BESIDE_PIECE, area // BESIDE_PIECE)
     stream = new_stream(-1)
 
     def launch(ctas: int) -> Callable[[], float]:
@@ -160,11 +160,29 @@ def load(context: Context, arch: str) -> Kernel | None:
     return None
 
 
-def pieces(target: torch.Tensor, source: torch.Tensor, piece: int, count: int) -> torch.Tensor:
-    """A table of every second piece of both."""
-    places = torch.arange(count, dtype=torch.int64) * 2 * piece
-    sizes = torch.full_like(places, piece)
-    return torch.stack([places + target.data_ptr(), places + source.data_ptr(), sizes], 1)
+class Table(NamedTuple):
+    """What a launch is given, as ``gather.cu`` says.
+
+    Attributes:
+        entries: on the device, a row of 24 bytes a piece.
+        base: address of block 0.
+        page: bytes of a page.
+    """
+
+    entries: torch.Tensor
+    base: int
+    page: int
+
+
+def pieces(target: torch.Tensor, source: torch.Tensor, piece: int, count: int) -> Table:
+    """A table of every second piece of both: pages of one layer of one chunk."""
+    entries = torch.zeros(count, 6, dtype=torch.int32)
+    places = 2 * torch.arange(count, dtype=torch.int32)
+    entries.view(torch.int64)[:, 0] = source.data_ptr()
+    entries[:, 2] = 2 * count
+    entries[:, 3] = entries[:, 4] = places
+    entries[:, 5] = 1
+    return Table(entries.to(target.device), target.data_ptr(), piece)
 
 
 class Kernel:
@@ -182,21 +200,25 @@ class Kernel:
         self._call("cuModuleLoadData", ctypes.byref(module), self._image)
         self._call("cuModuleGetFunction", ctypes.byref(self._function), module, ENTRY.encode())
 
-    def seconds(self, table: torch.Tensor, ctas: int) -> float:
+    def seconds(self, table: Table, ctas: int) -> float:
         """One launch over a table, on torch's current stream."""
         stream: Any = torch.cuda.current_stream()
         return self.start(table, ctas, stream)()
 
-    def start(self, table: torch.Tensor, ctas: int, stream: Any) -> Callable[[], float]:
+    def start(self, table: Table, ctas: int, stream: Any) -> Callable[[], float]:
         """Launch over a table; what is returned waits for it, and tells its seconds."""
-        count = torch.tensor([len(table)], dtype=torch.int64, device=table.device)
+        entries, layer = table.entries, 0
+        count = torch.tensor([len(entries)], dtype=torch.int64, device=entries.device)
         stream.wait_stream(torch.cuda.current_stream())
         counted = 0  # Nobody counts the launches.
-        numbers = table.data_ptr(), count.data_ptr(), counted
+        bases = table.base, table.page, layer
+        numbers = entries.data_ptr(), count.data_ptr(), counted, *bases
         arguments = [ctypes.c_uint64(number) for number in numbers]
-        addresses = (ctypes.c_void_p * 3)(*(ctypes.addressof(each) for each in arguments))
+        addresses = (ctypes.c_void_p * len(arguments))(
+            *(ctypes.addressof(each) for each in arguments)
+        )
         start, end = timed_event(), timed_event()
-        held = [table, count]  # Until it is over.
+        held = [entries, count]  # Until it is over.
         start.record(stream)
         self._call(
             "cuLaunchKernel",

@@ -27,7 +27,8 @@ from benchmarks.gpu.harness.decode import SMALL, WRITTEN, LayerShape, Model
 from benchmarks.gpu.harness.inputs import SmallCopies
 from benchmarks.gpu.harness.stepping import TIMED_EVERY
 from benchmarks.harness.stats import percentile
-from pie_vllm.engine.link_calibration import measure_link
+from pie_vllm.engine.gather import NoGather, load_gather
+from pie_vllm.engine.link_calibration import GATHER_CTAS, measure_link
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.plan import NO_RUNS, Copy, StepPlan, runs
 
@@ -38,9 +39,17 @@ stores alone."""
 INPUT_SHARES = (0.0, 0.5, 0.95)
 """At which small copies beside loads are measured."""
 
+KERNEL_SHARES = (0.5, 0.95)
+"""At which loads by the gather kernel are measured, for each number of its CTAs."""
+
+KERNEL = "single pages by the gather kernel beside compute, by its CTAs; 0: by the copy engines"
+
 WAYS = ((True, True), (False, True), (True, False))
 """Whether a step's begin submits the copies of its first layer alone, and whether batches ask for
 overlap with compute; the first is what is served."""
+
+LONGEST_RUN = 16
+"""Blocks of a plan's runs, where nothing else is said."""
 
 HIDDEN_BELOW = 0.8
 """Up to this share of the link, loads should cost no more than `SLOWDOWN`."""
@@ -114,6 +123,8 @@ def one_setting(
                 measure(context, bench, ring, batch, share, blocks)
             if batch == sizes.batches[0] and (share in INPUT_SHARES or blocks == most):
                 small_copies(context, bench, ring, share, blocks)
+            if batch == sizes.batches[0] and share in KERNEL_SHARES:
+                by_kernel(context, bench, ring, batch, share, blocks)
             if blocks == most and share * feeds > most:
                 context.report.note(f"ring {ring}, {batch} rows: no more than {most} blocks loaded")
                 break
@@ -175,6 +186,42 @@ def measure(
         context.report.check(name, slower, f"<= {SLOWDOWN}", slower <= SLOWDOWN, target=True)
 
 
+def by_kernel(
+    context: Context, bench: Bench, ring: int, batch: int, share: float, blocks: int
+) -> None:
+    """What loads take from compute, and how fast they are, for each width of the kernel."""
+    whole_rows = bench.row_bytes
+    loaded = load_gather(bench.engine, whole_rows)
+    if isinstance(loaded, NoGather):
+        context.report.note(f"loads by the gather kernel beside compute: {loaded.reason}")
+        return
+    bench.longest_run = 1
+    for ctas in (0, *GATHER_CTAS):
+        if not context.has_time(5, f"loads by {ctas} CTAs and more"):
+            break
+        bench.engine.use_gather(None, whole_rows if ctas else 1, ctas or 1)
+        plain, steps, copying, submission = [], [], [], []
+        for _ in range(bench.sizes.turns):
+            plain.append(bench.timed(None, blocks))
+            steps.append(bench.timed(blocks, blocks))
+            copying.append(bench.load_seconds)
+            submission.append(bench.submission)
+        context.report.row(
+            KERNEL,
+            ring_slots=ring,
+            requests=batch,
+            share_of_link=share,
+            blocks=blocks,
+            ctas=ctas,
+            step_ms=1e3 * middle(steps),
+            slowdown=middle([a / b for a, b in zip(steps, plain, strict=True)]),
+            GBps=blocks * bench.row_bytes / middle(copying) / 1e9 if middle(copying) else None,
+            submission_ms=1e3 * middle(submission),
+        )
+    bench.longest_run = LONGEST_RUN
+    bench.engine.use_gather(None, 0)
+
+
 def small_copies(context: Context, bench: Bench, ring: int, share: float, blocks: int) -> None:
     """How long the inputs of a step wait for its loads and stores, by what is submitted first."""
     if not context.has_time(5, f"small copies beside {share:g} of the link"):
@@ -218,6 +265,7 @@ class Bench:
             are what steps wait for.
         stalls: seconds of those steps of the last run that were timed.
         stored_wrong: pages that were stored with other bytes, so far.
+        longest_run: blocks of a plan's runs.
     """
 
     def __init__(
@@ -226,6 +274,7 @@ class Bench:
         self.sizes, self.row_bytes = sizes, engine.geometry.row_bytes
         self.load_seconds, self.submission, self.stored_wrong = 0.0, 0.0, 0
         self.stalls: list[float] = []
+        self.longest_run = LONGEST_RUN
         self.engine, self._compute, self._model = engine, compute, model
         self._inputs = SmallCopies(compute)
         self._step = 0
@@ -283,13 +332,14 @@ class Bench:
         return seconds
 
     def _plan(self, loads: int, index: int) -> StepPlan:
-        """Loads of one set of rows, in runs of up to 16 as from several requests, and stores."""
+        """Loads of one set of rows, in runs as from several requests, and stores."""
         self._step += 1
         geometry = self.engine.geometry
         most, first_block = self.sizes.most_blocks, geometry.resident_blocks
-        base = most * (index % 2)
+        base, longest = most * (index % 2), self.longest_run
         loaded = [
-            Copy(first_block + at, base + at, min(16, loads - at)) for at in range(0, loads, 16)
+            Copy(first_block + at, base + at, min(longest, loads - at))
+            for at in range(0, loads, longest)
         ]
         stores = [Copy(1, 2 * most + WRITTEN * (self._step % 4), WRITTEN)]
         out, back = (runs(in_chunks(each, geometry.chunk_rows)) for each in (stores, loaded))

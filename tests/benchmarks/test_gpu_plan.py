@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import gpu_check
-from benchmarks.gpu import copy_gather, exactness, memory, pinning
+from benchmarks.gpu import copy_gather, exactness, memory, overlap, pinning
 from benchmarks.gpu.harness.compute import compute_of
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.plans import CLOSING_SECONDS, DRY_STRETCH, PLANS, Entry, Plan, jobs_of
@@ -23,7 +24,9 @@ from benchmarks.gpu.harness.records import Reporter, collect
 from benchmarks.gpu.harness.stages import STAGES, Stage, parse_stages
 from benchmarks.gpu.harness.summary import FIGURES, summary
 from benchmarks.harness.builds import ROOT
+from pie_vllm.engine.gather import GatherImage, NoGather
 from tests.helpers import standin as builds
+from tests.helpers.gather_kernel import gather_kernel
 from tests.helpers.standin import Standin, load
 
 PARTS = ("good", "wrong", "hangs", "raises")
@@ -270,6 +273,58 @@ def test_compute_beside_the_kernel_is_compared_for_each_width(tmp_path: Path) ->
     assert [row["ctas"] for row in rows] == [1, 2, 4, 8, 12]
     assert rows[0]["slowdown"] < rows[2]["slowdown"] < rows[4]["slowdown"]
     assert rows[0]["GBps"] == pytest.approx(2**20 / 0.004 / 1e9, rel=1e-4)
+
+
+def test_tables_of_the_check_are_those_of_the_kernel(standin: Standin) -> None:
+    """Every second piece is copied, to the same place, and nothing else."""
+    assert standin.violations() == []
+    kernel = gather_kernel()
+    source = torch.arange(40 * 1000, dtype=torch.int64).to(torch.int8) | 1
+    target = torch.zeros_like(source)
+    table = copy_gather.pieces(target, source, 1000, 20)
+    count = torch.tensor([20])
+    kernel.run([table.entries.data_ptr(), count.data_ptr(), 0, table.base, table.page, 0], 2)
+    kernel.reset()
+    there, wanted = target.view(20, 2, 1000), source.view(20, 2, 1000)
+    assert torch.equal(there[:, 0], wanted[:, 0])
+    assert not there[:, 1].any()
+
+
+class WidthsBench:
+    """Steps that the copy engines do not slow down, and the kernel by 10 % a CTA."""
+
+    row_bytes, sizes = 1 << 20, overlap.QUICK
+    longest_run, load_seconds, submission = overlap.LONGEST_RUN, 0.002, 0.0001
+
+    def __init__(self) -> None:
+        self.engine = self
+        self.ctas, self.runs = 0, set[int]()
+
+    def use_gather(self, image: bytes | None, threshold: int, blocks: int = 8) -> None:
+        assert image is None
+        self.ctas = blocks if threshold > 1 else 0
+
+    def timed(self, loads: int | None, reads: int) -> float:
+        assert reads == 20
+        self.runs.add(self.longest_run)
+        return 0.01 * (1 + 0.1 * self.ctas if loads else 1)
+
+
+def test_loads_by_the_kernel_are_compared_for_each_width(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they take from compute, beside the copy engines."""
+    context, bench = context_of(tmp_path), WidthsBench()
+    monkeypatch.setattr(overlap, "load_gather", lambda *_: GatherImage(b"", "ahead"))
+    overlap.by_kernel(context, bench, 3, 32, 0.5, 20)  # type: ignore[arg-type]
+    rows = tables(tmp_path)[overlap.KERNEL]
+    assert [row["ctas"] for row in rows] == [0, 1, 2, 4, 8]
+    assert [row["slowdown"] for row in rows] == pytest.approx([1.0, 1.1, 1.2, 1.4, 1.8])
+    assert rows[0]["GBps"] == pytest.approx(20 * 2**20 / 0.002 / 1e9, rel=1e-4)
+    assert (bench.runs, bench.longest_run, bench.ctas) == ({1}, overlap.LONGEST_RUN, 0)
+    monkeypatch.setattr(overlap, "load_gather", lambda *_: NoGather("there is none"))
+    overlap.by_kernel(context, bench, 3, 32, 0.5, 20)  # type: ignore[arg-type]
+    assert len(tables(tmp_path)[overlap.KERNEL]) == 5
 
 
 def test_memory_is_touched_while_enough_is_left(tmp_path: Path) -> None:

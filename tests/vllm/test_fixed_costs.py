@@ -78,37 +78,6 @@ def test_quiet_steps_order_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quiet > 4 * len(SEEDS)
 
 
-def test_running_requests_are_served_by_vllms_own_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within a step pie's method sees those alone that do not run, and each of them."""
-    seen: list[RequestStatus] = []
-    admitted = 0
-    original, admit = PieBlockSpaceManager.allocate_slots, PieBlockSpaceManager._admit
-
-    def allocate_slots(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(request.status)
-        return original(self, request, *args, **kwargs)
-
-    def count(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal admitted
-        blocks = admit(self, *args, **kwargs)
-        admitted += blocks is not None
-        return blocks
-
-    monkeypatch.setattr(PieBlockSpaceManager, "allocate_slots", allocate_slots)
-    monkeypatch.setattr(PieBlockSpaceManager, "_admit", count)
-    driver = make_driver(scheduling.geometry(24, 16), max_num_seqs=8)
-    for i in range(16):
-        prompt = [100 * i + t for t in range(3 * BLOCK_SIZE)]
-        driver.add(make_request(f"r{i}", prompt, 3 * BLOCK_SIZE, BLOCK_SIZE))
-    driver.run()
-    driver.verify()
-    assert RequestStatus.RUNNING not in seen
-    assert admitted >= 16
-    assert len(seen) < driver.steps, "a method of pie's is called for each running request"
-    manager = driver.scheduler.kv_cache_manager
-    assert "allocate_slots" not in vars(manager), "between steps anybody may ask"
-
-
 def test_reports_are_few_and_leave_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of 10 ms: one in ten reports, and the last one does, so increments add up."""
     ticks = itertools.count()

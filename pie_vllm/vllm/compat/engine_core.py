@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pie_vllm.vllm.compat.patching import expect, expect_in_order, swapped, wrapped_once
+from pie_vllm.vllm.compat.patching import expect, swapped, wrapped_once
 
 
 def own_block_pool(pool_class: type) -> Any:
@@ -68,15 +68,7 @@ def after_kv_caches(
 
 
 def check_engine_core() -> None:
-    """Check the lines that ``after_kv_caches`` and the order of serving requests rely on.
-
-    Running requests are served before waiting ones, each of which is asked about first:
-    v1/core/sched/scheduler.py:778, :929 and :1256 in 0.32, :914, :1079 and :1435 in 0.33.
-    """
-    from vllm.v1.core.sched.scheduler import Scheduler
+    """Check the line that ``after_kv_caches`` relies on."""
     from vllm.v1.engine.core import EngineCore
-
-    served, asked = "self.kv_cache_manager.allocate_slots(", "_handle_blocked_waiting_request("
-    expect_in_order(Scheduler.schedule, served, asked, served)
 
     expect(EngineCore.__init__, "kv_cache_config = self._initialize_kv_caches(vllm_config)")

@@ -20,6 +20,10 @@ from pie_vllm.vllm.scheduler_side.block_pool import PieBlockPool
 from pie_vllm.vllm.scheduler_side.hit_counts import HitCounts
 from pie_vllm.vllm.scheduler_side.stale_kv import StaleKv
 
+# Looked up once: an attribute of an enumeration and ``super()`` cost as much as the call itself.
+_RUNNING = RequestStatus.RUNNING
+_allocate_stock = KVCacheManager.allocate_slots
+
 
 class PieBlockSpaceManager(KVCacheManager):
     """vLLM's KV cache manager over resident and pooled blocks.
@@ -124,18 +128,16 @@ class PieBlockSpaceManager(KVCacheManager):
     def _put_entry(self, block: Any, key: Any, index: int) -> None:
         self.block_pool._insert_block_hash(key, block, (index + 1) * self.block_size)
 
-    def allocate_slots(
-        self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
-    ) -> KVCacheBlocks | None:
+    def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
         """As vLLM's; who does not run yet is admitted on pie's terms.
 
         The request's own status says who that is, whatever way it came here: new, preempted, or a
         streaming session that goes on with the blocks it has, for which vLLM looks up no prefix.
         There are hundreds of running requests a step, so they pass at once.
         """
-        if request.status is RequestStatus.RUNNING:
-            return super().allocate_slots(request, num_new_tokens, *args, **kwargs)
-        return self._admit(request, num_new_tokens, *args, **kwargs)
+        if request.status is _RUNNING:
+            return _allocate_stock(self, request, *args, **kwargs)
+        return self._admit(request, *args, **kwargs)
 
     def _admit(
         self,
