@@ -67,14 +67,10 @@ class PrefixCursor:
 
     def extend(self, keys_max: int | None) -> None:
         """Look on, at so many keys at most; None for no bound."""
-        cached, row_of, stores = (
-            self._cached,
-            self._parking.evictable_row,
-            self._parking.copies.stores,
-        )
+        parking, cached = self._parking, self._cached
+        row_of, stores = parking.evictable_row, parking.copies.stores
         if self.gap is not None:
-            row = row_of(self.gap)
-            if (row is None or row in stores) and cached(self.gap) is None:
+            if not parking.has(self.gap) and cached(self.gap) is None:
                 return
             self._again.appendleft(self.gap)
             self.gap = None
