@@ -7,14 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.v1.request import RequestStatus
 
 from pie_vllm.plan import StepOrders
 from pie_vllm.policy.controller import Controller
 from pie_vllm.vllm import settings
 from pie_vllm.vllm.compat import loggers
 from pie_vllm.vllm.scheduler_side import metrics
-from pie_vllm.vllm.scheduler_side.manager import PieBlockSpaceManager
 from pie_vllm.vllm.scheduler_side.scheduler import PieSchedulerMixin
 from tests.helpers import scheduling
 from tests.helpers.fuzz import BLOCK_SIZE, Case, make_driver, play, random_case
