@@ -163,7 +163,7 @@ class Controller:
         self._quiet = self._is_quiet(len(running))
         if self._quiet:
             self._paused = self.turns.taken = self.turns.exceeds = False
-            residency.parking.allowance = self.decision.park_blocks_max
+            residency.parking.allowance = self.decision.parked_at_once
             return StepTerms(self._scheduler.tokens_max)
         prompts = self._prompt_tokens(running) if self._prompts_under_way else 0
         blocks = len(running) + prompts // self._size

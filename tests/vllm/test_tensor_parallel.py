@@ -102,14 +102,16 @@ def test_a_rank_that_fails_ends_the_engine(setup: Setup, tmp_path: Path) -> None
 def test_the_slowest_rank_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The least bandwidth and the longest step; what one rank does not know, none does."""
     mine = Prior(bandwidth=20e9, step_seconds=0.01, request_seconds=1e-4, prompt_seconds=2e-5)
-    theirs = (15e9, -0.02, -5e-5, -3e-5)
+    theirs = (15e9, -0.02, -0.003, -5e-5, -3e-5)
 
     def least(*values: float) -> tuple[float, ...]:
         return tuple(map(min, zip(values, theirs, strict=True)))
 
     monkeypatch.setattr(ranks, "least", least)
     found = ranks.slowest(mine)
-    assert found == mine._replace(bandwidth=15e9, step_seconds=0.02, prompt_seconds=3e-5)
-    theirs = (0.0, 0.0, 0.0, 0.0)
+    assert found == mine._replace(
+        bandwidth=15e9, step_seconds=0.02, attention_seconds=0.003, prompt_seconds=3e-5
+    )
+    theirs = (0.0, 0.0, 0.0, 0.0, 0.0)
     assert ranks.slowest(Prior()) == Prior()
     assert ranks.slowest(mine).bandwidth is None
