@@ -32,7 +32,9 @@ def test_the_thread_pays_for_descriptors() -> None:
 
 def test_no_two_pages_of_the_plan_are_one_run() -> None:
     """And each row is read once."""
-    runs = [tuple(run) for run in plan_of(3, 1142, 8).loads or ()]
+    loads = plan_of(3, 1142, 8).loads
+    assert loads is not None
+    runs = loads.tolist()
     assert len({row for _, row, _ in runs}) == 1142
     pairs = itertools.pairwise(runs)
     assert not any(b == a + 1 and s == r + 1 for (a, r, _), (b, s, _) in pairs)
