@@ -5,7 +5,7 @@ The books of the policy would notice most of them first, so they are not checked
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -25,11 +25,12 @@ def wrong_row(patch: Patch) -> None:
     """A page is filled from the row of another parked block."""
     restore = Parking.restore
 
-    def wrong(self: Parking, key: Any, resident: int) -> None:
-        restore(self, key, resident)
+    def wrong(self: Parking, keys: Sequence[Any], residents: Sequence[int]) -> None:
+        restore(self, keys, residents)
         restores = self.copies.restores
-        others = {*self._index.rows()} - {restores[resident], *self.copies.stores}
-        restores[resident] = min(others, default=restores[resident])
+        for resident in residents:
+            others = {*self._index.rows()} - {restores[resident], *self.copies.stores}
+            restores[resident] = min(others, default=restores[resident])
 
     patch.setattr(Parking, "restore", wrong)
 
