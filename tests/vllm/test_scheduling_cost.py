@@ -68,7 +68,7 @@ def test_a_step_stays_cheap(measured: dict[int, dict[str, PhaseCost]]) -> None:
 
 @pytest.fixture(scope="module")
 def over_a_full_pool() -> dict[int, ContextCost]:
-    """A context that comes back, out of two and twenty thousand parked blocks: the cheapest of 3."""
+    """A context that comes back, out of two and twenty thousand parked blocks: the cheapest."""
     found: dict[int, ContextCost] = {}
     for _ in range(3):
         for rows in (2_000, 20_000):
