@@ -31,6 +31,11 @@ OUTLIER = 0.3
 LEAST_SHARE = 0.1
 """Least prediction, as a fraction of the last step learnt from."""
 
+FAR_BELOW_MAX = 3
+"""Number of steps in a row predicted below ``LEAST_SHARE`` of what they took after which the model
+begins anew. An error counts as a fraction of the prediction, so it would learn from such steps for
+hundreds of them: terms learnt from two requests say little of thirty."""
+
 BASE_DRIFT = 0.1
 """Standard deviation of the base's drift per step, as a fraction of the noise. Some ten steps
 determine the base, as in an average."""
@@ -96,6 +101,11 @@ class StepModel:
             compute: seconds that the step took.
             request_seconds: of each request, as far as known.
         """
+        self._begin(requests, blocks, bandwidth, compute, request_seconds)
+
+    def _begin(
+        self, requests: int, blocks: int, bandwidth: float, compute: float, request_seconds: float
+    ) -> None:
         self._units = max(requests, 1), max(blocks, 1), bandwidth
         by_request = min(request_seconds * requests, compute)
         self._factors = [compute - by_request, by_request, 0.0, 0.0, 0.0]
@@ -105,7 +115,7 @@ class StepModel:
         self._most = [self._cov[i][i] for i in range(5)]
         self._scale = compute
         self._noise = NOISE**2
-        self._steps = self._since = self._loaded = 0
+        self._steps = self._since = self._loaded = self._far_below = 0
         self.cost = self.sure_cost = FREE
 
     def seconds(self, requests: int, blocks: int) -> float:
@@ -138,6 +148,10 @@ class StepModel:
             loaded / bandwidth,
         )
         factors = self._factors
+        self._far_below = self._far_below + 1 if _dot(factors, x) < LEAST_SHARE * compute else 0
+        if self._far_below >= FAR_BELOW_MAX:
+            self._begin(requests, blocks, bandwidth, compute, 0.0)
+            return True
         gain = [_dot(row, x) for row in self._cov]
         known, expected = _dot(gain, x), _dot(factors, x)
         scale = self._scale = max(expected, LEAST_SHARE * compute)

@@ -128,3 +128,14 @@ def test_a_machine_that_is_slower_at_once_is_known_soon(times: int, steps: int) 
     for i in range(steps):
         model.learn(2, 60 + i % 5, 0, 1e-3 * times)
     assert model.seconds(2, 60) > 0.7e-3 * times
+
+
+def test_terms_learnt_from_two_requests_do_not_last_for_thirty() -> None:
+    """Scatter of a warm-up may make a request's term negative: 32 of them then take no time."""
+    model = StepModel(2, 2, 1e10, 0.074)
+    for requests, seconds in ((2, 0.129), (1, 0.2), (2, 0.07), (1, 0.15), (2, 0.06)) * 4:
+        model.learn(requests, requests, 0, seconds)
+    assert model.seconds(32, 32) < 0.02, "the warm-up no longer misleads"
+    for _ in range(4):
+        model.learn(32, 32, 0, 0.1)
+    assert model.seconds(32, 32) == pytest.approx(0.1, rel=0.05)
