@@ -15,7 +15,7 @@ from benchmarks.harness.display import console, table, working
 from benchmarks.harness.machine import facts
 from benchmarks.harness.options import plain_parser
 from benchmarks.harness.result_file import RESULTS, write_result
-from benchmarks.simulated.run_churn import MACHINES, Window, churn
+from benchmarks.simulated.run_churn import GPUS, Window, churn
 
 WINDOWS = 10
 """Number of rows of the table."""
@@ -40,13 +40,13 @@ def show(windows: list[Window]) -> None:
 def main() -> None:
     """The command line."""
     parser = plain_parser("run_lengths", __doc__)
-    parser.add_argument("--machine", choices=MACHINES, default="gh200_70b")
+    parser.add_argument("--machine", choices=GPUS, default="gh200_70b")
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--no-parking", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS / "run_lengths")
     args = parser.parse_args()
     every = max(1, args.steps // WINDOWS)
-    simulation = churn(MACHINES[args.machine], args.steps, every, parking=not args.no_parking)
+    simulation = churn(GPUS[args.machine], args.steps, every, parking=not args.no_parking)
     sizes = simulation.residency.geometry
     console.print(
         f"{args.machine}: {sizes.resident_blocks:,} resident and {sizes.pooled_blocks:,} pooled "

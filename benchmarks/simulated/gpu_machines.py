@@ -1,4 +1,4 @@
-"""Three machines with GPUs, as the simulator knows them; no figure of them was measured here."""
+"""Machines with GPUs, as the simulator knows them; no figure of them was measured here."""
 
 from __future__ import annotations
 
@@ -8,14 +8,9 @@ from pie_vllm.geometry import Geometry, blocks_fed, plan_geometry
 from pie_vllm.plan import Prior
 from pie_vllm.simulation.traces import Profile
 
-LAYERS, BLOCK_TOKENS = 32, 16
+BLOCK_TOKENS = 16
 PAGE_BYTES = 2 * 8 * 128 * 2 * BLOCK_TOKENS
-"""K and V, 8 heads of 128, 2 bytes: the model's configuration; 64 KiB."""
-ROW_BYTES = LAYERS * PAGE_BYTES
-WEIGHT_BYTES = 16.1e9
-"""8.03e9 parameters of 2 bytes: arithmetic."""
-FLOPS_PER_TOKEN = 2 * 8.03e9
-"""Two for each parameter; attention left out: arithmetic."""
+"""K and V, 8 heads of 128, 2 bytes: the configuration of Llama 3.1 8B and 70B; 64 KiB."""
 GEMM_SHARE = 0.5
 """Share of the peak that a prefill reaches: an assumption."""
 HOST_SECONDS = 2e-3
@@ -28,8 +23,33 @@ GRANULARITY = 2 << 20
 
 
 @dataclass(frozen=True)
+class Model:
+    """A model with pages of ``PAGE_BYTES``.
+
+    Attributes:
+        layers: number of attention layers.
+        weight_bytes: bytes of the weights, all of which a step reads.
+        flops_per_token: operations for a prompt token, two for each parameter; attention left out.
+    """
+
+    layers: int
+    weight_bytes: float
+    flops_per_token: float
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a block in all layers."""
+        return self.layers * PAGE_BYTES
+
+
+LLAMA_8B = Model(32, weight_bytes=16.1e9, flops_per_token=2 * 8.03e9)
+"""8.03e9 parameters of 2 bytes: arithmetic."""
+LAYERS, ROW_BYTES = LLAMA_8B.layers, LLAMA_8B.row_bytes
+
+
+@dataclass(frozen=True)
 class Machine:
-    """A GPU.
+    """A GPU that serves a model.
 
     Attributes:
         name: name of the GPU and of its link.
@@ -38,6 +58,9 @@ class Machine:
         flops: peak by specification, operations per second, bf16 with fp32 sums, dense.
         kv_bytes: device memory for KV, ring included.
         source: where the constants are from: which are measured, and by whom.
+        model: the model.
+        store_link: speed of the link from the device, bytes per second; None is ``link``, shared.
+        pool_bytes: CPU memory for KV; None is four times ``kv_bytes``.
     """
 
     name: str
@@ -46,16 +69,20 @@ class Machine:
     flops: float
     kv_bytes: int
     source: str
+    model: Model = LLAMA_8B
+    store_link: float | None = None
+    pool_bytes: int | None = None
 
     def profile(self) -> Profile:
         """A step reads all weights and the KV of its requests once, at the memory's speed."""
         return Profile(
             link=self.link,
-            base=WEIGHT_BYTES / self.memory + HOST_SECONDS,
+            base=self.model.weight_bytes / self.memory + HOST_SECONDS,
             per_request=REQUEST_SECONDS,
-            per_prompt_token=FLOPS_PER_TOKEN / (GEMM_SHARE * self.flops),
-            per_block=ROW_BYTES / self.memory,
-            exposed=1 / LAYERS,
+            per_prompt_token=self.model.flops_per_token / (GEMM_SHARE * self.flops),
+            per_block=self.model.row_bytes / self.memory,
+            exposed=1 / self.model.layers,
+            store_link=self.store_link,
         )
 
     def prior(self) -> Prior:
@@ -66,20 +93,21 @@ class Machine:
         return Prior(self.link, step_seconds=step, attention_seconds=attention)
 
     def geometry(self, longest: int = 512) -> Geometry:
-        """The geometry that a server plans, with a pool of four times the device's KV bytes.
+        """The geometry that a server plans.
 
         Args:
             longest: number of blocks of the longest request.
         """
         step = self.prior().full_step_seconds or 0.0
         return plan_geometry(
-            num_layers=LAYERS,
+            num_layers=self.model.layers,
             page_bytes=PAGE_BYTES,
             device_bytes=self.kv_bytes,
-            pool_bytes=4 * self.kv_bytes,
+            pool_bytes=4 * self.kv_bytes if self.pool_bytes is None else self.pool_bytes,
             granularity=GRANULARITY,
             needed_blocks=longest,
-            fed_blocks=blocks_fed(self.link, step, ROW_BYTES),
+            fed_blocks=blocks_fed(self.link, step, self.model.row_bytes),
+            link_bytes_per_s=self.link,
         )
 
 

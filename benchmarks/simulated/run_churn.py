@@ -5,17 +5,24 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from pie_vllm.geometry import Geometry, blocks_fed, cdiv, plan_geometry
-from pie_vllm.plan import Prior, StepOrders
+from benchmarks.simulated.gpu_machines import (
+    BLOCK_TOKENS,
+    H200,
+    MACHINES,
+    MAX_NUM_SEQS,
+    Machine,
+    Model,
+)
+from pie_vllm.geometry import Geometry, cdiv
+from pie_vllm.plan import NO_RUNS, Runs, StepOrders, num_copied
 from pie_vllm.policy.control.decider import Decider
 from pie_vllm.simulation.scheduler import Request
 from pie_vllm.simulation.simulator import Simulation
-from pie_vllm.simulation.traces import Job, Profile, StepCost
+from pie_vllm.simulation.traces import Job, StepCost
 
-BLOCK_TOKENS = 16
 TURNS = 3
 FOLLOW_UPS = 50, 400
 """Least and most tokens of a later turn's prompt."""
@@ -23,41 +30,32 @@ FOLLOW_UPS = 50, 400
 EXCESS = 1.25
 """Chats that come, as a share of those that both tiers serve."""
 
+GH200 = replace(MACHINES[0], store_link=297e9)
+"""With the speed back that the same source measured."""
 
-@dataclass(frozen=True)
-class Machine:
-    """A machine with a model, in bytes, seconds and tokens.
+GPUS = {
+    "gh200_70b": replace(
+        GH200,
+        flops=1979e12,
+        kv_bytes=int(13.5e9),
+        model=Model(80, weight_bytes=70.6e9, flops_per_token=2 * 70e9),
+    ),
+    "gh200_8b": replace(GH200, kv_bytes=int(60e9)),
+    "h200_8b": replace(H200, kv_bytes=int(20e9), store_link=55e9),
+}
+"""What each name of the command line is; the large model's weights and sums have 8 bits."""
+
+
+class Lengths(NamedTuple):
+    """Tokens of the chats, least and most.
 
     Attributes:
-        layers: number of attention layers.
-        page: bytes of a block in one layer.
-        device: bytes for KV on the device.
-        pool: bytes for KV on the CPU.
-        link: bytes per second from the CPU to the device.
-        store_link: bytes per second back.
-        step: seconds of a step that decodes, without attention.
-        per_prompt_token: seconds for each prompt token.
-        memory: bytes per second that the device reads.
-        prompts: least and most tokens of a chat's first prompt.
-        answers: least and most tokens of an answer.
+        prompts: of a chat's first prompt.
+        answers: of an answer.
     """
 
-    layers: int
-    page: int
-    device: int
-    pool: int
-    link: float
-    store_link: float
-    step: float
-    per_prompt_token: float
-    memory: float
     prompts: tuple[int, int] = (3000, 5000)
     answers: tuple[int, int] = (200, 800)
-
-    @property
-    def row(self) -> int:
-        """Bytes of a block in all layers."""
-        return self.layers * self.page
 
     @property
     def longest(self) -> int:
@@ -65,68 +63,8 @@ class Machine:
         more = (TURNS - 1) * FOLLOW_UPS[1] + TURNS * self.answers[1]
         return cdiv(self.prompts[1] + more, BLOCK_TOKENS)
 
-    @property
-    def profile(self) -> Profile:
-        """Its times."""
-        return Profile(
-            link=self.link,
-            base=self.step,
-            per_request=1e-5,
-            per_prompt_token=self.per_prompt_token,
-            per_block=self.row / self.memory,
-            exposed=1 / self.layers,
-            store_link=self.store_link,
-        )
 
-    def geometry(self) -> Geometry:
-        """What a server on it starts with."""
-        return plan_geometry(
-            num_layers=self.layers,
-            page_bytes=self.page,
-            device_bytes=self.device,
-            pool_bytes=self.pool,
-            granularity=2 << 20,
-            needed_blocks=self.longest,
-            fed_blocks=blocks_fed(self.link, self.step, self.row),
-            link_bytes_per_s=self.link,
-        )
-
-
-MACHINES = {
-    "gh200_70b": Machine(
-        layers=80,
-        page=65536,
-        device=int(13.5e9),
-        pool=int(54e9),
-        link=377e9,
-        store_link=297e9,
-        step=70.6e9 / 3.7e12 + 2e-3,
-        per_prompt_token=2 * 70e9 / (0.5 * 1979e12),
-        memory=3.7e12,
-    ),
-    "gh200_8b": Machine(
-        layers=32,
-        page=65536,
-        device=int(60e9),
-        pool=int(240e9),
-        link=377e9,
-        store_link=297e9,
-        step=16.1e9 / 3.7e12 + 2e-3,
-        per_prompt_token=2 * 8e9 / (0.5 * 989e12),
-        memory=3.7e12,
-    ),
-    "h200_8b": Machine(
-        layers=32,
-        page=65536,
-        device=int(20e9),
-        pool=int(80e9),
-        link=55e9,
-        store_link=55e9,
-        step=16.1e9 / 4.0e12 + 2e-3,
-        per_prompt_token=2 * 8e9 / (0.5 * 989e12),
-        memory=4.0e12,
-    ),
-}
+LENGTHS = Lengths()
 
 
 class Copies(NamedTuple):
@@ -145,10 +83,9 @@ class Copies(NamedTuple):
         """Mean number of blocks of a run; 0 without one."""
         return self.blocks / self.runs if self.runs else 0.0
 
-    def plus(self, copies: Any) -> Copies:
+    def plus(self, copies: Runs) -> Copies:
         """With the runs of a plan."""
-        counts = [int(count) for _, _, count in copies]
-        return Copies(self.runs + len(counts), self.blocks + sum(counts))
+        return Copies(self.runs + len(copies), self.blocks + num_copied(copies))
 
 
 class Window(NamedTuple):
@@ -186,7 +123,7 @@ class Churn(Simulation):
         """Play ``steps`` steps, counted in windows of ``every``."""
         super().__init__(*args, **options)
         self._left, self._every = steps, every
-        self._current: Any = ()
+        self._current = NO_RUNS
         self._counted = [Copies()] * 3
         self.windows: list[Window] = []
 
@@ -215,39 +152,47 @@ class Churn(Simulation):
         return super()._cost(orders, ran, tokens)
 
 
-def chats(machine: Machine, sizes: Geometry, steps: int) -> list[Job]:
+def chats(machine: Machine, lengths: Lengths, sizes: Geometry, steps: int) -> list[Job]:
     """Chats of several turns for so many steps, somewhat more of them than can be served."""
     rng = random.Random(2)
-    prompt, answer = sum(machine.prompts) / 2, sum(machine.answers) / 2
+    prompt, answer = sum(lengths.prompts) / 2, sum(lengths.answers) / 2
     blocks = (prompt + 500 + answer * TURNS / 2) / BLOCK_TOKENS
-    fit = min((sizes.resident_blocks + sizes.pooled_blocks) / blocks, 256)
-    step = machine.profile.step_seconds(int(fit), 0, sizes.resident_blocks)
+    fit = min((sizes.resident_blocks + sizes.pooled_blocks) / blocks, MAX_NUM_SEQS)
+    step = machine.profile().step_seconds(int(fit), 0, sizes.resident_blocks)
     rate = EXCESS * fit / (answer * step) / TURNS
     jobs: list[Job] = []
     now = 0.0
     for _ in range(int(steps * step * rate * 1.3) + 50):
         now += rng.expovariate(rate)
-        jobs.append(Job(now, rng.randint(*machine.prompts), rng.randint(*machine.answers)))
+        jobs.append(Job(now, rng.randint(*lengths.prompts), rng.randint(*lengths.answers)))
         for _ in range(TURNS - 1):
-            more = rng.randint(*FOLLOW_UPS), rng.randint(*machine.answers)
+            more = rng.randint(*FOLLOW_UPS), rng.randint(*lengths.answers)
             jobs.append(Job(rng.uniform(5, 40), *more, after=len(jobs) - 1))
     return jobs
 
 
-def churn(machine: Machine, steps: int, every: int, *, parking: bool = True) -> Churn:
+def churn(
+    machine: Machine,
+    steps: int,
+    every: int,
+    *,
+    lengths: Lengths = LENGTHS,
+    parking: bool = True,
+) -> Churn:
     """The simulation of so many steps on a machine, not played yet."""
-    sizes = machine.geometry()
-    prior = Prior(machine.link, step_seconds=machine.step)
-    decider = Decider(sizes.row_bytes, sizes.pooled_blocks, prior=prior, block_tokens=BLOCK_TOKENS)
+    sizes = machine.geometry(lengths.longest)
+    decider = Decider(
+        sizes.row_bytes, sizes.pooled_blocks, prior=machine.prior(), block_tokens=BLOCK_TOKENS
+    )
     return Churn(
         steps,
         every,
         sizes,
-        machine.profile,
-        chats(machine, sizes, steps),
+        machine.profile(),
+        chats(machine, lengths, sizes, steps),
         decider,
         block_size=BLOCK_TOKENS,
-        max_running=256,
+        max_running=MAX_NUM_SEQS,
         max_tokens=8192,
         caching=parking,
         parking="lru" if parking else None,
