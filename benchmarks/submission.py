@@ -14,15 +14,13 @@ import ctypes
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.builds import CSRC, ROOT, build_once, build_script
+from benchmarks.harness.builds import CSRC, ROOT, build_once, build_script, compile_cpp
 from benchmarks.harness.display import console
 from benchmarks.harness.machine import facts
 from benchmarks.harness.options import plain_parser
@@ -59,28 +57,12 @@ def library_folder() -> Path:
 
 
 def _compile(target: Path) -> None:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     headers = build_script().cuda_headers()
-    if compiler is None or headers is None:
-        raise RuntimeError(
-            "the idle libcuda needs a C++17 compiler and cuda.h of CUDA 12.8 or newer"
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        made = Path(scratch) / target.name
-        flags = [
-            "-std=c++17",
-            "-O2",
-            "-fPIC",
-            "-shared",
-            "-fvisibility=hidden",
-            "-isystem",
-            headers,
-        ]
-        places = ["-isystem", headers, f"-iquote{CSRC}", f"-iquote{HOST_KERNEL}"]
-        command = [compiler, *flags, *places, SOURCE, "-o", made]
-        subprocess.run([str(part) for part in command], check=True)
-        made.replace(target)
+    if headers is None:
+        raise RuntimeError("the idle libcuda needs cuda.h of CUDA 12.8 or newer")
+    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"]
+    places = ["-isystem", str(headers), f"-iquote{CSRC}", f"-iquote{HOST_KERNEL}"]
+    compile_cpp(target, SOURCE, *flags, *places)
 
 
 def plan_of(step: int, pieces: int, first: int) -> StepPlan:

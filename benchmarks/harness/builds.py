@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -40,3 +44,27 @@ def build_once(target: Path, make: Callable[[], object]) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             make()
+
+
+def compile_cpp(target: Path, source: Path, *flags: str) -> None:
+    """Compile and link one C++ file; ``target`` is there whole or not at all.
+
+    Args:
+        target: file to make, with its folder.
+        source: the C++ file.
+        flags: for the compiler; those of the linker go behind the source.
+
+    Raises:
+        RuntimeError: there is no compiler, or it failed or warned.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise RuntimeError(f"{source.name} needs a C++17 compiler")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        made = Path(scratch) / target.name
+        command = [compiler, str(source), *flags, "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or done.stderr:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        made.replace(target)

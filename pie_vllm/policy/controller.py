@@ -196,19 +196,10 @@ class Controller:
         if self._quiet and tokens == len(scheduled) and not fresh and not residency.parking.pending:
             return self._end_quiet_step(scheduled)
         plan = self._plan(scheduled, tokens, fresh)
-        order = PoolOrder(residency.geometry.num_chunks)
-        if self.pool is not None:
-            in_use = scheduled or residency.read_set.by_request
-            order = self.pool.end_step(
-                residency.rows.chunks_held,
-                changed=plan is not None and len(plan.stores) > 0,
-                idle=not (in_use or self._scheduler.num_unfinished),
-                short=self._short(len(self._scheduler.running)),
-            )
+        order = self._order(scheduled, changed=plan is not None and len(plan.stores) > 0)
         if not self._paused:
             self.turns.end_step(scheduled, residency)
-        # What attention reads: not what requests hold that are left out of the step.
-        blocks = sum(map(len, map(residency.tables.__getitem__, scheduled)))
+        blocks = self._blocks_of(scheduled)
         self._counted = _Counted(len(scheduled), blocks)
         return StepOrders(
             plan,
@@ -244,20 +235,31 @@ class Controller:
         residency, counted = self._residency, self._counted
         self._completions.pass_step()
         residency.pass_step()
-        order = PoolOrder(residency.geometry.num_chunks)
-        if self.pool is not None:
-            idle = not (scheduled or self._scheduler.num_unfinished)
-            short = self._short(len(self._scheduler.running))
-            held = residency.rows.chunks_held
-            order = self.pool.end_step(held, changed=False, idle=idle, short=short)
+        order = self._order(scheduled, changed=False)
         requests = len(scheduled)
         if requests != counted.requests or counted.steps >= self._size:
-            blocks = sum(map(len, map(residency.tables.__getitem__, scheduled)))
-            counted = _Counted(requests, blocks)
+            counted = _Counted(requests, self._blocks_of(scheduled))
         self._counted = counted._replace(steps=counted.steps + 1)
         # Each request fills a block in as many steps as it has tokens.
         blocks = counted.blocks + requests * counted.steps // self._size
         return StepOrders(None, order, blocks)
+
+    def _order(self, scheduled: Mapping[str, int], *, changed: bool) -> PoolOrder:
+        """What the workers are to hold; ``changed`` is whether more may be held than before."""
+        residency = self._residency
+        if self.pool is None:
+            return PoolOrder(residency.geometry.num_chunks)
+        in_use = scheduled or residency.read_set.by_request
+        return self.pool.end_step(
+            residency.rows.chunks_held,
+            changed=changed,
+            idle=not (in_use or self._scheduler.num_unfinished),
+            short=self._short(len(self._scheduler.running)),
+        )
+
+    def _blocks_of(self, scheduled: Mapping[str, int]) -> int:
+        """Blocks that attention reads: not what requests hold that are left out of the step."""
+        return sum(map(len, map(self._residency.tables.__getitem__, scheduled)))
 
     def observe(
         self, orders: StepOrders, report: StepReport | None, tokens: int, requests: int

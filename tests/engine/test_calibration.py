@@ -17,7 +17,7 @@ from pie_vllm.engine.link_calibration import (
 from pie_vllm.engine.streams import Counters
 from pie_vllm.errors import TransferError, UnsupportedError
 from pie_vllm.geometry import Geometry
-from pie_vllm.plan import StepPlan
+from pie_vllm.plan import StepPlan, num_copied
 from tests.engine.driving import PAGE
 from tests.helpers.process import resident_bytes
 
@@ -137,8 +137,7 @@ class EmulatedLink:
             if not len(runs):
                 continue
             old, layers = self.moved[direction], self.geometry.num_layers
-            blocks = sum(int(count) for _, _, count in runs)
-            size = layers * blocks * self.geometry.page_bytes
+            size = layers * num_copied(runs) * self.geometry.page_bytes
             seconds = layers * self.start + size / self.rate
             self.moved[direction] = Counters(
                 old.bytes + size, old.copies + layers * len(runs), old.seconds + seconds

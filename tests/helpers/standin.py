@@ -10,15 +10,12 @@ import ctypes
 import hashlib
 import importlib.util
 import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.builds import build_once
+from benchmarks.harness.builds import build_once, compile_cpp
 
 SOURCES = Path(__file__).resolve().parents[1] / "standin"
 BUILDS = Path(__file__).resolve().parents[2] / "build" / "standin-cuda"
@@ -56,21 +53,11 @@ def compile_native(target: Path, source: Path, *flags: str, sanitize: str | None
     Raises:
         RuntimeError: no compiler or no cuda.h, or the compiler failed.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     include = include_folder()
-    if compiler is None or include is None:
-        raise RuntimeError("the stand-in for libcuda needs a C++17 compiler and cuda.h")
+    if include is None:
+        raise RuntimeError("the stand-in for libcuda needs cuda.h")
     sanitizer = [f"-fsanitize={sanitize}"] if sanitize else []
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        made = Path(scratch) / target.name
-        command = [compiler, *FLAGS, *sanitizer, f"-I{include}", f"-I{SOURCES}", str(source)]
-        done = subprocess.run(
-            [*command, *flags, "-o", str(made)], capture_output=True, text=True, check=False
-        )
-        if done.returncode or done.stderr:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-        made.replace(target)
+    compile_cpp(target, source, *FLAGS, *sanitizer, f"-I{include}", f"-I{SOURCES}", *flags)
 
 
 def library_folder(sanitize: str | None = None) -> Path:

@@ -11,15 +11,14 @@ from pie_vllm.policy.block import Block
 from pie_vllm.policy.placement.blank_ids import BlankIds
 from pie_vllm.policy.placement.interfaces import FreeList
 
-GAP_MIN = 16
-"""Length of the longest gap of blank ids below which idle cached ones are dropped for a longer
-one, in a window of at least ``GAP_SHARE`` times as many."""
-
 GAP_SHARE = 32
-"""Ids of a window for each id of that length, in smaller windows."""
+GAP_MIN = 16
+"""Length of the longest gap of blank ids below which idle cached ids are dropped to get a longer
+one; in a window below ``GAP_MIN * GAP_SHARE`` ids, a ``GAP_SHARE``-th of the window."""
 
 DROPPED_AT_ONCE = 32
-"""Number of these: a request's, most often, whose ids lie together."""
+"""Number of idle cached ids dropped for a longer gap. The oldest are mostly those of one request,
+which lie together."""
 
 
 class FreeObserver(Protocol):

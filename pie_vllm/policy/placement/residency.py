@@ -164,11 +164,10 @@ class Residency:
     def forget(self, request_id: RequestId) -> None:
         """A request is about to give its blocks back."""
         self.on_leave(request_id)
-        holder = self.victims.holders.get(request_id)
+        holder = self.victims.forget(request_id)
         if holder is not None:
             left = self.tables.get(request_id, [])[holder.full :]
             self._note_places(holder.chain + holder.full, left)
-            self.victims.forget(request_id)
             self.read_set.forget(request_id)
 
     def _note_places(self, first: int, blocks: Sequence[Block]) -> None:
@@ -184,12 +183,6 @@ class Residency:
                 full[block_id] = 1
                 news += 1
         self.queue.demotable += news
-
-    def _clear_full(self, block_id: BlockId) -> None:
-        """The KV of a resident page is not what a block in use holds."""
-        if self.victims.full[block_id]:
-            self.victims.full[block_id] = 0
-            self.queue.demotable -= 1
 
     # What the free queue does, as its observer.
 

@@ -84,16 +84,16 @@ class Victims:
             self._chains.add(holder.chain)
             self.offer(holder)
 
-    def forget(self, request_id: RequestId) -> bool:
-        """A request gives its blocks back; returns whether it was known."""
+    def forget(self, request_id: RequestId) -> Holder | None:
+        """A request gives its blocks back; returns what was known of it."""
         holder = self.holders.pop(request_id, None)
         if holder is None:
-            return False
+            return None
         del self._by_serial[holder.serial]
         self._chains.discard(holder.chain)
         if holder.listed:
             self._listed.pop(bisect_left(self._listed, holder.serial))
-        return True
+        return holder
 
     def continue_chain(self, holder: Holder, chain: int) -> None:
         """A request's blocks continue a chain, unless another request that is there has it."""
