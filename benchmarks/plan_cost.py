@@ -29,7 +29,7 @@ from time import thread_time_ns
 from typing import NamedTuple
 
 from benchmarks.harness.display import console, table
-from benchmarks.harness.machine import facts
+from benchmarks.harness.machine import facts, loop_rate
 from benchmarks.harness.options import plain_parser
 from benchmarks.harness.result_file import RESULTS, write_result
 from pie_vllm.engine.native import PlanArrays
@@ -45,8 +45,6 @@ FIRST = 1000
 
 TARGET_US = 500.0
 """Upper bound asked of a plan of 10,000 pieces for two ranks, microseconds."""
-
-LOOPS = 10**6
 
 
 class PlanCost(NamedTuple):
@@ -87,14 +85,6 @@ def microseconds(call: Callable[[], object], repeats: int) -> float:
         call()
         times.append(thread_time_ns() - begin)
     return median(times) / 1e3
-
-
-def loops_per_second() -> float:
-    """Empty loops of this machine, to compare its figures with another's."""
-    begin = thread_time_ns()
-    for _ in range(LOOPS):
-        pass
-    return LOOPS * 1e9 / (thread_time_ns() - begin)
 
 
 def scattered(requests: int, blocks_each: int) -> tuple[ReadSet, dict[str, list[BlockId]]]:
@@ -193,7 +183,7 @@ def main() -> None:
     args = parser.parse_args()
     plans = {n: plan_cost(n, args.ranks) for n in map(int, args.pieces.split(","))}
     turn = turn_cost(args.requests, args.blocks_each)
-    loops = loops_per_second()
+    loops = loop_rate()
     heads = [
         "pieces",
         "policy us",

@@ -6,10 +6,12 @@ import heapq
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import median
 from typing import NamedTuple
 
+from benchmarks.harness.stats import percentile
 from benchmarks.real.modelled_side import ModelledSide
-from benchmarks.real.scheduler_side import BLOCK_SIZE, StepTimes, at, steady_heap
+from benchmarks.real.scheduler_side import BLOCK_SIZE, StepTimes, steady_heap
 from benchmarks.simulated.gpu_machines import H200
 
 CHAT_TOKENS = 8192
@@ -137,13 +139,13 @@ def _cost(
 ) -> ChatsCost:
     schedule = [t.schedule / 1e3 for t in times]
     return ChatsCost(
-        at(0.5, schedule),
-        at(0.99, schedule),
+        median(schedule),
+        percentile(schedule, 99),
         max(schedule),
-        at(0.99, [t.whole / 1e3 for t in times]),
+        percentile([t.whole / 1e3 for t in times], 99),
         sum(t.whole / 1e9 > seconds for t, seconds in zip(times, gpu, strict=True)),
         len(times),
         sum(running) / len(running),
-        1e3 * at(0.5, gpu),
+        1e3 * median(gpu),
         restored,
     )

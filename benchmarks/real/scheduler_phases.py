@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
+from benchmarks.harness.stats import percentile
 from benchmarks.real.bare_schedulers import geometry
 from benchmarks.real.scheduler_side import (
     BLOCK_SIZE,
     Side,
     StepTimes,
-    at,
     difference_of,
     flavour_of,
     steady_heap,
@@ -192,7 +192,7 @@ def _cost(samples: Sequence[_Sample]) -> PhaseCost:
         stock=median(s.stock.whole for s in samples) / 1e3,
         difference=difference,
         difference_error=error,
-        difference_p99=at(0.99, differences),
+        difference_p99=percentile(differences, 99),
         difference_max=max(differences),
         own=median(s.own for s in samples) / 1e3,
         ship=median(s.pie.ship for s in samples) / 1e3,

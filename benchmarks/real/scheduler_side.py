@@ -217,12 +217,6 @@ def steady_heap() -> Iterator[None]:
         gc.unfreeze()
 
 
-def at(quantile: float, values: Sequence[float]) -> float:
-    """The value below which this share of them is; of one value, that value."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(quantile * len(ordered)))]
-
-
 def difference_of(times: Sequence[tuple[int, int]]) -> tuple[float, float]:
     """What pie's steps take longer than stock's, microseconds: the median and its error.
 
