@@ -9,6 +9,7 @@ PYTEST := $(PYTHON_IN_VENV) -m pytest
 PYTEST_ARGS ?=
 FUZZ_SEEDS ?= 10000
 CONFORMANCE_ARGS ?=
+MODELS_ARGS ?=
 NATIVE_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu')
 
 # vLLM: no usage reports, no look-ups on a model hub.
@@ -18,7 +19,7 @@ export HF_HUB_OFFLINE := 1
 # the time to start.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup test lint format cuda-compile demo bench fuzz soak conformance clean distclean
+.PHONY: help setup test lint format cuda-compile demo bench fuzz soak conformance models clean distclean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' \
@@ -59,6 +60,9 @@ soak: setup ## the long tests of a server under load
 
 conformance: setup ## vLLM's own scheduler and cache tests, with pie in their place (8 minutes)
 	$(PYTHON_IN_VENV) -m tests.conformance $(CONFORMANCE_ARGS)
+
+models: setup ## small models of many families, with stock vLLM and with pie; writes docs/models.md
+	$(PYTHON_IN_VENV) -m tests.models_sweep $(MODELS_ARGS)
 
 clean: ## remove what builds and runs left, keep .venv
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .venv/.pie/native

@@ -11,18 +11,16 @@ simulator says of the same chats, see `benchmarks.real.agreement`:
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.harness.load import Load
 from benchmarks.harness.options import add_redraw, parser_of, run_spec
 from benchmarks.harness.report import publish, redraw
-from benchmarks.harness.rounds import Figures, Question, run_rounds
+from benchmarks.harness.rounds import Figures, Question
 from benchmarks.harness.shape import PieSizes, kv_shape
 from benchmarks.real.agreement import add_simulated
-from benchmarks.real.fresh_process import MIB, compare_answers, run_once
+from benchmarks.real.fresh_process import MIB, compare_answers, run_all
 from benchmarks.real.link_picture import plot
 
 ASKED = 0.95
@@ -82,19 +80,11 @@ def main() -> None:
     if args.redraw:
         redraw(args.output, plot)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     runs = specs(args)
-
-    def runner(name: str) -> Callable[[int], Figures]:
-        return lambda index: run_once(f"{name}-{index}", runs[name])
-
-    figures = run_rounds({name: runner(name) for name in runs}, args.repeats)
+    figures = run_all(runs, args.repeats)
     compare_answers(figures)
     add_shares(figures, runs)
     add_simulated(figures, runs)
-    for each in figures.values():
-        for run in each:
-            run["to_simulated"] = run["tok_s"] / run["simulated_tok_s"]
     questions = [
         Question(name, "stock_equal", ASKED) for name in figures if name.startswith("pie_")
     ]

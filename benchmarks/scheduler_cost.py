@@ -8,7 +8,8 @@ those that a server plans on an H200 with an 8B model. One row answers one quest
     admission    a context of so many blocks comes back that is parked whole: all steps until it is
                  admitted, together and the dearest, beyond the steps around them
     finish       the step in which that context ends
-    head         a step while that context waits at the head of the queue and cannot enter
+    head         pie's code in a step while that context waits at the head of the queue and cannot
+                 enter, beyond a step without it
     chats        250 chats of 8k tokens that come back to an H200, whose clock is a model:
                  percentiles of `schedule`, steps in which the scheduler takes longer than the GPU
     steps        256 requests that decode, both schedulers step by step in turns: nothing pooled;
@@ -61,7 +62,7 @@ class Scale(NamedTuple):
 
     contexts: tuple[int, ...] = (512, 2048, 8192)
     waiting: tuple[int, ...] = (2048, 8192)
-    waiting_steps: int = 12
+    waiting_steps: int = 64
     blocks: int = 100_000
     steps: int = 128
     chats: int = 250

@@ -14,9 +14,6 @@ interleaved and repeated:
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
-from collections.abc import Callable
 from typing import Any
 
 from benchmarks.harness.load import Load
@@ -28,9 +25,9 @@ from benchmarks.harness.options import (
     starved_sizes,
 )
 from benchmarks.harness.report import publish, redraw
-from benchmarks.harness.rounds import Figures, Question, run_rounds
+from benchmarks.harness.rounds import Question
 from benchmarks.harness.shape import PieSizes, kv_shape
-from benchmarks.real.fresh_process import compare_answers, run_once
+from benchmarks.real.fresh_process import compare_answers, run_all
 
 QUESTIONS = (
     Question("pie_starved", "stock_equal", 1.25),
@@ -54,8 +51,6 @@ def main() -> None:
     if args.redraw:
         redraw(args.output)
         return
-    # As an exception, so that the running child is ended too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     load = Load(args.chats, args.tokens)
     shape = kv_shape(args.model, args.block_size, args.dtype)
     starved = starved_sizes(args, shape)
@@ -71,14 +66,11 @@ def main() -> None:
         "pie_resident": spec(args.all_blocks, resident),
     }
     wanted = args.only.split(",") if args.only else list(specs)
-
-    def runner(name: str) -> Callable[[int], Figures]:
-        return lambda index: run_once(f"{name}-{index}", specs[name])
-
-    figures = run_rounds({name: runner(name) for name in wanted}, args.repeats)
+    specs = {name: specs[name] for name in wanted}
+    figures = run_all(specs, args.repeats)
     compare_answers(figures)
     title = f"{load.chats} chats x {load.tokens} tokens, one process, {args.dtype}"
-    setup = {"repeats": args.repeats, "specs": {name: specs[name] for name in wanted}}
+    setup = {"repeats": args.repeats, "specs": specs}
     publish(args.output, title, setup, QUESTIONS, figures)
 
 

@@ -141,7 +141,7 @@ int pie_row_page(pie_engine* engine, int64_t row, int64_t layer, uint64_t* addre
   return guarded([&] {
     pie::Engine& opened = open(engine);
     const pie::Geometry& g = opened.geometry();
-    if (row < 0 || row >= g.rows || layer < 0 || layer >= g.layers) {
+    if (row < 0 || row >= g.rows || layer < 0 || layer >= g.row_pages) {
       throw pie::Error(PIE_ERR_PLAN,
                        "no row " + std::to_string(row) + " with a layer " + std::to_string(layer));
     }

@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define PIE_ABI_VERSION 8
+#define PIE_ABI_VERSION 11
 #define PIE_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -29,11 +29,12 @@ enum {
 
 /* Debug switches: negative controls of tests. */
 enum {
-  PIE_DEBUG_SKIP_LOADS = 1,  /* no load and no promotion is copied */
-  PIE_DEBUG_SKIP_STORES = 2, /* no store is copied */
-  PIE_DEBUG_SKIP_GATE = 4,   /* before_attention of layer L / 2 does nothing, uncounted */
-  PIE_DEBUG_LATE_SUBMIT = 8, /* a layer's load is submitted after the wait for it */
-  PIE_DEBUG_POISON = 16,     /* pooled pages are filled with 0xFF before each ring fill */
+  PIE_DEBUG_SKIP_LOADS = 1,   /* no load and no promotion is copied */
+  PIE_DEBUG_SKIP_STORES = 2,  /* no store is copied */
+  PIE_DEBUG_SKIP_GATE = 4,    /* before_attention of layer L / 2 does nothing, uncounted */
+  PIE_DEBUG_LATE_SUBMIT = 8,  /* a layer's load is submitted after the wait for it */
+  PIE_DEBUG_POISON = 16,      /* pooled pages are filled with 0xFF before each ring fill */
+  PIE_DEBUG_SKIP_DRAFTS = 32, /* no draft page of a pooled block is filled */
 };
 
 /* What can be done in two ways, for pie_set_option. */
@@ -51,12 +52,28 @@ enum { PIE_HOST_TO_DEVICE = 0, PIE_DEVICE_TO_HOST = 1 };
 typedef struct {
   int64_t num_layers, page_bytes, resident_blocks, pooled_blocks;
   int64_t ring_slots, rows, chunk_rows, granularity;
+  int64_t num_regions; /* at least num_layers + draft_layers */
+  /* Regions after the first num_layers whose layers run after all gates of a step, pass none, and
+   * have pages of their own for pooled blocks; rows hold their pages too. */
+  int64_t draft_layers;
 } pie_geometry;
 
 /* A run of neighbouring blocks and rows. */
 typedef struct {
   int64_t block, row, count;
 } pie_run;
+
+/* For pie_plan.flags. Compute without gates uses resident pages too: layers without a pool,
+ * zeroing, copies on the device. */
+enum {
+  PIE_PLAN_STORES_FIRST = 1,     /* compute that is submitted after pie_begin_step comes after all
+                                    stores of the step: it may write their pages without a gate */
+  PIE_PLAN_AFTER_ALL = 2,        /* promotions and loads come after all compute that was submitted
+                                    before pie_begin_step: it may have used their pages without one */
+  PIE_PLAN_STORES_AFTER_ALL = 4, /* stores do: it may have written their pages without one */
+  PIE_PLAN_PROMOTIONS_FIRST = 8, /* compute that is submitted after pie_begin_step comes after all
+                                    promotions of the step: it may read their pages without one */
+};
 
 /* The work of one step. loads == NULL with num_loads < 0: the runs of the step before. */
 typedef struct {
@@ -67,6 +84,7 @@ typedef struct {
   int64_t num_promotions;
   const pie_run* loads;
   int64_t num_loads;
+  int64_t flags; /* PIE_PLAN_* */
 } pie_plan;
 
 /* Bytes and copies are those the step submitted; seconds those that finished since the last one,

@@ -129,10 +129,10 @@ SETTINGS = (
         "parking",
         choice(("lru",), OFF),
         "lru",
-        "Which cached KV leaves the pool first when its rows run out. With prefix caching, KV "
-        "whose block gets another use is kept (parked) in the pool and copied back when a request "
-        "asks for it, also after a preemption. 'lru' gives up the least recently used block. 'off' "
-        "parks nothing.",
+        "Which cached KV leaves the pool first when its rows run out. KV whose block gets another "
+        "use is kept (parked) in the pool and copied back when a request asks for it: that of "
+        "prefixes with prefix caching, that of preempted requests in any case. 'lru' gives up the "
+        "least recently used blocks. 'off' parks nothing.",
         flag="--pie-parking",
         removed={
             "arc": "behind the device's prefix cache it found fewer blocks than 'lru' on traces of "

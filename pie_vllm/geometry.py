@@ -1,20 +1,29 @@
 """Sizes of the resident pages, the ring and the pool.
 
-Words (``p`` page bytes, ``L`` layers, ``R`` resident blocks, ``W`` pooled
-blocks, ``B`` ring slots, ``g`` mapping granularity):
+Words (``p`` page bytes, ``L`` layers with a pool, ``N`` regions, ``R`` resident blocks, ``W``
+pooled blocks, ``B`` ring slots, ``g`` mapping granularity):
 
 * a *block* is vLLM's KV cache block; its *page* in one layer has ``p`` bytes;
 * ids ``[0, R)`` are resident, ids ``[R, R + W)`` are pooled;
 * layer ``l`` owns ``R`` pages and sees ``W`` pages of ring slot ``l mod B``;
-* a *row* is the CPU copy of one block: ``L`` pages.
+* a *draft layer* runs after all of these, passes no gate and has ``R + W`` pages of its own; there
+  are ``D``;
+* a *row* is the CPU copy of one block: ``L + D`` pages;
+* a *region* is the address range of one layer. vLLM puts the ``i``-th layer of every group of
+  layers in region ``i``. The layers with a pool have the first ``L`` of ``N``, draft layers the
+  next ``D``; in the others only layers of groups without a pool have pages, and these use resident
+  ids alone.
 
-The address range of layer ``l`` begins at ``l * layer_stride``::
+The address range of region ``l`` begins at ``l * layer_stride``::
 
     | shift | R resident pages | W pooled pages (ring slot l mod B) | padding |
             ^ block 0          ^ multiple of g                                ^ multiple of g
 
-``shift = (-R * p) mod g`` puts the resident/pooled boundary of every layer on
-a multiple of ``g`` for any page size.
+``shift = (-R * p) mod g`` puts the resident/pooled boundary of every region on
+a multiple of ``g`` for any page size. The ring is mapped in the further regions, too, so that a
+tensor over a region has memory behind each of its bytes; nobody copies there. In a draft layer's
+region the pooled pages are memory of its own: drafts run several times a step, and a page is
+copied there once.
 """
 
 from __future__ import annotations
@@ -69,6 +78,9 @@ block after it, one spare."""
 
 BYTES_MAX = 2**63 - 1
 """Upper bound on every size in bytes: the native engine counts in signed 64 bits."""
+
+_MAY_BE_NONE = ("--pie-pool-gib", "--kv-cache-memory-bytes", "without a pool")
+"""Words of the sizes that may be 0."""
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -148,7 +160,7 @@ class Geometry:
     """All sizes that scheduler, workers and engine share.
 
     Attributes:
-        num_layers: ``L``, number of attention layers with KV.
+        num_layers: ``L``, number of layers with a pool.
         page_bytes: ``p``, bytes of one block in one layer.
         resident_blocks: ``R``, number of resident blocks, vLLM's null block (id 0) included.
         pooled_blocks: ``W``, number of pooled ids that can be in use at once.
@@ -156,6 +168,9 @@ class Geometry:
         rows: number of blocks that the CPU pool holds, at least ``W``.
         chunk_rows: rows of one chunk; no run of rows crosses a chunk.
         granularity: ``g``, bytes that the driver maps in one piece.
+        extra_regions: ``N - L - D``, number of regions beyond those of the layers with a pool and
+            of draft layers.
+        draft_layers: ``D``, number of draft layers whose blocks are pooled.
     """
 
     num_layers: int
@@ -166,6 +181,13 @@ class Geometry:
     rows: int
     chunk_rows: int
     granularity: int
+    extra_regions: int = 0
+    draft_layers: int = 0
+
+    @property
+    def num_regions(self) -> int:
+        """``N``, number of address ranges of one layer each."""
+        return self.num_layers + self.draft_layers + self.extra_regions
 
     @property
     def num_blocks(self) -> int:
@@ -174,8 +196,18 @@ class Geometry:
 
     @property
     def row_bytes(self) -> int:
-        """``L * p``, bytes of one block in all layers."""
+        """``(L + D) * p``, CPU bytes of one block."""
+        return (self.num_layers + self.draft_layers) * self.page_bytes
+
+    @property
+    def load_bytes(self) -> int:
+        """``L * p``, bytes that each step loads of a pooled block that it reads."""
         return self.num_layers * self.page_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        """``N * p``, device bytes of one resident block in all regions."""
+        return self.num_regions * self.page_bytes
 
     @property
     def shift(self) -> int:
@@ -184,7 +216,7 @@ class Geometry:
 
     @property
     def layer_resident_bytes(self) -> int:
-        """Bytes mapped for one layer's own pages; a multiple of ``g``."""
+        """Bytes mapped for one region's own pages; a multiple of ``g``."""
         return self.shift + self.resident_blocks * self.page_bytes
 
     @property
@@ -194,13 +226,13 @@ class Geometry:
 
     @property
     def layer_stride(self) -> int:
-        """Bytes from one layer to the next in the arena's address range."""
+        """Bytes from one region to the next in the arena's address range."""
         return self.layer_resident_bytes + self.slot_bytes
 
     @property
     def virtual_bytes(self) -> int:
-        """Bytes of the arena's address range, in which each layer has its own view of a slot."""
-        return self.num_layers * self.layer_stride
+        """Bytes of the arena's address range, in which each region has its own view of a slot."""
+        return self.num_regions * self.layer_stride
 
     @property
     def ring_bytes(self) -> int:
@@ -208,9 +240,14 @@ class Geometry:
         return self.ring_slots * self.slot_bytes
 
     @property
+    def draft_bytes(self) -> int:
+        """Device bytes of the draft layers' pages of pooled blocks."""
+        return self.draft_layers * self.slot_bytes
+
+    @property
     def device_bytes(self) -> int:
-        """Device bytes in all: ``L * (shift + R * p) + B * slot_bytes``."""
-        return self.num_layers * self.layer_resident_bytes + self.ring_bytes
+        """Device bytes in all: ``N * (shift + R * p) + (B + D) * slot_bytes``."""
+        return self.num_regions * self.layer_resident_bytes + self.ring_bytes + self.draft_bytes
 
     @property
     def num_chunks(self) -> int:
@@ -228,13 +265,13 @@ class Geometry:
 
     @property
     def idle_cost_blocks(self) -> float:
-        """Resident blocks that the ring's bytes would have held."""
-        return self.ring_bytes / self.row_bytes
+        """Resident blocks that the bytes of the ring and of draft pages would have held."""
+        return (self.ring_bytes + self.draft_bytes) / self.block_bytes
 
     @property
     def capacity_gained_blocks(self) -> int:
         """Blocks of both tiers beyond those that the device's bytes alone would hold."""
-        return self.num_blocks - self.device_bytes // self.row_bytes
+        return self.num_blocks - self.device_bytes // self.block_bytes
 
     def page_offset(self, layer: int, block: int) -> int:
         """Byte offset of a page in the arena's address range."""
@@ -250,6 +287,8 @@ class _Device(NamedTuple):
         ring_slots: ``B``.
         granularity: ``g``.
         device_bytes: device memory for KV, ring included.
+        extra_regions: ``N - L - D``.
+        draft_layers: ``D``.
     """
 
     num_layers: int
@@ -257,25 +296,37 @@ class _Device(NamedTuple):
     ring_slots: int
     granularity: int
     device_bytes: int
+    extra_regions: int = 0
+    draft_layers: int = 0
+
+    @property
+    def num_regions(self) -> int:
+        """``N``, number of pages of one resident block."""
+        return self.num_layers + self.draft_layers + self.extra_regions
+
+    @property
+    def pooled_pages(self) -> int:
+        """``B + D``, number of device pages of one pooled block."""
+        return self.ring_slots + self.draft_layers
 
     def needed_bytes(self, resident: int, window: int) -> int:
         """Device bytes of ``R`` resident and ``W`` pooled blocks."""
         own = round_up(resident * self.page_bytes, self.granularity)
         slot = round_up(window * self.page_bytes, self.granularity)
-        return self.num_layers * own + self.ring_slots * slot
+        return self.num_regions * own + self.pooled_pages * slot
 
     def residents(self, window: int) -> int:
         """The largest ``R`` that fits beside the ring of ``W`` pooled blocks."""
         left = self.device_bytes - self.needed_bytes(0, window)
-        return max(0, (left // self.num_layers) // self.granularity * self.granularity) // (
+        return max(0, (left // self.num_regions) // self.granularity * self.granularity) // (
             self.page_bytes
         )
 
     def widened(self, window: int, rows: int, needed: int) -> int:
         """The least ``W`` from ``window`` to ``rows`` with ``R + W >= needed``, or the nearest.
 
-        A further pooled block costs ``B`` pages and a resident one ``L >= B``, so ``R + W`` does
-        not fall as ``W`` grows, up to rounding; bisection finds the edge.
+        A further pooled block costs ``B + D`` pages and a resident one ``N >= B + D``, so ``R + W``
+        does not fall as ``W`` grows, up to rounding; bisection finds the edge.
         """
         low, high = window, rows
         while low < high and self.residents(high) < MIN_RESIDENT_BLOCKS:
@@ -318,31 +369,36 @@ def plan_geometry(
     link_bytes_per_s: float | None = None,
     chunk_bytes: int | None = None,
     whole_blocks: int = 0,
+    extra_regions: int = 0,
+    draft_layers: int = 0,
 ) -> Geometry:
     """Divide ``device_bytes`` into resident pages and a ring.
 
-    The pool has ``rows = pool_bytes // (L * p)``. The window is ``W = min(rows, ring_fraction *
-    device_bytes // (B * p))``, without a given fraction also at most ``fed_blocks``; where
+    The pool has ``rows = pool_bytes // ((L + D) * p)``. The window is ``W = min(rows, ring_fraction
+    * device_bytes // ((B + D) * p))``, without a given fraction also at most ``fed_blocks``; where
     ``R + W`` would be below ``needed_blocks``, ``W`` grows to the least value that reaches it.
-    ``R`` is what the other device bytes hold: ``L * roundup(R * p, g) + B * roundup(W * p, g) <=
-    device_bytes``. Where that is not above ``whole_blocks``, ``W`` shrinks as far as it takes; if
-    no ``W`` will do, the caller finds fewer residents than it asked for.
+    ``R`` is what the other device bytes hold: ``N * roundup(R * p, g) + (B + D) * roundup(W * p,
+    g) <= device_bytes``. Where that is not above ``whole_blocks``, ``W`` shrinks as far as it
+    takes; if no ``W`` will do, the caller finds fewer residents than it asked for.
 
     Args:
-        num_layers: attention layers with KV, at least 1.
+        num_layers: ``L``, layers with a pool, at least 1.
         page_bytes: bytes of one block in one layer.
         device_bytes: device memory for KV, ring included.
         pool_bytes: CPU memory for KV, in all.
         granularity: bytes that the driver maps in one piece.
         needed_blocks: blocks of one request of ``max_model_len`` tokens.
         ring_slots: ``B``; ``None`` takes ``min(3, L)``.
-        ring_fraction: share of ``device_bytes`` that the ring may take; ``None`` is
+        ring_fraction: share of ``device_bytes`` that ring and draft pages may take; ``None`` is
             ``RING_FRACTION_MAX`` with ``fed_blocks``.
         fed_blocks: blocks that the link brings in one step; see ``blocks_fed``.
         link_bytes_per_s: speed from the CPU to the device; None if unknown.
         chunk_bytes: target size of one chunk of the pool; None follows the link, see
             ``chunk_target``.
         whole_blocks: blocks that one step must be able to write, all of them resident.
+        extra_regions: ``N - L - D``, regions in which only layers of groups without a pool have
+            pages.
+        draft_layers: ``D``, draft layers whose blocks are pooled.
 
     Raises:
         ConfigError: the sizes cannot work; says the least that would.
@@ -358,15 +414,20 @@ def plan_geometry(
             "the bytes of a chunk": chunk_bytes,
             "the device's KV memory (--kv-cache-memory-bytes)": device_bytes,
             "the pool (--pie-pool-gib)": pool_bytes,
+            "the number of regions without a pool": extra_regions,
+            "the number of draft layers (without a pool)": draft_layers,
         },
         ring_fraction,
         fed_blocks,
     )
     slots = _slots(ring_slots, num_layers)
-    rows = _rows(pool_bytes, num_layers * page_bytes)
-    device = _Device(num_layers, page_bytes, slots, granularity, device_bytes)
+    row_pages = num_layers + draft_layers
+    rows = _rows(pool_bytes, row_pages * page_bytes)
+    device = _Device(
+        num_layers, page_bytes, slots, granularity, device_bytes, extra_regions, draft_layers
+    )
     share = RING_FRACTION_MAX if ring_fraction is None else ring_fraction
-    window = min(rows, int(share * device_bytes) // (slots * page_bytes))
+    window = min(rows, int(share * device_bytes) // (device.pooled_pages * page_bytes))
     if ring_fraction is None and fed_blocks is not None:
         window = min(window, fed_blocks)
     needed = needed_blocks + 1  # vLLM's null block takes one id.
@@ -378,8 +439,10 @@ def plan_geometry(
         pooled_blocks=window,
         ring_slots=slots,
         rows=rows,
-        chunk_rows=_chunk_rows(rows, chunk_bytes, num_layers * page_bytes),
+        chunk_rows=_chunk_rows(rows, chunk_bytes, row_pages * page_bytes),
         granularity=granularity,
+        extra_regions=extra_regions,
+        draft_layers=draft_layers,
     )
     _check_geometry(geometry, device, needed)
     return geometry
@@ -451,7 +514,7 @@ def _check_geometry(found: Geometry, device: _Device, needed: int) -> None:
         )
     if found.virtual_bytes > BYTES_MAX:
         raise ConfigError(
-            f"{window} pooled blocks in each of {found.num_layers} layers take "
+            f"{window} pooled blocks in each of {found.num_regions} layers take "
             f"{found.virtual_bytes} bytes of addresses; {BYTES_MAX} are there. Lower "
             '--pie-pool-gib or additional_config["pie"]["ring_fraction"].'
         )
@@ -466,7 +529,7 @@ def _check_sizes(
         ConfigError: names the size.
     """
     for name, value in sizes.items():
-        least = 0 if "--pie-pool-gib" in name or "--kv-cache-memory-bytes" in name else 1
+        least = 0 if any(word in name for word in _MAY_BE_NONE) else 1
         if not least <= value <= BYTES_MAX:
             raise ConfigError(f"{name} cannot be {value}; {least} to {BYTES_MAX} can be.")
     if ring_fraction is not None and not 0 < ring_fraction < 1:

@@ -7,8 +7,9 @@ start.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +58,11 @@ NO_RUNS = runs()
 """What a plan copies that copies nothing."""
 
 
+PACKED_BYTES_MAX = 1 << 16
+"""Maximum number of bytes of runs that are copied into the pickled plan: copying them costs less
+there than what an array has beside its bytes."""
+
+
 def num_copied(copies: Runs) -> int:
     """Number of blocks that these runs copy."""
     return int(copies[:, 2].sum())
@@ -68,6 +74,9 @@ class Relabel(NamedTuple):
     request_id: str
     index: int  # type: ignore[assignment]  # the word for it, over tuple.index
     blocks: tuple[int, ...]
+
+
+_relabel: Callable[[tuple[Any, ...]], Relabel] = partial(tuple.__new__, Relabel)
 
 
 class StepPlan(NamedTuple):
@@ -82,6 +91,15 @@ class StepPlan(NamedTuple):
         relabels: changes of block tables, before the step's inputs are made.
         forward: whether the step runs the model (has scheduled tokens).
         pooled: number of pooled blocks in use when the plan was made.
+        stores_first: whether the step's compute comes after all of its stores. It has to where a
+            page with a store is written without a gate: by a layer of a group without a pool, by
+            zeroing or by a copy on the device.
+        after_all: whether the step's promotions and loads come after all compute submitted before
+            it. They have to where layers without gates used a page that a promotion fills.
+        stores_after_all: whether the step's stores do, too. They have to where layers without gates
+            wrote a page that a store reads: a window or a state of a preempted request.
+        promotions_first: whether the step's compute comes after all of its promotions. It has to
+            where layers without gates read a page that a promotion fills.
     """
 
     step: int
@@ -91,6 +109,10 @@ class StepPlan(NamedTuple):
     relabels: tuple[Relabel, ...]
     forward: bool
     pooled: int = 0
+    stores_first: bool = False
+    after_all: bool = False
+    stores_after_all: bool = False
+    promotions_first: bool = False
 
     def __eq__(self, other: object) -> bool:
         """Whether all fields are equal, arrays in each of their numbers."""
@@ -99,6 +121,53 @@ class StepPlan(NamedTuple):
     def __ne__(self, other: object) -> bool:
         """As ``==``; a tuple's own would compare arrays as if they were numbers."""
         return not self == other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle it as few plain objects, see ``packed``."""
+        return _plan, self.packed()
+
+    def packed(self) -> tuple[Any, ...]:
+        """The arguments of ``_plan``: plain objects, each of which costs less than one of a class.
+
+        A step's orders are pickled among much else, with cold caches: what they name and call
+        costs several times what it costs in a loop.
+        """
+        step, stores, promotions, loads, relabels, *others = self
+        arrays = None if loads is None else _packed(loads)
+        return step, _packed(stores), _packed(promotions), arrays, [*map(tuple, relabels)], *others
+
+
+def _packed(copies: Runs) -> bytes | Runs:
+    """Runs as bytes, which cost less than a small array; a large one may travel by itself."""
+    if copies is NO_RUNS:
+        return b""
+    return copies if copies.nbytes > PACKED_BYTES_MAX else copies.tobytes()
+
+
+def _unpacked(copies: bytes | Runs) -> Runs:
+    """Runs as they were before ``_packed``, and read-only."""
+    if not isinstance(copies, bytes):
+        return copies
+    return np.frombuffer(copies, np.int64).reshape(-1, 3) if copies else NO_RUNS
+
+
+def _plan(
+    step: int,
+    stores: bytes | Runs,
+    promotions: bytes | Runs,
+    loads: bytes | Runs | None,
+    relabels: list[tuple[Any, ...]],
+    *others: Any,
+) -> StepPlan:
+    """A plan as it was pickled."""
+    return StepPlan(
+        step,
+        _unpacked(stores),
+        _unpacked(promotions),
+        None if loads is None else _unpacked(loads),
+        tuple(map(_relabel, relabels)),
+        *others,
+    )
 
 
 def _equal(one: object, other: object) -> bool:
@@ -191,6 +260,19 @@ class StepOrders(NamedTuple):
     blocks: int = 0
     within_budget: bool = True
     restored: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle them as few plain objects, as ``StepPlan`` is: most steps have no plan."""
+        plan = None if self.plan is None else self.plan.packed()
+        return _orders, (plan, *self.pool, *self[2:])
+
+
+def _orders(
+    plan: tuple[Any, ...] | None, chunks: int, idle: bool, number: int, *others: Any
+) -> StepOrders:
+    """Orders as they were pickled."""
+    found = None if plan is None else _plan(*plan)
+    return StepOrders(found, PoolOrder(chunks, idle, number), *others)
 
 
 class StepReport(NamedTuple):

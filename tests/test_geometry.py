@@ -50,6 +50,8 @@ def settings(draw: st.DrawFn) -> dict[str, object]:
         "ring_slots": draw(st.one_of(st.none(), st.integers(1, layers))),
         "ring_fraction": draw(st.one_of(st.none(), st.floats(0.001, 0.9))),
         "fed_blocks": draw(st.one_of(st.none(), st.integers(1, 9000))),
+        "extra_regions": draw(st.one_of(st.just(0), st.integers(1, 80))),
+        "draft_layers": draw(st.one_of(st.just(0), st.integers(1, 40))),
     }
 
 
@@ -65,17 +67,19 @@ def test_planned_sizes_fit_and_align(arguments: dict[str, object]) -> None:
     assert 1 <= g.pooled_blocks <= g.rows
     assert g.resident_blocks >= MIN_RESIDENT_BLOCKS
     assert g.num_blocks >= arguments["needed_blocks"] + 1  # type: ignore[operator]
-    for layer in {0, g.num_layers // 2, g.num_layers - 1}:
+    for layer in {0, g.num_layers // 2, g.num_layers - 1, g.num_regions - 1}:
         assert g.page_offset(layer, g.resident_blocks) % g.granularity == 0
         assert g.page_offset(layer, 0) >= layer * g.layer_stride
         end = g.page_offset(layer, g.num_blocks)
         assert end <= (layer + 1) * g.layer_stride
     assert g.layer_stride % g.granularity == 0
-    assert g.virtual_bytes == g.num_layers * g.layer_stride
+    added = arguments["extra_regions"] + arguments["draft_layers"]  # type: ignore[operator]
+    assert g.num_regions == g.num_layers + added
+    assert g.virtual_bytes == g.num_regions * g.layer_stride
     design_bound = (
-        g.num_layers * g.resident_blocks * g.page_bytes
-        + g.ring_slots * g.pooled_blocks * g.page_bytes
-        + 2 * (g.num_layers + g.ring_slots) * g.granularity
+        g.num_regions * g.resident_blocks * g.page_bytes
+        + (g.ring_slots + g.draft_layers) * g.pooled_blocks * g.page_bytes
+        + 2 * (g.num_regions + g.ring_slots + g.draft_layers) * g.granularity
     )
     assert g.device_bytes <= design_bound
 
@@ -86,6 +90,53 @@ def test_the_ring_keeps_to_its_fraction() -> None:
     assert g.ring_bytes <= 0.05 * SIZES["device_bytes"] + g.ring_slots * g.granularity
     assert g.pooled_blocks < g.rows
     assert g.idle_cost_blocks == pytest.approx(g.ring_bytes / g.row_bytes)
+
+
+def test_draft_layers_take_device_pages_of_all_blocks() -> None:
+    """A head of one layer costs a page of each pooled block, a page of each row, and no load."""
+    plain, head = plan(), plan(draft_layers=1)
+    page = plain.page_bytes
+    assert (plain.draft_bytes, plain.load_bytes) == (0, plain.row_bytes)
+    assert head.row_bytes == plain.row_bytes + page == 31 * page
+    assert head.load_bytes == plain.load_bytes == 30 * page
+    assert head.rows == SIZES["pool_bytes"] // (31 * page)
+    assert head.host_bytes == head.rows * 31 * page
+    assert (head.num_regions, head.extra_regions) == (31, 0)
+    assert head.block_bytes == 31 * page
+    assert head.draft_bytes == head.slot_bytes == head.ring_bytes // head.ring_slots
+    taken = head.ring_bytes + head.draft_bytes
+    assert head.device_bytes == 31 * head.layer_resident_bytes + taken <= SIZES["device_bytes"]
+    assert head.idle_cost_blocks == pytest.approx(taken / (31 * page))
+    assert head.resident_blocks < plain.resident_blocks
+    with pytest.raises(ConfigError, match=r"number of draft layers .* cannot be -1"):
+        plan(draft_layers=-1)
+
+
+def test_ring_and_draft_pages_keep_to_their_fraction() -> None:
+    """A draft model as deep as the model leaves a narrower window, and both fit the device."""
+    model = plan(ring_fraction=0.1, draft_layers=30)
+    assert model.ring_bytes + model.draft_bytes <= 0.1 * SIZES["device_bytes"] + 33 * 4096
+    assert model.pooled_blocks < plan(ring_fraction=0.1).pooled_blocks
+
+
+def test_regions_without_a_pool_take_resident_pages_only() -> None:
+    """They cost a block a page each; ring, window and rows are those of the layers with a pool."""
+    plain, wide = plan(), plan(extra_regions=30)
+    assert plain.extra_regions == 0
+    assert plain.block_bytes == plain.row_bytes
+    assert wide.block_bytes == 2 * plain.block_bytes == 60 * 98_304
+    assert wide.row_bytes == plain.row_bytes
+    ring = ("pooled_blocks", "ring_slots", "ring_bytes", "rows", "chunk_rows", "host_bytes")
+    assert [getattr(wide, name) for name in ring] == [getattr(plain, name) for name in ring]
+    left = SIZES["device_bytes"] - plain.ring_bytes
+    assert plain.resident_blocks == left // (30 * 98_304)
+    assert wide.resident_blocks == left // (60 * 98_304)
+    assert wide.idle_cost_blocks == pytest.approx(wide.ring_bytes / (60 * 98_304))
+    assert wide.capacity_gained_blocks == wide.num_blocks - wide.device_bytes // (60 * 98_304)
+    assert wide.device_bytes == 60 * wide.layer_resident_bytes + wide.ring_bytes
+    assert wide.virtual_bytes == 60 * wide.layer_stride
+    with pytest.raises(ConfigError, match="regions without a pool cannot be -1"):
+        plan(extra_regions=-1)
 
 
 def test_a_ring_that_follows_the_link_is_as_wide_as_the_link_can_feed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import pickletools
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,18 @@ def test_a_plan_is_the_same_after_pickling() -> None:
         assert array.flags.c_contiguous
         assert array.flags.aligned
         assert not array.flags.writeable
+
+
+@pytest.mark.parametrize("plan", [None, make()], ids=["idle", "plan"])
+def test_orders_travel_under_one_name(plan: StepPlan | None) -> None:
+    """Each class or function that a pickle names is imported again at both ends, every step."""
+    orders = StepOrders(plan, PoolOrder(3, idle=True, number=2), 7, within_budget=False)
+    blob = pickle.dumps(orders, pickle.HIGHEST_PROTOCOL)
+    assert [op.name for op, *_ in pickletools.genops(blob)].count("STACK_GLOBAL") == 1
+    found = pickle.loads(blob)
+    assert found == orders
+    assert type(found.pool) is PoolOrder
+    assert plan is None or type(found.plan.relabels[0]) is Relabel
 
 
 def test_runs_have_three_columns_also_without_any() -> None:

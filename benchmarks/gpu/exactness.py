@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from benchmarks.gpu.harness.compute import granularity
 from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.engines import EngineError, EngineProcess
-from benchmarks.gpu.harness.models import TINY, Shape, small_model, write_random
+from benchmarks.gpu.harness.models import TINY, WINDOWS, Shape, small_model, write_random
 from pie_vllm.geometry import round_up
 
 REFUSED = "--block-manager pie does not support"
@@ -37,6 +37,7 @@ FACETS = (
     ("float32", "bfloat16"),
     ("eager", "piecewise", "compiled", "full"),
     ("sync", "async"),
+    ("plain", "windows"),
 )
 
 
@@ -50,6 +51,7 @@ class Setting(NamedTuple):
         mode: "eager", "piecewise" graphs, "compiled" for vLLM's default ones, or "full" for these
             with pie's copies in FULL graphs.
         steps: "async" with two steps in flight, or "sync".
+        layers: "windows" where two of three layers have a sliding window, or "plain".
     """
 
     runner: str
@@ -57,11 +59,12 @@ class Setting(NamedTuple):
     dtype: str
     mode: str
     steps: str
+    layers: str = "plain"
 
     @property
     def name(self) -> str:
         """In words."""
-        return " ".join(self)
+        return " ".join(self).removesuffix(" plain")
 
 
 # FlashAttention and FlashInfer have no float32.
@@ -86,15 +89,17 @@ SETTINGS = tuple(
         "v1 triton_attn bfloat16 compiled async",
         "v2 flashinfer bfloat16 full async",
         "v1 triton_attn float32 full async",
+        "v2 flash_attn bfloat16 compiled sync windows",
+        "v1 triton_attn float32 eager sync windows",
     )
 )
 DEFAULT_GRAPHS = ("compiled", "full")
-DRY = (Setting("v1", "cpu_attn", "float32", "eager", "sync"),)
+DRY = Setting("v1", "cpu_attn", "float32", "eager", "sync")
 QUICK = 4
 
 
 class Job(NamedTuple):
-    """What all engines of this stage share.
+    """What all engines of one model share.
 
     Attributes:
         context: context of the stage.
@@ -123,35 +128,46 @@ BLOCK, SLOTS = 32, 3
 def run(context: Context) -> None:
     """All settings, several at once."""
     wanted = choose(context)
-    unit = granularity(context.driver)
-    folder, shape, what = small_model(context.scratch)
-    if context.dry and context.quick:
-        folder, shape = write_random(context.scratch / "models" / "random-tiny", TINY), TINY
-        what = "random weights, tiny"
-    context.report.fact("model", what)
-    random_ = random.Random(4)
-    count = 12 if context.dry else 24
-    lengths = [random_.randrange(96, 224) for _ in range(count)]
-    pooled, resident = (80, 36) if context.dry else (170, 43)
-    job = Job(context, str(folder), shape, lengths, 64, pooled, resident, unit)
+    kinds = dict.fromkeys(setting.layers for setting in wanted)
+    jobs = {layers: job_of(context, layers) for layers in kinds}
     compared = 0
     workers = 1 if context.dry else max(1, min(AT_ONCE, (os.cpu_count() or 1) // 3))
     with ThreadPoolExecutor(workers) as pool:
         # The control comes second: without it the others mean nothing.
-        work = [partial(compare, job, setting) for setting in wanted]
+        work = [partial(compare, jobs[setting.layers], setting) for setting in wanted]
         if context.wants("control") or not any(p for p in context.parts if p != "control"):
             full = [setting for setting in wanted if setting.mode == "full"]
             for setting in dict.fromkeys([*full[:1], wanted[0]]):
-                work.insert(1, partial(control, job, setting))
+                work.insert(1, partial(control, jobs[setting.layers], setting))
         for done in as_completed([pool.submit(each) for each in work]):
             compared += done.result()
     context.report.check("settings compared", compared, ">= 1", compared >= 1)
 
 
+def job_of(context: Context, layers: str) -> Job:
+    """What engines of a model with such layers share; writes the model."""
+    folder, shape, what = small_model(context.scratch)
+    if layers == "windows":
+        shape = TINY._replace(layers=12, window=64, full_every=3) if context.dry else WINDOWS
+        folder = write_random(context.scratch / "models" / "random-windows", shape)
+        what = f"random weights, {shape.full_layers} of {shape.layers} layers without a window"
+    elif context.dry and context.quick:
+        folder, shape = write_random(context.scratch / "models" / "random-tiny", TINY), TINY
+        what = "random weights, tiny"
+    context.report.fact("model" if layers == "plain" else f"model, {layers}", what)
+    random_ = random.Random(4)
+    count = 12 if context.dry else 24
+    lengths = [random_.randrange(96, 224) for _ in range(count)]
+    pooled, resident = (80, 36) if context.dry else (170, 43)
+    resident += count * shape.window_blocks(BLOCK)
+    unit = granularity(context.driver)
+    return Job(context, str(folder), shape, lengths, 64, pooled, resident, unit)
+
+
 def choose(context: Context) -> list[Setting]:
     """The settings that were asked for; of each facet all values where none was named."""
     if context.dry:
-        return list(DRY)
+        return [DRY._replace(layers="windows" if "windows" in context.parts else "plain")]
     found = list(SETTINGS)
     for place, facet in enumerate(FACETS):
         named = [part for part in context.parts if part in facet]
@@ -261,13 +277,13 @@ def attempt(
     element = {"float32": 4, "bfloat16": 2}[setting.dtype]
     page = job.shape.page_bytes(BLOCK, element)
     if kind == "stock":
-        spec["llm"]["kv_cache_memory_bytes"] = blocks * job.shape.layers * page
+        spec["llm"]["kv_cache_memory_bytes"] = blocks * job.shape.regions * page
     else:
         ring = round_up(job.pooled * page, job.unit) * SLOTS
-        device = job.shape.layers * round_up(job.resident * page, job.unit) + ring
+        device = job.shape.regions * round_up(job.resident * page, job.unit) + ring
         spec["llm"]["kv_cache_memory_bytes"] = device
         spec["pie"] = {
-            "pool_gib": (job.pooled + 0.5) * job.shape.layers * page / 2**30,
+            "pool_gib": (job.pooled + 0.5) * job.shape.regions * page / 2**30,
             "ring_slots": SLOTS,
             "ring_fraction": (SLOTS * job.pooled + 1) * page / device,
             "target_slowdown": "off",

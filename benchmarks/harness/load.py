@@ -33,15 +33,32 @@ FORMS = (
 )
 
 
+REPEAT = "Repeat this list word by word, again and again: {}"
+
+
+def listed(number: int) -> str:
+    """A list of eight entries, another one for each number."""
+    return " ".join(f"Item {j} costs {(number * 37 + j * j * 11) % 1000}." for j in range(8))
+
+
 @dataclass(frozen=True)
 class Load:
-    """A number of chats that start together, and the tokens that each must answer with."""
+    """A number of chats that start together, and the tokens that each must answer with.
+
+    Attributes:
+        chats: number of chats.
+        tokens: number of tokens of each answer.
+        repeating: whether the chats ask for what they say, again and again.
+    """
 
     chats: int = 32
     tokens: int = 300
+    repeating: bool = False
 
     def prompts(self) -> list[str]:
         """The user messages, all different up to `len(TOPICS) * len(FORMS)` chats."""
+        if self.repeating:
+            return [REPEAT.format(listed(index)) for index in range(self.chats)]
         pairs = [form.format(topic) for form in FORMS for topic in TOPICS]
         return [pairs[index % len(pairs)] for index in range(self.chats)]
 

@@ -34,10 +34,16 @@ FIGURES = (
     ("prefill_tokens", "prompt tokens computed", 0),
     ("pie_pooled_peak", "pooled peak", 0),
     ("loaded_mib", "loaded MiB", 0),
+    ("tokens_per_step", "tokens of a request's step", 2),
+    ("loaded_kib_per_token", "loaded KiB per token", 1),
+    ("to_stock", "tokens/s over stock's", 3),
     ("stored_mib", "stored MiB", 0),
     ("idle_cost_blocks", "ring costs, blocks", 2),
     ("stall_share", "stall, share", 4),
     ("slowdown_share", "slowdown of steps that load, estimated", 4),
+    ("blocks_hidden", "pooled blocks that a step reads", 1),
+    ("blocks_predicted", "the same, predicted", 1),
+    ("hidden_to_predicted", "read / predicted", 3),
     ("equal_answers", "equal answers", 0),
 )
 

@@ -21,7 +21,7 @@ from pie_vllm.simulation.traces import Job, Outcome, Profile
 def add_simulated(
     figures: Mapping[str, Sequence[Figures]], specs: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Add `simulated_tok_s` and the `profile` that led to it to each run; drop the runs' traces.
+    """Add `simulated_tok_s`, `to_simulated` and the `profile` that led to them; drop the traces.
 
     The model of a step is fitted to the steps of a round's stock runs. What a load costs, the share
     of it that no compute hides and what it takes from the compute by memory bandwidth that a CPU's
@@ -49,6 +49,7 @@ def add_simulated(
         for name, run in run_of.items():
             run["profile"] = asdict(profile)
             run["simulated_tok_s"] = _simulate(run, traces[name], specs[name], profile).throughput
+            run["to_simulated"] = run["tok_s"] / run["simulated_tok_s"]
 
 
 def _simulate(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import cache
+from math import lcm
 from mmap import PAGESIZE
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +21,10 @@ from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
+    KVCacheSpec,
     KVCacheTensor,
+    MambaSpec,
+    SlidingWindowSpec,
 )
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
@@ -26,7 +32,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 import pie_vllm
 from benchmarks.harness.model import ROOT, made_once
 from benchmarks.make_model import DEFAULT_OUTPUT
-from pie_vllm.geometry import Geometry
+from pie_vllm.geometry import Geometry, round_up
 from pie_vllm.plan import Prior
 from pie_vllm.vllm import settings
 from pie_vllm.vllm.scheduler_side.scheduler import make_scheduler
@@ -69,10 +75,17 @@ def vllm_config(
     block_size: int,
     parking: str = "lru",
     prior: Prior | None = None,
+    drafts: tuple[int, int] = (0, 0),
     **scheduler: Any,
 ) -> VllmConfig:
-    """A finished VllmConfig; other keywords are fields of the scheduler or cache config."""
+    """A finished VllmConfig; other keywords are fields of the scheduler or cache config.
+
+    ``drafts`` are the draft tokens of a step and the slots behind them, of a drafter without layers
+    of its own.
+    """
     config = deepcopy(_base_config(parking))
+    if drafts[0]:
+        config.speculative_config = speculative_config(*drafts)
     config.cache_config.block_size = block_size
     for name, value in scheduler.items():
         owner = config.scheduler_config
@@ -85,24 +98,79 @@ def vllm_config(
     return config
 
 
+def speculative_config(tokens: int, lookahead: int) -> Any:
+    """What a scheduler asks of vLLM's SpeculativeConfig."""
+    no: Any = lambda: False  # noqa: E731
+    return SimpleNamespace(
+        method="draft_model" if lookahead else "ngram",
+        num_speculative_tokens=tokens,
+        num_speculative_tokens_per_batch_size=None,
+        max_num_new_slots_for_drafting=0,
+        use_eagle=no,
+        use_eagle_block_drop=no,
+        needs_eagle_block_drop=no,
+        use_dspark=no,
+        use_dflash=lambda: lookahead > tokens,
+        use_multi_module_mtp=no,
+        uses_draft_model=lambda: lookahead == tokens,
+    )
+
+
+def _groups(
+    sizes: Geometry, block_size: int, longest: int, beside: Sequence[int]
+) -> list[KVCacheGroupSpec]:
+    """The groups of a model: those without a pool, then full attention."""
+    shape: Any = {"num_kv_heads": 1, "head_size": 64, "dtype": torch.float32}
+    full = FullAttentionSpec(block_size=block_size, **shape)
+    specs: list[KVCacheSpec] = [
+        SlidingWindowSpec(block_size=block_size, sliding_window=window, **shape)
+        if window
+        else MambaSpec(
+            block_size=round_up(longest, block_size),
+            shapes=((full.page_size_bytes // 4,),),
+            dtypes=(torch.float32,),
+        )
+        for window in beside
+    ]
+    return [
+        KVCacheGroupSpec([f"layers.{number}.{i}" for i in range(sizes.num_layers)], spec)
+        for number, spec in enumerate([*specs, full])
+    ]
+
+
 def make(
-    sizes: Geometry, block_size: int = 16, flavour: Any = make_scheduler, **options: Any
+    sizes: Geometry,
+    block_size: int = 16,
+    flavour: Any = make_scheduler,
+    beside: Sequence[int] = (),
+    **options: Any,
 ) -> Any:
-    """The scheduler that vLLM would make over these sizes, or one of another class."""
+    """The scheduler that vLLM would make over these sizes, or one of another class.
+
+    Args:
+        sizes: of the tiers.
+        block_size: tokens of a block.
+        flavour: makes the scheduler.
+        beside: groups of layers without a pool that the model has: tokens of a window each, or 0
+            for a state.
+        options: fields of the configuration.
+    """
     config = vllm_config(sizes, block_size, **options)
-    layers = [f"layers.{i}" for i in range(sizes.num_layers)]
-    spec = FullAttentionSpec(
-        block_size=block_size, num_kv_heads=1, head_size=64, dtype=torch.float32
-    )
-    stride = sizes.layer_stride
-    tensor = KVCacheTensor(
-        size=sizes.virtual_bytes, layers=layers, layer_stride=stride, block_stride=sizes.page_bytes
-    )
+    groups = _groups(sizes, block_size, config.model_config.max_model_len, beside)
     kv_cache_config = KVCacheConfig(
         num_blocks=sizes.num_blocks,
-        kv_cache_tensors=[tensor],
-        kv_cache_groups=[KVCacheGroupSpec(layers, spec)],
+        kv_cache_tensors=[
+            KVCacheTensor(
+                size=sizes.virtual_bytes,
+                layers=group.layer_names,
+                layer_stride=sizes.layer_stride,
+                block_stride=sizes.page_bytes,
+            )
+            for group in groups
+        ],
+        kv_cache_groups=groups,
     )
+    scheduled = lcm(*(group.kv_cache_spec.block_size for group in groups))
     config.cache_config.num_gpu_blocks = sizes.num_blocks
     return flavour(
         vllm_config=config,
@@ -110,8 +178,8 @@ def make(
         structured_output_manager=StructuredOutputManager(config),
         include_finished_set=False,
         log_stats=True,
-        block_size=block_size,
-        hash_block_size=block_size,
+        block_size=scheduled,
+        hash_block_size=scheduled if 0 in beside else block_size,
     )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.harness.display import working
 from benchmarks.harness.environment import vllm_environment
-from benchmarks.harness.rounds import Figures
+from benchmarks.harness.rounds import Figures, run_rounds
 from benchmarks.real.side import SCRATCH
 
 RUN_SECONDS_MAX = 1200
@@ -42,6 +44,19 @@ def run_once(name: str, spec: dict[str, Any], module: str = "one_run") -> Figure
     if spec["pie"] is not None:
         add_pie_figures(figures)
     return figures
+
+
+def run_all(
+    specs: Mapping[str, dict[str, Any]], repeats: int, prefix: str = ""
+) -> dict[str, list[Figures]]:
+    """Rounds of all these configurations; the prefix is that of their files' names."""
+    # As an exception, so that the running child is ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+    def runner(name: str) -> Callable[[int], Figures]:
+        return lambda index: run_once(f"{prefix}{name}-{index}", specs[name])
+
+    return run_rounds({name: runner(name) for name in specs}, repeats)
 
 
 def add_pie_figures(figures: Figures) -> None:

@@ -123,6 +123,7 @@ def main() -> None:
         **gap_figures(steps.times, steps.pooled),
         "preemptions": preemptions(llm) - before,
         "num_blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
+        "tokens_per_step": sum(map(len, steps.tokens)) / sum(map(len, steps.times)),
         "tokens": steps.tokens,
     }
     if watched is not None:

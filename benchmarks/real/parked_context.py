@@ -125,10 +125,13 @@ class ParkedContext:
         )
 
     def waits(self, steps: int) -> float:
-        """Median of what a step takes longer, microseconds, while the context cannot be admitted.
+        """Microseconds that pie's code takes longer in a step while the context cannot be admitted.
 
-        All residents but a few are in use by others. The steps in which it is looked up are part of
-        its admission and not counted here.
+        It is the difference of two medians over the steps, of the time in pie's code and in the
+        manager of blocks as far as it is about waiting requests; vLLM's own loop would drown it.
+        All residents but a few are in use by others, who give as many back in each step as those
+        that decode take: no step demotes. The steps in which it is looked up are part of its
+        admission and not counted here.
 
         Raises:
             RuntimeError: it was admitted all the same.
@@ -136,12 +139,23 @@ class ParkedContext:
         side, manager = self.side, self.side.scheduler.kv_cache_manager
         free = manager.residency.queue.free_residents
         held = manager.block_pool.get_new_blocks(free - 2 * BACKGROUND)
+
+        def step() -> int:
+            given, held[:] = held[: BACKGROUND // BLOCK_SIZE], held[BACKGROUND // BLOCK_SIZE :]
+            manager.block_pool.free_blocks(given)
+            own = side.own(side.step())
+            return own + int(side.scheduler.admitting)
+
+        side.scheduler.watch_admissions()
         with steady_heap():
-            base = [side.step().whole for _ in range(steps)]
+            base = [step() for _ in range(steps)]
             side.add("again", prompt_of(1, self._tokens), ANSWER)
             for _ in range(self.blocks // LOOK_KEYS_MAX + BASE_STEPS):
-                side.step()
-            waiting = [side.step().whole for _ in range(steps)]
+                step()
+            demotions = manager.residency.demotions
+            waiting = [step() for _ in range(steps)]
+        if manager.residency.demotions > demotions:
+            raise RuntimeError("steps in which the context waited demoted blocks")
         waits = "again" in side.scheduler.requests  # Else it has come to its end.
         if not waits or any(r.request_id == "again" for r in self._running):
             raise RuntimeError(f"a context of {self.blocks} blocks did not have to wait")

@@ -6,6 +6,7 @@ import gc
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from time import thread_time_ns
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import RequestStatus
 
 from benchmarks.real import bare_schedulers
 from pie_vllm.geometry import Geometry
@@ -51,14 +53,15 @@ class _TimedInner:
     Attributes:
         inner: nanoseconds of vLLM's ``schedule`` and ``update_from_output`` in the newest step.
         allocating: part of ``inner`` in which blocks were allocated.
+        admitting: part of ``inner`` in which waiting requests were looked up and given blocks.
         stats: part of ``inner`` in which vLLM made its statistics.
     """
 
-    inner = allocating = stats = 0
+    inner = allocating = admitting = stats = 0
 
     def schedule(self) -> Any:
         """As the class after this one does."""
-        self.allocating = self.stats = 0
+        self.allocating = self.admitting = self.stats = 0
         start = thread_time_ns()
         output = super().schedule()  # type: ignore[misc]
         self.inner = thread_time_ns() - start
@@ -77,6 +80,25 @@ class _TimedInner:
         stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
         self.stats += thread_time_ns() - start
         return stats
+
+    def watch_admissions(self) -> None:
+        """Time what the manager of blocks does for waiting requests, from now on."""
+        manager: Any = self.kv_cache_manager  # type: ignore[attr-defined]
+        look_up, allocate = manager.get_computed_blocks, manager.allocate_slots
+
+        def timed(function: Any, *args: Any, **kwargs: Any) -> Any:
+            start = thread_time_ns()
+            found = function(*args, **kwargs)
+            self.admitting += thread_time_ns() - start
+            return found
+
+        def allocate_slots(request: Any, *args: Any, **kwargs: Any) -> Any:
+            if request.status is RequestStatus.RUNNING:
+                return allocate(request, *args, **kwargs)
+            return timed(allocate, request, *args, **kwargs)
+
+        manager.get_computed_blocks = partial(timed, look_up)
+        manager.allocate_slots = allocate_slots
 
     def watch_allocations(self) -> None:
         """Time allocations from now on."""

@@ -34,7 +34,7 @@ def watch_steps(llm: Any) -> list[Step]:
     """A list that grows by one for each step of an engine in this process, stock's or pie's."""
     scheduler = scheduler_of(llm)
     manager = scheduler.kv_cache_manager
-    tables = manager.coordinator.single_type_managers[0].req_to_blocks
+    tables = _full_attention(manager).req_to_blocks
     residency = getattr(manager, "residency", None)
     update = scheduler.update_from_output
     steps: list[Step] = []
@@ -57,6 +57,16 @@ def watch_steps(llm: Any) -> list[Step]:
 
     scheduler.update_from_output = updated
     return steps
+
+
+def _full_attention(manager: Any) -> Any:
+    """The manager of the group whose blocks a request keeps; the only one of a plain model."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    groups = manager.coordinator.single_type_managers
+    return next(
+        (one for one in groups if isinstance(one.kv_cache_spec, FullAttentionSpec)), groups[0]
+    )
 
 
 def fit(steps: Sequence[Step]) -> tuple[float, float, float, float]:

@@ -25,7 +25,7 @@ class Sample:
     Attributes:
         at: seconds after the wave began.
         phase: "before" the wave, "prompts" while a chat has no token yet, "peak", "light" once
-            only the longer chats are left, "idle".
+            only the longer chats are left, "paused" where a step computed nothing, "idle".
         seconds: duration of the step; 0 where none ran.
         memory: bytes of the process; see `private_bytes`.
         pool: bytes that the pool holds.
@@ -60,6 +60,7 @@ def run_wave(llm: Any, load: Load, longer: list[int], idle: float) -> Wave:
 
     look("before", 0.0)
     engine = llm.llm_engine
+    requests = scheduler_of(llm).requests
     add_chats(llm, load, longer)
     started: set[str] = set()
     done = 0
@@ -67,9 +68,12 @@ def run_wave(llm: Any, load: Load, longer: list[int], idle: float) -> Wave:
         phase = "prompts" if len(started) < load.chats else "peak"
         if done == load.chats - len(longer):
             phase = "light"
+        computed = sum(request.num_computed_tokens for request in requests.values())
         start = time.perf_counter()
         outputs = engine.step()
         seconds = time.perf_counter() - start
+        if not outputs and computed == sum(r.num_computed_tokens for r in requests.values()):
+            phase = "paused"  # It waits for the pool's memory.
         started.update(output.request_id for output in outputs)
         done += sum(output.finished for output in outputs)
         look(phase, seconds)

@@ -26,6 +26,7 @@ Engine::Engine(const pie_geometry& geometry, const std::string& driver, double l
       plans_(geometry_, pool_),
       pieces_(*driver_, geometry_, arena_, pool_),
       table_(*driver_, geometry_, pieces_),
+      draft_pages_(geometry_),
       graphs_(*driver_, geometry_, pieces_, kHead) {}
 
 Engine::~Engine() { driver_->synchronize(); }
@@ -45,9 +46,15 @@ bool Engine::begin_step(const pie_plan& plan, Stream compute, bool graph) {
   open_step(plan, true, compute);
   step_.fits = graph && fits_graph();
   or_abort([&] {
-    order_.submit_barrier(graphs_.emptied());
-    submit_first(head_first_ ? kHead : geometry_.layers,
+    order_.submit_barrier(step_.after_all, step_.stores_after_all, graphs_.emptied());
+    if (moves_drafts()) order_.drafts_begin();
+    if (step_.promotions_first && !step_.promotions.empty()) fill_first();
+    submit_first(head_first_ && !step_.stores_first ? kHead : geometry_.layers,
                  head_first_ || step_.fits ? kHead : geometry_.slots);
+    if (step_.stores_first && !step_.stores.empty()) {
+      order_.after_all_stores();
+      order_.drafts_wait();
+    }
   });
   return step_.fits;
 }
@@ -70,6 +77,10 @@ void Engine::open_step(const pie_plan& plan, bool forward, Stream compute) {
   Step step;
   step.number = plan.step;
   step.compute = compute;
+  step.stores_first = moves.stores_first;
+  step.after_all = moves.after_all;
+  step.stores_after_all = moves.stores_after_all;
+  step.promotions_first = moves.promotions_first;
   step.stores = std::move(moves.stores);
   step.promotions = std::move(moves.promotions);
   step.forward = forward;
@@ -79,6 +90,8 @@ void Engine::open_step(const pie_plan& plan, bool forward, Stream compute) {
   step.loaded_bytes = blocks_of(loads) * geometry_.page;
   step.stats.step = plan.step;
   step.open = true;
+  draft_pages_.stored(step.stores);
+  step.draft_loads = draft_pages_.missing(loads);
   step_ = std::move(step);
   order_.open_step(plan.step, compute);
   // Counted by steps that copy: their numbers may keep a rhythm of their own.
@@ -108,6 +121,7 @@ void Engine::or_abort(Body&& body) {
 void Engine::submit_first(int64_t stores, int64_t loads) {
   if (!step_.stores.empty()) {
     while (step_.next_store < stores) submit_store(step_.next_store);
+    if (step_.next_store == geometry_.layers) submit_draft_stores();
   }
   if (!step_.streams_in || debug(PIE_DEBUG_LATE_SUBMIT)) return;
   while (step_.next_load < loads) submit_load(step_.next_load);
@@ -136,6 +150,66 @@ void Engine::submit_load(int64_t layer) {
   }
   order_.after_load(layer);
   step_.next_load = layer + 1;
+  if (step_.next_load == geometry_.layers) submit_draft_loads();
+}
+
+bool Engine::moves_drafts() const {
+  if (geometry_.drafts == 0) return false;
+  return !(step_.stores.empty() && step_.promotions.empty() && step_.draft_loads.empty());
+}
+
+// Rule 28: behind all else of the step, on either stream.
+void Engine::submit_draft_stores() {
+  if (geometry_.drafts == 0 || step_.stores.empty() || step_.drafts_stored) return;
+  step_.drafts_stored = true;
+  order_.before_draft_stores();
+  if (!debug(PIE_DEBUG_SKIP_STORES)) {
+    for (int64_t l = geometry_.layers; l < geometry_.row_pages; ++l) {
+      copy(Direction::kDeviceToHost, step_.stores, l);
+      step_.stats.bytes_stored += blocks_of(step_.stores) * geometry_.page;
+    }
+  }
+  order_.after_draft_stores();
+}
+
+void Engine::submit_draft_loads() {
+  if (step_.promotions.empty() && step_.draft_loads.empty()) return;
+  if (geometry_.drafts == 0 || step_.drafts_loaded) return;
+  step_.drafts_loaded = true;
+  order_.before_draft_loads();
+  if (!debug(PIE_DEBUG_SKIP_LOADS)) {
+    const bool fill = step_.forward && !debug(PIE_DEBUG_SKIP_DRAFTS);
+    const int64_t filled = fill ? blocks_of(step_.draft_loads) * geometry_.page : 0;
+    for (int64_t l = geometry_.layers; l < geometry_.row_pages; ++l) {
+      copy(Direction::kHostToDevice, step_.promotions, l);
+      if (fill) copy(Direction::kHostToDevice, step_.draft_loads, l);
+      step_.stats.bytes_promoted += step_.promoted_bytes;
+      step_.stats.bytes_loaded += step_.promoted_bytes + filled;
+    }
+  }
+  order_.after_draft_loads();
+}
+
+// Rule 27: the promotions of all layers, ahead of the step's loads. From then on it has loads
+// alone.
+void Engine::fill_first() {
+  submit_first(geometry_.layers, 0);  // Rule 21: stores first.
+  for (int64_t l = 0; l < geometry_.layers; ++l) {
+    order_.before_load(l, true);
+    if (!debug(PIE_DEBUG_SKIP_LOADS)) {
+      copy(Direction::kHostToDevice, table_.promotions(), l);
+      step_.stats.copies += table_.copy(order_.h2d(), l, false);
+      step_.stats.bytes_promoted += step_.promoted_bytes;
+      step_.stats.bytes_loaded += step_.promoted_bytes;
+    }
+    order_.after_load(l);
+  }
+  submit_draft_loads();  // Promotions are known no longer after this.
+  order_.after_all_promotions();
+  step_.promotions.clear();
+  step_.promoted_bytes = 0;
+  step_.streams_in = !plans_.loads().empty();
+  table_.divide(step_.promotions, plans_.loads());
 }
 
 void Engine::finish_promotions() {
@@ -190,6 +264,8 @@ void Engine::after_attention(int64_t layer) {
   submit_rest();
   step_.gates.leave(layer);
   order_.after_attention(layer);
+  // Rule 28: drafts follow, without gates.
+  if (layer + 1 == geometry_.layers) order_.drafts_wait();
   const int64_t next = layer + geometry_.slots;
   if (step_.streams_in && next < geometry_.layers && !debug(PIE_DEBUG_LATE_SUBMIT)) {
     submit_load(next);
@@ -263,14 +339,18 @@ void Engine::skip_counters() {
 pie_stats Engine::run_idle(const pie_plan& plan, Stream compute) {
   open_step(plan, false, compute);
   or_abort([&] {
-    order_.submit_barrier(graphs_.emptied());
+    order_.submit_barrier(step_.after_all, step_.stores_after_all, graphs_.emptied());
+    if (moves_drafts()) order_.drafts_begin();
     for (int64_t l = 0; l < geometry_.layers; ++l) {
       if (!step_.stores.empty()) submit_store(l);
-      if (!step_.promotions.empty()) submit_load(l);
+      if (!step_.promotions.empty() && l + 1 < geometry_.layers) submit_load(l);
     }
+    submit_draft_stores();  // Ahead of the draft loads, which follow the last layer's.
+    if (!step_.promotions.empty()) submit_load(geometry_.layers - 1);
   });
   try {
     order_.after_idle(!step_.stores.empty(), !step_.promotions.empty());
+    order_.drafts_wait();
   } catch (const Error&) {
     step_.open = false;
     throw;
@@ -296,6 +376,7 @@ void Engine::abort_step() {
   step_.open = false;
   order_.recover();
   graphs_.drop(order_.h2d());
+  draft_pages_.forget();  // Some may not have been filled.
   if (lost != nullptr) std::rethrow_exception(lost);
 }
 
@@ -334,7 +415,7 @@ void Engine::end_capture() { graphs_.end_capture(); }
 // Debug switches that change a step's order or work on the host have no place in a graph.
 bool Engine::fits_graph() const {
   if (debug(PIE_DEBUG_SKIP_GATE | PIE_DEBUG_LATE_SUBMIT | PIE_DEBUG_POISON)) return false;
-  if (!step_.stores.empty() && !step_.promotions.empty()) return false;
+  if (!step_.promotions.empty() && (step_.promotions_first || !step_.stores.empty())) return false;
   return graphs_.hold(plans_.loads().size() + step_.promotions.size());
 }
 
@@ -348,8 +429,10 @@ void Engine::enter_graph() {
     throw Error(PIE_ERR_STATE, "enter_graph: " + step + " has begun to run otherwise");
   }
   submit_first(geometry_.layers, kHead);  // Rule 21: no gate does.
+  submit_draft_loads();
   step_.in_graph = true;
   order_.stall().leave();
+  order_.drafts_wait();
   order_.before_launch(step_.streams_in ? kHead - 1 : -1);
   TablePieces pieces;
   if (!debug(PIE_DEBUG_SKIP_LOADS)) pieces = graphs_.pieces(step_.promotions, plans_.loads());
@@ -384,6 +467,11 @@ void Engine::zero_ring() {
     driver_->memset_async(order_.h2d(), arena_.page(s, geometry_.resident), 0,
                           static_cast<size_t>(geometry_.slot_bytes));
   }
+  for (int64_t l = geometry_.layers; l < geometry_.row_pages; ++l) {
+    driver_->memset_async(order_.h2d(), arena_.page(l, geometry_.resident), 0,
+                          static_cast<size_t>(geometry_.slot_bytes));
+  }
+  draft_pages_.forget();
   driver_->stream_synchronize(order_.h2d());
 }
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/draft_pages.h"
 #include "engine/gates.h"
 #include "engine/graph_steps.h"
 #include "engine/order.h"
@@ -38,7 +39,10 @@ class Engine {
   void set_option(int option, bool on);
 
   // Submits the stores, promotions and loads of the head; the first gate submits all other stores,
-  // and promotions and loads of the first B layers (rule 21). A bad plan throws PIE_ERR_PLAN and
+  // and promotions and loads of the first B layers (rule 21). With PIE_PLAN_STORES_FIRST all stores
+  // are submitted, and the compute waits for them, with PIE_PLAN_PROMOTIONS_FIRST all promotions;
+  // where that blocks the caller, it throws PIE_ERR_TRANSFER for one that failed, and aborts the
+  // step. A bad plan throws PIE_ERR_PLAN and
   // changes nothing; a submission that fails throws and aborts the step. `graph`: true where the
   // step fits a graph.
   bool begin_step(const pie_plan& plan, Stream compute, bool graph = false);
@@ -92,8 +96,12 @@ class Engine {
     int64_t next_load = 0;    // the first layer whose loads are not submitted
     bool fits = false;        // a graph
     bool in_graph = false;
+    bool stores_first = false, after_all = false;             // rules 24 and 25
+    bool stores_after_all = false, promotions_first = false;  // rules 26 and 27
     Runs stores, promotions;
-    int64_t promoted_bytes = 0, loaded_bytes = 0;  // of a layer
+    Runs draft_loads;  // pages of pooled blocks that the drafts of the step read first
+    bool drafts_stored = false, drafts_loaded = false;  // submitted
+    int64_t promoted_bytes = 0, loaded_bytes = 0;       // of a layer
     Gates gates;
     pie_stats stats{};
   };
@@ -105,6 +113,10 @@ class Engine {
   void submit_rest() { submit_first(geometry_.layers, geometry_.slots); }
   void submit_store(int64_t layer);
   void submit_load(int64_t layer);
+  void fill_first();
+  bool moves_drafts() const;
+  void submit_draft_stores();
+  void submit_draft_loads();
   void finish_promotions();
   void copy(Direction direction, const Runs& runs, int64_t layer);
   void poison(int64_t layer);
@@ -125,6 +137,7 @@ class Engine {
   PlanReader plans_;
   const Pieces pieces_;
   StepTable table_;
+  DraftPages draft_pages_;
   GraphSteps graphs_;
 
   bool head_first_ = true;

@@ -6,7 +6,12 @@
 
 namespace pie {
 
-Order::Events::Events(Driver& driver, int64_t layers) : barrier(driver), replayed(driver) {
+Order::Events::Events(Driver& driver, int64_t layers)
+    : barrier(driver),
+      replayed(driver),
+      drafted(driver),
+      draft_stored(driver),
+      draft_ready(driver) {
   for (int64_t l = 0; l < layers; ++l) {
     ready.emplace_back(driver);
     stored.emplace_back(driver);
@@ -27,12 +32,15 @@ void Order::open_step(int64_t step, Stream compute) {
 }
 
 // Rule 3: whatever the compute did since the newest step here comes before the copies; and on a
-// compute stream that is new, after them.
-void Order::submit_barrier(std::optional<Event> emptied) {
-  if (!barrier_) return;
+// compute stream that is new, after them. Rule 25: what fills pages that layers without gates used
+// comes after them. Rule 26: so does what stores pages that these wrote; other stores need no more
+// than rule 1.
+void Order::submit_barrier(bool after_all, bool stores_after_all, std::optional<Event> emptied) {
+  if (!barrier_ && !after_all && !stores_after_all) return;
   driver_.event_record(events_->barrier, compute_);
-  driver_.stream_wait(h2d_, events_->barrier);
-  driver_.stream_wait(d2h_, events_->barrier);
+  if (barrier_ || after_all) driver_.stream_wait(h2d_, events_->barrier);
+  if (barrier_ || stores_after_all) driver_.stream_wait(d2h_, events_->barrier);
+  if (!barrier_) return;
   unknown_ = false;
   if (before_ == compute_) return;
   const size_t last = at(layers_ - 1);
@@ -41,6 +49,8 @@ void Order::submit_barrier(std::optional<Event> emptied) {
   }
   driver_.stream_wait(compute_, events_->stored[last]);
   driver_.stream_wait(compute_, events_->ready[last]);
+  driver_.stream_wait(compute_, events_->draft_stored);
+  driver_.stream_wait(compute_, events_->draft_ready);
   // Rule 20: the tables are emptied after the replay.
   if (emptied) driver_.stream_wait(compute_, *emptied);
 }
@@ -96,6 +106,49 @@ void Order::after_idle(bool stores, bool promotions) {
   if (stores) compute_waits(events_->stored[last]);
   if (promotions) compute_waits(events_->ready[last]);
   store_pending_.assign(store_pending_.size(), false);
+}
+
+// Rule 24: what the compute does from here on may write a stored page without a gate. Stores are in
+// order, so the last layer's record stands for all.
+void Order::after_all_stores() {
+  compute_waits(events_->stored[at(layers_ - 1)]);
+  store_pending_.assign(store_pending_.size(), false);
+}
+
+// Rule 27: what the compute does from here on may read a filled page without a gate. H2D is in
+// order.
+void Order::after_all_promotions() {
+  compute_waits(events_->ready[at(layers_ - 1)]);
+  store_pending_.assign(store_pending_.size(), false);
+}
+
+// Rule 28: drafts pass no gate, so what the compute did before the step comes before all copies of
+// their pages, and what it does after the step's last gate after them. It waited for the copies of
+// earlier steps itself.
+void Order::drafts_begin() { driver_.event_record(events_->drafted, compute_); }
+
+void Order::before_draft_stores() { driver_.stream_wait(d2h_, events_->drafted); }
+
+void Order::after_draft_stores() {
+  driver_.event_record(events_->draft_stored, d2h_);
+  drafts_stored_ = true;
+}
+
+void Order::before_draft_loads() {
+  driver_.stream_wait(h2d_, events_->drafted);
+  driver_.stream_wait(h2d_, events_->draft_stored);
+}
+
+void Order::after_draft_loads() {
+  driver_.event_record(events_->draft_ready, h2d_);
+  drafts_loaded_ = true;
+}
+
+void Order::drafts_wait() {
+  const bool stored = std::exchange(drafts_stored_, false);
+  const bool loaded = std::exchange(drafts_loaded_, false);
+  if (stored) compute_waits(events_->draft_stored);
+  if (loaded) compute_waits(events_->draft_ready);
 }
 
 void Order::before_launch(int64_t loaded) {
@@ -178,6 +231,7 @@ void Order::reset() {
   events_ = std::make_unique<Events>(driver_, layers_);
   slot_user_.assign(at(slots_), -1);
   store_pending_.assign(at(layers_), false);
+  drafts_stored_ = drafts_loaded_ = false;
   unknown_ = true;
 }
 

@@ -24,8 +24,9 @@ class Order {
 
   // A step begins: the newest one from now on.
   void open_step(int64_t step, Stream compute);
-  // Rules 3 and 20. `emptied`: recorded when the tables of graphs are empty; none without graphs.
-  void submit_barrier(std::optional<Event> emptied);
+  // Rules 3, 20, 25 and 26. `emptied`: recorded when the tables of graphs are empty; none without
+  // graphs.
+  void submit_barrier(bool after_all, bool stores_after_all, std::optional<Event> emptied);
   void before_store(int64_t layer);                // rule 1
   void after_store(int64_t layer);                 // rule 1
   void before_load(int64_t layer, bool promotes);  // rule 2
@@ -35,6 +36,17 @@ class Order {
   void before_attention(int64_t layer);             // rule 5
   void after_attention(int64_t layer);              // rule 6
   void after_idle(bool stores, bool promotions);    // rule 7
+  void after_all_stores();                          // rule 24
+  void after_all_promotions();                      // rule 27
+
+  // Draft layers, which run after the gates of a step (rule 28). drafts_begin: the step copies some
+  // of their pages. drafts_wait: the compute waits for these; as the other waits of the compute.
+  void drafts_begin();
+  void before_draft_stores();
+  void after_draft_stores();
+  void before_draft_loads();
+  void after_draft_loads();
+  void drafts_wait();
 
   // Rule 15: the compute waits for the loads up to `loaded` and for all stores. -1: none.
   void before_launch(int64_t loaded);
@@ -62,6 +74,9 @@ class Order {
     std::vector<OwnedEvent> done;    // compute: the layer's attention is over
     OwnedEvent barrier;              // compute: all that was submitted before the step
     OwnedEvent replayed;             // compute: the newest replay of a step is over
+    OwnedEvent drafted;              // compute: the drafts before the step are over
+    OwnedEvent draft_stored;         // D2H stream: the stores of draft pages are out
+    OwnedEvent draft_ready;          // H2D stream: the loads of draft pages are there
   };
   static size_t at(int64_t layer) { return static_cast<size_t>(layer); }
   void reset();
@@ -79,6 +94,7 @@ class Order {
   bool barrier_ = false;             // the newest step begins with one
   std::vector<int64_t> slot_user_;   // the layer that used a ring slot last, -1: none
   std::vector<bool> store_pending_;  // stores that no compute was told to wait for
+  bool drafts_stored_ = false, drafts_loaded_ = false;  // that no compute was told to wait for
 };
 
 }  // namespace pie

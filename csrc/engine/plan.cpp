@@ -8,6 +8,8 @@ namespace pie {
 namespace {
 
 constexpr int64_t kMostStep = int64_t{1} << 62;
+constexpr int64_t kFlags = PIE_PLAN_STORES_FIRST | PIE_PLAN_AFTER_ALL | PIE_PLAN_STORES_AFTER_ALL |
+                           PIE_PLAN_PROMOTIONS_FIRST;
 
 std::string text(const char* name, const pie_run& run) {
   return std::string(name) + " run (block " + std::to_string(run.block) + ", row " +
@@ -39,9 +41,17 @@ PlanReader::Moves PlanReader::read(const pie_plan& plan, int64_t newest) {
   if (plan.step < 0 || plan.step > kMostStep) {
     throw Error(PIE_ERR_PLAN, step + " is not one of 0 to " + std::to_string(kMostStep));
   }
+  if ((plan.flags & ~kFlags) != 0) {
+    throw Error(PIE_ERR_PLAN, step + " has the flags " + std::to_string(plan.flags) +
+                                  ", some of which are not known");
+  }
   const int64_t resident = geometry_.resident;
   Moves moves{checked("store", plan.stores, plan.num_stores, 0, resident),
-              checked("promotion", plan.promotions, plan.num_promotions, 0, resident)};
+              checked("promotion", plan.promotions, plan.num_promotions, 0, resident),
+              (plan.flags & PIE_PLAN_STORES_FIRST) != 0,
+              (plan.flags & PIE_PLAN_AFTER_ALL) != 0,
+              (plan.flags & PIE_PLAN_STORES_AFTER_ALL) != 0,
+              (plan.flags & PIE_PLAN_PROMOTIONS_FIRST) != 0};
   check_disjoint_rows(moves.stores, moves.promotions);
   check_held("store", moves.stores);
   check_held("promotion", moves.promotions);

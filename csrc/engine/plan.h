@@ -17,10 +17,13 @@ class PlanReader {
 
   struct Moves {
     Runs stores, promotions;
+    bool stores_first, after_all;             // rules 24 and 25
+    bool stores_after_all, promotions_first;  // rules 26 and 27
   };
-  // Throws PIE_ERR_PLAN and changes nothing unless each run lies in the blocks that it may name, in
-  // one chunk of rows that is there, and no row is both stored to and promoted from: the promotion
-  // would read either content. `newest`: the step before, whose loads the plan may mean.
+  // Throws PIE_ERR_PLAN and changes nothing unless all flags are known, each run lies in the blocks
+  // that it may name, in one chunk of rows that is there, and no row is both stored to and promoted
+  // from: the promotion would read either content. `newest`: the step before, whose loads the plan
+  // may mean.
   Moves read(const pie_plan& plan, int64_t newest);
   const Runs& loads() const { return loads_; }
   void forget() { loads_.clear(); }

@@ -19,7 +19,7 @@ class SelfTest {
         driver_(engine.driver()),
         g_(engine.geometry()),
         n_(count(engine.geometry())),
-        area_(static_cast<size_t>(g_.layers * n_ * g_.page)),
+        area_(static_cast<size_t>(g_.row_pages * n_ * g_.page)),
         staging_(driver_, 5 * area_),
         compute_(driver_) {}
 
@@ -41,14 +41,14 @@ class SelfTest {
   void hand_over(int64_t first_step, int64_t row, int64_t other_row) {
     fill(kOld, area_);
     fill(kFresh, area_);
-    for (int64_t l = 0; l < g_.layers; ++l) move(Direction::kHostToDevice, l, 0, at(kOld, l));
+    for (int64_t l = 0; l < g_.row_pages; ++l) move(Direction::kHostToDevice, l, 0, at(kOld, l));
     const Runs out = pages(0, row), in = pages(g_.resident, row);
     const bool two = other_row >= 0;
     const Runs out2 = two ? pages(0, other_row) : Runs();
-    step({first_step, out.data(), n_, nullptr, 0, in.data(), n_}, g_.resident, kSeen, true);
-    step({first_step + 1, out2.data(), two ? n_ : 0, nullptr, 0, nullptr, -1}, g_.resident, kAgain,
-         false);
-    step({first_step + 2, nullptr, 0, out.data(), n_, nullptr, 0}, 0, kBack, false);
+    step({first_step, out.data(), n_, nullptr, 0, in.data(), n_, 0}, g_.resident, kSeen, true);
+    step({first_step + 1, out2.data(), two ? n_ : 0, nullptr, 0, nullptr, -1, 0}, g_.resident,
+         kAgain, false);
+    step({first_step + 2, nullptr, 0, out.data(), n_, nullptr, 0, 0}, 0, kBack, false);
     driver_.stream_synchronize(compute_);
     for (const int area : {kSeen, kAgain, kBack}) {
       if (std::memcmp(at(kOld, 0), at(area, 0), area_) != 0) {
@@ -76,10 +76,10 @@ class SelfTest {
 
   void clean() {
     std::memset(staging_.data(), 0, area_);
-    for (int64_t l = 0; l < g_.layers; ++l) move(Direction::kHostToDevice, l, 0, at(kOld, l));
+    for (int64_t l = 0; l < g_.row_pages; ++l) move(Direction::kHostToDevice, l, 0, at(kOld, l));
     driver_.stream_synchronize(compute_);
     for (const int64_t row : touched_) {
-      for (int64_t l = 0; l < g_.layers; ++l) {
+      for (int64_t l = 0; l < g_.row_pages; ++l) {
         std::memset(reinterpret_cast<void*>(engine_.pool().page(row, l)), 0,
                     static_cast<size_t>(g_.page));
       }
@@ -91,7 +91,7 @@ class SelfTest {
   enum Area { kOld, kFresh, kSeen, kAgain, kBack };
 
   static int64_t count(const Geometry& g) {
-    const int64_t fits = kStagingBytes / (5 * g.layers * g.page);
+    const int64_t fits = kStagingBytes / (5 * g.row_pages * g.page);
     return std::max<int64_t>(1,
                              std::min({kBlocks, g.resident, g.pooled, g.rows_of_chunk(0), fits}));
   }
@@ -141,10 +141,14 @@ class SelfTest {
       engine_.after_attention(l);
     }
     engine_.end_step();
+    for (int64_t l = g_.layers; l < g_.row_pages; ++l) {  // drafts
+      if (write) move(Direction::kHostToDevice, l, 0, at(kFresh, l));
+      move(Direction::kDeviceToHost, l, read, at(area, l));
+    }
   }
 
   void check_row(int64_t row, int area) {
-    for (int64_t l = 0; l < g_.layers; ++l) {
+    for (int64_t l = 0; l < g_.row_pages; ++l) {
       const void* page = reinterpret_cast<const void*>(engine_.pool().page(row, l));
       if (std::memcmp(page, at(area, l), layer_bytes()) != 0) {
         fail("row " + std::to_string(row) + " of the pool holds other bytes than were stored");

@@ -11,7 +11,8 @@ namespace {
 constexpr int64_t kMostChunks = int64_t{1} << 20;
 
 std::string text_of(const Geometry& g) {
-  return "geometry: L = " + std::to_string(g.layers) + ", p = " + std::to_string(g.page) +
+  return "geometry: L = " + std::to_string(g.layers) + ", N = " + std::to_string(g.regions) +
+         ", D = " + std::to_string(g.drafts) + ", p = " + std::to_string(g.page) +
          ", R = " + std::to_string(g.resident) + ", W = " + std::to_string(g.pooled) +
          ", B = " + std::to_string(g.slots) + ", rows = " + std::to_string(g.rows) +
          ", chunk_rows = " + std::to_string(g.chunk_rows) +
@@ -28,10 +29,15 @@ Geometry::Geometry(const pie_geometry& given)
       slots(given.ring_slots),
       rows(given.rows),
       chunk_rows(given.chunk_rows),
-      granularity(given.granularity) {
+      granularity(given.granularity),
+      regions(given.num_regions),
+      drafts(given.draft_layers) {
   if (layers < 1 || page < 1 || resident < 1 || pooled < 1 || slots < 1 || slots > layers ||
-      rows < 1 || chunk_rows < 1 || granularity < 1) {
-    throw Error(PIE_ERR_CONFIG, text_of(*this) + "all must be at least 1, and B at most L");
+      rows < 1 || chunk_rows < 1 || granularity < 1 || drafts < 0 || regions < layers ||
+      drafts > regions - layers) {
+    throw Error(PIE_ERR_CONFIG,
+                text_of(*this) +
+                    "all must be at least 1, but D at least 0; B at most L, and L + D at most N");
   }
   const std::string text = text_of(*this);
   const int64_t own = product(resident, page, text + "R * p");
@@ -40,12 +46,13 @@ Geometry::Geometry(const pie_geometry& given)
   slot_bytes = rounded_up(product(pooled, page, text + "W * p"), granularity,
                           text + "W * p rounded up to g");
   layer_stride = sum(layer_resident_bytes, slot_bytes, text + "R * p + W * p");
-  virtual_bytes = product(layers, layer_stride, text + "L * (R * p + W * p)");
-  // Not above virtual_bytes: B is at most L.
-  device_bytes = layers * layer_resident_bytes + slots * slot_bytes;
-  const int64_t row = product(layers, page, text + "L * p");
-  host_bytes = product(rows, row, text + "rows * L * p");
-  product(chunk_rows, row, text + "chunk_rows * L * p");
+  virtual_bytes = product(regions, layer_stride, text + "N * (R * p + W * p)");
+  // Not above virtual_bytes: B is at most L, and L + D at most N.
+  device_bytes = regions * layer_resident_bytes + (slots + drafts) * slot_bytes;
+  row_pages = layers + drafts;
+  const int64_t row = product(row_pages, page, text + "(L + D) * p");
+  host_bytes = product(rows, row, text + "rows * (L + D) * p");
+  product(chunk_rows, row, text + "chunk_rows * (L + D) * p");
   num_chunks = (rows - 1) / chunk_rows + 1;
   if (num_chunks > kMostChunks) {
     throw Error(PIE_ERR_CONFIG, text + std::to_string(num_chunks) + " chunks, at most " +
@@ -71,18 +78,22 @@ Arena::Arena(Driver& driver, const Geometry& geometry)
   const auto slot = static_cast<size_t>(geometry.slot_bytes);
   std::vector<Physical> ring;
   for (int64_t s = 0; s < geometry.slots; ++s) ring.emplace_back(driver, slot);
-  mappings_.reserve(static_cast<size_t>(2 * geometry.layers));
-  for (int64_t l = 0; l < geometry.layers; ++l) {
+  mappings_.reserve(static_cast<size_t>(2 * geometry.regions));
+  for (int64_t l = 0; l < geometry.regions; ++l) {
     const Address at = base() + static_cast<Address>(l * geometry.layer_stride);
     const Physical pages(driver, own);
     mappings_.emplace_back(driver, at, own, pages.handle());
-    mappings_.emplace_back(driver, at + own, slot,
-                           ring[static_cast<size_t>(l % geometry.slots)].handle());
+    if (geometry.is_draft(l)) {
+      mappings_.emplace_back(driver, at + own, slot, Physical(driver, slot).handle());
+    } else {
+      mappings_.emplace_back(driver, at + own, slot,
+                             ring[static_cast<size_t>(l % geometry.slots)].handle());
+    }
   }
   driver.set_access(base(), static_cast<size_t>(geometry.virtual_bytes));
-  for (int64_t l = 0; l < geometry.layers; ++l) {  // each slot once: no alias is written beside it
+  for (int64_t l = 0; l < geometry.regions; ++l) {  // each slot once: no alias is written beside it
     const Address at = base() + static_cast<Address>(l * geometry.layer_stride);
-    driver.zero(at, l < geometry.slots ? own + slot : own);
+    driver.zero(at, l < geometry.slots || geometry.is_draft(l) ? own + slot : own);
   }
 }
 

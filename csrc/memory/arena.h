@@ -1,4 +1,6 @@
-// The device side: L layers of own pages, and B ring slots that all layers share.
+// The device side: N regions of own pages, L of them with a layer that has a pool, and B ring slots
+// that all share but the D regions of draft layers, which have pages of their own for pooled
+// blocks.
 #pragma once
 
 #include <vector>
@@ -12,16 +14,18 @@ class Geometry {
  public:
   explicit Geometry(const pie_geometry& given);
 
-  int64_t layers, page, resident, pooled, slots, rows, chunk_rows, granularity;
+  int64_t layers, page, resident, pooled, slots, rows, chunk_rows, granularity, regions, drafts;
+  int64_t row_pages;  // L + D
   int64_t shift, layer_resident_bytes, slot_bytes, layer_stride, virtual_bytes;
   int64_t num_chunks, device_bytes, host_bytes;
 
   int64_t page_offset(int64_t layer, int64_t block) const {
     return layer * layer_stride + shift + block * page;
   }
+  bool is_draft(int64_t region) const { return region >= layers && region < row_pages; }
   // Bytes of the first chunks of the pool.
   int64_t bytes_of_chunks(int64_t chunks) const {
-    return (chunks < num_chunks ? chunks * chunk_rows : rows) * layers * page;
+    return (chunks < num_chunks ? chunks * chunk_rows : rows) * row_pages * page;
   }
   int64_t rows_of_chunk(int64_t chunk) const {
     return chunk + 1 < num_chunks ? chunk_rows : rows - chunk * chunk_rows;

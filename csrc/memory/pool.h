@@ -1,4 +1,5 @@
-// The host side: rows in chunks, laid out [chunk][layer][row][page]. Chunks come and go.
+// The host side: rows in chunks, laid out [chunk][layer][row][page], draft
+// layers after the others. Chunks come and go.
 #pragma once
 
 #include <atomic>
@@ -68,7 +69,7 @@ class Pool {
     return chunks_[static_cast<size_t>(chunk)].address.load(std::memory_order_acquire);
   }
   int64_t bytes_of(int64_t chunk) const {
-    return geometry_.rows_of_chunk(chunk) * geometry_.layers * geometry_.page;
+    return geometry_.rows_of_chunk(chunk) * geometry_.row_pages * geometry_.page;
   }
 
   Driver& driver_;

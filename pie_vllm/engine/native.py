@@ -23,7 +23,7 @@ from pie_vllm.errors import (
 from pie_vllm.geometry import Geometry
 from pie_vllm.plan import NO_RUNS, Runs, StepPlan
 
-ABI_VERSION = 8
+ABI_VERSION = 11
 """What this package expects of ``pie_abi_version()``."""
 
 DEFAULT_LIBRARY = Path(__file__).resolve().parent.parent / "_native" / "libpie.so"
@@ -39,6 +39,7 @@ DEBUG_FLAGS = {
     "skip_gate": 4,
     "late_submit": 8,
     "poison": 16,
+    "skip_drafts": 32,
 }
 
 _ERRORS: dict[int, type[PieError]] = {
@@ -65,6 +66,8 @@ class GeometryStruct(ctypes.Structure):
             "rows",
             "chunk_rows",
             "granularity",
+            "num_regions",
+            "draft_layers",
         )
     ]
 
@@ -80,6 +83,7 @@ class PlanStruct(ctypes.Structure):
         ("num_promotions", c_int64),
         ("loads", c_void_p),
         ("num_loads", c_int64),
+        ("flags", c_int64),
     ]
 
 
@@ -133,6 +137,9 @@ def _fitting(name: str, value: int) -> int:
 
 OPTION_HEAD_FIRST, OPTION_OVERLAP = 0, 1
 """Numbers of the options in ``pie.h``."""
+
+PLAN_STORES_FIRST, PLAN_AFTER_ALL, PLAN_STORES_AFTER_ALL, PLAN_PROMOTIONS_FIRST = 1, 2, 4, 8
+"""Flags of a plan in ``pie.h``."""
 
 _E = c_void_p
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -252,7 +259,18 @@ class PlanArrays:
             len(plan.promotions),
             _address("loads", loads),
             -1 if plan.loads is None else len(loads),
+            plan_flags(plan),
         )
+
+
+def plan_flags(plan: StepPlan) -> int:
+    """The bits of a plan's flags."""
+    return (
+        PLAN_STORES_FIRST * plan.stores_first
+        | PLAN_AFTER_ALL * plan.after_all
+        | PLAN_STORES_AFTER_ALL * plan.stores_after_all
+        | PLAN_PROMOTIONS_FIRST * plan.promotions_first
+    )
 
 
 def _address(name: str, runs: Runs) -> int:

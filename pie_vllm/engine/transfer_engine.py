@@ -115,7 +115,10 @@ class TransferEngine:
     def begin_step(self, plan: StepPlan, compute_stream: int = 0, *, graph: bool = False) -> bool:
         """Submit the plan's copies of the first layer; the first gate submits what can follow.
 
-        These are the stores of all layers, and promotions and loads of the first B layers.
+        These are the stores of all layers, and promotions and loads of the first B layers. Of a
+        plan with ``stores_first`` it submits all stores itself, and later compute comes after them:
+        on the inline stream the call returns when they are complete. Promotions of a plan with
+        ``promotions_first`` likewise.
 
         Args:
             plan: ``relabels`` and ``forward`` are not looked at. ``loads=None``
@@ -127,8 +130,8 @@ class TransferEngine:
 
         Returns:
             Whether it fits a graph: not without ``graph`` and ``graphs.prepare``, with more runs to
-            the device than tables hold, with both stores and promotions, or with a debug
-            switch that graphs cannot follow.
+            the device than tables hold, with both stores and promotions, with promotions that
+            come first, or with a debug switch that graphs cannot follow.
 
         Raises:
             IntegrityError: a run outside its range or across a chunk, a row both stored to and

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, Protocol
 
 from pie_vllm.geometry import cdiv
 from pie_vllm.plan import PoolOrder, StepOrders, StepPlan, StepReport, Totals
+from pie_vllm.policy.admission.candidate import Claims
 from pie_vllm.policy.admission.chunk import Asked, Chunk, decide_chunk, plenty
-from pie_vllm.policy.admission.transaction import Admission, Claims
+from pie_vllm.policy.admission.transaction import Admission
 from pie_vllm.policy.control.decider import Decides, Decision
 from pie_vllm.policy.control.detector import Observation
 from pie_vllm.policy.control.elastic_pool import ElasticPool
@@ -22,6 +23,7 @@ from pie_vllm.policy.control.turns import Turns
 from pie_vllm.policy.placement.completed_blocks import CompletedBlocks
 from pie_vllm.policy.placement.residency import Residency, demoted_at_once, tail_room
 from pie_vllm.policy.placement.store_ahead import Ahead
+from pie_vllm.policy.speculation import NO_SPECULATION, DraftsInFlight, Speculation
 
 
 class SchedulerView(Protocol):
@@ -68,6 +70,10 @@ class SchedulerView(Protocol):
 
     def claims(self) -> Claims:
         """What running requests still need while waiting requests are looked at."""
+
+
+IN_VAIN_MAX = 20
+"""Maximum number of steps in a row, each of which halves a chunk that found no residents."""
 
 
 class StepTerms(NamedTuple):
@@ -118,6 +124,10 @@ class Controller:
         *,
         priority: Callable[[str], int] | None = None,
         splits: bool = True,
+        cost: int = 1,
+        speculation: Speculation = NO_SPECULATION,
+        drafts: DraftsInFlight | None = None,
+        turns: bool = True,
     ) -> None:
         """Start before the first step.
 
@@ -129,21 +139,29 @@ class Controller:
             block_size: Tokens of a block.
             priority: Priority of a request, of which lower ones go first; None if all are equal.
             splits: Whether prompts may be split anywhere, so that a step's tokens can be bounded.
+            cost: Number of residents that a block of a prompt takes in all groups of layers.
+            speculation: How many tokens a step computes for a request that decodes.
+            drafts: Draft tokens of the steps in flight; None if there never are any.
+            turns: Whether a running request may be left out of a step.
         """
         self._scheduler, self._residency = scheduler, residency
+        self._tokens_max = speculation.tokens_max
+        self._lookahead = speculation.lookahead
+        self._blocks_max = speculation.blocks_max(block_size)
         self._size, self._priority, self._splits = block_size, priority, splits
+        self._cost = cost
         self.admission = admission
         admission.claims = scheduler.claims
         self.decider = decider
-        self.turns = Turns()
+        self.turns = Turns(allowed=turns)
         self.pool: ElasticPool | None = None
         resident = residency.geometry.resident_blocks
-        self.step_blocks = min(cdiv(scheduler.tokens_max, block_size), resident // 2)
-        self._completions = CompletedBlocks(block_size, residency)
+        self.step_blocks = min(cdiv(scheduler.tokens_max, block_size), resident // (2 * cost))
+        self._completions = CompletedBlocks(block_size, residency, drafts, self._tokens_max)
         self._stalls = AwaitedStalls()
         self._totals = Totals()
         self._prompts_under_way = self._paused = self._quiet = False
-        self._restored = 0
+        self._restored = self._in_vain = 0
         self._counted = _Counted()
 
     @property
@@ -166,7 +184,7 @@ class Controller:
             residency.parking.allowance = self.decision.parked_at_once
             return StepTerms(self._scheduler.tokens_max)
         prompts = self._prompt_tokens(running) if self._prompts_under_way else 0
-        blocks = len(running) + prompts // self._size
+        blocks = self._cost * (len(running) * self._blocks_max + prompts // self._size)
         self._restored = residency.parking.restored_blocks
         self._paused = self.pool is not None and self._waits_for_rows(self.pool, blocks)
         if self._paused:
@@ -183,7 +201,7 @@ class Controller:
         return StepTerms(chunk.tokens)
 
     def end_step(
-        self, scheduled: Mapping[str, int], tokens: int, fresh: Collection[str]
+        self, scheduled: Mapping[str, int], tokens: int, fresh: Collection[str], drafts: int = 0
     ) -> StepOrders:
         """After it is known who runs, and its tokens are counted as computed.
 
@@ -191,23 +209,22 @@ class Controller:
             scheduled: Number of tokens of each request that runs, by id.
             tokens: Sum of these.
             fresh: Ids of those that got their first blocks in the step.
+            drafts: Number of draft tokens among ``tokens``.
         """
         residency = self._residency
-        if self._quiet and tokens == len(scheduled) and not fresh and not residency.parking.pending:
+        prompts = tokens - drafts > len(scheduled) or bool(fresh)
+        if self._quiet and not prompts and not residency.parking.pending:
             return self._end_quiet_step(scheduled)
-        plan = self._plan(scheduled, tokens, fresh)
+        plan = self._plan(scheduled, fresh, prompts)
+        in_vain = not tokens and self.admission.refused == "residents"
+        self._in_vain = min(self._in_vain + 1, IN_VAIN_MAX) if in_vain else 0
         order = self._order(scheduled, changed=plan is not None and len(plan.stores) > 0)
         if not self._paused:
             self.turns.end_step(scheduled, residency)
         blocks = self._blocks_of(scheduled)
         self._counted = _Counted(len(scheduled), blocks)
-        return StepOrders(
-            plan,
-            order,
-            blocks=blocks,
-            within_budget=not self.turns.exceeds,
-            restored=residency.parking.restored_blocks != self._restored,
-        )
+        restored = residency.parking.restored_blocks != self._restored
+        return StepOrders(plan, order, blocks, not self.turns.exceeds, restored)
 
     def _is_quiet(self, running: int) -> bool:
         """Whether the coming step can neither pool, admit nor wait: most of its work is left out.
@@ -228,21 +245,20 @@ class Controller:
 
     def _short(self, running: int) -> bool:
         """Whether the free residents may not last for two steps of so many running requests."""
-        return self._residency.queue.free_residents < 2 * self.step_blocks + running
+        decodes = running * self._blocks_max
+        return self._residency.queue.free_residents < self._cost * (2 * self.step_blocks + decodes)
 
     def _end_quiet_step(self, scheduled: Mapping[str, int]) -> StepOrders:
         """``end_step`` of a quiet step in which nothing was evicted, admitted or prefilled."""
-        residency, counted = self._residency, self._counted
         self._completions.pass_step()
-        residency.pass_step()
+        self._residency.pass_step()
         order = self._order(scheduled, changed=False)
-        requests = len(scheduled)
-        if requests != counted.requests or counted.steps >= self._size:
-            counted = _Counted(requests, self._blocks_of(scheduled))
-        self._counted = counted._replace(steps=counted.steps + 1)
-        # Each request fills a block in as many steps as it has tokens.
-        blocks = counted.blocks + requests * counted.steps // self._size
-        return StepOrders(None, order, blocks)
+        requests, (known, blocks, steps) = len(scheduled), self._counted
+        if requests != known or steps >= self._size // self._tokens_max:
+            blocks, steps = self._blocks_of(scheduled), 0
+        self._counted = _Counted(requests, blocks, steps + 1)
+        # Each request fills a block in as many steps as it has tokens, or in fewer.
+        return StepOrders(None, order, blocks + requests * steps // self._size)
 
     def _order(self, scheduled: Mapping[str, int], *, changed: bool) -> PoolOrder:
         """What the workers are to hold; ``changed`` is whether more may be held than before."""
@@ -262,7 +278,12 @@ class Controller:
         return sum(map(len, map(self._residency.tables.__getitem__, scheduled)))
 
     def observe(
-        self, orders: StepOrders, report: StepReport | None, tokens: int, requests: int
+        self,
+        orders: StepOrders,
+        report: StepReport | None,
+        tokens: int,
+        requests: int,
+        drafts: int = 0,
     ) -> None:
         """Learn what became of a step; its copies count in ``report.totals`` of all so far.
 
@@ -271,11 +292,12 @@ class Controller:
             report: The workers', of the same step; None if there is none.
             tokens: Number of tokens that it computed.
             requests: Number of requests that ran in it.
+            drafts: Number of draft tokens among ``tokens``.
         """
         if report is not None:
             before, self._totals = self._totals, report.totals
             if not report.failure:
-                self._learn(orders, report, before, tokens, requests)
+                self._learn(orders, report, before, tokens, requests + drafts)
         if self.pool is not None:
             if report is None:
                 self.pool.unanswered(orders.pool)
@@ -283,9 +305,12 @@ class Controller:
                 self.pool.report(report.pool)
 
     def _learn(
-        self, orders: StepOrders, report: StepReport, before: Totals, tokens: int, requests: int
+        self, orders: StepOrders, report: StepReport, before: Totals, tokens: int, verified: int
     ) -> None:
-        """Tell the decider of a step, and of earlier ones whose stall is known only now."""
+        """Tell the decider of a step, and of earlier ones whose stall is known only now.
+
+        What it computes of requests that decode takes time by the token, verified drafts included.
+        """
         totals = report.totals
         loaded = totals.bytes_loaded - before.bytes_loaded
         busy = totals.load_seconds - before.load_seconds
@@ -293,7 +318,7 @@ class Controller:
             finished = totals.bytes_finished - before.bytes_finished
             busy = speed_of_finished(loaded, finished, busy)
         seen = Observation(
-            tokens, requests, report.seconds, 0.0, loaded, busy, orders.blocks, orders.restored
+            tokens, verified, report.seconds, 0.0, loaded, busy, orders.blocks, orders.restored
         )
         if totals.graph_steps != before.graph_steps:
             # Nothing in a graph is timed: what its loads cost shows in the time of the step.
@@ -328,7 +353,7 @@ class Controller:
         if not pool.asking and now != (residency.chunks_usable, residency.chunks_expected):
             residency.use_chunks(*now)
         if self._scheduler.newcomers:
-            blocks += self.step_blocks + 1
+            blocks += self._cost * (self.step_blocks + 1)
         short = queue.withheld > queue.missing and queue.num_free_blocks < blocks
         return pool.paused(short and not queue.frozen and queue.available_pooled < queue.demotable)
 
@@ -338,21 +363,31 @@ class Controller:
         most = scheduler.tokens_max
         waiting = bool(scheduler.num_waiting)
         asks = waiting or self._prompts_under_way
-        if not (asks and self._splits) or plenty(queue, most, running, size):
+        kept, ahead = 0, self._lookahead
+        if self._residency.shared and not running:
+            # Who comes alone has to fit with its windows and its state, found ones included.
+            kept = self._residency.parking.tails.blocks_max + self._cost * (
+                (1 << self._in_vain) - 1
+            )
+        blocks = running * self._blocks_max + cdiv(ahead, size)
+        if not (asks and self._splits) or plenty(queue, most, blocks, size, self._cost, kept):
             return Chunk(most, cdiv(most, size))
         self._completions.catch_up()
         stores = self.decision.prompt_demotion_max
-        return decide_chunk(queue, scheduler.asked(), waiting, stores, most, size)
+        asked = scheduler.asked()
+        if not running and self._residency.parking.tails:
+            ahead += size - 1  # One that comes back goes on within a block, and must fit alone.
+        return decide_chunk(queue, asked, waiting, stores, most, size, self._cost, kept, ahead)
 
     def _plan(
-        self, scheduled: Mapping[str, int], tokens: int, fresh: Collection[str]
+        self, scheduled: Mapping[str, int], fresh: Collection[str], prompts: bool
     ) -> StepPlan | None:
-        """What the step copies and relabels; arguments as ``end_step``."""
+        """What the step copies and relabels; ``prompts`` is whether it computes any."""
         scheduler, residency, decision = self._scheduler, self._residency, self.decision
         several: Collection[str] = ()
-        prompts = tokens > len(scheduled) or bool(fresh)
         if prompts:
-            several = [r for r, count in scheduled.items() if count > 1 and r not in fresh]
+            most = self._tokens_max
+            several = [r for r, count in scheduled.items() if count > most and r not in fresh]
         self._completions.next_step(scheduler.requests, several, fresh)
         running = len(scheduler.running)
         headroom = None
@@ -361,7 +396,7 @@ class Controller:
             or running >= scheduler.running_max
             or residency.pooled_in_use > decision.pooled_admission_max
         ):
-            headroom = tail_room(running, self._size)
+            headroom = self._cost * tail_room(running * self._tokens_max, self._size)
         if not self._paused:
             # One that is left out of the step has prompt tokens left all the same.
             self._prompts_under_way = prompts or (
@@ -370,5 +405,5 @@ class Controller:
         chunk = self.admission.chunk_blocks
         ahead = Ahead.of(decision, self.turns.taken, running, chunk, prompts)
         return residency.end_step(
-            scheduled, fresh, tokens > 0, headroom, decision.load_blocks_max, ahead
+            scheduled, fresh, bool(scheduled), headroom, decision.load_blocks_max, ahead
         )

@@ -91,6 +91,10 @@ class PrefixBook:
         blocks = self._blocks.get(key)
         return None if blocks is None else next(iter(blocks.values()))
 
+    def find(self, keys: Iterable[Hashable]) -> list[Any]:
+        """Of each key a block with its KV, or None."""
+        return [*map(self.get, keys)]
+
     def hits(self, keys: Iterable[Hashable]) -> list[Any]:
         """Blocks of the first of these keys, up to one that has none."""
         return list(takewhile(lambda block: block is not None, map(self.get, keys)))

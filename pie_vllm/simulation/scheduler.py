@@ -8,15 +8,16 @@ cache. Whom it admits and what it leaves out, the policy decides, as for vLLM.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
 from pie_vllm.geometry import cdiv
+from pie_vllm.policy.admission.candidate import Candidate, Claims
 from pie_vllm.policy.admission.chunk import Asked, Runs
 from pie_vllm.policy.admission.lookup import ParkedHits
-from pie_vllm.policy.admission.transaction import Admission, Candidate, Claims
+from pie_vllm.policy.admission.transaction import Admission
 from pie_vllm.policy.placement.residency import Residency
 from pie_vllm.simulation.prefix_cache import PrefixBook, give_back
 
@@ -89,6 +90,8 @@ class SimulatedScheduler:
         block_size: int,
         running_max: int,
         tokens_max: int,
+        *,
+        by_request: bool = False,
     ) -> None:
         """Before the first request.
 
@@ -99,11 +102,13 @@ class SimulatedScheduler:
             block_size: tokens of a block.
             running_max: requests at once.
             tokens_max: tokens that one step may compute.
+            by_request: whether preempted requests find their KV by name, as requests have no keys.
         """
         self._residency, self._tables, self._book = residency, tables, book
         self._size = block_size
         self.running_max, self.tokens_max = running_max, tokens_max
-        self.admission = Admission(residency, book.get, block_size)
+        self._by_request = by_request
+        self.admission = Admission(residency, book.find, block_size, by_request=by_request)
         self.admission.on_restored_ahead = self._restored_ahead
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -223,8 +228,8 @@ class SimulatedScheduler:
         end = (tokens - 1) // size
         hits = self.admission.recall(name, tokens)
         if hits is None:
-            hits = self._book.hits(request.keys[:end])
-        keys = islice(request.keys, len(hits), end)
+            hits = self._book.hits(self._keys(request, 0, end))
+        keys = self._keys(request, len(hits), end)
         parked = self.admission.find_parked(name, tokens, keys, hits, state=tokens)
         if parked is None:
             parked = ParkedHits.none(len(hits) * size)
@@ -246,6 +251,12 @@ class SimulatedScheduler:
         self._cache(request, candidate.reached)
         self.restored += parked.parked + transaction.has_tail
         return count
+
+    def _keys(self, request: Request, first: int, end: int) -> Iterator[Hashable]:
+        """Keys of a waiting request's blocks that it may find."""
+        if self._by_request:
+            return self.admission.request_keys(request.request_id, first, end)
+        return islice(request.keys, first, end)
 
     def _adopt(self, request: Request, hits: Sequence[Any], blocks: int) -> bool:
         """Give a request these blocks and others up to a number, if they can be had."""

@@ -3,7 +3,8 @@
 For tests, for choosing constants, and for projections: deterministic, no model, no copies. The
 scheduler around the policy is ``pie_vllm.simulation.scheduler``; the controller that it calls is
 the one that vLLM's scheduler calls, and all of the pool's memory is there. There is no prefix cache
-unless asked for; with one, KV may be parked, and a chat finds what is left of its turns before.
+unless asked for; with one, a chat finds what is left of its turns before. KV may be parked, without
+one that of preempted requests.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Simulation:
             changes: the machine that steps meet from a time (seconds) on, in order of time.
             scatter: asked for the factor of each step's compute; None is 1.
             caching: whether there is a prefix cache.
-            parking: policy of eviction of parked KV; None parks nothing, as without ``caching``.
+            parking: policy of eviction of parked KV; None parks nothing. Without ``caching`` KV of
+                preempted requests is parked.
 
         Raises:
             ValueError: a turn continues none of the jobs before it.
@@ -77,12 +79,16 @@ class Simulation:
         tables: dict[str, list[Any]] = {}
         book = PrefixBook()
         blocks = [Block(i) for i in range(geometry.num_blocks)]
-        self.residency = Residency(
-            geometry, blocks, Free, tables, book.entries, parking if caching else None
-        )
+        self.residency = Residency(geometry, blocks, Free, tables, book.entries, parking)
         self.residency.queue.popleft().is_null = True
         self._scheduler = SimulatedScheduler(
-            self.residency, tables, book, block_size, max_running, max_tokens
+            self.residency,
+            tables,
+            book,
+            block_size,
+            max_running,
+            max_tokens,
+            by_request=parking is not None and not caching,
         )
         self.controller = Controller(
             self._scheduler, self.residency, self._scheduler.admission, decider, block_size
@@ -196,11 +202,11 @@ class Simulation:
             loads += num_copied(plan.promotions)
             stores = num_copied(plan.stores)
         self._loads.append(loads)
-        return profile.step(compute, loads, stores, self._geometry.row_bytes)
+        return profile.step(compute, loads, stores, self._geometry.load_bytes)
 
     def _report(self, orders: StepOrders, cost: StepCost) -> StepReport:
         """What workers would say of the step, with its stall known at once."""
-        before, loaded = self._totals, self._loads[-1] * self._geometry.row_bytes
+        before, loaded = self._totals, self._loads[-1] * self._geometry.load_bytes
         totals = self._totals = before._replace(
             bytes_loaded=before.bytes_loaded + loaded,
             bytes_finished=before.bytes_finished + loaded,

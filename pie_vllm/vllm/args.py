@@ -52,12 +52,16 @@ def _check(config: Any) -> None:
     """Refuse a finished configuration that pie cannot run, or that has lost pie's classes."""
     from vllm.platforms import current_platform
 
-    from pie_vllm.vllm import cautions, refusals, settings
+    from pie_vllm.vllm import cautions, draft_refusals, refusals, settings
 
     device = device_of(current_platform)
     refusals.check_classes(config, SCHEDULER, worker_class(device))
     refusals.check_config(config, device)
-    refusals.check_full_graphs(settings.of(config).config.full_graphs, device)
+    draft_refusals.check_drafter(config)
+    speculates = config.speculative_config is not None
+    refusals.check_full_graphs(
+        settings.of(config).config.full_graphs, device, speculates=speculates
+    )
     cautions.caution(config)
 
 

@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 from pie_vllm.errors import UnsupportedError
 from pie_vllm.vllm.compat import cuda_graphs
 
-_PLAIN = ("auto", "float32", "bfloat16", "float16")
-CACHE_DTYPES = {"cpu": _PLAIN, "cuda": (*_PLAIN, "fp8", "fp8_e4m3", "fp8_e5m2")}
+_ONE_SCALE = ("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
+CACHE_DTYPES = {"cpu": _ONE_SCALE, "cuda": _ONE_SCALE}
 """KV cache types by device. Their scales are one per layer and lie outside the pages."""
 
-BACKENDS = {"cpu": ("CPU_ATTN",), "cuda": ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")}
-"""Attention backends by device, in vLLM's names."""
+WITHOUT_DRAFT_LAYERS = ("ngram", "ngram_gpu", "suffix")
+"""Methods of speculation that propose tokens by looking at tokens alone."""
+
+WITH_DRAFT_LAYERS = ("eagle", "eagle3", "mtp", "draft_model")
+"""Those whose drafter has attention layers with KV; ``draft_refusals`` says which of them run."""
 
 GRAPH_DEVICES = ("cuda",)
 """Devices whose FULL graphs can hold copies."""
@@ -34,7 +37,8 @@ class _Feature(NamedTuple):
     way_out: str
 
 
-def _refuse(what: str, why: str, way_out: str) -> UnsupportedError:
+def refuse(what: str, why: str, way_out: str) -> UnsupportedError:
+    """The error for what pie does not run with; ``way_out`` is a command."""
     return UnsupportedError(
         f"--block-manager pie does not support {what}: {why}. {way_out}, or use "
         "--block-manager default."
@@ -53,13 +57,13 @@ def check_engine_args(args: Any, scheduler: str, worker: str) -> None:
         UnsupportedError: names the class.
     """
     if args.scheduler_cls not in (None, scheduler):
-        raise _refuse(
+        raise refuse(
             f"--scheduler-cls {args.scheduler_cls}",
             "it brings its own scheduler",
             "Remove --scheduler-cls",
         )
     if args.worker_cls not in ("auto", worker):
-        raise _refuse(
+        raise refuse(
             f"--worker-cls {args.worker_cls}", "it brings its own worker", "Remove --worker-cls"
         )
 
@@ -80,7 +84,7 @@ def check_classes(config: Any, scheduler: str, worker: str) -> None:
         ("worker class", config.parallel_config.worker_cls, worker),
     ):
         if found != own:
-            raise _refuse(
+            raise refuse(
                 f"the {what} {_name(found)}",
                 f"another plugin, or vLLM itself, put it in place of {own}",
                 "Remove what sets it (VLLM_PLUGINS names the plugins that are loaded)",
@@ -122,7 +126,7 @@ def check_config(config: Any, device: str) -> None:
         *_parallel_features(config.parallel_config),
     ):
         if feature.found:
-            raise _refuse(feature.what, feature.why, feature.way_out)
+            raise refuse(feature.what, feature.why, feature.way_out)
     check_hosts(config.parallel_config)
     check_graphs(config.compilation_config)
 
@@ -130,8 +134,14 @@ def check_config(config: Any, device: str) -> None:
 def _model_features(config: Any) -> tuple[_Feature, ...]:
     """Kinds of models, and of decoding."""
     model = config.model_config
+    passes = config.compilation_config.pass_config
     return (
-        _Feature(model.use_mla, "MLA models", "their KV layout differs", "Choose another model"),
+        _Feature(
+            bool(model.use_mla and passes.fuse_rope_kvcache_cat_mla),
+            "fuse_rope_kvcache_cat_mla (pass_config) with an MLA model",
+            "it writes KV past the gate of the layer",
+            "Remove it and splitting_ops from --compilation-config",
+        ),
         _Feature(
             model.runner_type == "pooling",
             "pooling models",
@@ -150,12 +160,19 @@ def _model_features(config: Any) -> tuple[_Feature, ...]:
             "they need a scheduler of their own, whose steps compute blocks of tokens anew",
             "Choose another model",
         ),
-        _Feature(
-            config.speculative_config is not None,
-            "speculative decoding (--speculative-config)",
-            "draft layers run several passes over the ring in one step",
-            "Remove --speculative-config",
-        ),
+        _speculation(config.speculative_config),
+    )
+
+
+def _speculation(speculative: Any) -> _Feature:
+    """Speculation by other means than those that were tested, or by a class of the user's."""
+    method = None if speculative is None else speculative.method
+    return _Feature(
+        method is not None and method not in (*WITHOUT_DRAFT_LAYERS, *WITH_DRAFT_LAYERS),
+        f"speculative decoding by {method} (--speculative-config)",
+        "what it keeps of a block was not tested",
+        f"Set its method to one of {', '.join((*WITHOUT_DRAFT_LAYERS, *WITH_DRAFT_LAYERS))}, or "
+        "remove --speculative-config",
     )
 
 
@@ -249,21 +266,21 @@ def check_hosts(parallel: Any) -> None:
     """
     backend = parallel.distributed_executor_backend
     if backend == "external_launcher" and parallel.world_size > 1:
-        raise _refuse(
+        raise refuse(
             f"--distributed-executor-backend external_launcher with {parallel.world_size} ranks",
             "each rank schedules by itself and all must decide alike, but pie decides by measured "
             "times and by the free CPU memory of each rank's host",
             "Set --distributed-executor-backend mp",
         )
     if parallel.nnodes > 1:
-        raise _refuse(
+        raise refuse(
             f"--nnodes {parallel.nnodes}",
             "free CPU memory is looked at on one host only, and the pools of all ranks are "
             "counted there",
             "Set --nnodes 1",
         )
     if backend == "ray":
-        raise _refuse(
+        raise refuse(
             "--distributed-executor-backend ray",
             "its ranks may run on several hosts, and free CPU memory is looked at on one only",
             "Set --distributed-executor-backend mp",
@@ -280,13 +297,13 @@ def check_graphs(compilation: Any) -> None:
         UnsupportedError: names the setting.
     """
     if compilation.use_inductor_graph_partition:
-        raise _refuse(
+        raise refuse(
             "use_inductor_graph_partition",
             "gates would be compiled away",
             "Remove it from --compilation-config",
         )
     if compilation.pass_config.fuse_attn_quant:
-        raise _refuse(
+        raise refuse(
             "fuse_attn_quant (pass_config)",
             "it compiles attention into the pieces that graphs replay",
             "Remove it from --compilation-config",
@@ -295,14 +312,14 @@ def check_graphs(compilation: Any) -> None:
         return
     check_graph_mode(compilation.cudagraph_mode)
     if cuda_graphs.breakable_graphs():
-        raise _refuse(
+        raise refuse(
             "breakable CUDA graphs (VLLM_USE_BREAKABLE_CUDAGRAPH=1, which vLLM sets for some "
             "models)",
             "they replay a layer's KV write without its gate",
             "Set VLLM_USE_BREAKABLE_CUDAGRAPH=0",
         )
     if not compilation.splitting_ops_contain_kv_cache_update():
-        raise _refuse(
+        raise refuse(
             f"splitting_ops {compilation.splitting_ops}",
             "graphs would replay a layer's KV write without its gate",
             "Remove splitting_ops from --compilation-config, so that vLLM adds its "
@@ -317,7 +334,7 @@ def check_graph_mode(mode: Any) -> None:
         UnsupportedError: names the mode.
     """
     if mode.has_full_cudagraphs() and not mode.has_piecewise_cudagraphs():
-        raise _refuse(
+        raise refuse(
             f"cudagraph_mode {mode}",
             "steps that copy KV cannot run in a FULL graph, and it has no piecewise ones",
             "Set cudagraph_mode to FULL_AND_PIECEWISE, PIECEWISE or NONE (--compilation-config, "
@@ -325,14 +342,18 @@ def check_graph_mode(mode: Any) -> None:
         )
 
 
-def check_full_graphs(wanted: bool, device: str) -> None:
-    """Refuse ``full_graphs`` on a device that has no FULL graphs.
+def check_full_graphs(wanted: bool, device: str, *, speculates: bool = False) -> None:
+    """Refuse ``full_graphs`` on a device that has no FULL graphs, and with speculation.
 
     Raises:
-        UnsupportedError: names the flag and the device.
+        UnsupportedError: names the flag and the device, or the speculation.
     """
     if wanted and device not in GRAPH_DEVICES:
         raise no_full_graphs(f"device {device!r} has no CUDA graphs")
+    if wanted and speculates:
+        raise no_full_graphs(
+            "graphs of steps that verify drafts (--speculative-config) were not tested with copies"
+        )
 
 
 def no_full_graphs(why: str) -> UnsupportedError:
@@ -341,75 +362,3 @@ def no_full_graphs(why: str) -> UnsupportedError:
         f'--pie-full-graphs (additional_config["pie"]["full_graphs"]) is on, but {why}. Leave '
         "it out, or set --no-pie-full-graphs."
     )
-
-
-def check_specs(specs: dict[str, Any]) -> Any:
-    """Check that all layers have one KV cache spec, and return it.
-
-    Raises:
-        UnsupportedError: layers differ, or are not full attention.
-    """
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
-
-    if not specs:
-        raise _refuse("models without attention", "there is no KV to pool", "Choose another model")
-    first = next(iter(specs.values()))
-    for name, spec in specs.items():
-        if type(spec) is not FullAttentionSpec or getattr(spec, "sliding_window", None):
-            raise _refuse(
-                f"layer {name} with {type(spec).__name__}",
-                "only full attention in every layer keeps all blocks alive",
-                "Choose a model with full attention",
-            )
-        if spec != first:
-            raise _refuse(
-                f"layer {name} with a KV cache of its own shape",
-                "all layers must have one page size",
-                "Choose a model with equal attention layers",
-            )
-    if first.page_size_padded is not None:
-        raise _refuse("padded KV pages", "a page must be one run", "Choose another block size")
-    return first
-
-
-def check_layers(names: list[str], context: dict[str, Any], device: str) -> None:
-    """Refuse attention implementations that were not tested, or whose KV write cannot be gated.
-
-    Args:
-        names: names of the layers with KV.
-        context: vLLM's layers by name.
-        device: a key of ``args.WORKERS``.
-
-    Raises:
-        UnsupportedError: names the layer.
-    """
-    for name in names:
-        layer = context[name]
-        backend = layer.attn_backend.get_name()
-        if backend not in BACKENDS[device]:
-            raise _refuse(
-                f"attention backend {backend}",
-                f"pie was made for {', '.join(BACKENDS[device])} on this device",
-                f"Set --attention-backend {BACKENDS[device][0]}",
-            )
-        if layer.attn_backend.forward_includes_kv_cache_update or not hasattr(
-            layer.impl, "do_kv_cache_update"
-        ):
-            raise _refuse(
-                f"attention backend {backend}",
-                "it writes KV inside its forward pass",
-                "Choose another --attention-backend",
-            )
-        if getattr(layer, "kv_cache_update_bypass", False):
-            raise _refuse(
-                f"layer {name}, whose KV write is fused",
-                "it cannot be ordered with copies",
-                "Choose another model",
-            )
-    for name, layer in context.items():
-        if getattr(layer, "kv_sharing_target_layer_name", None) is not None:
-            raise _refuse(
-                f"layer {name}, which shares the KV of another layer",
-                "it would read another layer's ring slot",
-                "Choose another model",
-            )

@@ -51,15 +51,17 @@ def whole_of(config: Any) -> Whole | None:
     prefill (v1/core/sched/scheduler.py:1161 in 0.32, :1338 in 0.33) breaks the loop where the step
     has fewer tokens left. ``_try_schedule_encoder_inputs`` (:1870, :2099) goes back to the token
     before an image, because the model cannot attend to a part of one. The other places
-    (encoder-decoder and pooling models, alignment to state blocks, speculation) are refused by
-    name.
+    (encoder-decoder and pooling models, alignment to state blocks, drafters of several modules) are
+    refused by name.
     """
     scheduler, model = config.scheduler_config, config.model_config
     if not scheduler.enable_chunked_prefill:
+        # platforms/cpu.py:516 in 0.32, whatever was asked for.
+        by_itself = " (which vLLM sets for MLA models on CPUs without AMX)" if model.use_mla else ""
         return Whole(
             model.max_model_len,
             0,
-            f"--no-enable-chunked-prefill computes a prompt of --max-model-len "
+            f"--no-enable-chunked-prefill{by_itself} computes a prompt of --max-model-len "
             f"{model.max_model_len} tokens",
             "lower --max-model-len to {}, or remove --no-enable-chunked-prefill",
         )

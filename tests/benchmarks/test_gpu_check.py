@@ -140,6 +140,20 @@ def test_parking_runs_dry_over_vllm(tmp_path: Path) -> None:
         assert (row["restored_MiB"] > 0) == (row["name"] == "pie")
 
 
+@pytest.mark.vllm
+@pytest.mark.soak
+def test_a_model_with_windows_runs_dry_over_vllm(tmp_path: Path) -> None:
+    """Stock's answers, and others where loads are left out."""
+    wanted = "exactness:windows,control"
+    done = command("--driver", "host", "--stages", wanted, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    stage = read(tmp_path)["stages"]["exactness"]
+    assert all(check["ok"] for check in stage["checks"])
+    (row,) = stage["tables"]["settings"]
+    assert row["equal_logprobs"]
+    assert row["pooled_peak"] > 20
+
+
 def test_a_dry_run_is_never_written_among_results() -> None:
     done = command("--driver", "host", "--stages", "facts", "--out", "benchmarks/results")
     assert done.returncode == 2

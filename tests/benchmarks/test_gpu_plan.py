@@ -18,6 +18,7 @@ from benchmarks import gpu_check
 from benchmarks.gpu import copy_gather, exactness, memory, overlap, pinning
 from benchmarks.gpu.harness.compute import compute_of
 from benchmarks.gpu.harness.context import Context
+from benchmarks.gpu.harness.models import SMALL, WINDOWS, config_of
 from benchmarks.gpu.harness.plans import CLOSING_SECONDS, DRY_STRETCH, PLANS, Entry, Plan, jobs_of
 from benchmarks.gpu.harness.process import Options
 from benchmarks.gpu.harness.records import Reporter, collect
@@ -339,3 +340,28 @@ def test_memory_is_touched_while_enough_is_left(tmp_path: Path) -> None:
     begin = time.monotonic()
     assert 0 < memory.touch(64 * mib, context, mib, available, wait=0.2) < 10 * mib
     assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize(
+    ("parts", "names"),
+    [
+        (("v2", "triton_attn", "float32", "eager"), ["v2 triton_attn float32 eager async"]),
+        (("windows", "eager"), ["v1 triton_attn float32 eager sync windows"]),
+    ],
+)
+def test_settings_of_exactness_follow_their_parts(
+    tmp_path: Path, parts: tuple[str, ...], names: list[str]
+) -> None:
+    """A model with windows is none of those that a short call has time for."""
+    found = exactness.choose(context_of(tmp_path, "cuda", parts=parts))
+    assert [setting.name for setting in found] == names
+
+
+def test_a_model_with_windows_has_groups_of_equal_size() -> None:
+    """Blocks of its windows are resident, and a block has a page in each layer of one group."""
+    kinds = config_of(WINDOWS)["layer_types"]
+    assert [kinds.count(kind) for kind in ("full_attention", "sliding_attention")] == [4, 8]
+    assert WINDOWS.regions == 4
+    assert WINDOWS.window_blocks(32) == 2 * 3
+    assert "layer_types" not in config_of(SMALL)
+    assert (SMALL.regions, SMALL.window_blocks(32)) == (SMALL.layers, 0)

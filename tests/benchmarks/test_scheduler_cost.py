@@ -63,11 +63,14 @@ def test_a_head_that_waits_is_not_admitted() -> None:
 
 
 def test_time_in_pies_code_is_own_and_in_the_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A millisecond more in the statistics, which stock's code calls, is pie's all the same."""
+    """Eight milliseconds more in the statistics, which stock's code calls, are pie's all the same.
+
+    They are as long because the difference of two whole steps scatters by one or two.
+    """
     original = PieSchedulerMixin.make_stats
 
     def slow(self: PieSchedulerMixin, *args: object, **kwargs: object) -> object:
-        burn(1_000_000)
+        burn(8_000_000)
         return original(self, *args, **kwargs)
 
     def costs() -> PhaseCost:
@@ -76,8 +79,8 @@ def test_time_in_pies_code_is_own_and_in_the_difference(monkeypatch: pytest.Monk
     before = costs()
     monkeypatch.setattr(PieSchedulerMixin, "make_stats", slow)
     after = costs()
-    assert after.own - before.own > 700
-    assert after.difference - before.difference > 500
+    assert after.own - before.own > 6000
+    assert after.difference - before.difference > 3000
 
 
 def test_chats_return_and_find_parked_blocks() -> None:

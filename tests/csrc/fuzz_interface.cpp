@@ -43,9 +43,9 @@ struct Sizes {
   explicit Sizes(const pie_geometry& g, int64_t chunks)
       : own(rounded_up(Wide{g.resident_blocks} * g.page_bytes, g.granularity)),
         slot(rounded_up(Wide{g.pooled_blocks} * g.page_bytes, g.granularity)),
-        all(g.num_layers * (own + slot)),
-        device(g.num_layers * own + g.ring_slots * slot),
-        row(Wide{g.num_layers} * g.page_bytes),
+        all(g.num_regions * (own + slot)),
+        device(g.num_regions * own + (Wide{g.ring_slots} + g.draft_layers) * slot),
+        row((Wide{g.num_layers} + g.draft_layers) * g.page_bytes),
         host(row * g.rows),
         chunk(row * g.chunk_rows) {
     const Wide number = (Wide{g.rows} + g.chunk_rows - 1) / g.chunk_rows;
@@ -140,10 +140,14 @@ class Fuzz {
 
   pie_geometry geometry() {
     const int64_t layers = 1 + pick(5), rows = 1 + pick(20), page = sysconf(_SC_PAGESIZE);
-    pie_geometry g{layers,           1 + pick(3000), 1 + pick(9),    1 + pick(9),
-                   1 + pick(layers), rows,           1 + pick(rows), page * (1 + pick(2))};
-    int64_t* const fields[] = {&g.num_layers, &g.page_bytes, &g.resident_blocks, &g.pooled_blocks,
-                               &g.ring_slots, &g.rows,       &g.chunk_rows,      &g.granularity};
+    const int64_t drafts = chance(50) ? 0 : pick(3);
+    pie_geometry g{layers,         1 + pick(3000),       1 + pick(9),
+                   1 + pick(9),    1 + pick(layers),     rows,
+                   1 + pick(rows), page * (1 + pick(2)), layers + drafts + pick(3),
+                   drafts};
+    int64_t* const fields[] = {&g.num_layers,  &g.page_bytes,  &g.resident_blocks, &g.pooled_blocks,
+                               &g.ring_slots,  &g.rows,        &g.chunk_rows,      &g.granularity,
+                               &g.num_regions, &g.draft_layers};
     if (chance(40)) {
       for (int64_t i = 1 + pick(3); i > 0; --i) *fields[pick(std::size(fields))] = extreme();
     }
@@ -153,14 +157,15 @@ class Fuzz {
   void open() {
     const pie_geometry g = geometry();
     const int64_t chunks = chance(50) ? -1 : number(4);
-    bool whole = g.ring_slots <= g.num_layers;
+    bool whole = g.ring_slots <= g.num_layers && g.num_layers <= g.num_regions &&
+                 g.draft_layers >= 0 && g.draft_layers <= g.num_regions - g.num_layers;
     for (const int64_t field : {g.num_layers, g.page_bytes, g.resident_blocks, g.pooled_blocks,
                                 g.ring_slots, g.rows, g.chunk_rows, g.granularity}) {
       whole = whole && field > 0;
     }
     // Products of three may leave even 127 bits; such sizes are beyond all limits.
     const auto bits = [](int64_t value) { return std::log2(static_cast<double>(value)); };
-    const bool huge = whole && bits(g.num_layers) + bits(g.page_bytes) +
+    const bool huge = whole && bits(g.num_regions) + bits(g.page_bytes) +
                                        std::max({bits(g.resident_blocks), bits(g.pooled_blocks),
                                                  bits(g.rows), bits(g.chunk_rows)}) >
                                    120;
@@ -241,9 +246,10 @@ class Fuzz {
 
   const pie_plan* plan() {
     if (chance(80)) ++step_;
-    plan_ = {chance(97) ? step_ : extreme(), draw(stores_, false),     chance(50) ? 0 : count(),
-             draw(promotions_, false),       chance(60) ? 0 : count(), draw(loads_, true),
-             chance(20) ? -1 : count()};
+    plan_ = {chance(97) ? step_ : extreme(), draw(stores_, false),
+             chance(50) ? 0 : count(),       draw(promotions_, false),
+             chance(60) ? 0 : count(),       draw(loads_, true),
+             chance(20) ? -1 : count(),      chance(95) ? pick(4) : extreme()};
     return chance(97) ? &plan_ : nullptr;
   }
 

@@ -1,15 +1,15 @@
-// What the pages of random_plans hold, who writes and checks them, and the stand-in's faults.
+// What the pages of random_plans and random_groups hold, who writes and checks them, and the
+// stand-in's faults.
 #pragma once
 
 #include <dlfcn.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <cstdio>
 #include <string>
 #include <vector>
-
-#include "engine/engine.h"
 
 namespace {
 
@@ -20,8 +20,17 @@ struct PageWork {
   Id id;
 };
 
+// Where the arena's pages lie.
+struct Layout {
+  uint64_t arena;
+  int64_t shift, stride, page;
+  uint64_t address(int64_t region, int64_t block) const {
+    return arena + static_cast<uint64_t>(region * stride + shift + block * page);
+  }
+};
+
 struct Task {
-  const pie::Engine* engine;
+  const Layout* layout;
   std::atomic<int>* wrong;
   int64_t step, layer;
   std::vector<PageWork> pages;
@@ -41,9 +50,9 @@ bool holds(const uint8_t* page, Id id, int64_t layer, int64_t bytes) {
 
 void run_task(void* argument) {
   const Task& task = *static_cast<const Task*>(argument);
-  const int64_t bytes = task.engine->geometry().page;
+  const int64_t bytes = task.layout->page;
   for (const PageWork& work : task.pages) {
-    auto* page = reinterpret_cast<uint8_t*>(task.engine->arena().page(task.layer, work.block));
+    auto* page = reinterpret_cast<uint8_t*>(task.layout->address(task.layer, work.block));
     if (task.write) {
       for (int64_t i = 0; i < bytes; ++i) page[i] = expected(work.id, task.layer, i);
     } else if (!holds(page, work.id, task.layer, bytes) && (*task.wrong)++ == 0) {
@@ -66,6 +75,11 @@ struct Standin {
   }
   void tear(int directions, double ms) const {
     find<void (*)(int, double)>("standin_tear")(directions, ms);
+  }
+  // What compute on a stream does, for the race check.
+  void access(uint64_t stream, uint64_t address, int64_t bytes, bool write) const {
+    find<int (*)(uint64_t, uint64_t, size_t, int)>("standin_access")(
+        stream, address, static_cast<size_t>(bytes), write);
   }
   std::string found(const char* name) const {
     std::string text(1 << 16, 0);

@@ -7,8 +7,9 @@
 // Each seed draws a geometry, an inline or an asynchronous compute, faults that delay and tear
 // copies, and some steps: gated, ungated, idle and aborted. The compute is host callbacks that
 // write and check pages through the layer's own view; nothing waits between steps, so on the
-// asynchronous stream several are in flight. A second thread gives chunks back that hold nothing,
-// and takes them again, beside the steps. Prints the first wrong page and returns 1.
+// asynchronous stream several are in flight. Draft layers do so behind each step. A second thread
+// gives chunks back that hold nothing, and takes them again, beside the steps. Prints the first
+// wrong page and returns 1.
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
@@ -21,6 +22,7 @@
 #include <string>
 #include <thread>
 
+#include "engine/engine.h"
 #include "random_pages.h"
 
 namespace {
@@ -62,8 +64,8 @@ class Scenario {
     }
     engine_.abort_step();
     engine_.driver().synchronize();
-    for (int64_t l = 0; l < g_.layers; ++l) {
-      Task task{&engine_, &wrong_, number_, l, held(), false};
+    for (int64_t l = 0; l < g_.row_pages; ++l) {
+      Task task{&layout_, &wrong_, number_, l, held(), false};
       run_task(&task);
       for (size_t r = 0; r < rows_.size(); ++r) {
         if (rows_[r] == 0) continue;
@@ -82,10 +84,10 @@ class Scenario {
   bool chance(int percent) { return pick(100) < percent; }
 
   pie_geometry geometry(const std::string& driver) {
-    const int64_t layers = 1 + pick(6), rows = 2 + pick(12);
+    const int64_t layers = 1 + pick(6), rows = 2 + pick(12), drafts = pick(3);
     const auto unit = static_cast<int64_t>(pie::make_driver(driver, 0)->granularity());
-    return {layers, 40 + pick(3000), 3 + pick(8), 1 + pick(6), 1 + pick(layers),
-            rows,   1 + pick(rows),  unit};
+    return {layers, 40 + pick(3000), 3 + pick(8), 1 + pick(6),     1 + pick(layers),
+            rows,   1 + pick(rows),  unit,        layers + drafts, drafts};
   }
 
   // A run from a block and a row that both allow it, as long as they do.
@@ -124,13 +126,13 @@ class Scenario {
   }
 
   void launch(int64_t layer, const std::vector<PageWork>& pages, bool write) {
-    tasks_.push_back({&engine_, &wrong_, number_, layer, pages, write});
+    tasks_.push_back({&layout_, &wrong_, number_, layer, pages, write});
     engine_.driver().launch_host(compute_, run_task, &tasks_.back());
   }
 
   void ungated() {
     const auto writes = draw_writes({});
-    for (int64_t l = 0; l < g_.layers; ++l) {
+    for (int64_t l = 0; l < g_.row_pages; ++l) {
       launch(l, writes, true);
       launch(l, held(), false);
     }
@@ -212,9 +214,14 @@ class Scenario {
     }
     loads_step_ = number_;
     const auto size = [](const pie::Runs& runs) { return static_cast<int64_t>(runs.size()); };
-    const pie_plan plan{
-        number_,       stores.data(),           size(stores), promotions.data(), size(promotions),
-        loads_.data(), same ? -1 : size(loads_)};
+    const pie_plan plan{number_,
+                        stores.data(),
+                        size(stores),
+                        promotions.data(),
+                        size(promotions),
+                        loads_.data(),
+                        same ? -1 : size(loads_),
+                        0};
     if (idle) {
       engine_.run_idle(plan, compute_);
       return;
@@ -239,7 +246,13 @@ class Scenario {
       engine_.after_attention(l);
     }
     if (stop < 0) {
-      engine_.end_step();
+      const bool early = chance(50);  // Drafts may run before the step is closed, or after it.
+      if (!early) engine_.end_step();
+      for (int64_t l = g_.layers; l < g_.row_pages; ++l) {
+        launch(l, writes, true);
+        launch(l, reads, false);
+      }
+      if (early) engine_.end_step();
       return;
     }
     engine_.abort_step();
@@ -251,6 +264,7 @@ class Scenario {
   std::deque<Task> tasks_;  // stay until the engine, which runs them, is gone
   pie::Engine engine_;
   const pie::Geometry& g_;
+  const Layout layout_{engine_.arena().base(), g_.shift, g_.layer_stride, g_.page};
   pie::Stream compute_ = 0;
   std::vector<Id> resident_, rows_;
   pie::Runs loads_;

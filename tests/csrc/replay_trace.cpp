@@ -34,7 +34,7 @@ struct Read {
 
 struct Step {
   bool planned = false;
-  int64_t number = 0, forward = 0, num_loads = 0;
+  int64_t number = 0, forward = 0, flags = 0, num_loads = 0;
   std::vector<pie_run> stores, promotions, loads;
   std::vector<Write> writes;
   std::vector<Read> reads;
@@ -70,6 +70,7 @@ Step read_step(std::istream& in) {
   if (step.planned) {
     step.number = next(in);
     step.forward = next(in);
+    step.flags = next(in);
     step.stores = runs(in, next(in));
     step.promotions = runs(in, next(in));
     step.num_loads = next(in);
@@ -92,7 +93,7 @@ class Replay {
   explicit Replay(std::istream& in) {
     const uint64_t seed = static_cast<uint64_t>(next(in));
     int64_t* sizes = &g_.num_layers;
-    for (int i = 0; i < 8; ++i) sizes[i] = next(in);
+    for (size_t i = 0; i < sizeof(g_) / sizeof(int64_t); ++i) sizes[i] = next(in);
     steps_left_ = next(in);
     must(pie_open(&g_, "host", 0, 0, -1, &engine_));
     must(pie_test_inject(engine_, PIE_FAULT_LATE, 3, 0, 0.2, seed));
@@ -135,7 +136,7 @@ class Replay {
     const auto size = [](const auto& list) { return static_cast<int64_t>(list.size()); };
     const pie_plan plan{
         step.number,           step.stores.data(), size(step.stores), step.promotions.data(),
-        size(step.promotions), step.loads.data(),  step.num_loads};
+        size(step.promotions), step.loads.data(),  step.num_loads,    step.flags};
     pie_stats stats;
     const bool gated = step.planned && step.forward != 0;
     if (step.planned && !gated) must(pie_run_idle(engine_, &plan, compute_, &stats));

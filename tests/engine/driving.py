@@ -82,14 +82,15 @@ def plan(
     promotions: tuple[tuple[int, int, int], ...] = (),
     loads: tuple[tuple[int, int, int], ...] | None = (),
     forward: bool = True,
+    **orders: bool,
 ) -> StepPlan:
-    """A plan of (block, row, count) runs."""
+    """A plan of (block, row, count) runs; ``orders`` are ``stores_first`` and ``after_all``."""
 
     def array(triples: tuple[tuple[int, int, int], ...]) -> Runs:
         return runs(starmap(Copy, triples))
 
     wanted = None if loads is None else array(loads)
-    return StepPlan(step, array(stores), array(promotions), wanted, (), forward)
+    return StepPlan(step, array(stores), array(promotions), wanted, (), forward, **orders)
 
 
 def content(geometry: Geometry, tag: int, layer: int) -> Pages:

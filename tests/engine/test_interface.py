@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness.builds import CSRC
 from pie_vllm.engine import native
-from pie_vllm.engine.native import DEFAULT_LIBRARY, GeometryStruct, PlanStruct, load_library
+from pie_vllm.engine.native import GeometryStruct, PlanStruct, load_library
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import ConfigError, IntegrityError, TransferError
 from tests.engine.driving import PAGE, geometry, plan, run_step
-from tests.helpers.builds import PROGRAMS, TESTING, build_program
+from tests.helpers.builds import build_program, program_over_library
 from tests.helpers.standin import ENVIRONMENT, include_folder, library_folder
 from tests.helpers.streams import inject
 
@@ -59,7 +58,7 @@ def test_null_pointers_are_errors(name: str) -> None:
         engine.abort_step()
 
 
-def test_null_runs_and_impossible_counts_are_refused() -> None:
+def test_null_runs_impossible_counts_and_unknown_flags_are_refused() -> None:
     with TransferEngine(geometry()) as engine:
         library, handle = engine.handle.library, engine.handle.opened()
         runs = (ctypes.c_int64 * 3)(0, 0, 1)
@@ -71,9 +70,12 @@ def test_null_runs_and_impossible_counts_are_refused() -> None:
             PlanStruct(1, None, 0, None, 0, at, 1 << 40),
             PlanStruct(-1, None, 0, None, 0, None, 0),
             PlanStruct(MOST, None, 0, None, 0, None, 0),
+            PlanStruct(1, None, 0, None, 0, None, 0, 16),
+            PlanStruct(1, None, 0, None, 0, None, 0, -1),
+            PlanStruct(1, None, 0, None, 0, None, 0, 1 << 40),
         ):
             assert library.pie_begin_step(handle, ctypes.byref(wrong), 0) == PLAN, text()
-        right = PlanStruct(1, at, 1, None, 0, None, -1)
+        right = PlanStruct(1, at, 1, None, 0, None, -1, 3)
         assert library.pie_begin_step(handle, ctypes.byref(right), 0) == 0
         engine.abort_step()
 
@@ -98,15 +100,16 @@ def test_a_closed_engine_is_an_error_for_every_call() -> None:
 @pytest.mark.parametrize(
     ("sizes", "product"),
     [
-        ({"chunk_rows": MOST}, r"chunk_rows \* L \* p"),
-        ({"chunk_rows": 2**62}, r"chunk_rows \* L \* p"),
-        ({"rows": 2**62}, r"rows \* L \* p"),
+        ({"chunk_rows": MOST}, r"chunk_rows \* \(L \+ D\) \* p"),
+        ({"chunk_rows": 2**62}, r"chunk_rows \* \(L \+ D\) \* p"),
+        ({"rows": 2**62}, r"rows \* \(L \+ D\) \* p"),
         ({"rows": 2**40, "chunk_rows": 1}, "1099511627776 chunks, at most 1048576 can be"),
         ({"resident_blocks": MOST}, r"R \* p "),
         ({"pooled_blocks": 2**61}, r"W \* p "),
-        ({"pooled_blocks": 1 << 52}, r"L \* \(R \* p \+ W \* p\)"),
+        ({"pooled_blocks": 1 << 52}, r"N \* \(R \* p \+ W \* p\)"),
         ({"page_bytes": 2**60}, r"R \* p "),
-        ({"num_layers": MOST, "ring_slots": 1}, r"L \* \(R \* p \+ W \* p\)"),
+        ({"num_layers": MOST, "ring_slots": 1}, r"N \* \(R \* p \+ W \* p\)"),
+        ({"extra_regions": MOST - 6}, r"N \* \(R \* p \+ W \* p\)"),
         ({"granularity": 2**62}, r"R \* p \+ W \* p"),
         ({"granularity": 2**62 + PAGE, "num_layers": 1, "ring_slots": 1}, r"R \* p \+ W \* p"),
     ],
@@ -122,8 +125,11 @@ def test_sizes_whose_products_overflow_are_refused(sizes: dict[str, int], produc
 @pytest.mark.parametrize("size", [field[0] for field in GeometryStruct._fields_])
 def test_sizes_beyond_64_bits_are_not_cut(size: str) -> None:
     value = 2**64 + getattr(geometry(), size)
+    sizes = {"extra_regions": 2**64} if size == "num_regions" else {size: value}
+    if size == "draft_layers":
+        sizes["extra_regions"] = -value  # The number of regions fits.
     with pytest.raises(ConfigError, match=f"{size} of {value} does not fit 64 bits"):
-        TransferEngine(geometry(**{size: value}))
+        TransferEngine(geometry(**sizes))
 
 
 def test_other_numbers_beyond_64_bits_are_not_cut() -> None:
@@ -226,14 +232,7 @@ def test_random_calls(tmp_path: Path, fuzz_seeds: range, driver: str) -> None:
     """Calls the installed library; CUDA's over the stand-in for libcuda, which is slower."""
     if driver == "cuda" and include_folder() is None:
         pytest.skip("no cuda.h: neither the package nvidia-cuda-runtime nor a toolkit")
-    program = tmp_path / "fuzz_interface"
-    files = [PROGRAMS / "fuzz_interface.cpp", TESTING, DEFAULT_LIBRARY]
-    flags = ["-std=c++17", "-O1", "-g1", f"-Wl,-rpath,{DEFAULT_LIBRARY.parent}", f"-iquote{CSRC}"]
-    compiler = os.environ.get("CXX", "g++")
-    subprocess.run(
-        [compiler, *flags, *map(str, files), "-ldl", "-o", str(program)],
-        check=True,
-    )
+    program = program_over_library("fuzz_interface", tmp_path)
     if driver == "host":
         run_fuzz(program, fuzz_seeds.start, len(fuzz_seeds))
         return

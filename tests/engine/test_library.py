@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.builds import CSRC
-from pie_vllm.engine.native import ABI_VERSION, DEBUG_FLAGS, load_library
+from pie_vllm.engine.native import (
+    ABI_VERSION,
+    DEBUG_FLAGS,
+    PLAN_AFTER_ALL,
+    PLAN_STORES_FIRST,
+    load_library,
+)
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.errors import NativeLibraryError, TransferError
 from tests.engine.driving import geometry, inject, plan, run_step
@@ -59,6 +65,8 @@ def test_header_and_binding_agree() -> None:
     assert f"#define PIE_ABI_VERSION {ABI_VERSION}" in header
     for word, flag in DEBUG_FLAGS.items():
         assert f"PIE_DEBUG_{word.upper()} = {flag}," in header
+    assert f"PIE_PLAN_STORES_FIRST = {PLAN_STORES_FIRST}," in header
+    assert f"PIE_PLAN_AFTER_ALL = {PLAN_AFTER_ALL}," in header
 
 
 def _open_things() -> tuple[int, int, int]:

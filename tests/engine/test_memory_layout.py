@@ -24,6 +24,8 @@ SIZES = [
     {"num_layers": 7, "ring_slots": 3, "page_bytes": 4097},
     {"num_layers": 5, "ring_slots": 5, "rows": 1, "chunk_rows": 1},
     {"rows": 7, "chunk_rows": 3},
+    {"extra_regions": 1},
+    {"num_layers": 2, "ring_slots": 2, "extra_regions": 7},
 ]
 
 
@@ -38,10 +40,10 @@ def test_every_page_lies_where_the_geometry_says(
     assert (engine.arena.address + g.page_offset(0, g.resident_blocks)) % g.granularity == 0
     assert (engine.host_bytes, engine.device_bytes) == (g.host_bytes, g.device_bytes)
     assert not view.bytes.any()
-    for layer in range(g.num_layers):
+    for layer in range(g.num_regions):
         for block in range(g.resident_blocks):
             view.write(layer, block, 1 + layer * g.resident_blocks + block)
-    for layer in range(g.num_layers):
+    for layer in range(g.num_regions):
         for block in range(g.resident_blocks):
             assert view.holds(layer, block, 1 + layer * g.resident_blocks + block)
 
@@ -50,14 +52,15 @@ def test_every_page_lies_where_the_geometry_says(
 def test_layers_share_ring_slots(
     make_engine: Callable[..., TransferEngine], sizes: dict[str, int]
 ) -> None:
+    """Regions beyond the layers, too: each byte of a tensor over one has memory."""
     engine = make_engine(**sizes)
     g, view = engine.geometry, View(engine)
     last = g.num_blocks - 1
-    for layer in range(g.num_layers):
+    for layer in range(g.num_regions):
         tag = 100 + layer
         view.write(layer, last, tag)
         written = content(g, tag, layer)
-        for other in range(g.num_layers):
+        for other in range(g.num_regions):
             same = bool((view.page(other, last) == written).all())
             assert same == (other % g.ring_slots == layer % g.ring_slots)
 
@@ -185,6 +188,7 @@ def test_promotion_from_a_stored_row_is_refused(engine: TransferEngine) -> None:
         {"rows": 0},
         {"granularity": 100},
         {"page_bytes": -1},
+        {"extra_regions": -1},
     ],
     ids=str,
 )
@@ -217,7 +221,7 @@ def test_unknown_driver_and_debug_word() -> None:
         TransferEngine(geometry(), driver="cuda:x")
     with pytest.raises(UnsupportedError, match="host"):
         driver_granularity("tpu")
-    with pytest.raises(ConfigError, match="late_submit, poison, skip_gate"):
+    with pytest.raises(ConfigError, match="late_submit, poison, skip_drafts, skip_gate"):
         TransferEngine(geometry(), debug=("skip_everything",))
 
 
@@ -234,6 +238,7 @@ def test_random_geometries_pass_the_self_test(driver: str) -> None:
             rows=(rows := draw.randint(1, 20)),
             chunk_rows=draw.randint(1, rows),
             granularity=PAGE * draw.choice((1, 16)),
+            extra_regions=draw.randint(0, 3),
         )
         with TransferEngine(sizes, driver=driver) as engine:
             engine.self_test()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 import tempfile
 from pathlib import Path
 
 from benchmarks.harness.builds import CSRC, ROOT, build_once, build_script
+from pie_vllm.engine.native import DEFAULT_LIBRARY
 
 PROGRAMS = ROOT / "tests" / "csrc"
 """C++ programs and headers of tests."""
@@ -43,6 +45,25 @@ def build_program(name: str, folder: Path, sanitize: str | None = None) -> Path:
         unit.write_text("".join(f'#include "{file}"\n' for file in files))
         script.build(folder / name, [unit], shared=False, sanitize=sanitize)
     return folder / name
+
+
+def program_over_library(name: str, folder: Path) -> Path:
+    """Build ``tests/csrc/NAME.cpp``, which keeps to ``pie.h``, over the library as it is installed.
+
+    Args:
+        name: of the program.
+        folder: where it is put.
+
+    Raises:
+        CalledProcessError: the compiler failed.
+    """
+    files = [PROGRAMS / f"{name}.cpp", TESTING, DEFAULT_LIBRARY]
+    flags = ["-std=c++17", "-O1", "-g1", f"-Wl,-rpath,{DEFAULT_LIBRARY.parent}", f"-iquote{CSRC}"]
+    compiler = os.environ.get("CXX", "g++")
+    target = folder / name
+    command = [compiler, *flags, *map(str, files), "-ldl", "-pthread", "-o", str(target)]
+    subprocess.run(command, check=True)
+    return target
 
 
 def interface_library() -> Path:

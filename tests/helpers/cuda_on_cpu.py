@@ -151,29 +151,47 @@ def tell(stream: int, touch: Touch) -> None:
         assert error == 0, f"page {page:#x}: CUDA error {error}"
 
 
-def mark_layers(worker: Any, around: Around) -> None:
-    """Before the gates are put around the layers: what is marked lies inside them."""
+def mark_layers(worker: Any, around: Around) -> dict[str, int]:
+    """Mark what lies inside the gates, which are put around the layers later.
+
+    Returns:
+        Numbers of the attention layers, by name.
+    """
+    from tests.helpers import mla_marks
+
     context = worker.vllm_config.compilation_config.static_forward_context
-    for layer in context.values():
-        if type(layer.impl).__name__.startswith("CPU"):
-            layer.impl.__class__ = _marked(type(layer.impl), around)
+    attention = {n: layer for n, layer in context.items() if hasattr(layer, "attn_backend")}
+    for number, layer in enumerate(attention.values()):
+        if layer.attn_backend.is_mla():
+            mla_marks.mark(layer.impl, number, around)
+        elif type(layer.impl).__name__.startswith("CPU"):
+            layer.impl.__class__ = _marked(type(layer.impl), number, around)
+    return {name: number for number, name in enumerate(attention)}
 
 
 def written(kv_cache: Any, slots: Any) -> list[int]:
     """Pages that a KV write of these slots touches."""
     blocks = slots[slots >= 0] // kv_cache.shape[2]
-    return _pages(kv_cache, blocks.unique().tolist())
+    return pages_of(kv_cache, blocks.unique().tolist())
 
 
-def read(kv_cache: Any, metadata: Any) -> list[int]:
-    """Pages that attention with this metadata touches."""
-    size = kv_cache.shape[2]
-    blocks = {
-        block
-        for row, length in zip(metadata.block_table, metadata.seq_lens, strict=False)
-        for block in row[: -(-int(length) // size)].tolist()
-    }
-    return _pages(kv_cache, sorted(blocks))
+def read(kv_cache: Any, metadata: Any, window: int = -1) -> list[int]:
+    """Pages that attention with this metadata touches.
+
+    What lies before a window is not read: its block may have another use.
+
+    Args:
+        kv_cache: of the layer.
+        metadata: of the step.
+        window: number of tokens that the layer looks back, its own included; -1 for all.
+    """
+    size, blocks = kv_cache.shape[2], set()
+    queries = metadata.query_start_loc.diff().tolist()
+    lengths = metadata.seq_lens.tolist()
+    for row, length, new in zip(metadata.block_table, lengths, queries, strict=False):
+        first = 0 if window < 0 else max(length - new - window + 1, 0)
+        blocks.update(row[first // size : -(-length // size)].tolist())
+    return pages_of(kv_cache, sorted(blocks))
 
 
 def page_bytes(kv_cache: Any) -> int:
@@ -181,11 +199,12 @@ def page_bytes(kv_cache: Any) -> int:
     return int(kv_cache.stride(0) * kv_cache.element_size())
 
 
-def _pages(kv_cache: Any, blocks: list[int]) -> list[int]:
+def pages_of(kv_cache: Any, blocks: list[int]) -> list[int]:
+    """Addresses of these blocks in one layer."""
     return [kv_cache.data_ptr() + block * page_bytes(kv_cache) for block in blocks]
 
 
-def _marked(base: Any, around: Around) -> Any:
+def _marked(base: Any, number: int, around: Around) -> Any:
     """An attention implementation that names the pages it touches."""
 
     class Marked(base):
@@ -193,7 +212,7 @@ def _marked(base: Any, around: Around) -> Any:
             self, layer: Any, key: Any, value: Any, kv_cache: Any, slots: Any
         ) -> Any:
             pages = written(kv_cache, slots)
-            with around(Touch(self._pie_layer, True, pages, page_bytes(kv_cache))):
+            with around(Touch(number, True, pages, page_bytes(kv_cache))):
                 return super().do_kv_cache_update(layer, key, value, kv_cache, slots)
 
         def forward(
@@ -210,8 +229,8 @@ def _marked(base: Any, around: Around) -> Any:
             given = layer, query, key, value, kv_cache, metadata
             if metadata is None or not kv_cache.numel():
                 return super().forward(*given, *args, **kwargs)
-            pages = read(kv_cache, metadata)
-            with around(Touch(self._pie_layer, False, pages, page_bytes(kv_cache))):
+            pages = read(kv_cache, metadata, self.sliding_window)
+            with around(Touch(number, False, pages, page_bytes(kv_cache))):
                 return super().forward(*given, *args, **kwargs)
 
     Marked.__name__ = base.__name__

@@ -189,6 +189,8 @@ def check_lines() -> Checks:
 
     checks.run(engine_core.own_block_pool, object)
     checks.run(engine_core.own_block_manager, _nothing)
+    checks.run(engine_core.adopt_without_caching, SimpleNamespace(), SimpleNamespace())
+    checks.run(engine_core.check_computed_elsewhere)
     checks.run(cuda_graphs.breakable_graphs)
     checks.run(cuda_graphs._veto_v1, object.__new__(CudagraphDispatcher), _nothing)
     checks.run(cuda_graphs._veto_v2, object.__new__(ModelCudaGraphManager), _nothing)

@@ -13,7 +13,7 @@ from typing import Any
 from tests.helpers.model import REPOSITORY
 
 KV_HEADS, HEAD = 3, 64
-ELEMENT = {"bfloat16": 2, "float32": 4}
+ELEMENT = {"bfloat16": 2, "float32": 4, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
@@ -52,8 +52,14 @@ class Setup:
         full_graphs: steps that load may run in FULL graphs.
         lost_relabels: the worker drops all relabels.
         fused_write: the layer whose KV write passes no gate, as a fused kernel's; None is none.
+        lost_orders: plans do not say which copies the compute comes after or before as a whole.
+        hasty_blocks: blocks count as complete with the draft tokens of the step that verifies them.
+        blind_keys: keys of cached KV know of tokens alone, not of adapters and images.
+        lost_beside: what preempted requests had in groups without a pool does not come back.
         kv_heads: of the model, on each rank.
+        page_bytes: of a block in one layer; None is that of SmolLM2 and models of its heads.
         ranks: of tensor parallelism; all sizes are those of one.
+        drafts: those of the layers that a drafter has, whose pages are all on the device.
         other: further arguments of ``vllm.LLM``.
     """
 
@@ -75,19 +81,33 @@ class Setup:
     full_graphs: bool = False
     lost_relabels: bool = False
     fused_write: int | None = None
+    lost_orders: bool = False
+    hasty_blocks: bool = False
+    blind_keys: bool = False
+    lost_beside: bool = False
     kv_heads: int = KV_HEADS
+    page_bytes: int | None = None
     ranks: int = 1
+    drafts: int = 0
     other: dict[str, Any] = field(default_factory=dict)
 
     @property
     def page(self) -> int:
         """Bytes of a block in one layer."""
-        return self.block_size * 2 * self.kv_heads * HEAD * ELEMENT[self.dtype]
+        if self.page_bytes is not None:
+            return self.page_bytes
+        element = ELEMENT[self.other.get("kv_cache_dtype", self.dtype)]
+        return self.block_size * 2 * self.kv_heads * HEAD * element
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of the resident blocks and the ring."""
-        return self.page * (self.layers * self.resident + self.slots * self.pooled)
+        """Bytes of the resident blocks, the ring, and a drafter's pages of pooled blocks."""
+        return self.page * (self.layers * self.resident + self.pooled_pages * self.pooled)
+
+    @property
+    def pooled_pages(self) -> int:
+        """Device pages of a pooled block."""
+        return self.slots + self.drafts
 
     def engine(self, kind: str) -> dict[str, Any]:
         """Settings for the worker: ``pie``; ``stock``, with all blocks on the
@@ -112,7 +132,7 @@ class Setup:
             llm |= {"tensor_parallel_size": self.ranks, "distributed_executor_backend": "mp"}
         if kind != "pie":
             return {"llm": llm, "pie": None, "lost_relabels": False}
-        ring = self.slots * self.pooled * self.page
+        ring = self.pooled_pages * self.pooled * self.page
         rows = self.pooled if self.rows is None else self.rows
         pie: dict[str, Any] = {
             # A little more than the rows take: GiB are rounded down to whole rows.
@@ -129,19 +149,34 @@ class Setup:
         for key in ("emulated_link_gbps", "limit_contention", "parking"):
             if getattr(self, key) is not None:
                 pie[key] = getattr(self, key)
-        broken = {"lost_relabels": self.lost_relabels, "fused_write": self.fused_write}
+        broken: dict[str, Any] = {
+            "lost_relabels": self.lost_relabels,
+            "fused_write": self.fused_write,
+        }
+        for key in ("lost_orders", "hasty_blocks", "blind_keys", "lost_beside"):
+            if getattr(self, key):
+                broken[key] = True
         return {"llm": llm, "pie": pie, **broken}
 
 
 def request(
-    prompt: str | list[int], *, priority: int = 0, abort_at: int | None = None, **params: Any
+    prompt: str | list[int],
+    *,
+    priority: int = 0,
+    abort_at: int | None = None,
+    beside: dict[str, Any] | None = None,
+    **params: Any,
 ) -> dict[str, Any]:
-    """A greedy request unless ``params`` say otherwise; aborted after step ``abort_at``."""
+    """A greedy request unless ``params`` say otherwise; aborted after step ``abort_at``.
+
+    ``beside`` is an adapter or an image, see tests/helpers/engine_inputs.py.
+    """
     return {
         "prompt": prompt,
         "priority": priority,
         "abort_at": abort_at,
         "params": {"temperature": 0.0, "ignore_eos": True, **params},
+        **(beside or {}),
     }
 
 

@@ -22,6 +22,17 @@ def chats(count: int, sentences: int, spread: int) -> list[str]:
     return [user(f"Chat {i}. {facts(i, sentences + i * 5 % (spread + 1))}") for i in range(count)]
 
 
+def ngram(drafts: int) -> dict[str, Any]:
+    """Arguments of a server that proposes what followed the last tokens before."""
+    config = {
+        "method": "ngram",
+        "num_speculative_tokens": drafts,
+        "prompt_lookup_min": 1,
+        "prompt_lookup_max": 3,
+    }
+    return {"speculative_config": config}
+
+
 def tokens(record: dict[str, Any]) -> list[Any]:
     """The tokens of each answer, None where the request was aborted."""
     return [answer and answer["tokens"] for answer in record["answers"]]

@@ -11,7 +11,7 @@ from pie_vllm.engine.step_stats import StepStats
 from pie_vllm.engine.transfer_engine import TransferEngine
 from pie_vllm.plan import PoolOrder, PoolState, StepPlan, num_copied
 from tests.helpers.streams import DriverEvent, DriverStream
-from tests.helpers.tagrunner import Work, check
+from tests.helpers.tagrunner import Work, check, check_free
 
 LAYER_TAG = 1 << 40
 
@@ -23,6 +23,10 @@ class EngineMemory:
     the new tokens' tags, then read all pages of the context and check them.
     ``run`` only submits; what is checked is checked when the stream gets there,
     with copies of this and the next step under way on the engine's streams.
+
+    Groups without a pool have a layer in every region, which no gate is around: those of even
+    regions run ahead of the layers with gates, the others after them. States are read, and new
+    blocks zeroed, ahead of all. Draft layers write and read the same blocks once the step is over.
     """
 
     def __init__(self, engine: TransferEngine, block_size: int) -> None:
@@ -31,7 +35,7 @@ class EngineMemory:
         geometry = engine.geometry
         base = np.frombuffer(engine.arena.buffer(), dtype=np.int8)
         self.layers: list[np.ndarray] = []
-        for layer in range(geometry.num_layers):
+        for layer in range(geometry.num_regions):
             start = geometry.page_offset(layer, 0)
             end = geometry.page_offset(layer, geometry.num_blocks)
             pages = base[start:end].reshape(geometry.num_blocks, geometry.page_bytes)
@@ -53,18 +57,14 @@ class EngineMemory:
         if plan is None or not plan.forward:
             if plan is not None:
                 self.stats.append(engine.run_idle(plan, self.compute.id))
-            for layer in range(engine.geometry.num_layers):
-                self._launch(self._write, layer, work)
-                self._launch(self._check, layer, work)
+            self._compute(work, gates=False)
         else:
             engine.begin_step(plan, self.compute.id)
-            for layer in range(engine.geometry.num_layers):
-                engine.before_write(layer)
-                self._launch(self._write, layer, work)
-                engine.before_attention(layer)
-                self._launch(self._check, layer, work)
-                engine.after_attention(layer)
+            self._compute(work, gates=True)
             self.stats.append(engine.end_step())
+        layers = engine.geometry.num_layers
+        for layer in range(layers, layers + engine.geometry.draft_layers):
+            self._layer(layer, work, gates=False)
         event = DriverEvent(engine)
         event.record(self.compute)
         self.done.append(event)
@@ -85,6 +85,28 @@ class EngineMemory:
         self.pages_loaded += num_copied(plan.promotions)
         self.pages_loaded += self._loads if plan.forward else 0
 
+    def _compute(self, work: Work, *, gates: bool) -> None:
+        geometry = self.engine.geometry
+        regions = range(geometry.num_regions if work.free_writes or work.zeroed else 0)
+        for region in regions:
+            self._launch(self._ahead, region, work)
+        for region in regions[::2]:
+            self._launch(self._free, region, work)
+        for layer in range(geometry.num_layers):
+            self._layer(layer, work, gates=gates)
+        for region in regions[1::2]:
+            self._launch(self._free, region, work)
+
+    def _layer(self, layer: int, work: Work, *, gates: bool) -> None:
+        if gates:
+            self.engine.before_write(layer)
+        self._launch(self._write, layer, work)
+        if gates:
+            self.engine.before_attention(layer)
+        self._launch(self._check, layer, work)
+        if gates:
+            self.engine.after_attention(layer)
+
     def _launch(self, function: Any, layer: int, work: Work) -> None:
         def call() -> None:
             try:
@@ -98,6 +120,17 @@ class EngineMemory:
         pages = self.layers[layer]
         for block, slot, tag in work.writes:
             pages[block, slot] = tag + layer * LAYER_TAG
+
+    def _ahead(self, region: int, work: Work) -> None:
+        pages = self.layers[region]
+        check_free(work.free_before, pages, region * LAYER_TAG)
+        pages[work.zeroed] = 0
+
+    def _free(self, region: int, work: Work) -> None:
+        pages = self.layers[region]
+        for block, slot, tag in work.free_writes:
+            pages[block, slot] = tag + region * LAYER_TAG
+        check_free(work.free_reads, pages, region * LAYER_TAG)
 
     def _check(self, layer: int, work: Work) -> None:
         check(work, self.layers[layer], layer * LAYER_TAG)

@@ -17,21 +17,105 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import cuda_on_cpu, failing_ranks, graphs_on_cpu, pool_faults, standin
+from tests.helpers import (
+    cuda_on_cpu,
+    failing_ranks,
+    fp8_on_cpu,
+    graphs_on_cpu,
+    mla_on_cpu,
+    pool_faults,
+    standin,
+)
+from tests.helpers.drafts import hasty_blocks
+from tests.helpers.engine_inputs import blind_keys, input_of, lora_of
 from tests.helpers.engine_record import Recorder, copy_bytes
 from tests.helpers.failing_engine import FailingCopies
 from tests.helpers.process import resident_bytes
 from tests.helpers.v2_on_cpu import enable
 
+_freeze = gc.freeze
 
-def _lose(runner: Any, relabels: Any) -> None:
+
+def _set_aside() -> None:
+    """Free what an engine left; what is still there then, modules above all, stays for good.
+
+    vLLM collects garbage several times in each start. Among all modules that takes as long as the
+    rest of a small engine's start, so vLLM finds them frozen, and freezes nothing of its own, which
+    is to be freed when the engine closes.
+    """
+    gc.collect()
+    _freeze()
+    gc.freeze = gc.unfreeze = lambda: None
+
+
+def _leave_ranks() -> None:
+    """Give back what an engine that did not start made of this process: its ranks' groups."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+    _set_aside()
+
+
+def import_vllm() -> None:
+    """Import what engines need, and have vLLM look at a model's class in this process.
+
+    It starts another, which imports everything again, so that CUDA is not initialised here.
+    """
+    import vllm.v1.worker.cpu_worker
+    from vllm.model_executor.models import registry
+
+    assert vllm
+    registry._run_in_subprocess = lambda look: look()
+    _register_kernels_once()
+
+
+def _register_kernels_once() -> None:
+    """Have vLLM register its kernels for CPUs once in this process, not in each start.
+
+    It looks for them in all modules that are there, and cannot look at one of llvmlite's, which
+    n-gram speculation imports: ``_rebind_kernels``, triton_utils/dispatcher.py:139 in 0.32.
+    """
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    register = cache(platform.register_triton_kernel_overrides)
+    platform.register_triton_kernel_overrides = staticmethod(register)
+
+
+def _lose_beside(tails: Any) -> None:
+    """Have windows and states of requests that come back hold what their pages held before."""
+    restore = tails.restore
+
+    def restored(block: Any, resident: int) -> None:
+        if block.group is None:
+            restore(block, resident)
+
+    tails.restore = restored
+
+
+def _lose(runner: Any, relabels: Any, group: int) -> None:
     """In place of ``model_runner.relabel_rows``: the worker's tables keep the old ids."""
 
 
 def _fuse_write(context: dict[str, Any], layer: int) -> None:
     """That layer writes its KV past its gate."""
-    impl = list(context.values())[layer].impl
+    attention = [found for found in context.values() if hasattr(found, "attn_backend")][layer]
+    if attention.attn_backend.is_mla():
+        del attention.update_kv_cache
+        return
+    impl = attention.impl
     impl.do_kv_cache_update = super(type(impl), impl).do_kv_cache_update
+
+
+def _lose_orders(residency: Any) -> None:
+    """Its plans have neither ``stores_first`` nor ``after_all``."""
+    end_step = residency.end_step
+
+    def without_orders(*args: Any, **kwargs: Any) -> Any:
+        plan = end_step(*args, **kwargs)
+        return plan and plan._replace(stores_first=False, after_all=False)
+
+    residency.end_step = without_orders
 
 
 class Engine:
@@ -47,6 +131,8 @@ class Engine:
         self._relabel = model_runner.relabel_rows
         if settings["lost_relabels"]:
             model_runner.relabel_rows = _lose
+        if settings["llm"].get("kv_cache_dtype", "auto") != "auto":
+            fp8_on_cpu.enable()
         more = {} if settings["pie"] is None else pie_vllm.engine_args(**settings["pie"])
         began = time.process_time()
         try:
@@ -59,9 +145,15 @@ class Engine:
         if settings.get("fused_write") is not None:
             context = self.core.vllm_config.compilation_config.static_forward_context
             _fuse_write(context, settings["fused_write"])
+        if settings.get("lost_orders"):
+            _lose_orders(self.core.scheduler.kv_cache_manager.residency)
+        self._see_keys = blind_keys() if settings.get("blind_keys") else None
+        if settings.get("lost_beside"):
+            _lose_beside(self.core.scheduler.kv_cache_manager.residency.parking.tails)
+        self._wait_for_drafts = hasty_blocks() if settings.get("hasty_blocks") else None
         self.recorder = Recorder(self.core.scheduler)
         self.failing = FailingCopies(self.core)
-        self._encode = _encoder(Path(settings["llm"]["model"]))
+        self._model = Path(settings["llm"]["model"])
         self._numbers = 0
 
     def counters(self) -> dict[str, Any]:
@@ -83,11 +175,12 @@ class Engine:
         found = getattr(self.core.scheduler.kv_cache_manager, "hit_counts", None)
         if found is None:
             return {}
-        ahead = self.core.scheduler.kv_cache_manager.residency.parking.ahead_blocks
+        parking = self.core.scheduler.kv_cache_manager.residency.parking
         return {
             "recomputed_tokens": found.recomputed_tokens,
             "hits": found.hits._asdict(),
-            "ahead_blocks": ahead,
+            "ahead_blocks": parking.ahead_blocks,
+            "restored_blocks": parking.restored_blocks,
         }
 
     def metrics(self) -> dict[str, float]:
@@ -117,15 +210,17 @@ class Engine:
         before, began = self.counters(), time.process_time()
         began_with = resident_bytes()
         record = self.recorder.start()
+        self.recorder.replay(round_.get("replay"))
         names = [str(self._numbers + i) for i in range(len(requests))]
         self._numbers += len(requests)
         for name, request in zip(names, requests, strict=True):
             prompt = request["prompt"]
-            tokens = self._encode(prompt) if isinstance(prompt, str) else prompt
+            tokens = _encoder(self._model)(prompt) if isinstance(prompt, str) else prompt
             engine.add_request(
                 name,
-                {"prompt_token_ids": tokens},
+                input_of(engine, tokens, request),
                 _params(request["params"]),
+                lora_request=lora_of(request),
                 priority=request["priority"],
             )
         done: dict[str, Any] = {}
@@ -154,6 +249,7 @@ class Engine:
             "metrics": self.metrics(),
             "left_out": self.turns_left_out(),
             "vllm": vllm.__version__,
+            "groups": self.recorder.groups(),
             "failed": self.failing.failed(),
             "v2_runner": self.core.vllm_config.use_v2_model_runner,
             "most_in_flight": self.core.batch_queue_size,
@@ -180,10 +276,13 @@ class Engine:
         from pie_vllm.vllm.compat import model_runner
 
         model_runner.relabel_rows = self._relabel
+        if self._see_keys is not None:
+            self._see_keys()
+        if self._wait_for_drafts is not None:
+            self._wait_for_drafts()
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm, self.core, self.recorder, self.failing
-        gc.unfreeze()  # vLLM froze its own objects.
-        gc.collect()
+        _set_aside()
 
 
 @cache
@@ -235,6 +334,9 @@ def main() -> None:
     graphs_on_cpu.enable()
     pool_faults.enable()
     failing_ranks.enable()
+    mla_on_cpu.enable()
+    import_vllm()
+    _set_aside()
     engine: Engine | None = None
     for line in sys.stdin:
         job = json.loads(line)
@@ -251,9 +353,12 @@ def main() -> None:
         except Exception as error:
             traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {error}"}
-        if "error" in result and engine is not None:
-            engine.close()
-            engine = None
+        if "error" in result:
+            if engine is not None:
+                engine.close()
+                engine = None
+            else:
+                _leave_ranks()
         print(json.dumps(result), file=results, flush=True)
 
 

@@ -12,7 +12,11 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from pie_vllm.geometry import Geometry
 from pie_vllm.plan import Runs, StepPlan, StepReport, Totals
-from tests.helpers.tagrunner import MASK, VOCABULARY, DictMemory, TagRunner
+from tests.helpers.drafts import accepted
+from tests.helpers.tagrunner import MASK, VOCABULARY, DictMemory, Group, TagRunner
+
+Slot = tuple[int, int, int]
+"""Block, slot and tag."""
 
 SPOILT = 0x2AAAAAAA
 
@@ -82,11 +86,18 @@ class HonestRunner(TagRunner):
     ) -> ModelRunnerOutput:
         self.memory.copy(plan)
         sampled: list[list[int]] = []
+        self.proposed = {}
         names = list(output.num_scheduled_tokens)
         for name, count in output.num_scheduled_tokens.items():
             state = self.requests[name]
             start, known = due[name]
             end = start + count
+            if self.drafting is not None:
+                drafts = output.scheduled_spec_decode_tokens.get(name, [])
+                sampled.append(
+                    self._read_and_verify(name, end - len(drafts) < known, count, drafts)
+                )
+                continue
             right = self._compute(name, start, end)
             if end < known:
                 sampled.append([])
@@ -106,19 +117,76 @@ class HonestRunner(TagRunner):
         result.pie = StepReport(Totals(), self.memory.state, failure=failure)
         return result
 
+    def _read_and_verify(
+        self, name: str, partial: bool, count: int, drafts: list[int]
+    ) -> list[int]:
+        """As ``_verify``, out of what is there; wrong KV makes a wrong token and accepts no draft.
+
+        Args:
+            name: of the request.
+            partial: whether it has prompt tokens left after the step.
+            count: tokens of the step.
+            drafts: those among them that are to be verified.
+        """
+        state, drafting = self.requests[name], self.drafting
+        assert drafting is not None
+        first, end = state.next, state.next + count - len(drafts)
+        state.follow(end + len(drafts) + drafting.tokens + 1)
+        right = self._compute(name, first, end)
+        state.next = end
+        if partial:
+            return []
+        taken = accepted(drafts, state.tokens[end : end + len(drafts)])
+        if drafting.asynchronous:
+            taken = drafting.right(len(drafts))
+        taken *= right
+        self.accepted += taken
+        self.rejected += len(drafts) - taken
+        if taken:
+            self._compute(name, end, end + taken)
+        state.next = end + taken
+        table, size = state.tables[0], self.block_size
+        for position in range(state.next, end + len(drafts)):
+            self.memory.pages[table[position // size], position % size] = SPOILT
+        if not drafting.asynchronous:
+            following = state.tokens[state.next + 1 : state.next + 1 + drafting.tokens]
+            self.proposed[name] = drafting.proposed(following)
+        if not right:
+            return [(state.tokens[end] + 1) % VOCABULARY]
+        return state.tokens[end : state.next + 1]
+
     def _compute(self, name: str, start: int, end: int) -> bool:
         """Write the KV of new tokens, which is right where that before them is."""
         state, size, pages = self.requests[name], self.block_size, self.memory.pages
         mark = crc32(f"{self.weights} {state.salt}".encode()) & MASK
         tags = np.array(state.tags[:end], np.int64) ^ mark
-        blocks = state.blocks
+        blocks = state.tables[self.pooled]
         right = all(
             np.array_equal(pages[blocks[i], : len(part)], part)
             for i in range(-(-start // size))
             for part in [tags[i * size : min(start, (i + 1) * size)]]
         )
+        beside = [self._beside(name, group, start, end) for group in self.beside]
+        right &= all(pages[block, slot] == tag for reads, _ in beside for block, slot, tag in reads)
+        wrong = 0 if right else SPOILT
         for position in range(start, end):
             block = blocks[position // size]
             assert block < self.memory.boundary, "a token is written into a pooled block"
-            pages[block, position % size] = tags[position] ^ (0 if right else SPOILT)
+            pages[block, position % size] = tags[position] ^ wrong
+        for block, slot, tag in (write for _, writes in beside for write in writes):
+            pages[block, slot] = tag ^ wrong
         return right
+
+    def _beside(
+        self, name: str, group: Group, start: int, end: int
+    ) -> tuple[list[Slot], list[Slot]]:
+        """What a group without a pool reads of earlier tokens, and what it writes."""
+        state, size = self.requests[name], self.block_size
+        table = state.tables[group.number]
+        mark = crc32(f"{self.weights} {state.salt} {group.number}".encode()) & MASK
+        if not group.window:
+            before = [(table[0], 0, state.tags[start - 1] ^ mark)] if start else []
+            return before, [(table[0], 0, state.tags[end - 1] ^ mark)]
+        reach = range(max(0, start - group.window + 1), end)
+        slots = [(table[p // size], p % size, state.tags[p] ^ mark) for p in reach]
+        return slots[: start - reach.start], slots[start - reach.start :]

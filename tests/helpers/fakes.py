@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pie_vllm.geometry import Geometry
-from pie_vllm.policy.placement.interfaces import PrefixEntries
+from pie_vllm.policy.placement.interfaces import GroupBeside, PrefixEntries
 from pie_vllm.policy.placement.residency import Residency
 from pie_vllm.simulation.prefix_cache import Block, Free, give_back
 
@@ -25,12 +26,19 @@ class FakePool:
         tables: blocks of each request.
     """
 
-    def __init__(self, geometry: Geometry, parking: str | None = None) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        parking: str | None = None,
+        beside: Sequence[GroupBeside] = (),
+    ) -> None:
         self.blocks = [FakeBlock(i) for i in range(geometry.num_blocks)]
         self.cached: dict[Any, FakeBlock] = {}
         self.tables: dict[str, list[Any]] = {}
         entries = PrefixEntries(self._move, self.drop, self._put)
-        self.residency = Residency(geometry, self.blocks, Free, self.tables, entries, parking)
+        self.residency = Residency(
+            geometry, self.blocks, Free, self.tables, entries, parking, beside=beside
+        )
         null = self.residency.queue.popleft()
         null.is_null = True
         null.ref_cnt = 0
@@ -46,6 +54,10 @@ class FakePool:
         assert key not in self.cached
         block.block_hash = key
         self.cached[key] = block
+
+    def find(self, keys: Sequence[Any]) -> list[Any]:
+        """Block of each key, or None."""
+        return [*map(self.cached.get, keys)]
 
     def drop(self, block: Any) -> None:
         """Remove a block's prefix-cache entry."""

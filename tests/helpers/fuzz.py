@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from pie_vllm.geometry import Geometry, cdiv
@@ -10,9 +11,10 @@ from pie_vllm.plan import PoolOrder
 from pie_vllm.policy.control.elastic_pool import FREE_MARGIN, ElasticPool
 from tests.helpers import scheduling
 from tests.helpers.deciders import Fixed, Wavering
+from tests.helpers.drafts import Drafting
 from tests.helpers.progress import Progress
 from tests.helpers.scheduling import Driver, make_request, random_load
-from tests.helpers.tagrunner import DictMemory, Memory, TagRunner
+from tests.helpers.tagrunner import DictMemory, Group, Memory, TagRunner
 
 BLOCK_SIZE = 16
 
@@ -23,15 +25,34 @@ def make_driver(
     decider: Fixed | None = None,
     pool: ElasticPool | None = None,
     check: bool = True,
+    chance: float = 0.5,
     **options: Any,
 ) -> Driver:
-    """A scheduler over the sizes, with as many steps in flight as its kind has."""
+    """A scheduler over the sizes, with as many steps in flight as its kind has.
+
+    Where options ask for drafts, ``chance`` is that of one to be right.
+    """
     scheduler = scheduling.make(sizes, BLOCK_SIZE, **options)
     scheduler.pie_controller.decider = decider or scheduler.pie_controller.decider
     scheduler.pie_controller.pool = pool or scheduler.pie_controller.pool
-    runner = TagRunner(memory or DictMemory(sizes, BLOCK_SIZE), BLOCK_SIZE)
+    beside = [Group(index, window) for index, window in enumerate(options.get("beside", ()))]
+    memory = memory or DictMemory(sizes, BLOCK_SIZE)
+    drafting = drafting_of(chance, **options)
+    runner = TagRunner(memory, BLOCK_SIZE, len(beside), beside, drafting)
     in_flight = 1 + options.get("async_scheduling", False)
     return Driver(scheduler, runner, in_flight=in_flight, check=check)
+
+
+def drafting_of(
+    chance: float = 0.5,
+    drafts: tuple[int, int] | None = None,
+    async_scheduling: bool = False,
+    **_: Any,
+) -> Drafting | None:
+    """How the runner drafts, by the options of a scheduler."""
+    if drafts is None:
+        return None
+    return Drafting(*drafts, async_scheduling, chance, random.Random(chance))
 
 
 class WatchedPool(ElasticPool):
@@ -188,6 +209,103 @@ def random_case(seed: int, *, asynchronous: bool | None = None, **sizes: int) ->
         memory_seed=memory_seed,
         rng=rng,
     )
+
+
+def random_groups(seed: int, *, asynchronous: bool | None = None, **sizes: int) -> Case:
+    """A random case with one to three groups of layers without a pool, which hold residents.
+
+    Their windows are shorter than a block or several blocks long; a state (0) is one block a
+    request, and goes without prefix caching, as in vLLM where states are not aligned.
+    """
+    case = random_case(seed, asynchronous=asynchronous, **sizes)
+    rng = random.Random(seed + 1_000_000)
+    beside = tuple(rng.choice([0, 5, 20, 40, 70]) for _ in range(rng.randint(1, 3)))
+    steps = 1 + case.options["async_scheduling"]
+    budget = case.options["max_num_batched_tokens"]
+
+    def most(tokens: int) -> int:
+        windows = (cdiv(w - 1 + steps * tokens, BLOCK_SIZE) + 1 for w in beside if w)
+        return sum(windows) + beside.count(0)
+
+    old = case.geometry
+    geometry = scheduling.geometry(
+        most(BLOCK_SIZE) + 4 + rng.choice([0, 2, 10, 30]),
+        old.pooled_blocks + rng.choice([0, 20]),
+        old.rows + 20,
+        **sizes,
+    )
+    capacity = (geometry.num_blocks - 1 - most(budget)) * BLOCK_SIZE
+    longest = max(len(prompt) + count for prompt, count in case.load)
+    if longest >= capacity:
+        capacity = max(capacity, 40)
+        case.load[:] = [
+            (prompt[: capacity // 2], min(count, capacity // 2 - 1)) for prompt, count in case.load
+        ]
+    options = {
+        **case.options,
+        "beside": beside,
+        "enable_prefix_caching": case.options["enable_prefix_caching"] and 0 not in beside,
+        "max_model_len": capacity,
+        "parking": "off",
+    }
+    return case._replace(geometry=geometry, options=options)
+
+
+def random_groups_preempted(seed: int, *, asynchronous: bool | None = None, **sizes: int) -> Case:
+    """A random case with several groups, and rows for what preempted requests have in them.
+
+    In half of the cases there is a prefix cache, unless there are states.
+    """
+    case = random_groups(seed, asynchronous=asynchronous, **sizes)
+    rng = random.Random(seed + 3_000_000)
+    old = case.geometry
+    geometry = replace(old, rows=old.rows + rng.choice([10, 100, 200]))
+    options = {
+        **case.options,
+        "enable_prefix_caching": 0 not in case.options["beside"] and rng.random() < 0.5,
+        "parking": "lru",
+        "scheduler_reserve_full_isl": rng.random() < 0.3,
+    }
+    return case._replace(geometry=geometry, options=options)
+
+
+def random_preemptions(seed: int, *, asynchronous: bool | None = None, **sizes: int) -> Case:
+    """A random case without a prefix cache whose chats outgrow their blocks, with rows for more."""
+    case = random_case(seed, asynchronous=asynchronous, **sizes)
+    rng = random.Random(seed + 2_000_000)
+    old = case.geometry
+    few, many = rng.randint(1, 9), rng.randint(10, 90)
+    geometry = scheduling.geometry(
+        old.resident_blocks, old.pooled_blocks, old.pooled_blocks + rng.choice([few, many]), **sizes
+    )
+    most = case.options["max_model_len"]
+    if case.memory_seed is None:  # Where memory comes and goes, none may need nearly all of it.
+        for number, (prompt, _) in enumerate(case.load):
+            case.load[number] = prompt, min(rng.randint(1, 90), most - len(prompt) - 1)
+    options = {
+        **case.options,
+        "enable_prefix_caching": False,
+        "parking": "lru",
+        "scheduler_reserve_full_isl": rng.random() < 0.5,
+    }
+    return case._replace(geometry=geometry, options=options)
+
+
+def random_drafts(seed: int, *, asynchronous: bool | None = None, **sizes: int) -> Case:
+    """A random case with speculation, by a drafter that writes behind a step's tokens or not.
+
+    Half of the cases have no prefix cache and preempt a lot.
+    """
+    draw = random_preemptions if seed % 2 else random_case
+    case = draw(seed, asynchronous=asynchronous, **sizes)
+    rng = random.Random(seed + 3_000_000)
+    tokens = rng.randint(1, 6)
+    options = {
+        **case.options,
+        "drafts": (tokens, rng.choice([0, tokens, tokens + 1])),
+        "chance": rng.choice([0.0, 0.4, 0.8, 1.0]),
+    }
+    return case._replace(options=options, memory_seed=None)
 
 
 def leave_out(driver: Driver, rng: random.Random, share: float) -> None:

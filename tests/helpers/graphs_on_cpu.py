@@ -66,25 +66,24 @@ def _worker_class() -> type:
             self.device_of_graphs = Device()
 
         def initialize_from_config(self, kv_cache_config: Any) -> None:
-            self._take_device(kv_cache_config)
+            self._take_device()
             super().initialize_from_config(kv_cache_config)
             self._dispatch_graphs()
 
-        def _take_device(self, kv_cache_config: Any) -> None:
+        def _take_device(self) -> None:
             device = self.device_of_graphs
-            cuda_on_cpu.mark_layers(self, device.around)
+            numbers = cuda_on_cpu.mark_layers(self, device.around)
             device.without_gates = lambda: _swapped(self.pie._switch, "engine", None)
-            names = kv_cache_config.kv_cache_tensors[0].layers
             layers = self.vllm_config.compilation_config.static_forward_context
 
             def touched() -> list[Touch]:
                 context, found = get_forward_context(), []
-                for number, name in enumerate(names):
-                    cache = layers[name].kv_cache
+                for name, number in numbers.items():
+                    cache, window = layers[name].kv_cache, layers[name].impl.sliding_window
                     size = cuda_on_cpu.page_bytes(cache)
                     pages = cuda_on_cpu.written(cache, context.slot_mapping[name])
                     found.append(Touch(number, True, pages, size))
-                    pages = cuda_on_cpu.read(cache, context.attn_metadata[name])
+                    pages = cuda_on_cpu.read(cache, context.attn_metadata[name], window)
                     found.append(Touch(number, False, pages, size))
                 return found
 

@@ -7,11 +7,21 @@ from typing import Any
 
 from pie_vllm.geometry import Geometry
 from pie_vllm.policy.admission.restore import restore
+from pie_vllm.policy.placement.interfaces import GroupBeside
 from tests.helpers.fakes import FakePool
 
 
-def make(resident: int = 8, pooled: int = 2, rows: int = 8, policy: str | None = "lru") -> FakePool:
-    return FakePool(Geometry(2, 4096, resident, pooled, 1, rows, rows, 4096), policy)
+def make(
+    resident: int = 8,
+    pooled: int = 2,
+    rows: int = 8,
+    policy: str | None = "lru",
+    *,
+    preempted_only: bool = False,
+) -> FakePool:
+    """A pool of these sizes; ``preempted_only`` as where a model has a group beside the pooled."""
+    beside = [GroupBeside(1, {}, lambda _: range(0))] if preempted_only else []
+    return FakePool(Geometry(2, 4096, resident, pooled, 1, rows, rows, 4096), policy, beside)
 
 
 def leave(pool: FakePool, name: str, *contents: Any) -> None:

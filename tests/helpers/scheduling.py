@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request, RequestStatus
 
 from benchmarks.real.bare_schedulers import geometry, make, make_request, vllm_config
@@ -22,6 +24,11 @@ __all__ = [
     "random_load",
     "vllm_config",
 ]
+
+
+GROWTH_SECONDS = 10.0
+"""Seconds for which a step that runs nothing may be one that waits for the pool's memory: that
+comes in a thread, which other processes may keep from its core."""
 
 
 class Preemption(NamedTuple):
@@ -57,10 +64,12 @@ class Driver:
         self.in_flight = in_flight
         self.check = check
         self.queue: deque[tuple[Any, Any, int]] = deque()
+        self.drafts: deque[dict[str, list[int]]] = deque()
         self.prompts: dict[str, list[int]] = {}
         self.answers: dict[str, list[int]] = {}
         self.steps = 0
         self.idle = 0
+        self._idle_since = 0.0
         self.preemptions: list[Preemption] = []
         self.output: Any = None
         self.asked = 0
@@ -124,12 +133,27 @@ class Driver:
                 self.plans.check(output.pie.plan, output.num_scheduled_tokens)
             result = self.runner.execute(output)
             self.queue.append((output, result, self.steps))
+            self.drafts.append(self.runner.proposed)
             self.steps += 1
-            self.idle = 0 if output.total_num_scheduled_tokens else self.idle + 1
+            self._count_idle(output.total_num_scheduled_tokens > 0)
         while len(self.queue) >= self.in_flight or (
             self.queue and not self.scheduler.has_requests()
         ):
             self._take()
+
+    def _count_idle(self, ran: bool) -> None:
+        """Count steps in a row that ran nothing, though they need not wait for memory."""
+        if ran:
+            self.idle, self._idle_since = 0, 0.0
+            return
+        self._idle_since = self._idle_since or time.monotonic()
+        controller = getattr(self.scheduler, "pie_controller", None)
+        pool = getattr(controller, "pool", None)
+        waits = pool is not None and pool.growing
+        if waits and time.monotonic() - self._idle_since < GROWTH_SECONDS:
+            time.sleep(0.001)
+        else:
+            self.idle += 1
 
     def _take(self) -> None:
         output, result, step = self.queue.popleft()
@@ -138,6 +162,9 @@ class Driver:
             for one in outputs.outputs:
                 if one.request_id in self.answers:
                     self.answers[one.request_id].extend(one.new_token_ids)
+        proposed = self.drafts.popleft()
+        if proposed:
+            self.scheduler.update_draft_token_ids(DraftTokenIds([*proposed], [*proposed.values()]))
         self._check()
 
     def _check(self) -> None:

@@ -47,14 +47,17 @@ class Trace(NamedTuple):
         return Decider(sizes.row_bytes, sizes.pooled_blocks, block_tokens=BLOCK_SIZE)
 
 
-def random_trace(seed: int, *, pooled: int, budget: float, parking: bool) -> Trace:
+def random_trace(
+    seed: int, *, pooled: int, budget: float, parking: bool, caching: bool | None = None
+) -> Trace:
     """Chats of one to three turns that together want some three times the memory of both tiers.
 
     Args:
         seed: of all that is random.
         pooled: window.
         budget: pooled blocks that the link brings while a step computes, about.
-        parking: whether there is a prefix cache, and rows beyond the window to park in.
+        parking: whether KV is parked, with rows beyond the window.
+        caching: whether there is a prefix cache; None is as ``parking``.
     """
     rng = random.Random(seed)
     rows = pooled + (rng.randint(20, 80) if parking else 0)
@@ -80,7 +83,8 @@ def random_trace(seed: int, *, pooled: int, budget: float, parking: bool) -> Tra
             jobs.append(Job(wait, rng.randint(1, 40), rng.randint(2, 40), after))
     running_max, tokens_max = rng.choice([4, 8, 32]), rng.choice([48, 128, 512])
     kind = "lru" if parking else None
-    return Trace(sizes, profile, jobs, running_max, tokens_max, parking, kind)
+    caching = parking if caching is None else caching
+    return Trace(sizes, profile, jobs, running_max, tokens_max, caching, kind)
 
 
 class Step(NamedTuple):
@@ -114,8 +118,8 @@ class Notes:
             out[:] = names
             leave_out(names)
 
-        def ends_step(scheduled: Any, tokens: int, fresh: Any) -> StepOrders:
-            orders = end_step(scheduled, tokens, fresh)
+        def ends_step(scheduled: Any, tokens: int, fresh: Any, drafts: int = 0) -> StepOrders:
+            orders = end_step(scheduled, tokens, fresh, drafts)
             queue = residency.queue
             self.steps.append(
                 Step(

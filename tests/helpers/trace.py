@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
 from itertools import chain
 from pathlib import Path
 
+from pie_vllm.engine.native import GeometryStruct, plan_flags
 from pie_vllm.geometry import Geometry
 from pie_vllm.plan import Runs, StepPlan
 from tests.helpers.tagrunner import DictMemory, Work
@@ -24,8 +24,8 @@ class TraceMemory(DictMemory):
         super().run(plan, work)
         numbers: list[int] = [0]
         if plan is not None:
-            numbers = [1, plan.step, int(plan.forward), *_runs(plan.stores)]
-            numbers += _runs(plan.promotions)
+            numbers = [1, plan.step, int(plan.forward), plan_flags(plan)]
+            numbers += _runs(plan.stores) + _runs(plan.promotions)
             numbers += [-1] if plan.loads is None else _runs(plan.loads)
         numbers += [len(work.writes), *chain.from_iterable(work.writes), len(work.reads)]
         for _, block, tags in work.reads:
@@ -34,7 +34,8 @@ class TraceMemory(DictMemory):
 
     def save(self, path: Path, seed: int) -> None:
         """Write the trace: seed, geometry, number of steps, then a line for each step."""
-        head = " ".join(map(str, (seed, *astuple(self.geometry), len(self.steps))))
+        sizes = [getattr(self.geometry, field[0]) for field in GeometryStruct._fields_]
+        head = " ".join(map(str, (seed, *sizes, len(self.steps))))
         path.write_text("\n".join([head, *self.steps]) + "\n")
 
 

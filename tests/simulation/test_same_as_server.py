@@ -22,6 +22,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "fast link": {"pooled": 60, "budget": 100.0, "parking": False},
     "slow link, parking": {"pooled": 40, "budget": 6.0, "parking": True},
     "fast link, parking": {"pooled": 40, "budget": 100.0, "parking": True},
+    "slow link, no cache": {"pooled": 8, "budget": 6.0, "parking": True, "caching": False},
+    "fast link, no cache": {"pooled": 8, "budget": 100.0, "parking": True, "caching": False},
 }
 
 
@@ -64,6 +66,7 @@ def test_the_traces_have_what_is_compared() -> None:
     names = [name for fresh in admitted for name in fresh]
     assert len(names) > len(set(names)), "nobody was preempted"
     assert any(step.orders.plan and len(step.orders.plan.stores) for step in steps)
+    assert any(step.orders.restored for step in simulated(trace_of("fast link, no cache", 0)))
 
 
 CONTROLS: dict[str, tuple[str, Callable[..., Any], str]] = {

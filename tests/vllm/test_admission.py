@@ -11,7 +11,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import StreamingUpdate
 
 from pie_vllm.errors import UnsupportedError
-from pie_vllm.policy.pool.tails import Tail
+from pie_vllm.policy.pool.tails import Tail, TailBlock
 from tests.helpers import parked_chats, scheduling
 from tests.helpers.deciders import Fixed
 from tests.helpers.fuzz import BLOCK_SIZE, make_driver
@@ -141,7 +141,7 @@ def test_a_cap_of_hits_holds_for_parked_kv(
     manager = made.scheduler.kv_cache_manager
     request = make_request("again", [*chat, 1], 5, BLOCK_SIZE)
     parking = manager.residency.parking
-    parking.tails._tails["again"] = Tail(0, 10, 161)
+    parking.tails._tails["again"] = Tail((TailBlock(0, 10),), 10, 161)
     caps = () if cap is None else (cap,)
     blocks, tokens, _ = manager.get_computed_blocks(request, *caps)
     del parking.tails._tails["again"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,13 +11,19 @@ import pytest
 import torch
 from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    CrossAttentionSpec,
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
 
 import pie_vllm
 from pie_vllm.engine.host_memory import check_pool_fits
 from pie_vllm.engine.native import load_library
 from pie_vllm.errors import ConfigError, NativeLibraryError, UnsupportedError
-from pie_vllm.vllm import refusals
+from pie_vllm.vllm import layer_refusals, refusals
 from pie_vllm.vllm.args import device_of, worker_class
 
 pytestmark = pytest.mark.vllm
@@ -96,11 +103,7 @@ def test_a_pool_beyond_free_memory_states_the_amounts() -> None:
         ({"num_gpu_blocks_override": 64}, ["--num-gpu-blocks-override"]),
         ({"pipeline_parallel_size": 2}, ["--pipeline-parallel-size 2"]),
         ({"data_parallel_size": 2}, ["--data-parallel-size 2"]),
-        (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            ["speculative decoding"],
-        ),
-        ({"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype fp8 on this device", "bfloat16"]),
+        ({"kv_cache_dtype": "int8_per_token_head"}, ["--kv-cache-dtype int8_per_tok", "fp8_e5m2"]),
         ({"kv_sharing_fast_prefill": True}, ["--kv-sharing-fast-prefill"]),
         ({"scheduler_cls": "mine.Scheduler"}, ["--scheduler-cls mine.Scheduler"]),
         ({"worker_cls": "mine.Worker"}, ["--worker-cls mine.Worker"]),
@@ -116,6 +119,25 @@ def test_features_are_refused_by_name(
         assert word in str(caught.value)
 
 
+def test_drafters_are_refused_by_kind(model: Path) -> None:
+    """A plain draft model is not, nor what proposes tokens by looking at tokens alone."""
+    speculation = {"model": str(model), "method": "draft_model", "num_speculative_tokens": 2}
+    wanted = r"parallel drafting \(--speculative-config\).*eagle.*remove --speculative-config"
+    with pytest.raises(UnsupportedError, match=wanted):
+        configure(model, speculative_config={**speculation, "parallel_drafting": True})
+    configure(model, speculative_config=speculation)
+    configure(model, speculative_config={"method": "ngram", "num_speculative_tokens": 2})
+
+
+@pytest.mark.parametrize("method", ["medusa", "custom_class"])
+def test_other_methods_of_speculation_are_refused_by_name(method: str) -> None:
+    feature = refusals._speculation(SimpleNamespace(method=method))
+    assert feature.found
+    assert f"by {method} (--speculative-config)" in feature.what
+    assert "ngram" in feature.way_out
+    assert not refusals._speculation(None).found
+
+
 def test_copies_in_graphs_are_refused_where_there_are_no_graphs(model: Path) -> None:
     """On every device but CUDA's, before the model loads, with the way out."""
     with pytest.raises(UnsupportedError, match=r"--pie-full-graphs.*'cpu'.*--no-pie-full-graphs"):
@@ -123,10 +145,12 @@ def test_copies_in_graphs_are_refused_where_there_are_no_graphs(model: Path) -> 
     configure(model, {"pool_gib": 0.1, "full_graphs": False})
     refusals.check_full_graphs(True, "cuda")
     refusals.check_full_graphs(False, "xpu")
+    refusals.check_full_graphs(False, "cuda", speculates=True)
+    with pytest.raises(UnsupportedError, match=r"--pie-full-graphs.*drafts.*--no-pie"):
+        refusals.check_full_graphs(True, "cuda", speculates=True)
 
 
 CHANGES: list[tuple[str, str, Any, str]] = [
-    ("model_config", "use_mla", True, "MLA"),
     ("model_config", "runner_type", "pooling", "pooling models"),
     ("model_config", "is_encoder_decoder", True, "encoder-decoder"),
     ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
@@ -149,7 +173,7 @@ CHANGES: list[tuple[str, str, Any, str]] = [
     (
         "compilation_config",
         "pass_config",
-        SimpleNamespace(fuse_attn_quant=True),
+        SimpleNamespace(fuse_attn_quant=True, fuse_rope_kvcache_cat_mla=False),
         "fuse_attn_quant",
     ),
     ("compilation_config", "cudagraph_mode", CUDAGraphMode.FULL, "cudagraph_mode FULL:"),
@@ -192,7 +216,7 @@ def plain_config() -> SimpleNamespace:
         attention_config=SimpleNamespace(hisparse_config=None),
         compilation_config=SimpleNamespace(
             use_inductor_graph_partition=False,
-            pass_config=SimpleNamespace(fuse_attn_quant=False),
+            pass_config=SimpleNamespace(fuse_attn_quant=False, fuse_rope_kvcache_cat_mla=False),
             cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE,
             splitting_ops=None,
             splitting_ops_contain_kv_cache_update=lambda: True,
@@ -217,15 +241,16 @@ def test_features_that_this_platform_cannot_configure_are_refused(
 
 
 def test_each_device_has_its_kv_cache_dtypes() -> None:
-    """KV of 8 bits on CUDA; other quantized KV nowhere."""
+    """KV of 8 bits with one scale a layer; other quantized KV nowhere."""
     config = plain_config()
-    for dtype in ("fp8", "fp8_e4m3", "fp8_e5m2", "bfloat16"):
-        config.cache_config.cache_dtype = dtype
-        refusals.check_config(config, "cuda")
-    for device, dtype in (("cpu", "fp8"), ("cuda", "int8_per_token_head"), ("cuda", "nvfp4")):
-        config.cache_config.cache_dtype = dtype
-        with pytest.raises(UnsupportedError, match=f"--kv-cache-dtype {dtype}.*Set it to auto"):
+    for device in refusals.CACHE_DTYPES:
+        for dtype in ("fp8", "fp8_e4m3", "fp8_e5m2", "bfloat16"):
+            config.cache_config.cache_dtype = dtype
             refusals.check_config(config, device)
+        for dtype in ("int8_per_token_head", "fp8_per_token_head", "nvfp4", "turboquant_k8v4"):
+            config.cache_config.cache_dtype = dtype
+            with pytest.raises(UnsupportedError, match=f"--kv-cache-dtype {dtype}.*Set it to auto"):
+                refusals.check_config(config, device)
 
 
 def test_graphs_that_replay_kv_writes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +283,10 @@ def layer_of(backend: str) -> SimpleNamespace:
         def get_name() -> str:
             return backend
 
+        @staticmethod
+        def is_mla() -> bool:
+            return False
+
     impl = SimpleNamespace(do_kv_cache_update=None)
     return SimpleNamespace(attn_backend=Backend, impl=impl)
 
@@ -265,10 +294,10 @@ def layer_of(backend: str) -> SimpleNamespace:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_other_attention_backends_are_refused_by_name(device: str) -> None:
     """Only those that pie was made for; the error names one of them."""
-    for backend in refusals.BACKENDS[device]:
-        refusals.check_layers(["a"], {"a": layer_of(backend)}, device)
+    for backend in layer_refusals.BACKENDS[device]:
+        layer_refusals.check_layers(["a"], {"a": layer_of(backend)}, device)
     with pytest.raises(UnsupportedError, match=r"backend FLEX_ATTENTION.*--attention-backend"):
-        refusals.check_layers(["a"], {"a": layer_of("FLEX_ATTENTION")}, device)
+        layer_refusals.check_layers(["a"], {"a": layer_of("FLEX_ATTENTION")}, device)
 
 
 def test_the_refusals_look_at_fields_that_vllm_has(model: Path) -> None:
@@ -281,20 +310,35 @@ def test_the_refusals_look_at_fields_that_vllm_has(model: Path) -> None:
             assert hasattr(getattr(real, name), inner), f"{name}.{inner}"
 
 
+def check_groups(*specs: Any) -> int:
+    """``check_groups`` of groups of one layer each: a, b, ..."""
+    named = zip("abc", specs, strict=False)
+    return layer_refusals.check_groups([KVCacheGroupSpec([name], spec) for name, spec in named])
+
+
 def test_layers_that_are_not_alike_are_refused() -> None:
-    """One page size and full attention everywhere, or a refusal that names the layer."""
+    """One page size and one group of full attention, or a refusal that names the layer."""
     full = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=64, dtype=torch.float32)
     wide = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32)
     window = SlidingWindowSpec(
         block_size=32, num_kv_heads=1, head_size=64, dtype=torch.float32, sliding_window=64
     )
-    assert refusals.check_specs({"a": full, "b": full}) is full
-    with pytest.raises(UnsupportedError, match="layer b"):
-        refusals.check_specs({"a": full, "b": wide})
-    with pytest.raises(UnsupportedError, match="layer b with SlidingWindowSpec"):
-        refusals.check_specs({"a": full, "b": window})
+    wide_window = replace(window, num_kv_heads=2)
+    assert check_groups(window, full) == 1
+    uniform = UniformTypeKVCacheSpecs(block_size=32, kv_cache_specs={"a": full, "b": wide})
+    with pytest.raises(UnsupportedError, match="layer a with a KV cache of its own shape"):
+        check_groups(uniform)
+    with pytest.raises(UnsupportedError, match=r"without full attention: layer a .* SlidingWindow"):
+        check_groups(window)
+    with pytest.raises(UnsupportedError, match=r"2 groups of full attention \(b is"):
+        check_groups(full, full)
+    with pytest.raises(UnsupportedError, match=r"KV pages of .* bytes"):
+        check_groups(full, wide_window)
+    cross = CrossAttentionSpec(block_size=32, num_kv_heads=1, head_size=64, dtype=torch.float32)
+    with pytest.raises(UnsupportedError, match="layer b with CrossAttentionSpec"):
+        check_groups(full, cross)
     with pytest.raises(UnsupportedError, match="without attention"):
-        refusals.check_specs({})
+        check_groups()
 
 
 def test_other_devices_are_refused() -> None:

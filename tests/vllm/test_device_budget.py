@@ -13,6 +13,7 @@ from pie_vllm.geometry import PAGE_TABLE_SHARE, Geometry, page_table_bytes
 from pie_vllm.plan import Prior
 from pie_vllm.vllm.worker_side import worker as module
 from pie_vllm.vllm.worker_side.worker import PieWorkerMixin
+from tests.helpers.kv_groups import one_group
 
 pytestmark = pytest.mark.vllm
 GIB = 1 << 30
@@ -46,18 +47,21 @@ def sized(monkeypatch: pytest.MonkeyPatch, worker: Any, pool_gib: float) -> Geom
     """What a worker makes of its memory."""
     config = PieConfig(pool_gib=pool_gib)
     monkeypatch.setattr(module.settings, "of", lambda _: SimpleNamespace(config=config))
-    monkeypatch.setattr(module.refusals, "check_specs", lambda specs: next(iter(specs.values())))
+    monkeypatch.setattr(module.grouping, "groups_by_vllm", lambda *_: [])
+    monkeypatch.setattr(module, "groups_of", lambda _, specs, *__: one_group(specs))
     monkeypatch.setattr(module.ranks, "least_bytes", lambda *sizes: sizes)
     monkeypatch.setattr(module.ranks, "slowest", lambda prior: prior)
     monkeypatch.setattr(module.ranks, "share_of_pool", lambda gib, *_: int(gib * GIB))
     monkeypatch.setattr(PieWorkerMixin, "_pie_measure", lambda *_: Prior())
     monkeypatch.setattr(PieWorkerMixin, "_pie_requests", lambda *_: 1)
+    worker.model_runner = SimpleNamespace()
     worker.vllm_config = SimpleNamespace(
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
         scheduler_config=SimpleNamespace(enable_chunked_prefill=True),
         model_config=SimpleNamespace(
             max_model_len=256, original_max_model_len=None, supports_multimodal_inputs=False
         ),
+        speculative_config=None,
     )
     worker.determine_available_memory()
     found: Geometry = worker.pie_geometry()

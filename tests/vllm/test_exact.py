@@ -33,8 +33,8 @@ RESIDENT = {32: 44, 64: 40, 128: 40}
 BUDGET = {32: 128, 64: 128, 128: 256}
 
 
-def check(engines: Engines, setup: Setup, rounds: list[dict[str, Any]]) -> None:
-    """Assert that pie and stock agree on everything, and that pie did pool."""
+def check(engines: Engines, setup: Setup, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Assert that pie and stock agree on everything, and that pie did pool; pie's record."""
     (pie,), (stock,) = engines.both(setup, rounds)
     assert pie["schedule"] == stock["schedule"]
     assert pie["answers"] == stock["answers"]
@@ -42,6 +42,7 @@ def check(engines: Engines, setup: Setup, rounds: list[dict[str, Any]]) -> None:
     check_diverse(stock)
     check_mostly_pooled(pie)
     check_traffic(pie, setup.page * setup.layers)
+    return pie
 
 
 @pytest.mark.parametrize(("block_size", "slots"), [(32, 2), (32, 5), (64, 3), (128, 3)])

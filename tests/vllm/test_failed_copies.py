@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,20 @@ from tests.helpers.engine import Engines, Setup, request, round_
 from tests.helpers.engine_load import chats, tokens
 from tests.helpers.engine_model import LAYERS
 from tests.helpers.failing import FailingMemory, HonestRunner
-from tests.helpers.fuzz import BLOCK_SIZE, nothing_left, play, random_case
+from tests.helpers.fuzz import (
+    BLOCK_SIZE,
+    Case,
+    nothing_left,
+    play,
+    random_case,
+    random_drafts,
+    random_groups_preempted,
+    random_preemptions,
+)
 from tests.helpers.noting_engine import LAYERS as GATES
 from tests.helpers.noting_engine import PLAN, STREAM, Engine, in_place, opened
 from tests.helpers.scheduling import Driver, make_request
+from tests.helpers.tagrunner import Group
 
 pytestmark = pytest.mark.vllm
 
@@ -63,17 +74,26 @@ class LengthDriver(Driver):
 
 def driver_of(case: fuzz.Case, share: float, seed: int) -> LengthDriver:
     """A scheduler of the case's kind, over memory whose copies fail."""
-    scheduler = scheduling.make(case.geometry, BLOCK_SIZE, **case.options)
+    options = {name: value for name, value in case.options.items() if name != "chance"}
+    scheduler = scheduling.make(case.geometry, BLOCK_SIZE, **options)
     scheduler.pie_controller.decider = case.decider()
     scheduler.pie_controller.pool = case.pool() or scheduler.pie_controller.pool
     memory = FailingMemory(case.geometry, BLOCK_SIZE, share, seed)
     in_flight = 1 + case.options["async_scheduling"]
-    return LengthDriver(scheduler, HonestRunner(memory, BLOCK_SIZE), in_flight=in_flight)
+    beside = [Group(index, window) for index, window in enumerate(case.options.get("beside", ()))]
+    drafting = fuzz.drafting_of(**case.options)
+    runner = HonestRunner(memory, BLOCK_SIZE, len(beside), beside, drafting=drafting)
+    return LengthDriver(scheduler, runner, in_flight=in_flight)
 
 
-def run(seed: int, share: float = 0.05, asynchronous: bool | None = None) -> Counter[str]:
+def run(
+    seed: int,
+    share: float = 0.05,
+    asynchronous: bool | None = None,
+    draw: Callable[..., Case] = random_case,
+) -> Counter[str]:
     """Play one random case; returns how often what happened."""
-    case = random_case(seed, asynchronous=asynchronous)
+    case = draw(seed, asynchronous=asynchronous)
     driver = driver_of(case, share, seed)
     play(driver, case)
     recovery, memory = driver.scheduler.pie_recovery, driver.runner.memory
@@ -87,7 +107,15 @@ def run(seed: int, share: float = 0.05, asynchronous: bool | None = None) -> Cou
         promotions=residency.promotions,
         parked=residency.parking.parked_blocks,
         restored=residency.parking.restored_blocks,
+        accepted=driver.runner.accepted,
+        rejected=driver.runner.rejected,
     )
+
+
+def played(monkeypatch: pytest.MonkeyPatch, seeds: int, **options: Any) -> Counter[str]:
+    """Play random cases, each as ``run``, in which copies fail in any number of steps."""
+    monkeypatch.setattr("pie_vllm.vllm.scheduler_side.recovery.MOST_IN_A_ROW", 1000)
+    return sum((run(seed, **options) for seed in range(seeds)), Counter())
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -99,16 +127,40 @@ def test_answers_are_right_whatever_fails(
     The model reads what is there, so an answer is right only where each of its tokens came from a
     step whose context was right.
     """
-    monkeypatch.setattr("pie_vllm.vllm.scheduler_side.recovery.MOST_IN_A_ROW", 1000)
-    total: Counter[str] = Counter()
-    for seed in range(20):
-        total += run(seed, asynchronous=asynchronous)
+    total = played(monkeypatch, 20, asynchronous=asynchronous)
     assert total["steps"] > 4000
     assert total["failures"] > 100
     assert total["demotions"] > 500
     assert total["promotions"] > 10
     assert total["parked"] > 300
     assert total["restored"] > 20
+
+
+def test_what_preempted_requests_keep_by_name_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a prefix cache: what a failed step spoilt of it is forgotten, too."""
+    total = played(monkeypatch, 12, asynchronous=True, draw=random_preemptions)
+    for what in ("failures", "parked", "restored"):
+        assert total[what] > 20, what
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_windows_and_states_of_steps_that_failed_are_not_trusted(
+    asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither those of who runs nor those that preempted requests keep or have just got back."""
+    total = played(monkeypatch, 16, asynchronous=asynchronous, draw=random_groups_preempted)
+    for what in ("failures", "parked", "restored"):
+        assert total[what] > 20, what
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_drafts_after_a_failure_are_verified_again(
+    asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step in flight begins where the one before it accepted, not where it was scheduled."""
+    total = played(monkeypatch, 12, asynchronous=asynchronous, draw=random_drafts)
+    for what in ("failures", "demotions", "parked", "restored", "accepted", "rejected"):
+        assert total[what] > 20, what
 
 
 def small_driver(share: float, *, asynchronous: bool, **options: Any) -> LengthDriver:

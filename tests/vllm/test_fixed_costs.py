@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from pie_vllm.plan import StepOrders
+from pie_vllm.policy.admission.candidate import Claims
+from pie_vllm.policy.admission.chunk import Asked
 from pie_vllm.policy.controller import Controller
 from pie_vllm.vllm import settings
 from pie_vllm.vllm.compat import loggers
 from pie_vllm.vllm.scheduler_side import metrics
+from pie_vllm.vllm.scheduler_side.schedule_view import ScheduleView
 from pie_vllm.vllm.scheduler_side.scheduler import PieSchedulerMixin
 from tests.helpers import scheduling
 from tests.helpers.fuzz import BLOCK_SIZE, Case, make_driver, play, random_case
@@ -74,6 +77,49 @@ def test_quiet_steps_order_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
             assert other.blocks == blocks
             assert abs(one.blocks - blocks) <= 0.05 * blocks + 8
     assert quiet > 4 * len(SEEDS)
+
+
+def test_what_decodes_ask_is_counted_as_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shorter count, where it can be made, is the longer one."""
+    quick = ScheduleView._asked_by_decodes
+    compared = 0
+
+    def asked(self: ScheduleView, step: int, last: int) -> Asked | None:
+        nonlocal compared
+        found = quick(self, step, last)
+        if found is not None:
+            with monkeypatch.context() as patch:
+                patch.setattr(ScheduleView, "_asked_by_decodes", lambda *_: None)
+                assert self.asked() == found
+            compared += 1
+        return found
+
+    monkeypatch.setattr(ScheduleView, "_asked_by_decodes", asked)
+    for seed in SEEDS:
+        play(driver_of(steady_case(seed)), steady_case(seed))
+    assert compared > 4 * len(SEEDS)
+
+
+def test_what_running_requests_claim_is_counted_as_for_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same; the loop over the running requests is left out where they all decode."""
+    original = ScheduleView.claims
+    left_out = 0
+
+    def claims(self: ScheduleView) -> Claims:
+        nonlocal left_out
+        found, known = original(self), self._all_decode
+        left_out += known == self._scheduler.current_step
+        self._all_decode = -1
+        assert original(self) == found
+        self._all_decode = known
+        return found
+
+    monkeypatch.setattr(ScheduleView, "claims", claims)
+    for seed in SEEDS:
+        play(driver_of(steady_case(seed)), steady_case(seed))
+    assert left_out > 0
 
 
 def test_reports_are_few_and_leave_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def started(make: Any, full_graphs: bool = True) -> tuple[PieCacheEngine, Engine
     """An engine in service: its calls, and how to run a batch, are empty and ready."""
     pie, engine = opened(full_graphs)
     runner, run = make(engine.calls, CUDAGraphMode.FULL_AND_PIECEWISE)
-    pie.install_in_runner(runner)
+    pie.install_in_runner(runner, 0)
     warm_up(pie, runner)
     engine.calls.clear()
     return pie, engine, run
@@ -161,7 +161,7 @@ def test_modes_without_full_graphs_are_only_told(make: Any, mode: CUDAGraphMode)
     """There is nothing to do, and no kernel is needed."""
     pie, engine = opened()
     runner, run = make(engine.calls, mode)
-    pie.install_in_runner(runner)
+    pie.install_in_runner(runner, 0)
     warm_up(pie, runner)
     assert pie._graphs is None
     with pie.step(PLAN, STREAM):

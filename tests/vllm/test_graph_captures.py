@@ -33,7 +33,7 @@ def test_each_capture_passes_all_gates(make: Any) -> None:
     """Between begin_capture with the stream and end_capture; what is not captured does nothing."""
     pie, engine = opened()
     runner, _ = make([], BOTH)
-    pie.install_in_runner(runner)
+    pie.install_in_runner(runner, 0)
     capturing = False
     with pie.warm_up(runner, lambda: capturing, lambda: STREAM):
         forward(pie)
@@ -57,7 +57,7 @@ def test_graphs_that_do_not_pass_the_gates_refuse_the_flag(make: Any, fewer: int
     """One of them was captured without, or there is one that vLLM does not hold."""
     pie, engine = opened()
     runner, _ = make(engine.calls, BOTH)
-    pie.install_in_runner(runner)
+    pie.install_in_runner(runner, 0)
     count = len(cuda_graphs.full_graphs(runner))
     assert count == 3
     with pytest.raises(
@@ -72,7 +72,7 @@ def test_a_capture_that_fails_refuses_the_flag(make: Any, call: str, cuda_fails:
     """The error is the engine's, also where the capture breaks because of it."""
     pie, engine = opened()
     runner, _ = make(engine.calls, BOTH)
-    pie.install_in_runner(runner)
+    pie.install_in_runner(runner, 0)
     engine.fail = call
 
     def start() -> None:
@@ -91,7 +91,7 @@ def test_a_capture_of_some_layers_only_is_ended(make: Any) -> None:
     """The engine must not stay in capture mode; it says what is missing."""
     pie, engine = opened()
     runner, _ = make(engine.calls, BOTH)
-    pie.install_in_runner(runner)
+    pie.install_in_runner(runner, 0)
     capturing = True
     with suppress(UnsupportedError), pie.warm_up(runner, lambda: capturing, lambda: STREAM):
         forward(pie, LAYERS - 1)

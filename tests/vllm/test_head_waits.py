@@ -180,6 +180,7 @@ def test_the_log_line_has_the_same_words(
     log = driver.scheduler.pie_log
     monkeypatch.setattr(metrics.logger, "propagate", True)
     with caplog.at_level(logging.INFO, logger=metrics.logger.name):
+        caplog.clear()
         log.record(Totals(steps=1))
         log.write()
         log.record(Totals(steps=2))

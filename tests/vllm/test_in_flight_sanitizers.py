@@ -98,7 +98,7 @@ def without_loads(text: str) -> str:
     for number, line in enumerate(text.splitlines()):
         words = line.split()
         if number and words[0] == "1":
-            at = 3
+            at = 4
             for _ in range(2):  # over stores and promotions
                 at += 1 + 3 * int(words[at])
             count = max(0, int(words[at]))

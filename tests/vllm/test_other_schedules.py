@@ -38,11 +38,16 @@ GRAMMAR = {
 Record = dict[str, Any]
 
 
-@pytest.fixture(scope="module")
-def ample(few: Path) -> Setup:
-    """What stock runs with: memory for all; it can compile grammars."""
+def memory_for_all(few: Path) -> Setup:
+    """What stock runs with; it can compile grammars."""
     other = {**GRAMMAR, "max_num_batched_tokens": 256}
     return Setup(few, len(LAYERS), 400, 0, dtype="float32", other=other)
+
+
+@pytest.fixture(scope="module")
+def ample(few: Path) -> Setup:
+    """Stock's."""
+    return memory_for_all(few)
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ def wrong_row(patch: Patch) -> None:
     """A page is filled from the row of another parked block."""
     restore = Parking.restore
 
-    def wrong(self: Parking, keys: Sequence[Any], residents: Sequence[int]) -> None:
-        restore(self, keys, residents)
+    def wrong(self: Parking, rows: Sequence[int], residents: Sequence[int]) -> None:
+        restore(self, rows, residents)
         restores = self.copies.restores
         for resident in residents:
             others = {*self._index.rows()} - {restores[resident], *self.copies.stores}
@@ -39,10 +39,10 @@ def wrong_row_attached(patch: Patch) -> None:
     """A pooled id gets the row of another parked block: the keys of two rows are exchanged."""
     park = ParkedIndex.park
 
-    def wrong(self: ParkedIndex[Any], key: Any, row: int) -> None:
-        other = self.evict()
+    def wrong(self: ParkedIndex[Any], key: Any, row: int, *, pinned: bool = False) -> None:
+        other = None if pinned else self.evict()
         if other is None:
-            park(self, key, row)
+            park(self, key, row, pinned=pinned)
         else:
             park(self, key, other[1])
             park(self, other[0], row)
@@ -63,8 +63,9 @@ def kept_over_reset(patch: Patch) -> None:
 def promoted_row_free(patch: Patch) -> None:
     """The row of a promoted block may be stored over before it is read."""
 
-    def wrong(self: Parking, block: Any) -> None:
-        self._rows.free_parked(self._rows.park(block.block_id))
+    def wrong(self: Parking, blocks: Sequence[Any], _: Sequence[int]) -> None:
+        for block in blocks:
+            self._rows.free_parked(self._rows.park(block.block_id))
 
     patch.setattr(Parking, "promoted", wrong)
 
@@ -74,7 +75,8 @@ def tail_row_free(patch: Patch) -> None:
 
     def wrong(self: Tails, request_id: str) -> Tail:
         tail = self._tails.pop(request_id)
-        self._copies.free(tail.row)
+        for block in tail.blocks:
+            self._copies.free(block.row)
         return tail
 
     patch.setattr(Tails, "take", wrong)

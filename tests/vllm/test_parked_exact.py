@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
 
-from tests.helpers.engine import Engines, Setup, request, round_
-from tests.helpers.engine_load import chats, check_diverse, check_traffic, tokens
+from tests.helpers.engine import Engines, Setup, request
+from tests.helpers.engine_load import chats, check_diverse, tokens
 from tests.helpers.engine_model import LAYERS
+from tests.helpers.two_turns import check_kept, encoded, two_turns
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -37,34 +37,24 @@ def setup(few: Path) -> Setup:
 
 
 @pytest.fixture(scope="module")
-def first_turn(few: Path) -> list[list[int]]:
-    """Chats as token ids: text would not be cut into the same tokens again."""
-    tokenizer = Tokenizer.from_file(str(few / "tokenizer.json"))
-    return [tokenizer.encode(text).ids for text in chats(24, 8, 8)]
-
-
-def asked(prompts: list[list[int]]) -> Record:
-    return round_([request(prompt, max_tokens=ANSWER) for prompt in prompts])
-
-
-@pytest.fixture(scope="module")
-def rounds(engines: Engines, ample: Setup, first_turn: list[list[int]]) -> list[Record]:
-    """Both turns of all chats: the second has the first, stock's answer and a next question."""
-    (stock,) = engines.run(ample, [asked(first_turn)], "stock")
-    (question,) = first_turn[:1]
-    second = [
-        [*prompt, *answer, i, *question[:20]]
-        for i, (prompt, (answer,)) in enumerate(zip(first_turn, tokens(stock), strict=True))
-    ]
-    return [asked(first_turn), asked(second)]
+def turns(engines: Engines, ample: Setup) -> tuple[list[Record], list[Record]]:
+    """Both turns of all chats, and stock's answers."""
+    prompts = encoded(ample.model, chats(24, 8, 8))
+    found = two_turns(engines, ample, [request(p, max_tokens=ANSWER) for p in prompts])
+    check_diverse(found[1][0])
+    return found
 
 
 @pytest.fixture(scope="module")
-def stock(engines: Engines, ample: Setup, rounds: list[Record]) -> list[Record]:
+def rounds(turns: tuple[list[Record], list[Record]]) -> list[Record]:
+    """Both turns of all chats."""
+    return turns[0]
+
+
+@pytest.fixture(scope="module")
+def stock(turns: tuple[list[Record], list[Record]]) -> list[Record]:
     """Stock's answers of both turns."""
-    records = engines.run(ample, rounds, "stock")
-    check_diverse(records[0])
-    return records
+    return turns[1]
 
 
 def test_preempted_and_returning_chats(
@@ -72,14 +62,7 @@ def test_preempted_and_returning_chats(
 ) -> None:
     """Nothing is computed twice: neither after a preemption nor in the next turn."""
     first, second = engines.run(setup, rounds)
-    for pie, right in zip((first, second), stock, strict=True):
-        assert pie["preempted"]
-        assert tokens(pie) == tokens(right)
-        assert pie["recomputed_tokens"] == 0
-        check_traffic(pie, setup.page * setup.layers)
-    for answer, before in zip(second["answers"], first["answers"], strict=True):
-        known = before["prompt_tokens"] + ANSWER - 1
-        assert answer["cached_tokens"] >= known // setup.block_size * setup.block_size
+    check_kept(setup, [first, second], stock)
     assert second["hits"]["parked"] > 100
     assert second["ahead_blocks"] > 10
 
@@ -92,6 +75,21 @@ def test_without_parking_they_are_computed_again(
     assert [tokens(first), tokens(second)] == [tokens(right) for right in stock]
     assert second["recomputed_tokens"] > 0
     assert second["hits"]["parked"] == 0
+
+
+def test_without_a_prefix_cache_preempted_chats_find_their_own(
+    engines: Engines, setup: Setup, rounds: list[Record], stock: list[Record]
+) -> None:
+    """As exact, and nothing is computed twice; without parking, much is."""
+    setup = replace(setup, other={**setup.other, "enable_prefix_caching": False})
+    (kept,) = engines.run(setup, rounds[:1])
+    (again,) = engines.run(replace(setup, parking="off"), rounds[:1])
+    for record in (kept, again):
+        assert record["preempted"]
+        assert tokens(record) == tokens(stock[0])
+    assert kept["recomputed_tokens"] == 0
+    assert kept["hits"]["parked"] > 0
+    assert again["recomputed_tokens"] > 200
 
 
 @pytest.mark.parametrize("debug", ["skip_loads", "skip_stores"])

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from vllm.lora.request import LoRARequest
 
-from pie_vllm.plan import NO_RUNS, Copy, Runs, runs
 from pie_vllm.policy.admission import transaction
 from pie_vllm.policy.placement.residency import Residency
 from pie_vllm.policy.pool.parked_kv import Parking
 from tests.helpers import scheduling
+from tests.helpers.broken_memory import RestoresWrongRows, SkipsPromotions, SkipsStores
 from tests.helpers.fuzz import BLOCK_SIZE
 from tests.helpers.parked_chats import (
     POOLED,
@@ -199,30 +199,6 @@ def test_rows_of_aborted_requests_are_free() -> None:
     assert residency.rows.num_parked == len(parking(made))
 
 
-class _SkipsStores(DictMemory):
-    def run(self, plan: Any, work: Any) -> None:
-        super().run(plan and plan._replace(stores=NO_RUNS), work)
-
-
-class _SkipsRestores(DictMemory):
-    def run(self, plan: Any, work: Any) -> None:
-        super().run(plan and plan._replace(promotions=NO_RUNS), work)
-
-
-class _RestoresWrongRows(DictMemory):
-    def run(self, plan: Any, work: Any) -> None:
-        super().run(plan and plan._replace(promotions=self._wrong(plan)), work)
-
-    def _wrong(self, plan: Any) -> Runs:
-        stored = {row + i for _, row, count in plan.stores.tolist() for i in range(count)}
-        held = [r for r in range(self.chunks * self.chunk_rows) if r not in stored]
-        return runs(
-            Copy(block + i, held[(held.index(row + i) + 1) % len(held)], 1)
-            for block, row, count in plan.promotions.tolist()
-            for i in range(count)
-        )
-
-
 class _TearsStores(DictMemory):
     def run(self, plan: Any, work: Any) -> None:
         before = self.rows.copy()
@@ -233,7 +209,7 @@ class _TearsStores(DictMemory):
             ]
 
 
-@pytest.mark.parametrize("memory", [_SkipsStores, _SkipsRestores, _RestoresWrongRows, _TearsStores])
+@pytest.mark.parametrize("memory", [SkipsStores, SkipsPromotions, RestoresWrongRows, _TearsStores])
 def test_wrong_copies_are_noticed(memory: Callable[..., DictMemory]) -> None:
     """Negative control: a row that is stale, foreign or torn, a page that is not filled."""
     sizes = scheduling.geometry(RESIDENT, POOLED, ROWS, chunk_rows=ROWS)

@@ -11,11 +11,12 @@ import pytest
 
 from pie_vllm.geometry import Geometry
 from pie_vllm.plan import NO_RUNS
+from pie_vllm.policy.admission.candidate import Claims
 from pie_vllm.policy.admission.lookup import ParkedLookup
-from pie_vllm.policy.admission.transaction import Claims
 from pie_vllm.policy.control.elastic_pool import FREE_MARGIN, ElasticPool
 from pie_vllm.vllm.scheduler_side.schedule_view import ScheduleView
 from tests.helpers import fuzz, scheduling
+from tests.helpers.broken_memory import SkipsPromotions, SkipsStores
 from tests.helpers.deciders import Fixed
 from tests.helpers.fuzz import BLOCK_SIZE, Case, make_driver, play, random_case
 from tests.helpers.scheduling import Driver, make_request
@@ -82,7 +83,10 @@ def test_a_livelock_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "disturb", preempt_all)
     case = random_case(0, asynchronous=False)
     case.options.update(
-        enable_prefix_caching=False, max_num_scheduled_tokens=16, max_num_batched_tokens=16
+        enable_prefix_caching=False,
+        parking="off",
+        max_num_scheduled_tokens=16,
+        max_num_batched_tokens=16,
     )
     with pytest.raises(AssertionError, match=r"no progress in \d+ steps"):
         play(driver_of(case), case)
@@ -294,17 +298,7 @@ class _SkipsLoads(DictMemory):
         super().run(plan and plan._replace(loads=NO_RUNS, promotions=NO_RUNS), work)
 
 
-class _SkipsStores(DictMemory):
-    def run(self, plan: Any, work: Any) -> None:
-        super().run(plan and plan._replace(stores=NO_RUNS), work)
-
-
-class _SkipsPromotions(DictMemory):
-    def run(self, plan: Any, work: Any) -> None:
-        super().run(plan and plan._replace(promotions=NO_RUNS), work)
-
-
-@pytest.mark.parametrize("memory", [_SkipsLoads, _SkipsStores, _SkipsPromotions])
+@pytest.mark.parametrize("memory", [_SkipsLoads, SkipsStores, SkipsPromotions])
 def test_a_memory_that_skips_copies_is_noticed(memory: Callable[..., DictMemory]) -> None:
     """Negative control: without loads, stores or promotions some page is foreign."""
     for seed in range(60):

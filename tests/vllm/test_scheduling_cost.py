@@ -1,7 +1,7 @@
 """What pie adds to a scheduler step stays small and does not grow with the number of blocks.
 
 The exact figures are those of ``benchmarks.scheduler_cost``; the bounds here are wide, for a
-machine that is busy with something else.
+machine that is slow, or busy with something else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from benchmarks.real.scheduler_phases import (
 pytestmark = [pytest.mark.vllm, pytest.mark.alone]
 
 PHASES = ("idle", "steady", "demoting")
-MOST_OWN_US = 500.0
+MOST_OWN_SHARE = 0.1
+"""Of stock's whole step in the same run, so that a slow machine does not count."""
+
 MOST_DEMOTION_US = 400.0
 MOST_PARKED_BLOCK_US = 150.0
 NOISE_US = 100.0
@@ -61,7 +63,7 @@ def test_the_cost_does_not_grow_with_the_number_of_blocks(
 def test_a_step_stays_cheap(measured: dict[int, dict[str, PhaseCost]]) -> None:
     """A steady step and a demotion stay within wide bounds."""
     for costs in measured.values():
-        assert costs["steady"].own < MOST_OWN_US
+        assert costs["steady"].own < MOST_OWN_SHARE * costs["steady"].stock
         demotions = costs["demoting"].own - costs["steady"].own
         assert demotions < MOST_DEMOTION_US * costs["demoting"].demotions + NOISE_US
 

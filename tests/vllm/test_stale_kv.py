@@ -10,6 +10,7 @@ import pytest
 from vllm.lora.request import LoRARequest
 
 from pie_vllm.engine.transfer_engine import TransferEngine
+from pie_vllm.policy.admission.transaction import Admission
 from pie_vllm.vllm.scheduler_side.block_pool import PieBlockPool
 from pie_vllm.vllm.scheduler_side.stale_kv import StaleKv
 from tests.helpers import scheduling
@@ -109,10 +110,12 @@ def test_new_weights_forget_residents_too() -> None:
     made.made.verify()
 
 
-def change_at_random(seed: int, asynchronous: bool, memory: Memory | None = None) -> int:
+def change_at_random(
+    seed: int, asynchronous: bool, memory: Memory | None = None, *, caching: bool = True
+) -> int:
     """Chats that go on while weights and adapters change; returns parked blocks found."""
     rng = random.Random(seed)
-    made = Changes(driver(memory, async_scheduling=asynchronous))
+    made = Changes(driver(memory, async_scheduling=asynchronous, enable_prefix_caching=caching))
     loras: list[LoRARequest | None] = [None, A, B]
     chats: list[tuple[str, LoRARequest | None]] = []
     for step in range(400):
@@ -137,15 +140,24 @@ def change_at_random(seed: int, asynchronous: bool, memory: Memory | None = None
     return int(made.made.scheduler.kv_cache_manager.hit_counts.hits.parked)
 
 
-def found_by_seeds(asynchronous: bool = False) -> int:
+def found_by_seeds(asynchronous: bool = False, *, caching: bool = True) -> int:
     """Parked blocks that were found in all runs."""
-    return sum(change_at_random(seed, asynchronous) for seed in range(12))
+    return sum(change_at_random(seed, asynchronous, caching=caching) for seed in range(12))
 
 
+@pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_nobody_who_comes_later_reads_old_kv(asynchronous: bool) -> None:
+def test_nobody_who_comes_later_reads_old_kv(asynchronous: bool, caching: bool) -> None:
     """Under preemption, with requests that run on through the change and end later."""
-    assert found_by_seeds(asynchronous) > 100, "parked KV is still found"
+    found = found_by_seeds(asynchronous, caching=caching)
+    assert found > (100 if caching else 20), "parked KV is still found"
+
+
+def test_what_is_kept_by_name_is_forgotten(monkeypatch: Patch) -> None:
+    """Negative control: a preempted request finds what the adapter before a reload computed."""
+    monkeypatch.setattr(Admission, "forget_kept", lambda *_: None)
+    with pytest.raises(AssertionError, match="foreign KV"):
+        found_by_seeds(caching=False)
 
 
 def test_rows_that_steps_in_flight_name_are_not_written_to_before() -> None:

@@ -22,6 +22,7 @@ from pie_vllm.vllm.worker_side.start_measurements import (
     with_attention,
     with_step_times,
 )
+from tests.helpers.kv_groups import one_group
 
 pytestmark = pytest.mark.vllm
 
@@ -80,6 +81,16 @@ def test_times_of_requests_and_prompt_tokens(monkeypatch: pytest.MonkeyPatch) ->
     assert prior.prompt_seconds == pytest.approx(1e-5)
 
 
+def test_a_step_with_drafts_is_timed_with_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen requests of four tokens each; the seconds of a request are those of a token."""
+    device = Device(6e-3, 1e-5)
+    monkeypatch.setattr(model_runner, "forward_pass", lambda _: device)
+    prior = with_step_times(Prior(), object(), 16, 512, 4)
+    assert prior.step_seconds == pytest.approx(device.seconds(64))
+    assert prior.request_seconds == pytest.approx(1e-5)
+    assert max(device.sizes) == 64 + PROMPT_TOKENS
+
+
 def test_attention_takes_as_long_as_memory_reads_its_kv(monkeypatch: pytest.MonkeyPatch) -> None:
     """An H200: 110 GB of KV at 4 TB/s are 27.5 ms beside a step of 6 ms."""
     monkeypatch.setattr(start_measurements, "memory_bandwidth", lambda *_: 4e12)
@@ -113,13 +124,16 @@ def window(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         monkeypatch.setattr(settings, "of", lambda _: SimpleNamespace(config=config))
         monkeypatch.setattr(worker, "whole_of", lambda _: None)
         spec = SimpleNamespace(block_size=16, page_size_bytes=row // 32)
-        monkeypatch.setattr(worker.refusals, "check_specs", lambda _: spec)
+        monkeypatch.setattr(worker.grouping, "groups_by_vllm", lambda *_: [])
+        monkeypatch.setattr(worker, "groups_of", lambda _, specs, *__: one_group(specs))
         made.get_kv_cache_spec = lambda: dict.fromkeys(range(32), spec)  # type: ignore[attr-defined]
         made.model_runner = SimpleNamespace(device=torch.device("cpu"))  # type: ignore[attr-defined]
         made.vllm_config = SimpleNamespace(  # type: ignore[attr-defined]
             parallel_config=SimpleNamespace(tensor_parallel_size=1),
             model_config=SimpleNamespace(max_model_len=longest * 16),
             scheduler_config=SimpleNamespace(max_num_seqs=64, max_num_batched_tokens=8192),
+            speculative_config=None,
+            num_speculative_tokens=0,
         )
         geometry: Any = made._pie_size(device_blocks * row)
         return int(geometry.pooled_blocks)

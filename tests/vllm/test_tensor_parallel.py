@@ -39,15 +39,21 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
 
 
 def test_tokens_are_stocks(two_ranks: Engines, setup: Setup) -> None:
-    """Tokens of pie on two ranks are stock's on two ranks; without loads they are not."""
-    (pie,) = two_ranks.run(setup, rounds())
-    (broken,) = two_ranks.run(replace(setup, debug=("skip_loads",)), rounds())
-    (stock,) = two_ranks.run(setup, rounds(), "stock")
-    assert pie["schedule"] == broken["schedule"] == stock["schedule"]
+    """Tokens of pie on two ranks are stock's on two ranks."""
+    (pie,), (stock,) = two_ranks.both(setup, rounds())
+    assert pie["schedule"] == stock["schedule"]
     check_diverse(stock)
     check_traffic(pie, setup.page * setup.layers)
     assert pie["counters"]["rows"] == setup.pooled, "each rank takes its share of --pie-pool-gib"
     assert tokens(pie) == tokens(stock)
+
+
+@pytest.mark.soak
+def test_without_loads_they_are_not(two_ranks: Engines, setup: Setup) -> None:
+    """Negative control."""
+    (broken,) = two_ranks.run(replace(setup, debug=("skip_loads",)), rounds())
+    (stock,) = two_ranks.run(setup, rounds(), "stock")
+    assert broken["schedule"] == stock["schedule"]
     assert tokens(broken) != tokens(stock)
 
 
@@ -72,7 +78,7 @@ def answers(folder: Path, setup: Setup, environment: dict[str, str]) -> dict[str
 
 
 def test_copies_that_fail_on_any_rank(two_ranks: Engines, setup: Setup, tmp_path: Path) -> None:
-    """The answers are stock's and the engine lives; where the first rank hears of none, not so.
+    """The answers are stock's and the engine lives.
 
     Copies fail on the second rank, whose outputs vLLM never sees, and in one step on both.
     """
@@ -83,6 +89,14 @@ def test_copies_that_fail_on_any_rank(two_ranks: Engines, setup: Setup, tmp_path
     assert heard["failed"] == len(FAILING)
     assert heard["metrics"]["vllm:pie_failed_copies"] == len(FAILING)
     assert heard["preempted"], "nobody was computed again"
+
+
+@pytest.mark.soak
+def test_failed_copies_that_are_not_heard_of_show(
+    two_ranks: Engines, setup: Setup, tmp_path: Path
+) -> None:
+    """Negative control: where the first rank hears of none, answers are wrong."""
+    (stock,) = two_ranks.run(setup, rounds(), "stock")
     unheard = failing_ranks.environment({1: FAILING}, heard=False)
     spoilt = answers(tmp_path / "unheard", setup, unheard)
     assert spoilt["failed"] == 0

@@ -106,10 +106,10 @@ def test_blocks_that_the_runner_does_not_know_are_an_error() -> None:
             num_blocks=SimpleNamespace(np=np.array([[0, 0, 0, 5]])),
         ),
     )
-    model_runner.relabel_rows(runner, [Relabel("a", 3, (9, 8))])
+    model_runner.relabel_rows(runner, [Relabel("a", 3, (9, 8))], 0)
     assert written == [(3, 3, (9, 8))]
     with pytest.raises(UnsupportedError, match="knows 5 blocks"):
-        model_runner.relabel_rows(runner, [Relabel("a", 3, (9, 8, 7))])
+        model_runner.relabel_rows(runner, [Relabel("a", 3, (9, 8, 7))], 0)
     with pytest.raises(UnsupportedError, match="request b is not known"):
-        model_runner.relabel_rows(runner, [Relabel("b", 0, (9,))])
+        model_runner.relabel_rows(runner, [Relabel("b", 0, (9,))], 0)
     assert len(written) == 1

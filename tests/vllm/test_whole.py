@@ -128,7 +128,12 @@ def config(**changes: Any) -> Any:
         "disable_chunked_mm_input": False,
         "max_num_batched_tokens": 2048,
     }
-    model = {"max_model_len": 1024, "supports_multimodal_inputs": True, "is_mm_prefix_lm": False}
+    model = {
+        "max_model_len": 1024,
+        "use_mla": False,
+        "supports_multimodal_inputs": True,
+        "is_mm_prefix_lm": False,
+    }
     for name, value in changes.items():
         (scheduler if name in scheduler else model)[name] = value
     return SimpleNamespace(
@@ -143,6 +148,11 @@ def config(**changes: Any) -> Any:
             {"enable_chunked_prefill": False},
             1024,
             ["--no-enable-chunked-prefill", "--max-model-len"],
+        ),
+        (
+            {"enable_chunked_prefill": False, "use_mla": True},
+            1024,
+            ["vLLM sets for MLA models on CPUs without AMX", "--max-model-len to 304"],
         ),
         ({"disable_chunked_mm_input": True}, 1024, ["--disable-chunked-mm-input"]),
         (

@@ -16,6 +16,8 @@ class Shape(NamedTuple):
 
     Attributes:
         hidden, inner, layers, heads, kv_heads, head, vocab: sizes of its configuration.
+        window: number of tokens of the sliding windows; 0 where no layer has one.
+        full_every: number of layers of which the last one has full attention.
     """
 
     hidden: int
@@ -25,6 +27,23 @@ class Shape(NamedTuple):
     kv_heads: int
     head: int
     vocab: int
+    window: int = 0
+    full_every: int = 1
+
+    @property
+    def full_layers(self) -> int:
+        """Number of layers with full attention; the others have windows."""
+        return self.layers // self.full_every
+
+    @property
+    def regions(self) -> int:
+        """Number of pages of a block: layers of the largest of vLLM's groups of layers."""
+        return min(self.full_layers, self.layers - self.full_layers) or self.layers
+
+    def window_blocks(self, block_size: int) -> int:
+        """Number of blocks that windows hold of a request, a chunk of its prompt included."""
+        groups = (self.layers - self.full_layers) // self.regions
+        return groups * (-(-self.window // block_size) + 1)
 
     def page_bytes(self, block_size: int, element: int) -> int:
         """One block in one layer."""
@@ -43,11 +62,21 @@ EIGHT_B = Shape(4096, 14336, 32, 32, 8, 128, 128256)
 TINY = Shape(256, 512, 4, 4, 2, 64, 4096)
 SMALL = Shape(576, 1536, 12, 9, 3, 64, 49152)
 """The shape of SmolLM2-135M, with fewer layers."""
+WINDOWS = SMALL._replace(window=64, full_every=3)
+"""The same with a sliding window in two of three layers."""
 
 
 def config_of(shape: Shape) -> dict[str, Any]:
     """config.json."""
+    attention = {}
+    if shape.window:
+        kinds = ("sliding_attention",) * (shape.full_every - 1) + ("full_attention",)
+        attention = {
+            "layer_types": [kinds[layer % shape.full_every] for layer in range(shape.layers)],
+            "sliding_window": shape.window,
+        }
     return {
+        **attention,
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",

@@ -78,6 +78,8 @@ STAGES = {
                     "full",
                     "sync",
                     "async",
+                    "plain",
+                    "windows",
                     "control",
                 ),
             ),

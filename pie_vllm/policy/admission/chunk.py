@@ -5,6 +5,10 @@ pages: free ones, or ones whose blocks can be demoted for them. Between steps a 
 holds one page that is not full, or asks for one at the end of a block, and no more: all other
 pages can be had. So ``n`` running requests and a prompt's chunk go together while ``n`` is below
 the residents, and nothing has to be kept for chunks to come but one block.
+
+Where a model has several groups of layers, a block of tokens takes a resident of each group that
+grows with tokens: ``cost`` of them. Blocks of groups without a pool cannot be demoted; they are
+given back when they leave their window.
 """
 
 from __future__ import annotations
@@ -24,26 +28,30 @@ class Runs(NamedTuple):
 
     Attributes:
         computed: tokens whose KV it has.
-        left: tokens that it has and whose KV is still to be computed, at least 1.
-        prompt: whether these are more than the one that it sampled last.
+        left: tokens that it has and whose KV is still to be computed, at least 1; of one that
+            decodes the draft tokens that the step would verify, too.
+        prompt: whether these are more than the one that it sampled last, and its drafts.
         out: whether it is left out of the step.
+        lacks: blocks that a step in which it decodes takes for it; None for one at the end of a
+            block, where it computes one token.
     """
 
     computed: int
     left: int
     prompt: bool
     out: bool
+    lacks: int | None = None
 
 
 class Asked(NamedTuple):
     """What running requests ask of a step.
 
     Attributes:
-        decodes: requests that compute one token.
+        decodes: tokens of requests that decode, draft tokens included.
         due: blocks that these need.
-        behind: decodes that come after the first prompt, which is served before them.
+        behind: of these tokens those that come after the first prompt, which is served before.
         prompts: tokens computed and tokens left of each request that works on its prompt.
-        tails: requests left out of the step at the end of a block; each needs one when it is back.
+        tails: blocks that requests which are left out of the step need when they are back.
     """
 
     decodes: int = 0
@@ -53,20 +61,22 @@ class Asked(NamedTuple):
     tails: int = 0
 
     @classmethod
-    def of(cls, running: Iterable[tuple[int, int, bool, bool]], block_size: int) -> Asked:
+    def of(
+        cls, running: Iterable[tuple[int, int, bool, bool, int | None]], block_size: int
+    ) -> Asked:
         """Count over the running requests, each as ``Runs``, in the order they are served in."""
         decodes = due = behind = tails = 0
         prompts: list[tuple[int, int]] = []
-        for computed, left, prompt, out in running:
-            at_end = computed % block_size == 0
+        for computed, left, prompt, out, lacks in running:
+            needs = computed % block_size == 0 if lacks is None else lacks
             if out:
-                tails += at_end
+                tails += needs
             elif prompt:
                 prompts.append((computed, left))
             else:
-                decodes += 1
-                due += at_end
-                behind += bool(prompts)
+                decodes += left
+                due += needs
+                behind += left if prompts else 0
         return cls(decodes, due, behind, tuple(prompts), tails)
 
 
@@ -82,9 +92,17 @@ class Chunk(NamedTuple):
     blocks: int
 
 
-def plenty(queue: TieredFreeBlockQueue, tokens_max: int, running: int, block_size: int) -> bool:
+def plenty(
+    queue: TieredFreeBlockQueue,
+    tokens_max: int,
+    running: int,
+    block_size: int,
+    cost: int = 1,
+    kept: int = 0,
+) -> bool:
     """Whether free residents hold whatever a step could ask for: there is nothing to decide."""
-    return queue.free_residents > cdiv(tokens_max, block_size) + running + PROMPT_RESERVE
+    blocks = cdiv(tokens_max, block_size) + running + PROMPT_RESERVE
+    return queue.free_residents - kept > cost * blocks
 
 
 def promised(queue: TieredFreeBlockQueue, tails: int, prompts: int) -> int:
@@ -96,7 +114,7 @@ def promised(queue: TieredFreeBlockQueue, tails: int, prompts: int) -> int:
 
     Args:
         queue: the free blocks; it knows of all complete blocks.
-        tails: requests left out of the step at the end of a block.
+        tails: blocks that requests which are left out of the step need when they are back.
         prompts: blocks that prompts under way must be able to have, its own among them.
     """
     kept = tails + prompts
@@ -110,6 +128,9 @@ def decide_chunk(
     stores: int | None,
     tokens_max: int,
     block_size: int,
+    cost: int = 1,
+    kept: int = 0,
+    lookahead: int = 0,
 ) -> Chunk:
     """The tokens of the coming step, so that all of its new blocks find resident pages.
 
@@ -123,6 +144,8 @@ def decide_chunk(
 
         tokens = decodes + sum(tokens of prompts) + block_size * (B left, if more than tails)
 
+    With several groups of layers ``due`` counts ``cost`` times, and ``B`` is divided by it.
+
     Args:
         queue: the free blocks; it knows of all complete blocks.
         asked: by running requests.
@@ -130,17 +153,20 @@ def decide_chunk(
         stores: blocks that the link can store behind the step's compute; None is without end.
         tokens_max: vLLM's own bound.
         block_size: tokens of a block.
+        cost: residents that a block of tokens takes in all groups of layers.
+        kept: residents that a waiting request takes for windows and states that it kept.
+        lookahead: tokens behind those of the step for which each request has slots.
     """
-    free = queue.free_residents
-    blocks = free + (0 if queue.frozen else queue.demotable) - asked.due
+    free, due = queue.free_residents, cost * asked.due
+    blocks = free + (0 if queue.frozen else queue.demotable) - due - kept
     if queue.withheld:
-        blocks = min(blocks, queue.num_free_blocks - asked.due)
+        blocks = min(blocks, queue.num_free_blocks - due)
     if stores is not None:
-        blocks = min(blocks, max(free - asked.due, 0) + stores)
-    left = blocks = max(blocks, 1)
+        blocks = min(blocks, max(free - due, 0) + stores)
+    left = blocks = max(blocks // cost, 1)
     tokens = 0
     for computed, most in asked.prompts:
-        begun = -computed % block_size
+        begun = -(computed + lookahead) % block_size
         taken = min(most, begun + left * block_size)
         tokens += taken
         left -= cdiv(max(taken - begun, 0), block_size)
@@ -150,5 +176,5 @@ def decide_chunk(
             break
     else:
         if waiting and left > asked.tails:
-            tokens += block_size * left
+            tokens += max(block_size * left - lookahead, 1)
     return Chunk(max(min(asked.decodes + tokens, tokens_max), 1), blocks)

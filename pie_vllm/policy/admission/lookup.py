@@ -1,13 +1,14 @@
-"""Prefix hits on parked KV: what of a waiting request's tokens need not be computed again."""
+"""Hits on parked KV: what of a waiting request's tokens need not be computed again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from pie_vllm.geometry import cdiv
 from pie_vllm.policy.admission.prefix_cursor import PrefixCursor
-from pie_vllm.policy.admission.restore import first_of
+from pie_vllm.policy.admission.restore import ParkedKey, first_of
+from pie_vllm.policy.placement.interfaces import Cached
 from pie_vllm.policy.placement.residency import Residency
 
 
@@ -22,6 +23,9 @@ class ParkedHits(NamedTuple):
         tokens: with those of the request's tail, if that is restored too.
         cut: whether more is parked than there is room for now, or than this step can copy back.
         more: whether not all keys were looked at: the next step looks on.
+        tail: whether the request's tail is restored, too.
+        incomplete: whether only part of what is of no use but as a whole can be restored now. Then
+            all tokens count as to be computed.
     """
 
     found: list[Any]
@@ -31,6 +35,8 @@ class ParkedHits(NamedTuple):
     tokens: int
     cut: bool
     more: bool = False
+    tail: bool = False
+    incomplete: bool = False
 
     @classmethod
     def none(cls, tokens: int) -> ParkedHits:
@@ -41,6 +47,39 @@ class ParkedHits(NamedTuple):
     def tail_tokens(self) -> int:
         """Tokens of the block after ``found`` that are restored too."""
         return self.tokens - self.full_tokens
+
+
+def without_last_block(
+    hits: Sequence[Any], parked: ParkedHits | None, block_size: int
+) -> tuple[Sequence[Any], ParkedHits | None]:
+    """Hits without their last block, which is computed again where heads draft (EAGLE, MTP).
+
+    What such a head keeps of a token depends on the next one, which the block does not have. A
+    request's own tail has it: nothing is dropped where that is restored.
+
+    Args:
+        hits: cached blocks that the request begins with.
+        parked: what follows on them; None if nothing does.
+        block_size: tokens of a block.
+
+    Returns:
+        Both, without that block.
+    """
+    if parked is None:
+        return hits[:-1], None
+    if parked.tail_tokens:
+        return hits, parked
+    if parked.found:
+        is_parked = isinstance(parked.found[-1], ParkedKey)
+        count = parked.parked - is_parked
+        parked = parked._replace(
+            found=parked.found[:-1], parked=count, residents=min(parked.residents, count)
+        )
+    elif hits:
+        hits = hits[:-1]
+    full = (len(hits) + len(parked.found)) * block_size
+    parked = parked._replace(full_tokens=full, tokens=full)
+    return hits, parked if parked.found or parked.cut or parked.more else None
 
 
 class Room(NamedTuple):
@@ -79,14 +118,21 @@ class ParkedLookup:
 
     It remembers what it found for the request that was refused last, which is the one that is asked
     for first in the next step (``PrefixCursor``).
+
+    Attributes:
+        looked: Number of keys that were found in the step; its admission sets it to 0.
     """
 
-    def __init__(self, residency: Residency, cached: Callable[[Any], Any], block_size: int) -> None:
-        """Over the manager's parts; ``cached`` gives the block of a key, or None."""
+    def __init__(
+        self, residency: Residency, cached: Cached, block_size: int, ahead: int = 0
+    ) -> None:
+        """Over the manager's parts; ``ahead`` as ``Admission``."""
         self._residency = residency
         self._cached = cached
         self._block_size = block_size
+        self._ahead = ahead
         self._cursor: PrefixCursor | None = None
+        self.looked = 0
 
     def recall(self, request_id: str, state: object) -> list[Any] | None:
         """The cached blocks that a waiting request begins with, as far as they were found before.
@@ -108,9 +154,13 @@ class ParkedLookup:
     def begin(
         self, request_id: str, state: object, keys: Iterable[Hashable], hits: Sequence[Any]
     ) -> PrefixCursor:
-        """The cursor of a request: that of ``hits`` which were recalled, else a new one."""
+        """The cursor of a request: that of ``hits`` which were recalled, else a new one.
+
+        One that is not kept hears of no change, and its hits may be another request's object, too:
+        vLLM has one for all that hit nothing.
+        """
         cursor = self._cursor
-        if cursor is None or cursor.hits is not hits:
+        if cursor is None or not cursor.kept or cursor.hits is not hits:
             self.forget()
             name = request_id, state
             cursor = PrefixCursor(self._residency, self._cached, name, keys, hits)
@@ -132,7 +182,7 @@ class ParkedLookup:
         """The parked blocks behind the ``hits`` that have blocks; None where there are none.
 
         Args:
-            request_id: of a waiting request, with prefix caching.
+            request_id: of a waiting request.
             num_tokens: that it has, the last of which is computed anyway.
             keys: of its blocks after ``hits`` that are full without that token.
             hits: blocks that were found cached, or recalled ones.
@@ -143,16 +193,24 @@ class ParkedLookup:
         """
         parking = self._residency.parking
         cursor = self.begin(request_id, state, keys, hits)
-        cursor.extend(limits.keys)
+        self.looked += cursor.extend(limits.keys)
         found, parked, size = cursor.behind, cursor.parked, self._block_size
         count, more, soon = len(cursor.hits), cursor.more, self._coming(cursor)
         tokens = full = (count + len(found)) * size
-        tail = parking.tails.find(request_id) if with_tail and not more else None
-        if tail is not None and tail.index * size == full:
+        tail = parking.tails.find(request_id) if with_tail else None
+        whole = tail is not None and tail.whole
+        fits = tail is not None and tail.index * size == full and not more
+        if tail is not None and fits:
             tokens = max(full, min(tail.tokens, num_tokens - 1))
-        if not (parked or tokens > full or soon or more):
+            fits = tokens == tail.tokens if whole else tokens > full
+        if not (parked or fits or soon or more):
             return None
-        blocks, idle, pooled = cdiv(num_tokens, size) - count, cursor.idle, cursor.idle_pooled
+        idle, pooled = cursor.idle, cursor.idle_pooled
+        blocks = cdiv(num_tokens + self._ahead, size) - count
+        if tail is not None and whole:
+            computed = min(blocks - len(found), room.chunk_blocks + 1)
+            beside = tail.beside + len(self._residency.beside) * computed
+            room = room._replace(residents=max(0, room.residents - beside))
         free = Room(room.residents - idle + pooled, max(0, room.pooled - pooled), room.chunk_blocks)
         residents = _residents_for(parked, blocks - len(found), free)
         cut = parked - residents > free.pooled
@@ -160,15 +218,20 @@ class ParkedLookup:
             # What is left out has to be computed, which takes residents.
             residents = _residents_for(parked, blocks, free)
             parked = min(parked, residents + free.pooled)
-        if limits.restores is not None and parked > limits.restores:
+        if limits.restores is not None and parked > limits.restores and not whole:
             parked, cut = limits.restores, True
             residents = min(residents, parked)
         if cut:
             found = found[:parked] if len(found) == cursor.parked else first_of(found, parked)
             tokens = full = (count + len(found)) * size
+            fits = False
         at_once = residents if limits.at_once is None else min(residents, limits.at_once)
         cursor.protect(at_once, room.chunk_blocks)
-        return ParkedHits(found, parked, residents, full, tokens, cut or soon, more)
+        if whole and not fits:
+            if not (cut or soon or more):
+                return None
+            return ParkedHits(found, parked, residents, 0, 0, cut or soon, more, incomplete=True)
+        return ParkedHits(found, parked, residents, full, tokens, cut or soon, more, fits)
 
     def _coming(self, cursor: PrefixCursor) -> bool:
         """Whether the block at the gap is only missing in this step.

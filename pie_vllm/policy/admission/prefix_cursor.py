@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import islice, takewhile
 from typing import Any
 
-from pie_vllm.policy.admission.restore import ParkedKey
+from pie_vllm.policy.admission.restore import ParkedKey, num_parked, parked_keys, stand_ins
+from pie_vllm.policy.placement.interfaces import Cached
 from pie_vllm.policy.placement.residency import Residency
+
+KEYS_AT_ONCE = 128
+"""Number of keys looked up together: one by one they cost several times as much. The first key of a
+look comes alone, because most requests have nothing parked."""
 
 FRESHEN_SHARE = 4
 """Divisor of the request's idle blocks: so many others must stand behind them in the order of reuse
@@ -35,7 +40,7 @@ class PrefixCursor:
     def __init__(
         self,
         residency: Residency,
-        cached: Callable[[Any], Any],
+        cached: Cached,
         name: tuple[str, object],
         keys: Iterable[Hashable],
         hits: Sequence[Any],
@@ -44,7 +49,7 @@ class PrefixCursor:
 
         Args:
             residency: Where blocks live.
-            cached: Gives the block of a key in the prefix cache, or None.
+            cached: Looks keys up in the prefix cache.
             name: Request and state of its tokens.
             keys: Keys of its full blocks after ``hits``.
             hits: Blocks found in the prefix cache.
@@ -65,52 +70,78 @@ class PrefixCursor:
 
     # Looking.
 
-    def extend(self, keys_max: int | None) -> None:
-        """Look on, at so many keys at most; None for no bound."""
-        parking, cached = self._parking, self._cached
-        row_of, stores = parking.evictable_row, parking.copies.stores
+    def extend(self, keys_max: int | None) -> int:
+        """Look on, at so many keys at most; None for no bound.
+
+        Returns:
+            How many blocks were found.
+        """
         if self.gap is not None:
-            if not parking.has(self.gap) and cached(self.gap) is None:
-                return
+            if not (self._parking.has(self.gap) or any(self._cached((self.gap,)))):
+                return 0
             self._again.appendleft(self.gap)
             self.gap = None
         found: list[Any] = []
-        keys: list[Hashable] = []
-        parked = 0
-        for key in islice(self._next_keys(), keys_max):
-            block = cached(key)
-            if block is None:
-                row = row_of(key)
-                if row is None or row in stores:
-                    self.gap = key
-                    break
-                block = ParkedKey(key)
-                parked += 1
-            found.append(block)
-            keys.append(key)
+        looked: list[Hashable] = []
+        count = 1
+        while self.gap is None:
+            count = count if keys_max is None else min(count, keys_max - len(found))
+            keys = self._next_keys(count)
+            if not keys:
+                break
+            blocks = self._look(keys)
+            found += blocks
+            looked += keys[: len(blocks)]
+            if len(blocks) < len(keys):
+                self.gap = keys[len(blocks)]
+                self._again.extendleft(reversed(keys[len(blocks) + 1 :]))
+            elif len(keys) < count:
+                break
+            count = KEYS_AT_ONCE
         self.more = keys_max is not None and len(found) >= keys_max
         if found:
-            self._put(found, keys, parked)
+            self._put(found, looked)
+        return len(found)
 
-    def _next_keys(self) -> Iterator[Hashable]:
-        while self._again:
-            yield self._again.popleft()
-        for key in self._keys:  # noqa: UP028  # ``yield from`` would close it.
-            yield key
+    def _next_keys(self, count: int) -> list[Hashable]:
+        """So many of the keys to look up, or all that are left."""
+        again = self._again
+        keys = [again.popleft() for _ in range(min(count, len(again)))]
+        keys += islice(self._keys, count - len(keys))
+        return keys
 
-    def _put(self, found: list[Any], keys: list[Hashable], parked: int) -> None:
+    def _look(self, keys: Sequence[Hashable]) -> list[Any]:
+        """What stands for these keys, up to one that is neither cached nor to be restored now."""
+        blocks = self._cached(keys)
+        if all(blocks):
+            return blocks
+        parking = self._parking
+        rows: list[Any] = [*map(parking.row_of, keys)]
+        if None not in rows and not any(blocks) and parking.can_restore(rows):
+            return stand_ins(keys)
+        found: list[Any] = []
+        for key, block, row in zip(keys, blocks, rows, strict=True):
+            if block is None and (row is None or not parking.can_restore((row,))):
+                break
+            found.append(ParkedKey(key) if block is None else block)
+        return found
+
+    def _put(self, found: list[Any], keys: list[Hashable]) -> None:
+        parked = num_parked(found)
         self.parked += parked
         if parked < len(found):
             self._counted, self._safe = None, self._queue.taken
         if self.kept:
             self._parking.watched.add(keys)
-            self._parking.touch(reversed(keys))
+            self._parking.touch(keys[::-1])
         self.behind += found
         if self.kept:
             self._join()
 
     def _join(self) -> None:
         """Cached blocks at the front of ``behind`` are hits."""
+        if isinstance(self.behind[0], ParkedKey):
+            return
         front = [*takewhile(lambda block: not isinstance(block, ParkedKey), self.behind)]
         if front:
             self.hits += front
@@ -124,14 +155,14 @@ class PrefixCursor:
             return
         self.kept = True
         self.hits = list(self.hits)
-        watched, keys = (
-            self._parking.watched,
-            [b.key for b in self.behind if isinstance(b, ParkedKey)],
-        )
+        watched, keys = self._parking.watched, parked_keys(self.behind)
         watched.clear()
         watched.add(block.block_hash for block in self.hits)
-        watched.add(b.key if isinstance(b, ParkedKey) else b.block_hash for b in self.behind)
-        self._parking.touch(reversed(keys))
+        if len(keys) == len(self.behind):
+            watched.add(keys)
+        else:
+            watched.add(b.key if isinstance(b, ParkedKey) else b.block_hash for b in self.behind)
+        self._parking.touch(keys[::-1])
 
     def drop(self) -> None:
         """The cursor is of no use any more."""
@@ -151,7 +182,7 @@ class PrefixCursor:
         del self.hits[place:]
         gone = self.behind[max(place - hits, 0) :]
         del self.behind[max(place - hits, 0) :]
-        self.parked -= sum(isinstance(block, ParkedKey) for block in gone)
+        self.parked -= num_parked(gone)
         self._counted, self.more = None, True
 
     def still_parked(self, blocks: int) -> bool:
@@ -159,22 +190,24 @@ class PrefixCursor:
 
         Where one was, what was found from it on is given up.
         """
-        watched = self._parking.watched
-        for block in islice(self.behind, blocks):
-            if isinstance(block, ParkedKey) and self._cached(block.key) is not None:
-                watched.changed(block.key)
-                return False
-        return True
+        keys = parked_keys(self.behind[:blocks])
+        cached = self._cached(keys)
+        if not any(cached):
+            return True
+        self._parking.watched.changed(next(k for k, b in zip(keys, cached, strict=True) if b))
+        return False
 
     def restored(self, blocks: Sequence[Any]) -> None:
         """The first entries of ``behind`` are these blocks now, which nobody uses."""
-        others = [b for b in self.behind[: len(blocks)] if not isinstance(b, ParkedKey)]
-        back = len(blocks) - len(others)
+        gone, others = self.behind[: len(blocks)], 0
+        back = num_parked(gone)
+        if back < len(gone):
+            others = sum(not isinstance(b, ParkedKey) and not b.ref_cnt for b in gone)
         del self.behind[: len(blocks)]
         self.hits += blocks
         self.parked -= back
         self._idle += back
-        self._idle_hits += back + sum(not block.ref_cnt for block in others)
+        self._idle_hits += back + others
         self._counted = self._queue.turnover
 
     # What nobody uses.
@@ -202,7 +235,10 @@ class PrefixCursor:
             return
         self._counted = self._queue.turnover
         hits = [block.block_id for block in self.hits if not block.ref_cnt]
-        behind = [b.block_id for b in self.behind if not isinstance(b, ParkedKey) and not b.ref_cnt]
+        behind = []
+        if self.parked < len(self.behind):
+            others = (b for b in self.behind if not isinstance(b, ParkedKey))
+            behind = [b.block_id for b in others if not b.ref_cnt]
         boundary = self._boundary
         self._idle_hits, self._idle = len(hits), len(hits) + len(behind)
         self._idle_pooled = sum(i >= boundary for i in hits) + sum(i >= boundary for i in behind)

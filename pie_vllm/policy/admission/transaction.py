@@ -8,78 +8,39 @@ as the simulator does, and says whether that succeeded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
+from pie_vllm.errors import IntegrityError
 from pie_vllm.geometry import cdiv
+from pie_vllm.policy.admission.candidate import Candidate, Claims
 from pie_vllm.policy.admission.chunk import PROMPT_RESERVE, promised
 from pie_vllm.policy.admission.lookup import NO_LIMITS, Limits, ParkedHits, ParkedLookup, Room
+from pie_vllm.policy.admission.request_keys import RequestKey, RequestKeys
 from pie_vllm.policy.admission.restore import (
     ParkedKey,
     cancel,
     forget_unfilled,
     keep_tail,
+    keep_whole,
+    push_out,
     restore,
     restore_part,
     restored_at_once,
 )
 from pie_vllm.policy.admission.waits import Patience, short_at_once, short_of
 from pie_vllm.policy.control.decider import Decision
+from pie_vllm.policy.placement.interfaces import Cached
 from pie_vllm.policy.placement.residency import Residency
+from pie_vllm.policy.pool.tails import Tail
+
+_USERS = attrgetter("ref_cnt")
 
 LOOK_KEYS_MAX = 256
-"""Maximum number of keys looked up in a step for a waiting request while others run, if the step
+"""Maximum number of keys looked up in a step for waiting requests while others run, if the step
 may not handle more blocks. A look at one that is not in the processor's cache takes about 2 us."""
-
-
-class Claims(NamedTuple):
-    """Residents that running requests still need in a step, beyond the blocks they have.
-
-    Attributes:
-        prompts: Whether one of them has prompt chunks left.
-        tails: Number of requests left out of the step at the end of a block, each of which asks
-            for a block later.
-    """
-
-    prompts: bool = False
-    tails: int = 0
-
-
-class Candidate(NamedTuple):
-    """A waiting request that asks to be admitted.
-
-    Attributes:
-        request_id: Its name.
-        num_tokens: Number of tokens that it has.
-        computed: Number of tokens whose KV its own blocks hold; 0 unless it goes on with them.
-        hits: Blocks found in the prefix cache, in the order of its table.
-        parked: Parked KV that follows on these.
-        new_tokens: Number of tokens that it would compute in the step.
-        span: Number of its tokens for which both tiers together must have room.
-        whole: Whether these are all its tokens, rather than those up to the step's end.
-        beside: Whether other requests run. If not, it is admitted wherever it fits.
-    """
-
-    request_id: str
-    num_tokens: int
-    computed: int
-    hits: Sequence[Any]
-    parked: ParkedHits
-    new_tokens: int
-    span: int
-    whole: bool
-    beside: bool
-
-    @property
-    def reached(self) -> int:
-        """Number of its tokens whose KV it has after the step."""
-        return self.computed + self.parked.tokens + self.new_tokens
-
-    @property
-    def partial(self) -> bool:
-        """Whether it has tokens left to compute after the step."""
-        return self.reached < self.num_tokens
 
 
 class Admission:
@@ -101,24 +62,32 @@ class Admission:
     def __init__(
         self,
         residency: Residency,
-        cached: Callable[[Any], Any],
+        cached: Cached,
         block_size: int,
         watermark: float = 0.0,
+        *,
+        by_request: bool = False,
+        ahead: int = 0,
     ) -> None:
         """Start before the first step; everything may be pooled.
 
         Args:
             residency: Where blocks live.
-            cached: Gives the block of a key in the prefix cache, or None.
+            cached: Looks keys up in the prefix cache.
             block_size: Tokens of a block.
             watermark: Share of the blocks in both tiers that an admission leaves free.
+            by_request: Whether blocks have no keys of their contents, so that a preempted request
+                finds its own by its name.
+            ahead: Maximum number of slots that a step gives a request behind all of its tokens:
+                for drafts to verify, and for those that a drafter writes.
         """
         self._residency = residency
         self._block_size = block_size
-        self._lookup = ParkedLookup(residency, cached, block_size)
+        self._lookup = ParkedLookup(residency, cached, block_size, ahead)
+        self._request_keys = RequestKeys(residency, cached) if by_request else None
         self._patience = Patience()
         self._claims: Claims | None = None
-        self._kept_back = 0
+        self._kept_back = self._restored = 0
         self._others_run = False
         self.decision = Decision(
             load_blocks_max=0, pooled_admission_max=residency.window, spare_load_blocks_max=0
@@ -143,6 +112,7 @@ class Admission:
         """
         self._claims = self.refused = None
         self._others_run = running_blocks > 0
+        self._restored = self._lookup.looked = 0
         self.decision = decision
         self._kept_back = self._residency.window - decision.pooled_admission_max
         if self._residency.queue.num_free_blocks < running_blocks:
@@ -161,6 +131,16 @@ class Admission:
         """
         return self._lookup.recall(request_id, state)
 
+    def request_keys(self, request_id: str, first: int, end: int) -> Iterator[RequestKey]:
+        """Keys of a request's blocks from ``first`` up to ``end`` that outlived a preemption.
+
+        Raises:
+            IntegrityError: Blocks have keys of their contents.
+        """
+        if self._request_keys is None:
+            raise IntegrityError(f"the blocks of {request_id} are not kept by its name")
+        return self._request_keys.of(request_id, first, end)
+
     def find_parked(
         self,
         request_id: str,
@@ -176,7 +156,7 @@ class Admission:
         Changes nothing but the order in which blocks are reused or given up.
 
         Args:
-            request_id: Of a request that may use the prefix cache.
+            request_id: Of a request that may find KV that was computed before.
             num_tokens: Number of tokens that it has, the last of which is computed anyway.
             keys: Keys of its full blocks after ``hits``, read on demand.
             hits: Blocks found in the prefix cache, or what ``recall`` gave.
@@ -190,8 +170,11 @@ class Admission:
         if self._others_run:
             at_once, handled = self._restored_at_once(), self.decision.handled_blocks_max
             waits = self._patience.waits(request_id, cdiv(num_tokens, self._block_size))
-            looked_at = max(LOOK_KEYS_MAX, handled or 0)
-            limits = Limits(looked_at, *((at_once, None) if waits else (None, handled)))
+            left = max(LOOK_KEYS_MAX, handled or 0) - self._lookup.looked
+            bounds = (at_once, None) if waits or self._restored else (None, handled)
+            limits = Limits(max(left, 1), *bounds)
+            if not (waits or self._restored) and self._residency.beside:
+                limits = NO_LIMITS  # A part would be of no use.
         return self._lookup.find(
             request_id, num_tokens, keys, hits, self._room(), with_tail, state=state, limits=limits
         )
@@ -214,8 +197,12 @@ class Admission:
 
     def _prepare(self, request: Candidate) -> Transaction | None:
         residency, parked = self._residency, request.parked
-        if parked.cut and request.beside and self._may_wait(request):
-            return None  # There will be room once others are done.
+        if parked.cut and request.beside:
+            if parked.incomplete:
+                self.refused = "restore"
+                return None
+            if self._may_wait(request):
+                return None  # There will be room once others are done.
         bounded = request.whole or self._kept_back or self.watermark
         if bounded and not self._fits(request):
             return None
@@ -225,6 +212,9 @@ class Admission:
         if in_parts and self._may_wait(request):
             self._restore_part(request, min(most, parked.residents))
             return None
+        if parked.incomplete:
+            request = request.from_start()
+            parked = request.parked
         if parked.parked and not self._lookup.still_parked(len(parked.found)):
             self.refused = "restore"
             return None
@@ -235,21 +225,38 @@ class Admission:
             self._lookup.protect_pooled()
         found = request.hits or parked.parked
         if found and not self._there_at_once(request, reserve):
+            if parked.tail and residency.beside and not request.beside:
+                self._make_room(request)
             return None
         return Transaction(self, residency, request, reserve)
 
+    def _make_room(self, request: Candidate) -> None:
+        """Have a request that comes back alone fit with its windows and its state, a step later.
+
+        Its chunk gets smaller while it is refused; if that is no help, it is computed anew.
+        """
+        if push_out(self._residency, request.hits):
+            self.refused = "restore"
+        elif request.new_tokens <= self._block_size:
+            self.forget_kept(request.request_id)
+
     def _restored_at_once(self) -> int:
-        """Parked blocks that are copied back in a step for a request that waits meanwhile."""
+        """Parked blocks that may still come back in the step while others run, for all requests."""
         decision = self.decision
         most = restored_at_once(self._residency, decision.restore_blocks_max)
         handled = decision.handled_blocks_max
-        return most if handled is None else min(most, handled)
+        if handled is not None:
+            most = min(most, handled)
+        elif decision.restore_blocks_max is None:
+            return most
+        return max(most - self._restored, 0)
 
     def _restore_part(self, request: Candidate, most: int) -> None:
         """Copy the next parked blocks of a request back while it waits."""
         lookup, parked = self._lookup, request.parked
         lookup.keep(request.request_id)
         if most and lookup.still_parked(most):
+            self._restored += most
             blocks = restore_part(self._residency, parked.found, len(request.hits), most)
             lookup.restored(blocks)
             self.on_restored_ahead(request.request_id, most)
@@ -269,7 +276,7 @@ class Admission:
         within = queue.on_terms(idle - parked.residents, reserve, attached)
         held = len(self._residency.tables.get(request.request_id, ()))
         used = held + len(hits) + len(parked.found) - idle
-        wanted = cdiv(request.reached, self._block_size) - used
+        wanted = cdiv(request.slots, self._block_size) - used + request.others_now
         if wanted <= within:
             return True
         self.refused = short_at_once(queue, wanted)
@@ -290,13 +297,32 @@ class Admission:
         table = residency.tables.get(request_id, ())
         if residency.parking.enabled:
             forget_unfilled(residency, table, computed // self._block_size)
+        if finished or not reusable:
+            self.forget_kept(request_id)
+        elif table:
+            if self._request_keys is not None:
+                self._request_keys.keep(request_id, table[: computed // self._block_size])
+            if not residency.beside:
+                keep_tail(residency, request_id, table, computed, self._block_size)
+            elif not (
+                self.decision.restore_enabled
+                and residency.parking.enabled
+                and keep_whole(residency, request_id, table, computed, self._block_size)
+            ):
+                self.forget_kept(request_id)
         if finished:
             self._patience.forget(request_id)
             self._lookup.forget(request_id)
-            residency.parking.tails.drop(request_id)
-        elif table and reusable:
-            keep_tail(residency, request_id, table, computed, self._block_size)
         residency.forget(request_id)
+
+    def forget_kept(self, request_id: str) -> None:
+        """A request has no use for KV that was kept of it by its name: other tokens, other weights.
+
+        Its full blocks stay where they have keys of their contents, which change with these.
+        """
+        self._residency.parking.tails.drop(request_id)
+        if self._request_keys is not None:
+            self._request_keys.forget(request_id)
 
     def headroom(self) -> int:
         """Blocks of both tiers that the watermark has an admission leave free.
@@ -309,7 +335,7 @@ class Admission:
             return 0
         geometry, missing = self._residency.geometry, self._residency.queue.missing
         usable = geometry.num_blocks - min(geometry.pooled_blocks, max(missing, self._kept_back))
-        device = geometry.device_bytes // geometry.row_bytes
+        device = geometry.device_bytes // geometry.block_bytes
         device_used = device - int(self.watermark * device)
         return max(0, min(int(self.watermark * usable), usable - device_used))
 
@@ -326,9 +352,12 @@ class Admission:
         return self._claims
 
     def _may_wait(self, request: Candidate) -> bool:
-        """Whether a request waits for its parked KV in this step."""
+        """Whether a request waits for its parked KV in this step.
+
+        It always does behind one whose KV came back in the step: the next step begins with it.
+        """
         blocks = cdiv(request.num_tokens, self._block_size)
-        if not self._patience.wait(request.request_id, blocks):
+        if not (self._restored or self._patience.wait(request.request_id, blocks)):
             return False
         self.refused = "restore"
         return True
@@ -338,7 +367,10 @@ class Admission:
         queue, hits = self._residency.queue, request.hits
         held = len(self._residency.tables.get(request.request_id, ())) + len(hits)
         needed = max(0, cdiv(request.span, self._block_size) - held)
-        needed += self._lookup.idle_of(hits)
+        needed += self._lookup.idle_of(hits) + request.others
+        if request.others > queue.num_free_blocks:
+            self.refused = "residents"
+            return False
         within, headroom = queue.available_in_all, 0
         if request.beside:
             # Rows that are on their way count: the schedule waits for them.
@@ -355,7 +387,7 @@ class Admission:
         residency = self._residency
         used = sum(block.ref_cnt > 0 for block in hits)
         used += len(residency.tables.get(request.request_id, ()))
-        wanted = cdiv(request.reached, self._block_size) - used
+        wanted = cdiv(request.slots, self._block_size) - used + request.others_now
         self.refused = short_at_once(residency.queue, wanted)
 
     def _admitted(self, request: Candidate) -> None:
@@ -363,6 +395,7 @@ class Admission:
         self._patience.forget(request.request_id)
         self._lookup.forget(request.request_id)
         self._others_run = True
+        self._restored += request.parked.parked
         if request.partial:
             self._claims = self._claimed()._replace(prompts=True)
 
@@ -397,7 +430,7 @@ class Transaction:
         if parked.parked:
             self.hits += restore(residency, parked.found, len(self.hits), parked.residents)
         self._tail = None
-        if parked.tail_tokens:
+        if parked.tail:
             self._tail = residency.parking.tails.take(name)
             residency.withhold()
         residency.admit(name, len(self.hits))
@@ -410,7 +443,7 @@ class Transaction:
     def __enter__(self) -> Transaction:
         """Have the queue count on the request's terms."""
         # Restored residents are free blocks that the request takes: they are counted rightly.
-        idle = sum(block.ref_cnt == 0 for block in self.hits) - self._request.parked.residents
+        idle = [*map(_USERS, self.hits)].count(0) - self._request.parked.residents
         self._residency.queue.admission(idle, self._reserve)
         return self
 
@@ -429,11 +462,20 @@ class Transaction:
         if not self.goes_on:
             residency.admitted(name)
         if self._tail is not None:
-            block = residency.tables[name][len(self.hits)]
-            residency.parking.tails.restore(self._tail, block.block_id)
+            self._restore_tail(self._tail)
         elif residency.parking.tails:
             residency.parking.tails.drop(name)
         self._admission._admitted(self._request)
+
+    def _restore_tail(self, tail: Tail) -> None:
+        residency, name = self._residency, self._request.request_id
+        tables = {group.number: group.tables[name] for group in residency.beside}
+        for one in tail.blocks:
+            table = residency.tables[name] if one.group is None else tables[one.group]
+            block = table[one.index]
+            if block.is_null:
+                raise IntegrityError(f"{name} has no block {one.index} in group {one.group}")
+            residency.parking.tails.restore(one, block.block_id)
 
     def roll_back(self) -> None:
         """The request got no blocks: leave everything as it was before ``prepare``."""

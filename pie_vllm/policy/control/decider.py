@@ -40,16 +40,19 @@ longer for their turn are better preempted."""
 
 HANDLED_SECONDS = 1e-3
 HANDLED_SHARE = 0.05
+HANDLED_SECONDS_MAX = 2e-3
 HANDLED_BLOCK_SECONDS = 5e-6
 """Bound on what parking and restoring may take of the scheduler in a step: ``HANDLED_SECONDS``, or
-``HANDLED_SHARE`` of the step's predicted time if that is more. A block that is looked up, restored
+``HANDLED_SHARE`` of the step's predicted time if that is more, but no more than
+``HANDLED_SECONDS_MAX``. A block that is looked up, restored
 and whose page evicts another takes it up to ``HANDLED_BLOCK_SECONDS``, measured with blocks of 16
 tokens, 8,192 of them parked among 200,000 rows, at 60 M turns of an empty Python loop a second."""
 
 
 def handled_blocks(step_seconds: float) -> int:
     """Maximum number of blocks that the scheduler handles in a step of a predicted time."""
-    return int(max(HANDLED_SECONDS, HANDLED_SHARE * step_seconds) / HANDLED_BLOCK_SECONDS)
+    seconds = max(HANDLED_SECONDS, HANDLED_SHARE * step_seconds)
+    return int(min(seconds, HANDLED_SECONDS_MAX) / HANDLED_BLOCK_SECONDS)
 
 
 FIRST_BLOCKS = 4
@@ -94,8 +97,10 @@ class Decision(NamedTuple):
     @property
     def parked_at_once(self) -> int | None:
         """Maximum number of blocks that the step stores for parking, for link and scheduler."""
-        bounds = [b for b in (self.park_blocks_max, self.handled_blocks_max) if b is not None]
-        return min(bounds, default=None)
+        parks, handled = self.park_blocks_max, self.handled_blocks_max
+        if parks is None or handled is None:
+            return handled if parks is None else parks
+        return parks if parks < handled else handled
 
 
 class Decides(Protocol):
@@ -287,12 +292,14 @@ class Decider:
         step = self.detector.step_seconds or 0.0
         seconds = step + slope * prompt_tokens
         taken = rate * seconds
-        bounds = bounds._replace(handled_blocks_max=handled_blocks(seconds))
+        handled = handled_blocks(seconds)
         # Of a block, the part whose copy the compute of its own tokens hides.
         hidden = rate * slope * self._block_tokens
         restores = not slope or hidden >= 1.0
         if not isfinite(taken):
-            return bounds._replace(restore_enabled=restores, store_ahead_max=self._window)
+            return bounds._replace(
+                restore_enabled=restores, store_ahead_max=self._window, handled_blocks_max=handled
+            )
         stores = None
         if self._target is not None and hidden < 1.0:
             stores = max(1, int(MARGIN * rate * step / (1.0 - hidden)))
@@ -302,6 +309,7 @@ class Decider:
                 restore_enabled=False,
                 restore_blocks_max=0,
                 prompt_demotion_max=stores,
+                handled_blocks_max=handled,
             )
         ahead = 0 if self._cool else int(AHEAD_SHARE * taken)
         at_once = None if self._target is None else max(1, int(self._gain * taken))
@@ -310,6 +318,7 @@ class Decider:
             store_ahead_max=ahead,
             restore_blocks_max=at_once,
             prompt_demotion_max=stores,
+            handled_blocks_max=handled,
         )
 
     def _in_bursts(self, hidden: float, spare: float, prompt_tokens: int) -> Decision:

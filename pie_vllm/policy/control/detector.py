@@ -16,7 +16,8 @@ class Observation(NamedTuple):
 
     Attributes:
         tokens: scheduled in the step.
-        requests: that ran in it.
+        requests: that ran in it, and draft tokens that it verified for them: a step's time goes by
+            the tokens that it computes, whoever they are of.
         seconds: the model's forward pass took, stall included.
         stall_seconds: that it waited for KV.
         bytes_loaded: that the link brought to the device since the last observation.

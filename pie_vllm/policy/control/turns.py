@@ -26,11 +26,15 @@ class Turns:
     Attributes:
         left_out: Number of times so far that a running request was left out of a step.
         taken: Whether requests take turns in this step, because the link cannot feed all of them.
-        exceeds: Whether a request of this step alone exceeds the load budget.
+        exceeds: Whether a request of this step alone exceeds the load budget, or all of them
+            together where nobody may be left out.
+        allowed: Whether requests may be left out. If not, nothing is demoted beyond what is
+            loaded in each step, and vLLM preempts instead.
     """
 
-    def __init__(self) -> None:
-        """Nobody has run."""
+    def __init__(self, *, allowed: bool = True) -> None:
+        """Nobody has run; ``allowed`` as the class says."""
+        self.allowed = allowed
         self._clock = 0
         self._last: dict[str, int] = {}
         self.taken = False
@@ -54,7 +58,10 @@ class Turns:
         """
         self.exceeds = False
         budget = decision.load_blocks_max
-        self.taken = budget < residency.window and residency.pooled_in_use > budget
+        short = budget < residency.window and residency.pooled_in_use > budget
+        if not self.allowed:
+            return self._all_run(short, running, residency, decision)
+        self.taken = short
         if not self.taken and not residency.queue.frozen:
             return []
         out: list[str] = []
@@ -68,6 +75,16 @@ class Turns:
             self.left_out += len(out)
         residency.begin_step(out, decision.pooled_demotion_max if len(running) > 1 else None)
         return out
+
+    def _all_run(
+        self, short: bool, running: Sequence[Any], residency: Residency, decision: Decision
+    ) -> list[str]:
+        """``begin_step`` where nobody may be left out; ``short`` is whether the link is."""
+        self.exceeds = short
+        bound = decision.pooled_admission_max
+        if short or residency.queue.frozen or residency.pooled_in_use >= bound:
+            residency.begin_step((), bound if len(running) > 1 else None)
+        return []
 
     def end_step(self, scheduled: Iterable[str], residency: Residency) -> None:
         """These requests run in the step."""

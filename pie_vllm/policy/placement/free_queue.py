@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import islice, takewhile
+from operator import attrgetter
 from typing import Protocol
 
 from pie_vllm.errors import IntegrityError
@@ -75,6 +77,7 @@ class TieredFreeBlockQueue:
         resident_blocks: int,
         make_list: Callable[[list[Block]], FreeList],
         observer: FreeObserver,
+        key_of: Callable[[Block], Hashable | None] = attrgetter("block_hash"),
     ) -> None:
         """Start with all ``blocks`` free.
 
@@ -83,10 +86,12 @@ class TieredFreeBlockQueue:
             resident_blocks: Number of resident blocks; ids below it are resident.
             make_list: Makes the list of one tier; vLLM's own queue class.
             observer: Told of what happens to blocks, and asked for residents.
+            key_of: The key of a block in the prefix cache, or None.
         """
         self._blocks = blocks
         self._boundary = resident_blocks
         self._observer = observer
+        self._key_of = key_of
         self._resident = make_list(list(blocks[:resident_blocks]))
         self._cached = make_list([])
         self._hit: set[int] = set()  # Pooled ids that a waiting request has found.
@@ -169,8 +174,15 @@ class TieredFreeBlockQueue:
         self.num_free_blocks -= n
         self.taken += n
         blocks = resident.popleft_n(n)
-        cached = [block for block in blocks if block.block_hash is not None]
-        if cached:
+        key_of = self._key_of
+        if n == 1:  # As for each running request at the end of a block.
+            if key_of(blocks[0]) is not None:
+                self._observer.on_evicted(blocks)
+            return blocks
+        keys = [*map(key_of, blocks)]
+        if None not in keys:
+            self._observer.on_evicted(blocks)
+        elif cached := [b for b, key in zip(blocks, keys, strict=True) if key is not None]:
             self._observer.on_evicted(cached)
         return blocks
 
@@ -250,9 +262,10 @@ class TieredFreeBlockQueue:
                 tier.remove(block)
             tier.append_n(moved)
 
-    def give_blank(self, block: Block) -> None:
-        """Give back a pooled block that holds no KV."""
-        self._blank.give(block.block_id - self._boundary)
+    def give_blank(self, blocks: Sequence[Block]) -> None:
+        """Give back pooled blocks that hold no KV."""
+        for block in blocks:
+            self._blank.give(block.block_id - self._boundary)
         self.refresh()
 
     def remove(self, block: Block) -> None:
@@ -261,10 +274,12 @@ class TieredFreeBlockQueue:
 
     def remove_n(self, blocks: Sequence[Block]) -> None:
         """Take given free blocks out: prefix hits on idle cached KV."""
-        boundary, resident, cached = self._boundary, self._resident.remove, self._cached.remove
-        for block in blocks:
-            (resident if block.block_id < boundary else cached)(block)
-        residents = [block for block in blocks if block.block_id < boundary]
+        residents = [block for block in blocks if block.block_id < self._boundary]
+        deque(map(self._resident.remove, residents), maxlen=0)
+        if len(residents) < len(blocks):
+            for block in blocks:
+                if block.block_id >= self._boundary:
+                    self._cached.remove(block)
         self._observer.on_reused(residents)
         self.taken += len(residents)
         self.turnover += 1
@@ -277,8 +292,10 @@ class TieredFreeBlockQueue:
     def append_n(self, blocks: list[Block]) -> None:
         """Put back blocks that are to be reused last: their KV is cached."""
         self.turnover += bool(blocks)
-        self._resident.append_n(self._freed_residents(blocks))
-        self._cached.append_n([b for b in blocks if b.block_id >= self._boundary])
+        residents = self._freed_residents(blocks)
+        self._resident.append_n(residents)
+        if len(residents) < len(blocks):
+            self._cached.append_n([b for b in blocks if b.block_id >= self._boundary])
         self.refresh()
 
     def prepend_n(self, blocks: list[Block]) -> None:

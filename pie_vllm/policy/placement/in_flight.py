@@ -162,7 +162,12 @@ class Flight:
         for block, cell in zip(residency.blocks, cells, strict=True):
             if spoilt.has(cell):
                 residency.discard(block)
-        residency.parking.forget(spoilt.keys, spoilt.rows, spoilt.good)
+        for group in residency.beside:  # What they found upon wrong KV has keys of its own.
+            for name in spoilt.good:
+                for block in group.tables.get(name, ()):
+                    if block.block_hash is not None:
+                        residency.discard(block)
+        residency.parking.forget_spoilt(spoilt.keys, spoilt.rows, spoilt.good)
         residency.withhold()
 
 
@@ -177,6 +182,9 @@ class _Spoilt:
         first, *others = steps
         self._block_size = block_size
         self._readers = first.readers
+        if first.plan is not None and first.plan.promotions_first:
+            # Windows and states were filled, of requests that no table here tells.
+            self._readers |= first.starts().keys()
         self._since: dict[RequestId, int] = {}
         for step in reversed(steps):
             self._since.update(step.starts())

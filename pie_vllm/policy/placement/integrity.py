@@ -27,6 +27,10 @@ class Books(Protocol):
         """Number of resident blocks."""
 
     @property
+    def shared(self) -> bool:
+        """Whether groups of layers without a pool use residents, too."""
+
+    @property
     def tables(self) -> Mapping[RequestId, Table]:
         """Block table of each request."""
 
@@ -68,8 +72,10 @@ def check_books(books: Books) -> None:
     books.victims.check_integrity()
     users, pooled = _check_tables(books)
     for block in blocks:
-        if not block.is_null:
-            _require(block.ref_cnt == users[block.block_id], f"ref_cnt of {block.block_id}")
+        block_id = block.block_id
+        others = books.shared and block_id < boundary and not users[block_id]
+        if not (block.is_null or others):
+            _require(block.ref_cnt == users[block_id], f"ref_cnt of {block_id}")
     for block in blocks[boundary:]:
         block_id = block.block_id
         blank = queue.is_blank(block_id)

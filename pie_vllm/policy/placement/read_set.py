@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,9 @@ from pie_vllm.plan import NO_RUNS, Runs
 from pie_vllm.policy.block import BlockId, RequestId
 from pie_vllm.policy.placement.run_set import RunSet
 from pie_vllm.policy.pool.rows import RowLedger
+
+FEW_CHANGED = 8
+"""Number of blocks below which adding or removing them one by one is faster than by arrays."""
 
 _NOTHING = np.empty(0, np.int64)
 
@@ -77,6 +80,23 @@ class ReadSet:
             if request_id in self._running:
                 self._read(block_id)
 
+    def add_all(self, request_id: RequestId, block_ids: Sequence[BlockId]) -> None:
+        """``add`` for each of these blocks, which differ."""
+        if len(block_ids) < FEW_CHANGED:
+            for block_id in block_ids:
+                self.add(request_id, block_id)
+            return
+        blocks = self.by_request.setdefault(request_id, set())
+        new = [block_id for block_id in block_ids if block_id not in blocks]
+        blocks.update(new)
+        ids = np.array(new, np.int64)
+        rows = np.fromiter(map(self._rows.row_of, new), np.int64, len(new))
+        self._loads.place_all(ids, rows)
+        self._ids.pop(request_id, None)
+        if request_id in self._running:
+            self._readers[ids - self._first] += 1
+            self._loads.change(ids, np.ones(len(ids), np.bool_))
+
     def discard(self, request_id: RequestId, block_id: BlockId) -> None:
         """A block of the request is not pooled any more."""
         blocks = self.by_request[request_id]
@@ -84,6 +104,23 @@ class ReadSet:
         self._ids.pop(request_id, None)
         if request_id in self._running:
             self._unread(block_id)
+        if not blocks:
+            del self.by_request[request_id]
+            self._running.discard(request_id)
+
+    def discard_all(self, request_id: RequestId, block_ids: Sequence[BlockId]) -> None:
+        """``discard`` for each of these blocks, which differ."""
+        if len(block_ids) < FEW_CHANGED:
+            for block_id in block_ids:
+                self.discard(request_id, block_id)
+            return
+        blocks = self.by_request[request_id]
+        blocks.difference_update(block_ids)
+        self._ids.pop(request_id, None)
+        if request_id in self._running:
+            ids = np.array(block_ids, np.int64)
+            self._readers[ids - self._first] -= 1
+            self._loads.change(ids, self._readers[ids - self._first] > 0)
         if not blocks:
             del self.by_request[request_id]
             self._running.discard(request_id)

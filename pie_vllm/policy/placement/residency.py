@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from pie_vllm.errors import IntegrityError
@@ -11,7 +12,7 @@ from pie_vllm.plan import NO_RUNS, StepPlan
 from pie_vllm.policy.block import Block, BlockId, RequestId, Row, Table
 from pie_vllm.policy.placement.free_queue import TieredFreeBlockQueue
 from pie_vllm.policy.placement.integrity import check_books
-from pie_vllm.policy.placement.interfaces import FreeList, PrefixEntries
+from pie_vllm.policy.placement.interfaces import FreeList, GroupBeside, PrefixEntries
 from pie_vllm.policy.placement.read_set import ReadSet
 from pie_vllm.policy.placement.relabel_log import RelabelLog
 from pie_vllm.policy.placement.run_set import merge
@@ -20,6 +21,8 @@ from pie_vllm.policy.placement.victims import Stretch, Victims
 from pie_vllm.policy.pool.extents import CHAIN
 from pie_vllm.policy.pool.parked_kv import Parking
 from pie_vllm.policy.pool.rows import RowLedger
+
+_ID: Callable[[Block], BlockId] = attrgetter("block_id")
 
 BLOCKED_SHARE_MAX = 0.2
 """Share of the residents that link-blocked requests may hold before demotion stops."""
@@ -44,13 +47,22 @@ def demoted_at_once(running: int, block_size: int) -> int:
     return min(AHEAD_STEPS * running // block_size, AHEAD_MAX)
 
 
-def tail_room(running: int, block_size: int) -> int:
-    """Number of free residents, about, that promotion leaves to ``running`` requests for a step."""
-    return running // block_size + 2
+def tail_room(tokens: int, block_size: int) -> int:
+    """Number of free residents, about, that promotion leaves to a step that decodes so much.
+
+    Args:
+        tokens: Number of tokens of a step of the running requests.
+        block_size: Tokens of a block.
+    """
+    return tokens // block_size + 2
 
 
 class Residency:
     """Decides the tier of every block in use and builds the plan of each step.
+
+    Where a model has several groups of layers, it is about the one that is pooled. The others take
+    residents for as long as they want, without a word of what they do to their pages, so that the
+    workers keep copies and such work apart (``StepPlan.stores_first``, ``after_all``).
 
     It owns no bytes. It changes block tables (lists of blocks, one per request) in place, and
     prefix-cache entries with them. A step is: ``begin_step``; vLLM's ``schedule``, during which
@@ -70,6 +82,8 @@ class Residency:
         read_set: Pooled blocks of each request, and those that the step loads.
         chunks_usable: Number of chunks of the pool whose rows are handed out.
         chunks_expected: Number of chunks whose rows an admission may count on.
+        beside: Groups of layers without a pool, which take residents, too.
+        shared: Whether there are such groups.
         ahead_max: Number of blocks demoted where fewer are asked for, if so many are private.
         demotions: Number of blocks demoted since the start.
         promotions: Number of blocks promoted since the start.
@@ -85,6 +99,9 @@ class Residency:
         tables: Mapping[RequestId, Table],
         entries: PrefixEntries,
         parking: str | None = None,
+        *,
+        beside: Sequence[GroupBeside] = (),
+        distinct: bool = False,
     ) -> None:
         """Start with all blocks free and no request.
 
@@ -95,6 +112,8 @@ class Residency:
             tables: Blocks of each request, in order; changed in place.
             entries: Prefix-cache entries of blocks.
             parking: Eviction policy of parked KV; None parks nothing.
+            beside: Groups of layers without a pool, which take residents, too.
+            distinct: Whether blocks of one key may differ, as ``Parking`` has it.
 
         Raises:
             ConfigError: There is no such eviction policy.
@@ -106,11 +125,14 @@ class Residency:
         self.window = geometry.pooled_blocks
         self.entries = entries
         self.rows = RowLedger(geometry.rows, self.boundary, geometry.chunk_rows)
-        self.parking = Parking(self.rows, geometry.rows, parking)
-        self.queue = TieredFreeBlockQueue(blocks, self.boundary, make_list, self)
+        self.parking = Parking(
+            self.rows, geometry.rows, parking, preempted_only=bool(beside), distinct=distinct
+        )
+        self.queue = TieredFreeBlockQueue(blocks, self.boundary, make_list, self, entries.key_of)
         self.victims = Victims(tables, self.boundary)
         self.read_set = ReadSet(self.rows, self.boundary, self.window, geometry.chunk_rows)
         self.chunks_usable = self.chunks_expected = geometry.num_chunks
+        self.beside, self.shared = beside, bool(beside)
         self.ahead_max = 1
         self.demotions = 0
         self.promotions = 0
@@ -118,6 +140,7 @@ class Residency:
         self.on_leave: Callable[[RequestId], None] = lambda _: None
         self._relabels = RelabelLog()
         self._step = 0
+        self._without_gate: set[BlockId] = set()
         self._promotes_from = 0  # The first step that promotes, after the newest demotion.
 
     # What requests do.
@@ -130,9 +153,8 @@ class Residency:
         """A request got its first blocks; the pooled ones among its hits are noted."""
         holder = self.victims.holders[request_id]
         hits = self.tables[request_id][: holder.full]
-        for block in hits:
-            if block.block_id >= self.boundary:
-                self.read_set.add(request_id, block.block_id)
+        pooled = [block_id for block_id in map(_ID, hits) if block_id >= self.boundary]
+        self.read_set.add_all(request_id, pooled)
         if hits:
             place = self.parking.places.get(hits[-1].block_id)
             if place is not None and place % CHAIN == len(hits) - 1:
@@ -172,41 +194,55 @@ class Residency:
 
     def _note_places(self, first: int, blocks: Sequence[Block]) -> None:
         """These blocks are at places from ``first`` on of a chain."""
-        self.parking.places.update((b.block_id, p) for p, b in enumerate(blocks, first))
+        places = range(first, first + len(blocks))
+        self.parking.places.update(zip(map(_ID, blocks), places, strict=True))
 
     def _set_full(self, blocks: Iterable[Block]) -> None:
-        """The KV of these blocks in use is complete."""
-        boundary, full, news = self.boundary, self.victims.full, 0
-        for block in blocks:
-            block_id = block.block_id
-            if block_id < boundary and not full[block_id]:
+        """The KV of these blocks in use, which differ, is complete."""
+        full, ids = self.victims.full, self._residents_among(blocks)
+        known = sum(map(full.__getitem__, ids))
+        if known < len(ids):
+            for block_id in ids:
                 full[block_id] = 1
-                news += 1
-        self.queue.demotable += news
+            self.queue.demotable += len(ids) - known
+
+    def _residents_among(self, blocks: Iterable[Block]) -> list[BlockId]:
+        """Ids of those of the blocks that are resident; there may be thousands."""
+        ids: list[BlockId] = [*map(_ID, blocks)]
+        if ids and max(ids) >= self.boundary:
+            return [block_id for block_id in ids if block_id < self.boundary]
+        return ids
 
     # What the free queue does, as its observer.
 
     def on_reused(self, blocks: Sequence[Block]) -> None:
         """Idle cached residents are in use again; their KV is complete unless on its way."""
+        pooled = self.entries.pooled
+        if pooled is not None:
+            blocks = [block for block in blocks if pooled(block)]
         restores = self.parking.copies.restores
         self._set_full([b for b in blocks if b.block_id not in restores] if restores else blocks)
 
     def on_residents_freed(self, blocks: Sequence[Block]) -> None:
         """Nobody uses these residents any more, so they are no candidates for demotion."""
-        full, cleared = self.victims.full, 0
-        for block in blocks:
-            block_id = block.block_id
-            if full[block_id]:
+        full, ids = self.victims.full, self._residents_among(blocks)
+        known = sum(map(full.__getitem__, ids))
+        if known:
+            for block_id in ids:
                 full[block_id] = 0
-                cleared += 1
-        self.queue.demotable -= cleared
+            self.queue.demotable -= known
 
     def on_evicted(self, blocks: Sequence[Block]) -> None:
         """Free residents get another use: what they cache may be parked."""
-        if self.parking.watched.places:
-            for block in blocks:
-                self.parking.watched.changed(block.block_hash)
-        self.parking.evicted(blocks)
+        watched, keys = self.parking.watched, [*map(self.entries.key_of, blocks)]
+        if watched.places:
+            for key in filter(watched.places.__contains__, keys):
+                watched.changed(key)
+        self.parking.evicted(keys, [*map(_ID, blocks)])
+
+    def written_without_gate(self, blocks: Iterable[Block]) -> None:
+        """These residents, new in this step, are written to without regard to copies."""
+        self._without_gate.update(block.block_id for block in blocks)
 
     def on_pooled_dropped(self, block: Block) -> None:
         """A pooled id gets another use: its row is parked, or free."""
@@ -241,25 +277,20 @@ class Residency:
         """Give resident blocks, each of all these requests, pooled ids, and their KV rows."""
         request_id, first, blocks = stretch
         parking, queue, full = self.parking, self.queue, self.victims.full
-        stores, row_for, places = parking.copies.stores, parking.row_for, parking.places
         place = self.victims.holders[request_id].chain + first
-        targets = queue.take_pooled_n(place, len(blocks))
-        for block, target in zip(blocks, targets, strict=True):
+        for block in blocks:
             if block.ref_cnt != len(users):
                 raise IntegrityError(
                     f"block {block.block_id} has {block.ref_cnt} users, {len(users)} were found"
                 )
-            row, stored = row_for(block, target.block_id, place)
-            if not stored:
-                stores[row] = block.block_id
-            places[target.block_id] = place
-            place += 1
             full[block.block_id] = 0
+        targets = queue.take_pooled_n(place, len(blocks))
+        ids = [target.block_id for target in targets]
+        parking.demoted(blocks, ids, place)
         queue.demotable -= len(blocks)
         self._relabel(first, blocks, targets, users)
         for name in users:
-            for target in targets:
-                self.read_set.add(name, target.block_id)
+            self.read_set.add_all(name, ids)
         queue.prepend_n(blocks)
         self._promotes_from = max(self._promotes_from, self._step + 2)
         self.demotions += len(blocks)
@@ -287,36 +318,51 @@ class Residency:
                 break
             if request_id in fresh or not read_set.pooled(request_id):
                 continue
-            running = read_set.is_running(request_id)
-            for index, block in enumerate(self.tables[request_id]):
-                if room <= 0:
-                    break
+            running, index, table = read_set.is_running(request_id), 0, self.tables[request_id]
+            while room > 0 and index < len(table) and (running or spare > 0):
+                block = table[index]
                 if block.block_id < self.boundary:
+                    index += 1
                     continue
-                if not running and spare <= 0:
-                    break
-                users = victims.users(index, block) if block.ref_cnt > 1 else (request_id,)
+                blocks, users = [block], [request_id]
+                if block.ref_cnt > 1:
+                    users = victims.users(index, block)
+                else:
+                    most = index + (room if running else min(room, spare))
+                    blocks = self._private_pooled(table[index:most])
                 if not any(user in fresh for user in users):
-                    copies.append(self._promote(index, block, users))
-                    room -= 1
-                    spare -= not running  # A load that the step would do without.
+                    copies += self._promote(index, blocks, users)
+                    room -= len(blocks)
+                    spare -= 0 if running else len(blocks)  # Loads that the step would do without.
+                index += len(blocks)
         return copies
 
-    def _promote(self, index: int, block: Block, users: Sequence[RequestId]) -> tuple[BlockId, Row]:
-        """Give a pooled block of these requests a free resident; the page and the row."""
-        target = self.queue.popleft()
-        self.entries.drop(target)
-        row = self.rows.row_of(block.block_id)
-        self.parking.promoted(block)
-        self.parking.places[target.block_id] = self.victims.holders[users[0]].chain + index
-        self._relabel(index, [block], [target], users)
+    def _private_pooled(self, blocks: list[Block]) -> list[Block]:
+        """The first of these blocks, up to one that is resident or shared."""
+        for number, block in enumerate(blocks):
+            if block.block_id < self.boundary or block.ref_cnt > 1:
+                return blocks[:number]
+        return blocks
+
+    def _promote(
+        self, first: int, blocks: Sequence[Block], users: Sequence[RequestId]
+    ) -> list[tuple[BlockId, Row]]:
+        """Give pooled blocks, each of all these requests, free residents; the pages and rows."""
+        targets = self.queue.popleft_n(len(blocks))
+        self.entries.drop_cached(targets)
+        pages = [target.block_id for target in targets]
+        ids = [block.block_id for block in blocks]
+        rows = [*map(self.rows.row_of, ids)]
+        self.parking.promoted(blocks, pages)
+        self._note_places(self.victims.holders[users[0]].chain + first, targets)
+        self._relabel(first, blocks, targets, users)
         for request_id in users:
-            self.read_set.discard(request_id, block.block_id)
-            self.victims.offer_from(request_id, index)
-        self._set_full((target,))
-        self.queue.give_blank(block)
-        self.promotions += 1
-        return target.block_id, row
+            self.read_set.discard_all(request_id, ids)
+            self.victims.offer_from(request_id, first)
+        self._set_full(targets)
+        self.queue.give_blank(blocks)
+        self.promotions += len(blocks)
+        return [*zip(pages, rows, strict=True)]
 
     def _relabel(
         self,
@@ -330,10 +376,11 @@ class Residency:
         for request_id in users:
             self.tables[request_id][first : first + len(ids)] = targets
             self._relabels.record(request_id, first, ids)
-        move, changed = self.entries.move, self.parking.watched.changed
+        move, watched = self.entries.move, self.parking.watched
         for block, target in zip(blocks, targets, strict=True):
             target.ref_cnt, block.ref_cnt = block.ref_cnt, 0
-            changed(block.block_hash)
+            if watched.places:
+                watched.changed(block.block_hash)
             move(block, target)
 
     # Memory of the pool.
@@ -441,20 +488,40 @@ class Residency:
             if ahead.prompts or (copies_now and self._step % LOOK_STEPS == 0):
                 store_ahead(self.queue, parking, ahead)
         stores = promotions = NO_RUNS
+        stores_first = stores_beside = fills_beside = False
         if parking.pending:
+            beside = parking.copies.stores_beside, parking.copies.fills_beside
             stored, restored = parking.take()
+            stores_beside, fills_beside = beside[0] and bool(stored), beside[1] and bool(restored)
+            without_gate = self._without_gate
+            stores_first = bool(without_gate) and any(page in without_gate for page, _ in stored)
             self.withhold()
             stores = merge(stored, self.geometry.chunk_rows)
             promotions = merge([*promoted, *restored], self.geometry.chunk_rows)
+        self._without_gate.clear()
         relabels = self._relabels.drain(self.victims.holders, fresh) if self._relabels.ids else ()
         if not (len(stores) or len(promotions) or relabels or read_set.num_blocks):
             return None
         loads, pooled = read_set.take(), self.pooled_in_use
-        return StepPlan(self._step, stores, promotions, loads, relabels, forward, pooled)
+        after_all = self.shared and len(promotions) > 0
+        return StepPlan(
+            self._step,
+            stores,
+            promotions,
+            loads,
+            relabels,
+            forward,
+            pooled,
+            stores_first,
+            after_all,
+            stores_beside,
+            fills_beside,
+        )
 
     def pass_step(self) -> None:
         """After a step that copies and moves nothing, while no request has pooled blocks."""
         self._step += 1  # Steps without a plan count: the engine must notice the gap.
+        self._without_gate.clear()
 
     # Counts.
 

@@ -12,7 +12,7 @@ from pie_vllm.errors import IntegrityError
 from pie_vllm.plan import NO_RUNS, Runs
 from pie_vllm.policy.block import BlockId, Row
 
-FEW = 64
+FEW = 256
 """Number of pairs below which merging them one by one is faster than by arrays."""
 
 
@@ -64,6 +64,17 @@ class RunSet:
             self._follows_at[near] = bool(
                 here == self._row_at[near - 1] + 1 and here % self._chunk_rows
             )
+
+    def place_all(self, blocks: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
+        """``place`` for each of these blocks, which differ."""
+        at = blocks - self._base
+        moved = self._inside[at] & (self._row[at] != rows)
+        if moved.any():
+            raise IntegrityError(f"blocks {blocks[moved]} in the run set have other rows")
+        self._row[at] = rows
+        near = np.concatenate((at, at + 1))
+        here = self._row[near]
+        self._follows[near] = (here == self._row[near - 1] + 1) & (here % self._chunk_rows != 0)
 
     def add(self, block: BlockId) -> None:
         """Add a block that is not in the set; its row was noted."""

@@ -51,12 +51,14 @@ def store_ahead(queue: TieredFreeBlockQueue, parking: Parking, ahead: Ahead) -> 
     to copy. The stores are among those of the step that is planned, which are done before a later
     step writes to a page.
     """
-    blocks_left = ahead.blocks_max
+    blocks_left, wanted = ahead.blocks_max, parking.wanted
     depth = min(ahead.chunk_blocks + REQUEST_BLOCKS * ahead.running, DEPTH_MAX)
     for block in queue.next_reused(depth):
         if blocks_left <= 0:
             return
-        if block.block_hash is not None and not parking.parked(block.block_hash):
+        key = block.block_hash
+        worth = key is not None and (wanted is None or key in wanted)
+        if worth and not parking.parked(key):
             if not parking.keep(block):
                 return
             parking.ahead_blocks += 1

@@ -1,72 +1,51 @@
-"""Which parked block goes first: the one that nobody has used for longest."""
+"""Which parked KV goes first: what nobody has used for longest."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, ItemsView, Iterable
-from typing import Generic, TypeVar
-
-K = TypeVar("K", bound=Hashable)
 
 POLICIES = ("lru",)
 """Names of the policies of eviction that a user may choose from."""
 
 
-class LeastRecentlyUsed(Generic[K]):
-    """Keys with the row of each, least recently used first.
+class LeastRecentlyUsed:
+    """Extents of rows by number, least recently used first.
 
-    A call costs constant time, whatever is parked, except for one addition in about as many as
-    there are keys: it lays the hash table out anew, which takes 0.2 to 0.4 us for each key. About
-    120 bytes for each entry; the key comes on top.
-
-    Attributes:
-        row_of: Gives the row of a key, or None; changes nothing.
+    A call costs constant time, except for one use in about as many as there are extents: it lays
+    the hash table out anew.
     """
 
     def __init__(self) -> None:
         """Start empty."""
-        self._rows: OrderedDict[K, int] = OrderedDict()
-        self.row_of: Callable[[K], int | None] = self._rows.get  # It is asked for every key.
+        self._order: OrderedDict[int, None] = OrderedDict()
 
     def __len__(self) -> int:
-        """Number of keys."""
-        return len(self._rows)
+        """Number of extents."""
+        return len(self._order)
+
+    def __contains__(self, extent: int) -> bool:
+        """Whether an extent is here."""
+        return extent in self._order
 
     @property
-    def oldest_row(self) -> int | None:
-        """The row of the least recently used key; None without keys."""
-        return next(iter(self._rows.values()), None)
+    def oldest(self) -> int | None:
+        """The least recently used extent; None without one."""
+        return next(iter(self._order), None)
 
-    def items(self) -> ItemsView[K, int]:
-        """All keys with their rows, least recently used first."""
-        return self._rows.items()
+    def use(self, extent: int) -> None:
+        """Make an extent the one used last, whether it is here or not."""
+        self._order[extent] = None
+        self._order.move_to_end(extent)
 
-    def add(self, key: K, row: int) -> None:
-        """Put in a key that is not here, as the one used last."""
-        self._rows[key] = row
+    def use_again(self, extent: int) -> None:
+        """Make an extent that is here the one used last; no change for another one."""
+        if extent in self._order:
+            self._order.move_to_end(extent)
 
-    def use(self, key: K) -> bool:
-        """Make a key the one used last; False where it is not here."""
-        if key not in self._rows:
-            return False
-        self._rows.move_to_end(key)
-        return True
-
-    def use_all(self, keys: Iterable[K]) -> None:
-        """Make these keys the ones used last, in this order; no change for those not here."""
-        rows, move = self._rows, self._rows.move_to_end
-        for key in keys:
-            if key in rows:
-                move(key)
-
-    def remove(self, key: K) -> int | None:
-        """Take out a key; returns its row, or None where it is not here."""
-        return self._rows.pop(key, None)
-
-    def evict(self) -> tuple[K, int] | None:
-        """Take out the least recently used key, with its row; None where there is none."""
-        return self._rows.popitem(last=False) if self._rows else None
+    def remove(self, extent: int) -> None:
+        """Take out an extent; no change where it is not here."""
+        self._order.pop(extent, None)
 
     def clear(self) -> None:
         """Take out all."""
-        self._rows.clear()
+        self._order.clear()

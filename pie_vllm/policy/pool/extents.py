@@ -8,6 +8,7 @@ so that neighbours stay neighbours whoever was there before, in whatever order t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from heapq import heappop, heappush
 
 from pie_vllm.errors import IntegrityError
@@ -68,10 +69,13 @@ class Extents:
         """Whether a slot is not taken."""
         return not self._taken[slot]
 
-    def place_of(self, slot: int) -> int | None:
-        """The place that a slot was meant for when it was taken, unless it was spare; or None."""
-        place = self._places[slot // self.size]
-        return None if place is None else place * self.size + slot % self.size
+    def places_of(self, slots: Iterable[int]) -> list[int]:
+        """The place that each slot was meant for when it was taken; the slot's own if spare."""
+        size, places = self.size, self._places
+        return [
+            slot if (place := places[slot // size]) is None else place * size + slot % size
+            for slot in slots
+        ]
 
     def members(self, slot: int) -> range:
         """The slots of the extent of a slot."""
@@ -104,6 +108,50 @@ class Extents:
             return None
         self._extents[key], self._places[extent] = extent, key
         return self._mark(extent * self.size + offset)
+
+    def take_runs(self, places: list[int | None]) -> list[range]:
+        """``take`` for each of these places, up to the first one that is None or has no slot.
+
+        Places that follow each other, up or down, are taken together as far as their extent goes.
+
+        Returns:
+            The slots in the order of the places, each run of them as a range.
+        """
+        size, runs, done = self.size, [], 0
+        while done < len(places):
+            place = places[done]
+            slot = None if place is None else self.take(place)
+            if place is None or slot is None:
+                break
+            offset = place % size
+            up = self._take_beside(slot, places[done : done + size - offset], 1)
+            down = 1 if up > 1 else self._take_beside(slot, places[done : done + offset + 1], -1)
+            runs.append(range(slot, slot + up) if up > 1 else range(slot, slot - down, -1))
+            done += max(up, down)
+        return runs
+
+    def _take_beside(self, slot: int, places: list[int | None], step: int) -> int:
+        """Take the slots after or before one for the places that follow on its place, or none.
+
+        Args:
+            slot: The slot of the first place, in the extent that is for all of them.
+            places: The first place and those after it.
+            step: 1 for places that rise by one, -1 for places that fall.
+
+        Returns:
+            Number of places that have slots now, the first among them.
+        """
+        place, count = places[0], len(places)
+        assert place is not None
+        if count < 2 or places != [*range(place, place + count * step, step)]:
+            return 1
+        first, end = (slot + 1, slot + count) if step > 0 else (slot - count + 1, slot)
+        if end > self._usable or self._taken.find(1, first, end) >= 0:
+            return 1
+        self._taken[first:end] = b"\1" * (count - 1)
+        self._used[slot // self.size] += count - 1
+        self.num_free -= count - 1
+        return count
 
     def take_spare(self) -> int | None:
         """Take any free slot, one in an extent that is in use before others; None if all are."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Iterable
-from itertools import chain
+from collections.abc import Callable, Container, Hashable, Iterable, Sequence
+from itertools import takewhile
+from operator import countOf
 from typing import Generic, TypeVar
 
 from pie_vllm.errors import IntegrityError
@@ -16,64 +17,140 @@ class ParkedIndex(Generic[K]):
     """The parked KV by key, one row each.
 
     It owns no bytes and hands out no rows: who parks says where the KV is, and who takes or evicts
-    has the row to give back. A key is in the order of eviction, or it is pinned: then it stays
-    until ``unpin_all``. ``keys_in``, ``clear`` and ``check_integrity`` pass over all that is
-    parked; what other calls cost does not depend on it (see ``LeastRecentlyUsed``).
+    has the row to give back. Rows are used, pinned and evicted by their extents
+    (``pie_vllm.policy.pool.extents``): what lies in one was parked and is used together, so a
+    context of thousands of blocks is some hundred of them. With extents of one row the order is
+    that of the keys. A key that is pinned stays until ``unpin_all``; what is parked in its extent
+    is evicted after all else until then. ``keys_in``, ``clear`` and ``check_integrity`` pass over
+    all that is parked; what other calls cost does not depend on it.
 
     Attributes:
-        evictable_row: As ``row_of``, but gives None for a key that is pinned.
-        pinned_row: As ``row_of``, but gives None for a key that is not pinned.
+        row_of: Gives the row that holds the KV of a key, or None; changes nothing.
+        pinned_rows: Rows of the pinned keys; read only.
     """
 
-    def __init__(self, capacity_rows: int) -> None:
-        """Start empty; rows are 0 up to ``capacity_rows``."""
+    def __init__(self, capacity_rows: int, extent_rows: int = 1) -> None:
+        """Start empty.
+
+        Args:
+            capacity_rows: Number of rows, which are 0 up to it.
+            extent_rows: Number of rows of an extent, a power of two.
+        """
         self.capacity_rows = capacity_rows
-        self._order: LeastRecentlyUsed[K] = LeastRecentlyUsed()
-        self._pinned: dict[K, int] = {}
-        self.evictable_row, self.pinned_row = self._order.row_of, self._pinned.get
+        self.pinned_rows: set[int] = set()
+        self._rows: dict[K, int] = {}
+        self._keys: list[K | None] = [None] * capacity_rows
+        self._size = extent_rows
+        self._shift = extent_rows.bit_length() - 1
+        self._parked_in = [0] * -(-capacity_rows // extent_rows)  # Number of rows, by extent.
+        # Extents with parked rows: those of pinned ones, in the order of their pinning, and others.
+        self._pinned: dict[int, None] = {}
+        self._order = LeastRecentlyUsed()
+        self.row_of: Callable[[K], int | None] = self._rows.get  # It is called for every key.
 
     def __len__(self) -> int:
         """Number of parked blocks."""
-        return len(self._order) + len(self._pinned)
+        return len(self._rows)
 
     def __contains__(self, key: K) -> bool:
         """Whether the KV of a key is parked."""
-        return self.row_of(key) is not None
+        return key in self._rows
 
-    def row_of(self, key: K) -> int | None:
-        """The row that holds the KV of a key; changes nothing."""
-        row = self._order.row_of(key)
-        return self._pinned.get(key) if row is None and self._pinned else row
+    def any_of(self, keys: Iterable[K | None]) -> bool:
+        """Whether the KV of any of these keys is parked; None is no key."""
+        return not self._rows.keys().isdisjoint(keys)
+
+    def key_in(self, row: int) -> K | None:
+        """The key whose KV is parked in a row; None if it holds none."""
+        return self._keys[row]
 
     @property
     def oldest_row(self) -> int | None:
-        """The row of the least recently used key, which ``evict`` gives; None without one."""
-        return self._order.oldest_row
+        """A row of the least recently used extent without a pinned key; None without one."""
+        oldest = self._order.oldest
+        return None if oldest is None else oldest << self._shift
 
     @property
     def num_pinned(self) -> int:
         """Number of parked blocks that ``evict`` cannot give."""
-        return len(self._pinned)
+        return len(self.pinned_rows)
 
-    def park(self, key: K, row: int) -> None:
-        """A row that holds no parked KV holds that of ``key`` from now on.
+    def park(self, key: K, row: int, *, pinned: bool = False) -> None:
+        """A row that holds no parked KV holds that of ``key`` from now on; ``pinned`` as ``pin``.
 
         Raises:
             IntegrityError: the key is parked already, or the row is none of the pool's.
         """
         if not 0 <= row < self.capacity_rows:
             raise IntegrityError(f"row {row} is none of {self.capacity_rows}")
-        if key in self:
+        if key in self._rows:
             raise IntegrityError(f"the KV of {key!r} is parked already")
-        self._order.add(key, row)
+        self._rows[key], self._keys[row] = row, key
+        extent = row >> self._shift
+        self._parked_in[extent] += 1
+        if pinned:
+            self.pinned_rows.add(row)
+            self._pin_extent(extent)
+        elif extent not in self._pinned:
+            self._order.use(extent)
+
+    def lacking(self, keys: Iterable[K]) -> list[K]:
+        """The first of these keys, up to one that is parked or the same as one before."""
+        keys = [*keys]
+        found = dict.fromkeys(keys)
+        if len(found) == len(keys) and not self.any_of(keys):  # Mostly none is parked.
+            return keys
+        found = {}
+        for key in keys:
+            if key in self._rows or key in found:
+                break
+            found[key] = None
+        return [*found]
+
+    def park_all(self, keys: Sequence[K], rows: Sequence[int]) -> None:
+        """``park`` for each of these keys, which are ``lacking``.
+
+        Raises:
+            IntegrityError: a row is none of the pool's; nothing is changed then.
+        """
+        if not (min(rows) >= 0 and max(rows) < self.capacity_rows):
+            raise IntegrityError(f"a row is none of {self.capacity_rows}")
+        self._rows.update(zip(keys, rows, strict=True))
+        at, parked_in, shift = self._keys, self._parked_in, self._shift
+        for key, row in zip(keys, rows, strict=True):
+            at[row] = key
+            parked_in[row >> shift] += 1
+        for extent in self._extents_of(rows):
+            if extent not in self._pinned:
+                self._order.use(extent)
 
     def touch(self, key: K) -> bool:
         """Make a parked key the one used last, a pinned one at its unpinning; False if unknown."""
-        return self._order.use(key) or key in self._pinned
+        row = self._rows.get(key)
+        if row is None:
+            return False
+        self._order.use_again(row >> self._shift)
+        return True
 
-    def touch_all(self, keys: Iterable[K]) -> None:
-        """As ``touch`` for each of these keys."""
-        self._order.use_all(keys)
+    def touch_first(self, keys: Iterable[K]) -> int:
+        """``touch`` the first of these keys, up to one that is not parked.
+
+        Returns:
+            How many they are.
+        """
+        found = [*takewhile(self._rows.__contains__, keys)]
+        for extent in self._extents_of([*map(self._rows.__getitem__, found)]):
+            self._order.use_again(extent)
+        return len(found)
+
+    def touch_run(self, keys: Sequence[K]) -> None:
+        """As ``touch`` for each of these keys, which follow each other in a chain.
+
+        One in half an extent stands for those around it: where keys have the rows of their places,
+        they fill extents.
+        """
+        for key in (*keys[:: max(self._size // 2, 1)], *keys[-1:]):
+            self.touch(key)
 
     def remove(self, key: K) -> int:
         """A key leaves, because its row gets another use or its KV is wrong; returns the row.
@@ -81,43 +158,77 @@ class ParkedIndex(Generic[K]):
         Raises:
             IntegrityError: the key is not parked, or it is pinned.
         """
-        row = self._order.remove(key)
-        if row is None:
-            raise IntegrityError(f"the KV of {key!r} is {self._state(key)}")
+        row = self._rows.get(key)
+        if row is None or row in self.pinned_rows:
+            state = "not parked" if row is None else "pinned: a copy counts on its row"
+            raise IntegrityError(f"the KV of {key!r} is {state}")
+        del self._rows[key]
+        self._keys[row] = None
+        extent = row >> self._shift
+        self._parked_in[extent] -= 1
+        if not self._parked_in[extent]:
+            self._order.remove(extent)
         return row
 
     def evict(self) -> tuple[K, int] | None:
-        """The least recently used key leaves, with its row; None where all are pinned."""
-        return self._order.evict()
+        """A key of the least recently used extent leaves, with its row; None where all are pinned.
 
-    def pin(self, keys: Iterable[K]) -> None:
+        The last one of it: those before it are of more use without it than it is without them.
+        """
+        oldest = self._order.oldest
+        for extent in self._pinned if oldest is None else (oldest,):
+            first = extent << self._shift
+            for row in reversed(range(first, min(first + self._size, self.capacity_rows))):
+                key = self._keys[row]
+                if key is not None and row not in self.pinned_rows:
+                    return key, self.remove(key)
+        return None
+
+    def pin(self, keys: Iterable[K]) -> list[int]:
         """Keep these keys until ``unpin_all``; a key that is pinned already stays so.
 
+        Returns:
+            The row of each.
+
         Raises:
-            IntegrityError: a key is not parked; those before it are pinned then.
+            IntegrityError: a key is not parked; the others are pinned then.
         """
-        remove, pinned = self._order.remove, self._pinned
-        for key in keys:
-            row = remove(key)
-            if row is not None:
-                pinned[key] = row
-            elif key not in pinned:
-                raise IntegrityError(f"the KV of {key!r} is {self._state(key)}")
+        keys = [*keys]
+        found = [*map(self._rows.get, keys)]
+        rows = [row for row in found if row is not None]
+        self.pinned_rows.update(rows)
+        shift = self._shift
+        for extent in dict.fromkeys([row >> shift for row in rows]):
+            self._pin_extent(extent)
+        if len(rows) < len(keys):
+            raise IntegrityError(f"the KV of {keys[found.index(None)]!r} is not parked")
+        return rows
 
     def unpin_all(self) -> None:
         """Pinned keys may be evicted again, as those used last, in the order of their pinning."""
-        for key, row in self._pinned.items():
-            self._order.add(key, row)
-        self._pinned.clear()
+        if self._pinned:
+            for extent in self._pinned:
+                if self._parked_in[extent]:
+                    self._order.use(extent)
+            self._pinned.clear()
+            self.pinned_rows.clear()
+
+    def _pin_extent(self, extent: int) -> None:
+        self._order.remove(extent)
+        self._pinned[extent] = None
+
+    def _extents_of(self, rows: Sequence[int]) -> Iterable[int]:
+        """Extents of these rows, each once, in the order of its last row among them."""
+        shift = self._shift
+        return reversed(dict.fromkeys([row >> shift for row in reversed(rows)]))
 
     def rows(self) -> list[int]:
         """All rows that hold parked KV."""
-        return [*self._pinned.values(), *(row for _, row in self._order.items())]
+        return [*self._rows.values()]
 
     def keys_in(self, rows: Container[int]) -> list[K]:
         """The keys whose KV is in these rows."""
-        entries = chain(self._order.items(), self._pinned.items())
-        return [key for key, row in entries if row in rows]
+        return [key for key, row in self._rows.items() if row in rows]
 
     def clear(self) -> list[int]:
         """Forget all; returns the rows.
@@ -128,16 +239,28 @@ class ParkedIndex(Generic[K]):
         if self._pinned:
             raise IntegrityError("a pinned key cannot be forgotten")
         rows = self.rows()
+        self._rows.clear()
+        self._keys = [None] * self.capacity_rows
+        self._parked_in = [0] * len(self._parked_in)
         self._order.clear()
         return rows
-
-    def _state(self, key: K) -> str:
-        return "pinned: a copy counts on its row" if key in self._pinned else "not parked"
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless each key is here once, with a row of its own."""
         rows = self.rows()
         if len(set(rows)) != len(rows) or not all(0 <= r < self.capacity_rows for r in rows):
             raise IntegrityError("two parked keys share a row, or a row is none of the pool's")
-        if any(self._order.row_of(key) is not None for key in self._pinned):
+        if any(self._keys[row] != key for key, row in self._rows.items()) or (
+            countOf(map(type, self._keys), type(None)) != len(self._keys) - len(rows)
+        ):
+            raise IntegrityError("the keys of rows disagree with the rows of keys")
+        parked_in = [0] * len(self._parked_in)
+        for row in rows:
+            parked_in[row >> self._shift] += 1
+        if parked_in != self._parked_in:
+            raise IntegrityError("the count of an extent's parked rows is off")
+        evictable = {e for e, parked in enumerate(parked_in) if parked and e not in self._pinned}
+        if len(self._order) != len(evictable) or not all(e in self._order for e in evictable):
+            raise IntegrityError("a pinned extent may be evicted, or one that is parked may not")
+        if not {row >> self._shift for row in self.pinned_rows} <= self._pinned.keys():
             raise IntegrityError("a pinned key may be evicted")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Container, Hashable, Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 from pie_vllm.errors import ConfigError, IntegrityError
@@ -10,8 +11,13 @@ from pie_vllm.policy.pool.eviction import POLICIES
 from pie_vllm.policy.pool.parked_index import ParkedIndex
 from pie_vllm.policy.pool.rows import RowLedger
 from pie_vllm.policy.pool.step_copies import StepCopies
-from pie_vllm.policy.pool.tails import Tail, Tails
+from pie_vllm.policy.pool.tails import Tail, TailBlock, Tails
 from pie_vllm.policy.pool.watched_keys import WatchedKeys
+
+TOGETHER = 256
+FEW_TOGETHER = 64
+"""Number of blocks that are parked together, at most; the second one once rows run short, since
+what is left of a part is looked at again."""
 
 
 class Parking:
@@ -20,18 +26,20 @@ class Parking:
     A block is parked when its resident page or its pooled id is handed to another use, or before:
     a pooled block's row stays as it is, a resident page is stored to a row before a step writes to
     it. Each parked block is known by its key in vLLM's prefix cache, so what may be shared is
-    decided there (salts, LoRA, multimodal inputs are in the hash). The row stays parked when its
+    decided there (salts, LoRA, multimodal inputs are in the hash), or by its request's name
+    (``pie_vllm.policy.admission.request_keys``). The row stays parked when its
     KV is restored to a resident page: the next use of that page costs no copy. Rows are given up
     when pooled blocks want them, the least recently used first, and tails only after all of these.
 
     Attributes:
         enabled: whether anything may be parked.
-        evictable_row: gives the row of a key whose KV is parked and not pinned, or None.
+        row_of: gives the row that holds the KV of a key, or None.
         watched: keys that a look-up remembers; told of those that leave.
         copies: stores and restores of the coming step.
         places: place in a chain of the KV in a block, by block id, as far as it is known; see
             ``pie_vllm.policy.pool.extents``.
         tails: last blocks of preempted requests.
+        wanted: keys that are worth parking; None where all are.
         allowance: pages that may still be stored in this step; None is without end.
         parked_blocks: stored for parking since the start.
         ahead_blocks: number of these that were stored before their page was wanted.
@@ -39,8 +47,25 @@ class Parking:
         restored_blocks: restored to resident pages for requests, full ones and tails.
     """
 
-    def __init__(self, rows: RowLedger, capacity_rows: int, policy: str | None) -> None:
-        """Nothing is parked; ``policy`` of eviction None parks nothing at all.
+    def __init__(
+        self,
+        rows: RowLedger,
+        capacity_rows: int,
+        policy: str | None,
+        *,
+        preempted_only: bool = False,
+        distinct: bool = False,
+    ) -> None:
+        """Start with nothing parked.
+
+        Args:
+            rows: ledger of the pool's rows.
+            capacity_rows: number of rows, at most.
+            policy: of eviction; None parks nothing at all.
+            preempted_only: whether full blocks are parked only if they go with a tail.
+            distinct: whether blocks of one key may differ: what a head that drafts (EAGLE, MTP)
+                keeps of a block's last token depends on the token behind. A block then gets no row
+                that another one of its key was stored to.
 
         Raises:
             ConfigError: there is no such policy.
@@ -52,14 +77,16 @@ class Parking:
             )
         self.enabled = policy is not None
         self._rows = rows
-        self._index: ParkedIndex[Hashable] = ParkedIndex(capacity_rows)
-        self.evictable_row = self._index.evictable_row
+        capacity_rows = capacity_rows if self.enabled else 0
+        self._index: ParkedIndex[Hashable] = ParkedIndex(capacity_rows, rows.extents.size)
+        self.row_of = self._index.row_of
         self.watched = WatchedKeys()
-        # The key parked last in each row: it may have left since.
-        self._keys: list[Hashable | None] = [None] * (capacity_rows if self.enabled else 0)
+        # By row, the resident block that was stored to it or filled from it, while that is in use.
+        self._sources: dict[int, int] | None = {} if distinct else None
         self.places: dict[int, int] = {}
         self.copies = StepCopies(rows)
         self.tails = Tails(self.copies)
+        self.wanted: Container[Hashable] | None = self.tails.keys if preempted_only else None
         self.allowance: int | None = None
         self.parked_blocks = self.ahead_blocks = self.lost_blocks = self.restored_blocks = 0
 
@@ -83,26 +110,107 @@ class Parking:
 
     # Out: KV that loses its block.
 
-    def evicted(self, blocks: Iterable[Any]) -> None:
+    def evicted(self, keys: Sequence[Hashable], residents: Sequence[int]) -> None:
         """Cached resident blocks that nobody uses get another use in the coming step."""
         if not self.enabled:
             return
-        restores, touch = self.copies.restores, self._index.touch
-        for block in blocks:
-            if restores and restores.pop(block.block_id, None) is not None:
+        if self.wanted is not None:
+            keys, residents = self._worth_parking(keys, residents)
+        restores, index, done, together = self.copies.restores, self._index, 0, TOGETHER
+        unfilled = bool(restores) and not restores.keys().isdisjoint(residents)
+        if self._sources:
+            self._disown([row for row in map(index.row_of, keys) if row is not None])
+        while done < len(keys):
+            if len(keys) > 1 and not unfilled:
+                done += index.touch_first(islice(keys, done, None))
+                part = keys[done : done + together]
+                kept = self._keep_first(part, residents[done : done + together])
+                done += kept
+                if done == len(keys):
+                    return
+                if kept == len(part):
+                    continue
+                together = FEW_TOGETHER
+            key, resident = keys[done], residents[done]
+            done += 1
+            if unfilled and restores.pop(resident, None) is not None:
                 continue  # Its KV has not come yet; the row is still parked.
-            if not touch(block.block_hash) and not self.keep(block):
+            if not index.touch(key) and not self._keep(key, resident):
                 self.lost_blocks += 1
+
+    def _worth_parking(
+        self, keys: Sequence[Hashable], residents: Sequence[int]
+    ) -> tuple[list[Hashable], list[int]]:
+        """Those of the blocks whose keys are wanted; what was to fill the others is not."""
+        kept: tuple[list[Hashable], list[int]] = ([], [])
+        for key, resident in zip(keys, residents, strict=True):
+            if self.wanted is None or key in self.wanted:
+                kept[0].append(key)
+                kept[1].append(resident)
+            else:
+                self.copies.restores.pop(resident, None)
+        return kept
+
+    def _keep_first(self, keys: Sequence[Hashable], residents: Sequence[int]) -> int:
+        """Park or lose the first blocks that are not parked, as long as their places have rows.
+
+        Returns:
+            How many they are.
+        """
+        if self.allowance is not None and self.allowance <= 0:
+            lost = len(self._index.lacking(keys))
+            self.lost_blocks += lost
+            return lost
+        place = self.places.get(residents[0]) if residents else None
+        if place is None or not self._rows.offers(place):
+            return 0
+        new = self._index.lacking(keys)
+        most = len(new) if self.allowance is None else min(len(new), self.allowance)
+        rows = self._rows.take_parked_at([*map(self.places.get, residents[:most])])
+        if rows:
+            self._index.park_all(new[: len(rows)], rows)
+            self._disown(rows)
+            self.copies.stores.update(zip(rows, residents[: len(rows)], strict=True))
+            self.parked_blocks += len(rows)
+            if self.allowance is not None:
+                self.allowance -= len(rows)
+        return len(rows)
 
     def keep(self, block: Any) -> bool:
         """Have a cached resident stored and parked, if allowance and rows suffice."""
-        if not self.enabled or (self.allowance is not None and self.allowance <= 0):
+        if not (self.enabled and self._keep(block.block_hash, block.block_id)):
             return False
-        row = self._room(self.places.get(block.block_id))
+        row = self.row_of(block.block_hash)
+        if row is not None:
+            self._come_from((row,), (block.block_id,))
+        return True
+
+    def _come_from(self, rows: Sequence[int], residents: Sequence[int]) -> None:
+        """These rows hold what these residents do."""
+        if self._sources is not None:
+            self._sources.update(zip(rows, residents, strict=True))
+
+    def _disown(self, rows: Iterable[int]) -> None:
+        """No resident block is known to be the one that is in these rows."""
+        if self._sources:
+            for row in rows:
+                self._sources.pop(row, None)
+
+    def _is_own(self, key: Hashable, resident: int) -> bool:
+        """Whether the row of a parked key holds the KV of this very block."""
+        if self._sources is None:
+            return True
+        row = self._index.row_of(key)
+        return row is not None and self._sources.get(row) == resident
+
+    def _keep(self, key: Hashable, resident: int) -> bool:
+        if self.allowance is not None and self.allowance <= 0:
+            return False
+        row = self._room(self.places.get(resident))
         if row is None:
             return False
-        self._park(block.block_hash, row)
-        self._store(row, block.block_id)
+        self._park(key, row)
+        self._store(row, resident)
         return True
 
     def parked(self, key: Hashable) -> bool:
@@ -120,11 +228,51 @@ class Parking:
         """A request is preempted: keep its last block, which is resident."""
         row = self._room(None) if self.enabled else None
         if row is not None:
-            self.tails.keep(request_id, Tail(row, index, tokens))
+            self.tails.keep(request_id, Tail((TailBlock(row, index),), index, tokens))
             self._store(row, block.block_id)
 
+    def keep_whole(
+        self,
+        request_id: str,
+        blocks: Sequence[tuple[Any, int, int | None]],
+        keys: Sequence[Hashable],
+        tokens: int,
+    ) -> bool:
+        """A request is preempted that can go on with all of these only: keep all or nothing.
+
+        A pooled block without a key keeps its row.
+
+        Args:
+            request_id: its name.
+            blocks: each with its place in its table and its group, as ``TailBlock``.
+            keys: of the full blocks in front.
+            tokens: number of its tokens, all of whose KV is in these.
+
+        Returns:
+            Whether there was room.
+        """
+        if not self.enabled:
+            return False
+        self.tails.drop(request_id)
+        kept: list[TailBlock] = []
+        for block, index, group in blocks:
+            pooled = group is None and self._rows.holds(block.block_id)
+            row = self._rows.park(block.block_id) if pooled else self._room(None)
+            if row is None:
+                for done in kept:
+                    self.copies.free(done.row)
+                return False
+            kept.append(TailBlock(row, index, group))
+            if not pooled:
+                self._store(row, block.block_id)
+            if group is not None:
+                self.copies.stores_beside = True
+        self.tails.keep(request_id, Tail(tuple(kept), len(keys), tokens, True, tuple(keys)))
+        return True
+
     def _can_park(self, key: Hashable | None) -> bool:
-        return self.enabled and key is not None and key not in self._index
+        wanted = key is not None and (self.wanted is None or key in self.wanted)
+        return self.enabled and wanted and key not in self._index
 
     def _store(self, row: int, resident: int) -> None:
         self.copies.stores[row] = resident
@@ -134,7 +282,7 @@ class Parking:
 
     def _park(self, key: Hashable, row: int) -> None:
         self._index.park(key, row)
-        self._keys[row] = key
+        self._disown((row,))
 
     def _room(self, place: int | None) -> int | None:
         """A row to park in, that of a place if it can be had; None if none can be."""
@@ -161,11 +309,11 @@ class Parking:
         oldest = self._index.oldest_row
         if oldest is None:
             return
-        extents, evictable_row, keys = self._rows.extents, self._index.evictable_row, []
+        extents, keys = self._rows.extents, []
         for row in extents.members(oldest):
             if not extents.is_free(row):
-                key = self._keys[row]
-                if key is None or evictable_row(key) != row:
+                key = self._index.key_in(row)
+                if key is None:
                     return
                 keys.append(key)
         for key in keys:
@@ -176,50 +324,81 @@ class Parking:
 
     def has(self, key: Hashable) -> bool:
         """Whether the coming step can restore the KV of a key."""
-        row = self.evictable_row(key)
-        return row is not None and row not in self.copies.stores
+        row = self.row_of(key)
+        return row is not None and self.can_restore((row,))
 
-    def touch(self, keys: Iterable[Hashable]) -> None:
-        """Make these keys the youngest, in this order; no change for those that are not parked."""
-        self._index.touch_all(keys)
+    def can_restore(self, rows: Sequence[int]) -> bool:
+        """Whether the coming step can restore from all of these rows, which hold parked KV.
 
-    def pin(self, keys: Iterable[Hashable]) -> None:
-        """The coming step copies from the rows of these keys: they are not given up before."""
-        self._index.pin(keys)
+        It can not where it stores the KV first, or where a copy counts on the row already.
+        """
+        stored, pinned = self.copies.stores.keys(), self._index.pinned_rows
+        return stored.isdisjoint(rows) and pinned.isdisjoint(rows)
 
-    def restore(self, keys: Sequence[Hashable], residents: Sequence[int]) -> None:
+    def touch(self, keys: Sequence[Hashable]) -> None:
+        """Make these keys, which follow each other in a chain, the youngest, in this order.
+
+        No change for those that are not parked.
+        """
+        self._index.touch_run(keys)
+
+    def pin(self, keys: Sequence[Hashable]) -> list[int]:
+        """The coming step copies from the rows of these keys: they are not given up before.
+
+        Returns:
+            The row of each.
+        """
+        return self._index.pin(keys)
+
+    def restore(self, rows: Sequence[int], residents: Sequence[int]) -> None:
         """The coming step fills resident pages with the KV of pinned keys; their rows stay.
 
+        Args:
+            rows: as ``pin`` gave them.
+            residents: page for each.
+
         Raises:
-            IntegrityError: a key is not pinned, or its KV is stored in this very step; those before
-                it are restored then.
+            IntegrityError: a row is not pinned, or its KV is stored in this very step; none is
+                restored then.
         """
-        pinned_row, stores, restores = (
-            self._index.pinned_row,
-            self.copies.stores,
-            self.copies.restores,
-        )
-        for key, resident in zip(keys, residents, strict=True):
-            row = pinned_row(key)
-            if row is None or row in stores:
-                raise IntegrityError(f"the KV of {key!r} cannot be restored in this step")
-            restores[resident] = row
+        pinned, stored = self._index.pinned_rows, self.copies.stores.keys()
+        if not (pinned.issuperset(rows) and stored.isdisjoint(rows)):
+            raise IntegrityError(f"one of {len(rows)} rows cannot be restored from in this step")
+        self.copies.restores.update(zip(residents, rows, strict=True))
+        self.places.update(zip(residents, self._rows.extents.places_of(rows), strict=True))
+        self._come_from(rows, residents)
 
     def attach(self, key: Hashable, pooled: int) -> int:
         """A pooled id that has no row takes the row of a parked block, without a copy."""
         row = self._index.remove(key)
         self.watched.changed(key)
         self._rows.adopt(pooled, row)
+        self._disown((row,))
         return row
 
     def place_of(self, key: Hashable) -> int:
         """The place of parked KV, or another one with neighbours as its row has them."""
-        row = self._index.row_of(key)
+        row = self.row_of(key)
         assert row is not None
-        place = self._rows.extents.place_of(row)
-        return row if place is None else place
+        return self._rows.extents.places_of((row,))[0]
 
     # Rows of pooled blocks.
+
+    def demoted(self, blocks: Sequence[Any], pooled: Sequence[int], place: int) -> None:
+        """Resident blocks get these pooled ids, at places from this one on, and rows for their KV.
+
+        The coming step stores what is in no row yet.
+        """
+        places, stores, done = range(place, place + len(blocks)), self.copies.stores, 0
+        if len(blocks) > 1 and not self._index.any_of([block.block_hash for block in blocks]):
+            rows = self._rows.take_at(pooled, [*places])
+            stores.update(zip(rows, [block.block_id for block in blocks], strict=False))
+            done = len(rows)
+        for at in range(done, len(blocks)):
+            row, stored = self.row_for(blocks[at], pooled[at], places[at])
+            if not stored:
+                stores[row] = blocks[at].block_id
+        self.places.update(zip(pooled, places, strict=True))
 
     def row_for(self, block: Any, pooled: int, place: int) -> tuple[int, bool]:
         """The row that a pooled id has for a resident block, and whether the KV is in it already.
@@ -230,20 +409,21 @@ class Parking:
         and the page that it fills is not complete before the step ends.
         """
         key = block.block_hash
-        if key is not None and key in self._index:
+        if key is not None and key in self._index and self._is_own(key, block.block_id):
             return self.attach(key, pooled), True
         if self.enabled and not self._give_way(place):
             self.tails.drop_oldest()
         return self._rows.take(pooled, place), False
 
-    def promoted(self, block: Any) -> None:
-        """A pooled block is copied to a resident page in the coming step; its row stays parked."""
-        key, row = block.block_hash, self._rows.park(block.block_id)
-        if self._can_park(key):
-            self._park(key, row)
-            self._index.pin((key,))
-        else:
-            self.copies.leaving.add(row)
+    def promoted(self, blocks: Sequence[Any], residents: Sequence[int]) -> None:
+        """Pooled blocks are copied to residents in the coming step; their rows stay parked."""
+        for block, resident in zip(blocks, residents, strict=True):
+            key, row = block.block_hash, self._rows.park(block.block_id)
+            if self._can_park(key):
+                self._index.park(key, row, pinned=True)
+                self._come_from((row,), (resident,))
+            else:
+                self.copies.leaving.add(row)
 
     # A step.
 
@@ -276,7 +456,19 @@ class Parking:
         for row in self._index.clear():
             self.copies.free(row)
 
-    def forget(
+    def forget(self, keys: Iterable[Hashable]) -> None:
+        """Forget what is parked under these keys.
+
+        Raises:
+            IntegrityError: some of it is to be restored in the coming step.
+        """
+        index = self._index
+        for key in keys:
+            if key in index:
+                self.watched.changed(key)
+                self.copies.free(index.remove(key))
+
+    def forget_spoilt(
         self, keys: Collection[Hashable], rows: Collection[int], requests: Collection[str]
     ) -> None:
         """Forget what is parked under these keys or in these rows, and tails of these requests.
@@ -286,10 +478,7 @@ class Parking:
         Raises:
             IntegrityError: some of it is to be restored in the coming step.
         """
-        index = self._index
-        for key in {*index.keys_in(rows), *(key for key in keys if key in index)}:
-            self.watched.changed(key)
-            self.copies.free(index.remove(key))
+        self.forget((*self._index.keys_in(rows), *keys))
         self.tails.drop_in(requests, rows)
 
     def check_integrity(self) -> None:
@@ -298,7 +487,7 @@ class Parking:
         parked = len(self.rows() | self.copies.leaving)
         if parked != self._rows.num_parked:
             raise IntegrityError("parked rows disagree with the index")
-        if parked != len(self._index) + len(self.tails) + len(self.copies.leaving):
+        if parked != len(self._index) + len(self.tails.rows()) + len(self.copies.leaving):
             raise IntegrityError("a row is parked for two")
         if set(self.copies.stores) & set(self.copies.restores.values()):
             raise IntegrityError("a row is stored to and copied from in one step")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pie_vllm.errors import IntegrityError
 from pie_vllm.policy.block import BlockId, Row
 from pie_vllm.policy.pool.extents import Extents, extent_of
@@ -86,6 +88,18 @@ class RowLedger:
         self._row_of[block] = Row(row)
         return row
 
+    def take_at(self, blocks: Sequence[int], places: list[int | None]) -> list[int]:
+        """As ``take`` for each of these, up to the first one whose place is offered no row.
+
+        Returns:
+            The rows of the first ones.
+        """
+        if not self._row_of.keys().isdisjoint(blocks):
+            raise IntegrityError(f"one of the pooled blocks {[*blocks]} has a row already")
+        rows = self._take_runs(places)
+        self._row_of.update(zip(blocks, map(Row, rows), strict=False))
+        return rows
+
     def release(self, block: int) -> int:
         """Take the row back from a pooled id; returns the row."""
         row = self._row_of.pop(block)
@@ -103,6 +117,14 @@ class RowLedger:
             self._parked[row] = 1
             self.num_parked += 1
         return row
+
+    def take_parked_at(self, places: list[int | None]) -> list[int]:
+        """As ``take_parked`` for each of these, up to the first place that is offered no row."""
+        rows = self._take_runs(places)
+        for row in rows:
+            self._parked[row] = 1
+        self.num_parked += len(rows)
+        return rows
 
     def park(self, block: int) -> int:
         """The row of a pooled id stays taken and is parked; returns the row."""
@@ -139,11 +161,23 @@ class RowLedger:
         if row is None:
             row = self.extents.take_spare()
         if row is not None:
-            chunk = row // self._chunk_rows
-            self._in_chunk[chunk] += 1
-            if chunk >= self._chunks_held:
-                self._chunks_held = chunk + 1
+            self._note_taken(row, row)
         return row
+
+    def _take_runs(self, places: list[int | None]) -> list[int]:
+        rows: list[int] = []
+        for run in self.extents.take_runs(places):
+            first, last = (run[0], run[-1]) if run.step > 0 else (run[-1], run[0])
+            self._note_taken(first, last)
+            rows += run
+        return rows
+
+    def _note_taken(self, first: int, last: int) -> None:
+        """Count the rows from ``first`` to ``last`` in their chunks."""
+        size, in_chunk = self._chunk_rows, self._in_chunk
+        for chunk in range(first // size, last // size + 1):
+            in_chunk[chunk] += min(last, chunk * size + size - 1) - max(first, chunk * size) + 1
+        self._chunks_held = max(self._chunks_held, last // size + 1)
 
     def _give_back(self, row: int) -> None:
         self._in_chunk[row // self._chunk_rows] -= 1

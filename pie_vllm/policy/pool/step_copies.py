@@ -16,6 +16,8 @@ class StepCopies:
         stores: resident id by row; demotions write theirs here, too.
         restores: row by resident id of the page that is filled.
         leaving: parked rows that are free once the step is planned.
+        stores_beside: whether a store may read a page of a group of layers without a pool.
+        fills_beside: whether a restore fills such a page.
     """
 
     def __init__(self, rows: RowLedger) -> None:
@@ -24,6 +26,7 @@ class StepCopies:
         self.stores: dict[int, int] = {}
         self.restores: dict[int, int] = {}
         self.leaving: set[int] = set()
+        self.stores_beside = self.fills_beside = False
 
     @property
     def pending(self) -> bool:
@@ -43,9 +46,10 @@ class StepCopies:
 
     def take(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """The stores and the restores as pairs of resident id and row; none is left."""
-        stores = [(resident, row) for row, resident in self.stores.items()]
-        restores = list(self.restores.items())
+        stores = [*zip(self.stores.values(), self.stores, strict=True)]
+        restores = [*self.restores.items()]
         self.stores.clear()
         self.restores.clear()
+        self.stores_beside = self.fills_beside = False
         self.free_leaving()
         return stores, restores

@@ -1,56 +1,93 @@
-"""The last blocks of preempted requests, which are not full and so have no hash to be parked by."""
+"""What preempted requests keep beside their full blocks, which have keys to be parked by."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Hashable
 from typing import NamedTuple
 
 from pie_vllm.policy.pool.step_copies import StepCopies
 
 
-class Tail(NamedTuple):
-    """One such block.
+class TailBlock(NamedTuple):
+    """A block that is kept by its request's name.
 
     Attributes:
         row: row that holds it.
-        index: its place in the request's table.
-        tokens: number of the request's tokens, from its first on, whose KV is complete with it.
+        index: its place in the request's table of its group.
+        group: index of its group of layers among the model's; None for the pooled group.
     """
 
     row: int
     index: int  # type: ignore[assignment]  # the word for it, over tuple.index
+    group: int | None = None
+
+
+class Tail(NamedTuple):
+    """The blocks that a request needs beside the full ones in front of them.
+
+    In a plain model it is the last block, which is not full. Where other groups of layers keep
+    windows or states, it has their blocks, too: what of the request is of use, is of use together.
+
+    Attributes:
+        blocks: these blocks.
+        index: number of full blocks in front of them.
+        tokens: number of the request's tokens, from its first on, whose KV is complete with it.
+        whole: whether full blocks are of no use without the tail, nor fewer tokens than these.
+        keys: keys of the full blocks; none where they are worth parking without the tail.
+    """
+
+    blocks: tuple[TailBlock, ...]
+    index: int  # type: ignore[assignment]  # the word for it, over tuple.index
     tokens: int
+    whole: bool = False
+    keys: tuple[Hashable, ...] = ()
+
+    @property
+    def beside(self) -> int:
+        """Number of blocks of groups without a pool."""
+        return sum(block.group is not None for block in self.blocks)
 
 
 class Tails:
-    """Tails by request, each in a parked row of its own, until the request is admitted or gone.
+    """Tails by request, in parked rows of their own, until the request is admitted or gone.
 
     A tail that was taken belongs to the request's admission: it is restored or put back.
+
+    Attributes:
+        keys: keys of full blocks that go with a tail, and how many tails each goes with.
     """
 
     def __init__(self, copies: StepCopies) -> None:
         """Start without tails; ``copies`` are those of the coming step."""
         self._copies = copies
         self._tails: dict[str, Tail] = {}
+        self.keys: Counter[Hashable] = Counter()
 
     def __len__(self) -> int:
         """Number of tails."""
         return len(self._tails)
 
+    @property
+    def blocks_max(self) -> int:
+        """Number of blocks of the largest tail."""
+        return max((len(tail.blocks) for tail in self._tails.values()), default=0)
+
     def rows(self) -> list[int]:
         """The rows that hold them."""
-        return [tail.row for tail in self._tails.values()]
+        return [block.row for tail in self._tails.values() for block in tail.blocks]
 
     def keep(self, request_id: str, tail: Tail) -> None:
         """Keep the tail of a request in place of an older one."""
         self.drop(request_id)
-        self._tails[request_id] = tail
+        self._put(request_id, tail)
 
     def drop(self, request_id: str) -> None:
         """Forget the tail of a request; no change where there is none."""
-        tail = self._tails.pop(request_id, None)
+        tail = self._pop(request_id)
         if tail is not None:
-            self._copies.free(tail.row)
+            for block in tail.blocks:
+                self._copies.free(block.row)
 
     def drop_oldest(self) -> None:
         """Forget the tail that was kept first; no change where there is none."""
@@ -59,8 +96,9 @@ class Tails:
 
     def drop_in(self, requests: Collection[str], rows: Collection[int]) -> None:
         """Forget the tails of these requests, and those in these rows."""
-        for name in [n for n, t in self._tails.items() if n in requests or t.row in rows]:
-            self.drop(name)
+        for name, tail in [*self._tails.items()]:
+            if name in requests or any(block.row in rows for block in tail.blocks):
+                self.drop(name)
 
     def clear(self) -> None:
         """Forget all."""
@@ -70,19 +108,39 @@ class Tails:
     def find(self, request_id: str) -> Tail | None:
         """The tail that the coming step can restore; not one that this very step stores."""
         tail = self._tails.get(request_id)
-        return None if tail is None or tail.row in self._copies.stores else tail
+        if tail is None or any(block.row in self._copies.stores for block in tail.blocks):
+            return None
+        return tail
 
     def take(self, request_id: str) -> Tail:
-        """Take the tail of a request that is about to be admitted; its row lasts for the step."""
-        tail = self._tails.pop(request_id)
-        self._copies.leaving.add(tail.row)
+        """Take the tail of a request that is about to be admitted; its rows last for the step."""
+        tail = self._pop(request_id)
+        if tail is None:
+            raise KeyError(request_id)
+        self._copies.leaving.update(block.row for block in tail.blocks)
         return tail
 
     def put_back(self, request_id: str, tail: Tail) -> None:
         """Keep a tail that was taken after all: the request was not admitted."""
-        self._copies.leaving.remove(tail.row)
-        self._tails[request_id] = tail
+        self._copies.leaving.difference_update(block.row for block in tail.blocks)
+        self._put(request_id, tail)
 
-    def restore(self, tail: Tail, resident: int) -> None:
-        """Have the coming step fill a resident page with a tail that was taken."""
-        self._copies.restores[resident] = tail.row
+    def restore(self, block: TailBlock, resident: int) -> None:
+        """Have the coming step fill a resident page with a block of a tail that was taken."""
+        self._copies.restores[resident] = block.row
+        if block.group is not None:
+            self._copies.fills_beside = True
+
+    def _put(self, request_id: str, tail: Tail) -> None:
+        self._tails[request_id] = tail
+        self.keys.update(tail.keys)
+
+    def _pop(self, request_id: str) -> Tail | None:
+        tail = self._tails.pop(request_id, None)
+        if tail is not None:
+            keys = self.keys
+            for key in tail.keys:
+                keys[key] -= 1
+                if not keys[key]:
+                    del keys[key]
+        return tail

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pie_vllm.vllm.compat.patching import expect, swapped, wrapped_once
+from pie_vllm.vllm.compat.patching import expect, expect_in_order, swapped, wrapped_once
 
 
 def own_block_pool(pool_class: type) -> Any:
@@ -23,6 +23,107 @@ def own_block_pool(pool_class: type) -> Any:
     expect(FreeKVCacheBlockQueue, "def iter_blocks_after(")
     caller = module.KVCacheCoordinator.__init__
     return swapped(module, "BlockPool", pool_class, caller, "self.block_pool = BlockPool(")
+
+
+def adopt_without_caching(manager: Any, block_pool: Any) -> None:
+    """Have vLLM take blocks that were found without its prefix cache, as it takes cached ones.
+
+    Relies on two flags. By that of the pool, cached blocks get another use last and lose their
+    entries then, v1/core/block_pool.py:793 and :687 in 0.32; by that of a group's manager, blocks
+    that were found are taken, v1/core/single_type_kv_cache_manager.py:303. The manager then has the
+    pool cache full blocks, too, which is up to the pool.
+
+    Args:
+        manager: of the group whose blocks are found.
+        block_pool: its pool.
+    """
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+
+    expect(BlockPool.get_new_blocks, "if self.enable_caching:")
+    expect(BlockPool.free_blocks, "block.block_hash is None or not self.enable_caching")
+    expect(SingleTypeKVCacheManager.add_local_computed_blocks, "if self.enable_caching:")
+    block_pool.enable_caching = manager.enable_caching = True
+
+
+def check_allocation() -> None:
+    """Check what a running request's allocation does, as far as ``fills_only_blocks`` relies on it.
+
+    Read in v1/core/kv_cache_manager.py:471-612 and v1/core/single_type_kv_cache_manager.py:476-533
+    and :369-410 in 0.32. In 0.33 ``cache_blocks`` is bounded once more, by the hashes there are.
+    """
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.single_type_kv_cache_manager import (
+        FullAttentionManager,
+        SingleTypeKVCacheManager,
+    )
+
+    expect_in_order(
+        KVCacheManager.allocate_slots,
+        "self.coordinator.remove_skipped_blocks(",
+        "self.coordinator.get_num_blocks_to_allocate(",
+        "new_blocks = self.coordinator.allocate_new_blocks(",
+        "self.coordinator.cache_blocks(request, num_tokens_to_cache)",
+        "return self.create_kv_cache_blocks(new_blocks)",
+    )
+    expect(KVCacheManager.create_kv_cache_blocks, "else self.empty_kv_cache_blocks")
+    expect(KVCacheManager.cache_blocks, "self.coordinator.cache_blocks(request, num_computed")
+    expect_in_order(
+        SingleTypeKVCacheManager.cache_blocks,
+        "num_cached_blocks = self.num_cached_block.get(request.request_id, 0)",
+        "if num_cached_blocks >= num_full_blocks:",
+        "self.num_cached_block[request.request_id] = num_full_blocks",
+    )
+    expect(FullAttentionManager.cache_blocks, "if self.block_size == hash_block_size:")
+    expect_in_order(
+        SingleTypeKVCacheManager.allocate_new_blocks,
+        "num_new_blocks = num_required_blocks - len(req_blocks)",
+        "if num_new_blocks <= 0:",
+    )
+
+
+def fills_only_blocks(coordinator: Any) -> bool:
+    """Whether a running request changes nothing while it stays within its blocks and fills none.
+
+    So it is where its one group of layers has full attention and hits end with a block. Then
+    ``allocate_slots`` takes blocks for tokens beyond the table, caches blocks that are full and
+    not cached yet, and returns ``empty_kv_cache_blocks`` where it did neither.
+    """
+    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+    check_allocation()
+    managers = coordinator.single_type_managers
+    return bool(
+        len(managers) == 1
+        and type(managers[0]) is FullAttentionManager
+        and managers[0].block_size == coordinator.block_pool.hash_block_size
+    )
+
+
+def check_computed_elsewhere() -> None:
+    """Check how vLLM takes tokens that were computed elsewhere, as preempted requests come back.
+
+    Relies on each group's manager allocating the blocks that these tokens still need, in its window
+    or for its state, v1/core/kv_cache_coordinator.py:307 and
+    v1/core/single_type_kv_cache_manager.py:326 in 0.32, and on one that waits while a step that
+    computes for it is in flight, v1/core/sched/scheduler.py:934.
+    """
+    from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+
+    expect(
+        KVCacheCoordinator.allocate_new_computed_blocks,
+        "manager.allocate_external_computed_blocks(",
+    )
+    expect(
+        SingleTypeKVCacheManager.allocate_external_computed_blocks,
+        "self.get_num_skipped_tokens(num_total_computed_tokens)",
+    )
+    expect(
+        Scheduler.schedule,
+        "if request.num_stale_output_tokens and not request.drop_stale_output:",
+    )
 
 
 def own_block_manager(factory: Callable[..., Any]) -> Any:

@@ -42,13 +42,13 @@ def before_inputs(runner: Any, then: Callable[[Any], None]) -> None:
     of(runner).before_inputs(runner, then)
 
 
-def relabel_rows(runner: Any, relabels: Any) -> None:
-    """Write new block ids into a runner's block tables.
+def relabel_rows(runner: Any, relabels: Any, group: int) -> None:
+    """Write new block ids into a runner's block table of a group.
 
     Raises:
         UnsupportedError: a relabel names a request or a block that the runner does not know.
     """
-    of(runner).relabel_rows(runner, relabels)
+    of(runner).relabel_rows(runner, relabels, group)
 
 
 def forward_pass(runner: Any) -> Callable[[int], float]:

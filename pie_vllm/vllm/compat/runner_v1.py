@@ -39,8 +39,8 @@ def before_inputs(runner: Any, then: Callable[[Any], None]) -> None:
     call_before(runner, "_update_states", then)
 
 
-def relabel_rows(runner: Any, relabels: Any) -> None:
-    """Write new block ids into request states and input batch.
+def relabel_rows(runner: Any, relabels: Any, group: int) -> None:
+    """Write new block ids of a group into request states and input batch.
 
     Relies on ``CachedRequestState.block_ids`` and ``BlockTable.block_table.np``,
     v1/worker/gpu_model_runner.py:1426 and v1/worker/block_table.py:102. A
@@ -54,10 +54,10 @@ def relabel_rows(runner: Any, relabels: Any) -> None:
                 f"request {request_id} is not known to the model runner, though its blocks moved"
             )
         end = first + len(blocks)
-        state.block_ids[0][first:end] = blocks
+        state.block_ids[group][first:end] = blocks
         row = batch.req_id_to_index.get(request_id)
         if row is not None:
-            batch.block_table.block_tables[0].block_table.np[row, first:end] = blocks
+            batch.block_table.block_tables[group].block_table.np[row, first:end] = blocks
 
 
 def forward_pass(runner: Any) -> Callable[[int], float]:

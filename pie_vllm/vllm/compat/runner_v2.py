@@ -47,8 +47,8 @@ def before_inputs(runner: Any, then: Callable[[Any], None]) -> None:
     call_before(runner, "update_requests", then)
 
 
-def relabel_rows(runner: Any, relabels: Any) -> None:
-    """Stage new block ids for the rows of the requests' slots.
+def relabel_rows(runner: Any, relabels: Any, group: int) -> None:
+    """Stage new block ids of a group for the rows of the requests' slots.
 
     One kernel applies all staged writes of a step on the compute stream, after
     the gather of the step before and before that of this one, so steps in
@@ -59,7 +59,7 @@ def relabel_rows(runner: Any, relabels: Any) -> None:
     v1/worker/gpu/buffer_utils.py:201, and ``BlockTables.num_blocks``, block_table.py:71.
     """
     tables = runner.block_tables
-    slots, known = runner.req_states.req_id_to_index, tables.num_blocks.np[0]
+    slots, known = runner.req_states.req_id_to_index, tables.num_blocks.np[group]
     for request_id, first, blocks in relabels:
         slot = slots.get(request_id)
         if slot is None:
@@ -71,7 +71,7 @@ def relabel_rows(runner: Any, relabels: Any) -> None:
                 f"blocks {first} to {first + len(blocks)} of request {request_id} moved, but the "
                 f"model runner knows {known[slot]} blocks of it"
             )
-        tables.block_tables[0].stage_write(slot, first, blocks)
+        tables.block_tables[group].stage_write(slot, first, blocks)
 
 
 def forward_pass(runner: Any) -> Callable[[int], float]:

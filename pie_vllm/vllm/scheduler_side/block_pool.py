@@ -10,6 +10,8 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from pie_vllm.policy.placement.residency import Residency
 
+_cache_stock = BlockPool.cache_full_blocks  # Looked up once: ``super()`` costs as much as a call.
+
 
 class PieBlockPool(BlockPool):
     """vLLM's block pool whose free queue has two tiers.
@@ -17,22 +19,29 @@ class PieBlockPool(BlockPool):
     Attributes:
         residency: the policy that owns the tiers.
         not_cached: ids of requests whose blocks do not come into the prefix cache.
+        by_request: whether blocks are found by their requests alone, without a prefix cache.
     """
 
     residency: Residency
     not_cached: set[str]
+    by_request: bool
 
     def attach(self, residency: Residency) -> None:
         """Take the tiered queue in place of vLLM's; the null block stays id 0."""
         self.residency = residency
         self.not_cached = set()
+        self.by_request = False
         self.free_block_queue = residency.queue
         null_block = residency.queue.popleft()
         assert null_block is self.null_block
 
     def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
         """As vLLM's, v1/core/block_pool.py:752, with one change of the free queue for all."""
-        idle = [block for block in blocks if block.ref_cnt == 0 and not block.is_null]
+        nulls = [block for block in blocks if block.is_null]
+        if nulls:  # vLLM 0.32 counts their uses, here and where they are freed, 0.33 does not.
+            super().touch(nulls)
+            blocks = [block for block in blocks if not block.is_null]
+        idle = [block for block in blocks if block.ref_cnt == 0]
         if idle:
             self.free_block_queue.remove_n(idle)
         for block in blocks:
@@ -40,6 +49,69 @@ class PieBlockPool(BlockPool):
         if self.metrics_collector:
             for block in blocks:
                 self.metrics_collector.on_block_accessed(block)
+
+    def drop_entries(self, blocks: Sequence[KVCacheBlock]) -> None:
+        """As ``_maybe_evict_cached_block``, v1/core/block_pool.py:729, for each cached block.
+
+        In a third of the time where nobody listens to evictions and no block has a second key.
+        """
+        if self._has_listeners:
+            for block in blocks:
+                self._maybe_evict_cached_block(block)
+            return
+        cache = self.cached_block_hash_to_block
+        known = cache._cache
+        for block in blocks:
+            key = block._block_hash
+            if known.get(key) is block:
+                del known[key]
+            else:  # Several blocks hold its KV.
+                cache.pop(key, block.block_id)
+            block._block_hash = block._block_hash_num_tokens = None
+
+    def put_entries(
+        self, blocks: Sequence[KVCacheBlock], keys: Sequence[Any], tokens: Sequence[int]
+    ) -> None:
+        """As ``_insert_block_hash``, v1/core/block_pool.py:626, for blocks without a key.
+
+        Args:
+            blocks: None of them has an entry.
+            keys: Of each.
+            tokens: Number of tokens of a request up to the end of each.
+        """
+        cache = self.cached_block_hash_to_block
+        known = cache._cache
+        for block, key, count in zip(blocks, keys, tokens, strict=True):
+            block._block_hash, block._block_hash_num_tokens = key, count
+            if key in known:
+                cache.insert(key, block)
+            else:
+                known[key] = block
+
+    def move_entry(self, source: KVCacheBlock, target: KVCacheBlock) -> None:
+        """As ``move_block_hashes``, v1/core/block_pool.py:648; a third of the time, as above."""
+        if self._has_listeners:
+            self.move_block_hashes(source, target)
+            return
+        key, tokens = source._block_hash, source._block_hash_num_tokens
+        if key is None:
+            return
+        source._block_hash = source._block_hash_num_tokens = None
+        cache = self.cached_block_hash_to_block
+        known = cache._cache
+        if known.get(key) is source:
+            known[key] = target
+        elif cache.pop(key, source.block_id) is None:
+            return
+        else:  # Several blocks hold its KV.
+            cache.insert(key, target)
+        target._block_hash, target._block_hash_num_tokens = key, tokens
+
+    @property
+    def _has_listeners(self) -> bool:
+        """Whether somebody hears of evictions, or a block has a second key."""
+        others = self.metrics_collector or self.cached_block_hashes_by_block
+        return bool(others or self.enable_kv_cache_events)
 
     def get_usage(self) -> float:
         """Share of all blocks, resident and pooled, that requests use."""
@@ -70,13 +142,57 @@ class PieBlockPool(BlockPool):
         self.evict_blocks({b.block_id for b in self.blocks if b.block_hash is not None})
         return True
 
-    def cache_full_blocks(self, request: Any, *args: Any, **kwargs: Any) -> None:
-        """As vLLM's, v1/core/block_pool.py:226, but for requests that are not cached."""
-        if request.request_id not in self.not_cached:
-            super().cache_full_blocks(request, *args, **kwargs)
+    def cache_full_blocks(
+        self,
+        request: Any,
+        blocks: list[KVCacheBlock],
+        num_cached_blocks: int,
+        num_full_blocks: int,
+        block_size: int,
+        kv_cache_group_id: int,
+        block_mask: list[bool] | None = None,
+    ) -> None:
+        """As vLLM's, v1/core/block_pool.py:226, but for requests that are not cached.
+
+        Each request comes here for each block that it fills: ``allocate_slots`` of the manager
+        says why the arguments are written out.
+        """
+        if self.by_request or request.request_id in self.not_cached:
+            return
+        _cache_stock(
+            self,
+            request,
+            blocks,
+            num_cached_blocks,
+            num_full_blocks,
+            block_size,
+            kv_cache_group_id,
+            block_mask,
+        )
 
     def cache_partial_block(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's, v1/core/block_pool.py:449, but for requests that are not cached."""
-        if request.request_id in self.not_cached:
+        if self.by_request or request.request_id in self.not_cached:
             return None
         return super().cache_partial_block(request, *args, **kwargs)
+
+
+class NotingBlockPool:
+    """A block pool for a group whose new blocks are written to without regard to copies.
+
+    Layers without a gate, and the zeroing of new blocks, may write to a page at any time in a
+    step. It is vLLM's pool otherwise.
+    """
+
+    def __init__(self, pool: PieBlockPool) -> None:
+        """In front of this pool."""
+        self._pool = pool
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
+        """As vLLM's, v1/core/block_pool.py:666, and the residency hears of the blocks."""
+        blocks: list[KVCacheBlock] = self._pool.get_new_blocks(num_blocks)
+        self._pool.residency.written_without_gate(blocks)
+        return blocks

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from pie_vllm.policy.admission.lookup import ParkedHits
 from pie_vllm.vllm.scheduler_side.metrics import Hits
+
+_ID = attrgetter("block_id")
 
 
 class HitCounts:
@@ -27,7 +30,7 @@ class HitCounts:
 
     def count(self, request_id: str, hits: Sequence[Any], parked: ParkedHits) -> None:
         """A request was admitted with these blocks, some of which were parked."""
-        pooled = sum(block.block_id >= self._boundary for block in hits)
+        pooled = sum(map(self._boundary.__le__, map(_ID, hits)))
         pooled -= parked.parked - parked.residents
         resident = len(hits) - pooled - parked.parked
         ahead = min(self._ahead.pop(request_id, 0), resident)

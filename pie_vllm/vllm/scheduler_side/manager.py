@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import islice, takewhile
+from operator import attrgetter
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
-from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
+from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, get_group_id
 from vllm.v1.request import Request, RequestStatus
 
 from pie_vllm.errors import UnsupportedError
 from pie_vllm.geometry import Geometry
-from pie_vllm.policy.admission.lookup import ParkedHits
-from pie_vllm.policy.admission.transaction import Admission, Candidate
+from pie_vllm.policy.admission.candidate import Candidate
+from pie_vllm.policy.admission.lookup import ParkedHits, without_last_block
+from pie_vllm.policy.admission.transaction import Admission
 from pie_vllm.policy.placement.interfaces import PrefixEntries
 from pie_vllm.policy.placement.residency import Residency
+from pie_vllm.policy.speculation import NO_SPECULATION, DraftsInFlight, Speculation
+from pie_vllm.vllm import layer_refusals
 from pie_vllm.vllm.compat import engine_core
-from pie_vllm.vllm.scheduler_side.block_keys import keys_behind
-from pie_vllm.vllm.scheduler_side.block_pool import PieBlockPool
+from pie_vllm.vllm.kv_groups import KvGroups
+from pie_vllm.vllm.scheduler_side.block_keys import findable_blocks, hash_keys
+from pie_vllm.vllm.scheduler_side.block_pool import NotingBlockPool, PieBlockPool
+from pie_vllm.vllm.scheduler_side.groups_beside import groups_beside
 from pie_vllm.vllm.scheduler_side.hit_counts import HitCounts
 from pie_vllm.vllm.scheduler_side.stale_kv import StaleKv
 
 # Looked up once: an attribute of an enumeration and ``super()`` cost as much as the call itself.
 _RUNNING = RequestStatus.RUNNING
+_KEY_OF = attrgetter("_block_hash")  # ``block_hash`` is a property that returns it.
 _allocate_stock = KVCacheManager.allocate_slots
+_cache_stock = KVCacheManager.cache_blocks
 
 
 class PieBlockSpaceManager(KVCacheManager):
@@ -33,18 +43,24 @@ class PieBlockSpaceManager(KVCacheManager):
 
     Attributes:
         geometry: Sizes of the tiers.
+        groups: The model's groups of layers, one of which is pooled.
         residency: Policy that owns tiers, rows and relocation.
         admission: Policy that decides about waiting requests.
         hit_counts: What admitted requests found in the prefix cache.
         stale: Keeps KV of old weights out of prefix cache and pool.
+        drafts: Draft tokens of the steps in flight.
+        by_request: Whether preempted requests find their KV by name, as there is no prefix cache.
+        drops_last: Whether the last block of a hit is computed again, for a head that drafts.
     """
 
     def __init__(
         self,
         *args: Any,
         geometry: Geometry,
+        groups: KvGroups,
         parking: str | None = None,
         watermark: float = 0.0,
+        speculation: Speculation = NO_SPECULATION,
         **kwargs: Any,
     ) -> None:
         """As vLLM's manager, over ``geometry.num_blocks`` blocks.
@@ -52,37 +68,75 @@ class PieBlockSpaceManager(KVCacheManager):
         Args:
             args: vLLM's.
             geometry: the sizes.
-            parking: policy of eviction of parked KV; None parks nothing, as where there is no
-                prefix caching.
+            groups: the model's groups of layers.
+            parking: policy of eviction of parked KV; None parks nothing. Without prefix caching,
+                and where there are several groups of layers, it is that of preempted requests.
             watermark: vLLM's, which ``Admission`` holds against both tiers. vLLM's own manager
                 gets 0, because it would hold it against what can be had at once.
+            speculation: sizes of the server's speculation.
             kwargs: vLLM's.
         """
         with engine_core.own_block_pool(PieBlockPool):
             super().__init__(*args, watermark=0.0, **kwargs)
         managers = self.coordinator.single_type_managers
-        if len(managers) != 1 or self.block_pool.num_gpu_blocks != geometry.num_blocks:
+        own = managers[groups.pooled]
+        if len(managers) != len(groups.others) + 1 or (
+            self.block_pool.num_gpu_blocks != geometry.num_blocks
+        ):
             raise UnsupportedError(
-                f"--block-manager pie needs one KV cache group of {geometry.num_blocks} blocks, "
-                f"vLLM made {len(managers)} of {self.block_pool.num_gpu_blocks}."
+                f"--block-manager pie needs {len(groups.others) + 1} KV cache groups over "
+                f"{geometry.num_blocks} blocks, vLLM made {len(managers)} over "
+                f"{self.block_pool.num_gpu_blocks}. Use --block-manager default."
             )
+        layer_refusals.check_partial_hits(self.coordinator)
         pool = self.block_pool
-        self.geometry = geometry
+        self.geometry, self.groups = geometry, groups
+        self.drafts = DraftsInFlight(speculation.rewritten)
+        parks = groups.parks and self._keyed_by_block(own) and speculation is NO_SPECULATION
+        if groups.others and not parks:
+            parking = None  # A state that drafts went through is not one after accepted tokens.
+        self.by_request = parking is not None and not self.enable_caching
+        self.drops_last = self.enable_caching and groups.pooled in self.coordinator.eagle_group_ids
         self.residency = Residency(
             geometry,
             pool.blocks,
             FreeKVCacheBlockQueue,
-            managers[0].req_to_blocks,
-            PrefixEntries(pool.move_block_hashes, pool._maybe_evict_cached_block, self._put_entry),
-            parking if self.enable_caching else None,
+            own.req_to_blocks,
+            PrefixEntries(
+                pool.move_entry,
+                pool._maybe_evict_cached_block,
+                self._put_entry,
+                pool.drop_entries,
+                self._of_pooled_group if groups.others and self.enable_caching else None,
+                self._put_entries,
+                _KEY_OF,
+            ),
+            parking,
+            beside=groups_beside(managers, groups),
+            distinct=self.drops_last,
         )
         pool.attach(self.residency)
-        self.stale = StaleKv(self.residency, pool)
-        self.block_size = managers[0].block_size
-        self.admission = Admission(self.residency, self._cached, self.block_size, watermark)
+        self._note_new_blocks()
+        if self.by_request:
+            pool.by_request = True
+            engine_core.adopt_without_caching(own, pool)
+        self.block_size = own.block_size
+        self._in_full = engine_core.fills_only_blocks(self.coordinator)
+        self._tables, self._num_cached = own.req_to_blocks, own.num_cached_block
+        self._caches = own.enable_caching
+        self.admission = Admission(
+            self.residency,
+            self._cached,
+            self.block_size,
+            watermark,
+            by_request=self.by_request,
+            ahead=speculation.drafts + speculation.lookahead,
+        )
+        self.stale = StaleKv(self.residency, pool, self.admission)
         self.hit_counts = HitCounts(geometry.resident_blocks)
         self.admission.on_restored_ahead = self.hit_counts.ahead
-        self._parked: dict[str, ParkedHits] = {}  # Of the request asked for last.
+        # Of the request asked for last, with its cached blocks.
+        self._parked: dict[str, tuple[ParkedHits, Sequence[Any]]] = {}
 
     def get_computed_blocks(
         self, request: Request, max_cache_hit_length: int | None = None
@@ -97,60 +151,198 @@ class PieBlockSpaceManager(KVCacheManager):
         """
         self._parked.clear()
         cap = () if max_cache_hit_length is None else (max_cache_hit_length,)
-        if not self.prefix_cache_lookup_enabled(request):
+        if self.groups.others:
+            kept = None if cap else self._find_kept(request)
+            return kept or super().get_computed_blocks(request, *cap)
+        if not self._looks_up(request):
             blocks, tokens, boundary = super().get_computed_blocks(request, *cap)
             return blocks, tokens, boundary
         # Hashes are chained: the last one stands for all.
         state = (request.num_tokens, *cap, *request.block_hashes[-1:])
         hits: Any = self.admission.recall(request.request_id, state)
         boundary, known = 0, hits is not None  # There is one with windows or states only.
-        if not known:
+        if not known and self.by_request:
+            keys = self._keys_behind(request, 0, max_cache_hit_length)
+            hits = self._cached_first([*keys])
+        elif not known:
             found, _, boundary = super().get_computed_blocks(request, *cap)
             hits = found.blocks[0]
+            if self.drops_last:
+                hits = self._with_dropped(request, hits, max_cache_hit_length)
         parked = self.admission.find_parked(
             request.request_id,
             request.num_tokens,
-            keys_behind(request, len(hits), self.block_size, max_cache_hit_length),
+            self._keys_behind(request, len(hits), max_cache_hit_length),
             hits,
             with_tail=max_cache_hit_length is None,
             state=state,
         )
-        blocks = self.create_kv_cache_blocks((hits,)) if known else found
+        if self.drops_last:
+            hits, parked = without_last_block(hits, parked, self.block_size)
+            known = True
+        blocks = self.create_kv_cache_blocks((hits,)) if known or self.by_request else found
         if parked is None:
             return blocks, len(hits) * self.block_size, boundary
-        self._parked[request.request_id] = parked
+        self._parked[request.request_id] = parked, hits
         return blocks, parked.tokens, boundary
 
-    def _cached(self, key: Any) -> Any:
-        """The block of a key in the prefix cache; a reset of the cache makes a new map."""
-        return self.block_pool.cached_block_hash_to_block.get_one_block(key)
+    def _find_kept(self, request: Request) -> tuple[KVCacheBlocks, int, int] | None:
+        """What a preempted request of a model with several groups kept; None if it is of no use.
+
+        Blocks of groups without a pool are allocated anew, and filled when it is admitted.
+        """
+        name = request.request_id
+        tail = self.residency.parking.tails.find(name)
+        if tail is None or not self._looks_up(request):
+            return None
+        state = (request.num_tokens, *request.block_hashes[-1:])
+        hits: Any = self.admission.recall(name, state)
+        if hits is None:
+            keys = [*self._kept_keys(request, 0, tail.index)]
+            hits = self._cached_first(keys)
+        keys_behind = self._kept_keys(request, len(hits), tail.index)
+        parked = self.admission.find_parked(
+            name, request.num_tokens, keys_behind, hits, state=state
+        )
+        if parked is None:
+            return None
+        self._parked[name] = parked, hits
+        found = self.empty_kv_cache_blocks if parked.incomplete else self._of_pooled(hits)
+        return found, parked.tokens, 0
+
+    def _kept_keys(self, request: Request, first: int, end: int) -> Iterator[Any]:
+        if self.by_request:
+            return self.admission.request_keys(request.request_id, first, end)
+        return hash_keys(request, first, end, self.groups.pooled)
+
+    def _keyed_by_block(self, own: Any) -> bool:
+        """Whether each block of the pooled group has a hash of its own, if any has."""
+        return bool(not self.enable_caching or self.block_pool.hash_block_size == own.block_size)
+
+    def _of_pooled(self, blocks: Sequence[Any]) -> KVCacheBlocks:
+        """These blocks of the pooled group, and none of others."""
+        groups = range(len(self.groups.others) + 1)
+        return self.create_kv_cache_blocks(
+            tuple(blocks if group == self.groups.pooled else () for group in groups)
+        )
+
+    def _with_dropped(
+        self, request: Request, hits: Sequence[Any], tokens_max: int | None
+    ) -> Sequence[Any]:
+        """The hits with the block that vLLM dropped from their end, if it did.
+
+        ``drop_eagle_block``, v1/core/single_type_kv_cache_manager.py:819 in 0.32. What is parked
+        follows on that block.
+        """
+        keys = [*islice(self._keys_behind(request, len(hits), tokens_max), 1)]
+        return [*hits, *self._cached_first(keys)]
+
+    def _looks_up(self, request: Request) -> bool:
+        """Whether a request may find KV that was computed before."""
+        if self.by_request:  # One that wants logprobs of its prompt computes all of it.
+            return not request.skip_reading_prefix_cache
+        return bool(self.prefix_cache_lookup_enabled(request))
+
+    def _keys_behind(self, request: Request, hits: int, tokens_max: int | None) -> Iterator[Any]:
+        """Keys of the blocks behind the first ``hits`` of a waiting request that it may find."""
+        end = findable_blocks(request, self.block_size, tokens_max)
+        if self.by_request:
+            return self.admission.request_keys(request.request_id, hits, end)
+        return hash_keys(request, hits, end)
+
+    def _cached(self, keys: Sequence[Any]) -> list[Any]:
+        """The blocks of keys in the prefix cache; a reset of the cache makes a new map."""
+        cache = self.block_pool.cached_block_hash_to_block
+        blocks = [*map(cache._cache.get, keys)]
+        # A key has a dict of blocks where several hold its KV.
+        return [*map(cache.get_one_block, keys)] if dict in map(type, blocks) else blocks
+
+    def _cached_first(self, keys: Sequence[Any]) -> list[Any]:
+        """The blocks of the first keys in the prefix cache, up to one that is not in it."""
+        return [*takewhile(lambda block: block is not None, self._cached(keys))]
 
     def _put_entry(self, block: Any, key: Any, index: int) -> None:
-        self.block_pool._insert_block_hash(key, block, (index + 1) * self.block_size)
+        self.block_pool.put_entries([block], [key], [(index + 1) * self.block_size])
 
-    def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
-        """As vLLM's; who does not run yet is admitted on pie's terms.
+    def _put_entries(self, blocks: Sequence[Any], keys: Sequence[Any], at: Sequence[int]) -> None:
+        size = self.block_size
+        self.block_pool.put_entries(blocks, keys, [(index + 1) * size for index in at])
 
-        The request's own status says who that is, whatever way it came here: new, preempted, or a
-        streaming session that goes on with the blocks it has, for which vLLM looks up no prefix.
-        There are hundreds of running requests a step, so they pass at once.
-        """
-        if request.status is _RUNNING:
-            return _allocate_stock(self, request, *args, **kwargs)
-        return self._admit(request, *args, **kwargs)
-
-    def _admit(
+    def allocate_slots(
         self,
         request: Request,
         num_new_tokens: int,
         num_new_computed_tokens: int = 0,
         new_computed_blocks: KVCacheBlocks | None = None,
         num_lookahead_tokens: int = 0,
-        *,
         num_external_computed_tokens: int = 0,
+        delay_cache_blocks: bool = False,
+        num_encoder_tokens: int = 0,
         full_sequence_must_fit: bool = False,
+        reserved_blocks: int = 0,
         has_scheduled_reqs: bool = True,
-        **kwargs: Any,
+        skip_zeroing_group_ids: tuple[int, ...] = (),
+    ) -> KVCacheBlocks | None:
+        """As vLLM's; who does not run yet is admitted on pie's terms.
+
+        The request's own status says who that is, whatever way it came here: new, preempted, or a
+        streaming session that goes on with the blocks it has, for which vLLM looks up no prefix.
+        There are hundreds of running requests a step, most of which stay within the block that they
+        have and fill none: vLLM's code would change nothing for them (``fills_only_blocks``), and
+        takes ten times as long to find out. The others pass with each argument by its place: packed
+        as ``*args, **kwargs`` they cost ten times as much.
+        """
+        running = request.status is _RUNNING
+        if (
+            running
+            and self._in_full
+            and num_new_tokens
+            and new_computed_blocks is None
+            and not (num_lookahead_tokens or num_external_computed_tokens)
+        ):
+            name, size = request.request_id, self.block_size
+            tokens = request.num_computed_tokens + num_new_computed_tokens + num_new_tokens
+            if tokens <= len(self._tables.get(name, ())) * size and (
+                tokens < (self._num_cached.get(name, 0) + 1) * size or not self._caches
+            ):
+                return self.empty_kv_cache_blocks
+        allocate = _allocate_stock if running else PieBlockSpaceManager._admit
+        return allocate(
+            self,
+            request,
+            num_new_tokens,
+            num_new_computed_tokens,
+            new_computed_blocks,
+            num_lookahead_tokens,
+            num_external_computed_tokens,
+            delay_cache_blocks,
+            num_encoder_tokens,
+            full_sequence_must_fit,
+            reserved_blocks,
+            has_scheduled_reqs,
+            skip_zeroing_group_ids,
+        )
+
+    def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
+        """As vLLM's, which changes nothing for a request that has filled no block since."""
+        cached = self._num_cached.get(request.request_id, 0)
+        if not self._in_full or num_computed_tokens >= (cached + 1) * self.block_size:
+            _cache_stock(self, request, num_computed_tokens)
+
+    def _admit(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_computed_tokens: int,
+        new_computed_blocks: KVCacheBlocks | None,
+        num_lookahead_tokens: int,
+        num_external_computed_tokens: int,
+        delay_cache_blocks: bool,
+        num_encoder_tokens: int,
+        full_sequence_must_fit: bool,
+        reserved_blocks: int,
+        has_scheduled_reqs: bool,
+        skip_zeroing_group_ids: tuple[int, ...],
     ) -> KVCacheBlocks | None:
         """As vLLM's ``allocate_slots``, on the terms of ``Admission``.
 
@@ -158,12 +350,23 @@ class PieBlockSpaceManager(KVCacheManager):
         v1/core/kv_cache_manager.py:515-540 in 0.32.
         """
         found = self.empty_kv_cache_blocks if new_computed_blocks is None else new_computed_blocks
-        hits = found.blocks[0]
-        parked = self._parked.pop(request.request_id, None)
+        parked, hits = self._parked.pop(request.request_id, (None, ()))
         if parked is None:
-            parked = ParkedHits.none(num_new_computed_tokens)
+            parked, hits = (
+                ParkedHits.none(num_new_computed_tokens),
+                found.blocks[self.groups.pooled],
+            )
         computed = request.num_computed_tokens
         step_end = computed + num_new_computed_tokens + num_new_tokens
+        span = min(request.num_tokens if full_sequence_must_fit else step_end, self.max_model_len)
+        others = others_now = 0
+        lookahead = max(0, min(num_lookahead_tokens, self.max_model_len - step_end))
+        if self.groups.others:
+            spans = self._others(request, found, num_new_computed_tokens, span)
+            others = sum(map(min, spans, self.groups.residents_min))
+            others_now = sum(
+                self._others(request, found, num_new_computed_tokens, step_end, lookahead)
+            )
         candidate = Candidate(
             request.request_id,
             request.num_tokens,
@@ -171,25 +374,35 @@ class PieBlockSpaceManager(KVCacheManager):
             hits,
             parked,
             num_new_tokens,
-            min(request.num_tokens if full_sequence_must_fit else step_end, self.max_model_len),
-            whole=full_sequence_must_fit,
-            beside=has_scheduled_reqs,
+            span,
+            full_sequence_must_fit,
+            has_scheduled_reqs,
+            others,
+            others_now,
+            lookahead,
         )
         transaction = self.admission.prepare(candidate)
         if transaction is None:
             return None
-        if parked.parked:
-            found = self.create_kv_cache_blocks((transaction.hits,))
+        computed_here, computed_before = parked.full_tokens, parked.tail_tokens
+        if parked.tail and self.groups.others:
+            # All of them, so that each group's manager allocates what it needs of them.
+            computed_here, computed_before = 0, parked.tokens
+        if (parked.parked or parked.tail) and not parked.incomplete:
+            found = self._of_pooled(transaction.hits)
         with transaction:
             blocks = super().allocate_slots(
                 request,
                 num_new_tokens,
-                num_new_computed_tokens=parked.full_tokens,
+                num_new_computed_tokens=computed_here,
                 new_computed_blocks=found,
                 num_lookahead_tokens=num_lookahead_tokens,
-                num_external_computed_tokens=num_external_computed_tokens + parked.tail_tokens,
+                num_external_computed_tokens=num_external_computed_tokens + computed_before,
+                delay_cache_blocks=delay_cache_blocks,
+                num_encoder_tokens=num_encoder_tokens,
+                reserved_blocks=reserved_blocks,
                 has_scheduled_reqs=has_scheduled_reqs,
-                **kwargs,
+                skip_zeroing_group_ids=skip_zeroing_group_ids,
             )
         if blocks is None:
             transaction.roll_back()
@@ -199,16 +412,64 @@ class PieBlockSpaceManager(KVCacheManager):
             self.hit_counts.count(request.request_id, transaction.hits, parked)
         return blocks
 
+    def _others(
+        self,
+        request: Request,
+        found: KVCacheBlocks,
+        hit: int,
+        tokens: int,
+        lookahead: int = 0,
+    ) -> list[int]:
+        """Residents that a request takes in each group without a pool for so many of its tokens.
+
+        As vLLM counts them, v1/core/kv_cache_coordinator.py:190 in 0.32.
+        """
+        computed = request.num_computed_tokens + hit
+        managers = self.coordinator.single_type_managers
+        return [
+            managers[group].get_num_blocks_to_allocate(
+                request.request_id,
+                tokens + lookahead,
+                found.blocks[group],
+                computed,
+                computed,
+                tokens,
+                prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
+            )
+            for group in self.groups.others
+        ]
+
+    def _of_pooled_group(self, block: Any) -> bool:
+        """Whether the entry that a cached block has is one of the pooled group."""
+        return bool(get_group_id(block.block_hash) == self.groups.pooled)
+
+    def _note_new_blocks(self) -> None:
+        """Have the residency hear of new blocks that are written to without a gate.
+
+        Managers take their blocks from ``self.block_pool``, set in ``__init__``:
+        v1/core/single_type_kv_cache_manager.py:110 in 0.32.
+        """
+        groups, managers = self.groups, self.coordinator.single_type_managers
+        noting: Any = NotingBlockPool(self.block_pool)
+        zeroed = self.coordinator.kv_cache_config.needs_kv_cache_zeroing
+        for group in (*groups.others, *((groups.pooled,) if zeroed else ())):
+            managers[group].block_pool = noting
+
     def free(self, request: Request) -> None:
-        """Give a request's blocks back to their tiers; keep the tail of a preempted one."""
+        """Give a request's blocks back to their tiers; keep KV of a preempted one."""
         request_id, finished = request.request_id, request.is_finished()
-        computed = min(request.num_computed_tokens, request.num_tokens)
+        certain = request.num_computed_tokens - self.drafts.uncertain(request_id)
+        computed = max(min(certain, request.num_tokens), 0)
+        # A state is one after all tokens, those of steps in flight included.
+        kept = max(certain, 0) if self.groups.others else computed
         reusable = not self.stale.holds_old_kv(request_id)
         if finished:
             self.hit_counts.forget(request_id)
         elif reusable and self.residency.tables.get(request_id):
             self.hit_counts.preempted(request_id, computed)
-        self.admission.releases(request_id, computed, finished=finished, reusable=reusable)
+        self.admission.releases(
+            request_id, kept, finished=finished, reusable=reusable and self._looks_up(request)
+        )
         super().free(request)
         self.stale.freed(request)
 

@@ -224,9 +224,9 @@ def counters(llm: Any) -> dict[str, Any]:
     Returns:
         The fields of Totals; the sizes ``resident_blocks``, ``pooled_blocks``, ``ring_slots``,
         ``ring_bytes``, ``host_bytes`` (maximum of the pool), ``device_bytes``,
-        ``idle_cost_blocks``, ``page_bytes``, ``num_layers`` and ``rows``; ``pool_bytes``, the
-        bytes that the pool holds; ``pool_refused``, the number of times that memory for the pool
-        could not be had; ``pool_table_bytes``, the device memory reserved for page tables of the
-        pool.
+        ``idle_cost_blocks``, ``page_bytes``, ``num_layers``, ``draft_layers``, ``draft_bytes``
+        (their pages of pooled blocks) and ``rows``; ``pool_bytes``, the bytes that the pool holds;
+        ``pool_refused``, the number of times that memory for the pool could not be had;
+        ``pool_table_bytes``, the device memory reserved for page tables of the pool.
     """
     return dict(llm.collective_rpc("pie_counters")[0])

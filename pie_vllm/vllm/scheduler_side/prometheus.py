@@ -23,8 +23,8 @@ GAUGES = {
     "pie_capacity_gained_blocks": "Blocks of both tiers beyond the number that the same device "
     "memory holds without pie.",
     "pie_ring_bytes": "Device memory of the ring, in bytes.",
-    "pie_parked_blocks": "Full blocks kept in CPU memory that no request uses; a prefix hit copies "
-    "them back.",
+    "pie_parked_blocks": "Full blocks kept in CPU memory that no running request uses; a prefix "
+    "hit, or a preempted request that goes on, copies them back.",
     "pie_pool_bytes": "CPU memory held by the pool, in bytes.",
     "pie_pool_ceiling_bytes": "Maximum CPU memory of the pool, in bytes.",
 }
@@ -49,11 +49,15 @@ COUNTERS = {
     "pie_parked_stores": "Blocks stored to CPU memory so that they outlive the reuse of their "
     "page.",
     "pie_parked_ahead": "Part of pie_parked_stores: blocks stored before their page was needed.",
-    "pie_parked_losses": "Cached blocks whose KV was dropped when their page was reused.",
+    "pie_parked_losses": "Blocks, cached or of preempted requests, whose KV was dropped when their "
+    "page was reused.",
     "pie_restored_blocks": "Blocks copied back to device memory for requests that asked for them.",
-    "pie_resident_hits": "Blocks found in the prefix cache in device memory.",
-    "pie_pooled_hits": "Blocks found in the prefix cache that were pooled.",
-    "pie_parked_hits": "Blocks found in the prefix cache that were parked in CPU memory.",
+    "pie_resident_hits": "Blocks found in the prefix cache, or again by preempted requests, in "
+    "device memory.",
+    "pie_pooled_hits": "Blocks found in the prefix cache, or again by preempted requests, that "
+    "were pooled.",
+    "pie_parked_hits": "Blocks found in the prefix cache, or again by preempted requests, that "
+    "were parked in CPU memory.",
     "pie_failed_copies": "Engine steps in which a copy of KV failed; the requests concerned "
     "computed it again.",
 }

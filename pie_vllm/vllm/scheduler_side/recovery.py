@@ -15,17 +15,27 @@ from pie_vllm.policy.placement.in_flight import Flight
 
 logger = init_logger("vllm.pie")
 
+NO_DRAFTS: Mapping[str, int] = {}
+
 MOST_IN_A_ROW = 10
 """Times that a request is computed again because of failed copies without a token in between."""
 
 LOG_SECONDS = 10.0
 
 
-def starts(output: SchedulerOutput) -> Mapping[str, int]:
-    """Position of the first token that a step computes, of each of its requests."""
+def starts(output: SchedulerOutput, uncertain: Mapping[str, int] = NO_DRAFTS) -> Mapping[str, int]:
+    """Position of the first token that a step computes, at least, of each of its requests.
+
+    Args:
+        output: of the step.
+        uncertain: draft tokens of the steps before it that may still be rejected, by request.
+    """
     cached = output.scheduled_cached_reqs
     found = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
     found.update((new.req_id, new.num_computed_tokens) for new in output.scheduled_new_reqs)
+    for name, count in uncertain.items():
+        if name in found:
+            found[name] = max(found[name] - count, 0)
     return found
 
 
@@ -51,9 +61,14 @@ class Recovery:
         self._quiet_until = 0.0
         self.failures = 0
 
-    def submitted(self, output: SchedulerOutput) -> None:
-        """A step goes to the workers."""
-        self._flight.submitted(output, output.pie.plan, lambda: starts(output))
+    def submitted(self, output: SchedulerOutput, uncertain: Mapping[str, int] = NO_DRAFTS) -> None:
+        """A step goes to the workers.
+
+        Args:
+            output: of the step.
+            uncertain: draft tokens of the steps in flight before it, by request.
+        """
+        self._flight.submitted(output, output.pie.plan, lambda: starts(output, uncertain))
 
     def landed(self, output: SchedulerOutput, failure: str) -> None:
         """The results of a step are there; before vLLM takes them.
@@ -70,6 +85,7 @@ class Recovery:
         """No results of the steps in flight will come: forget all KV, which nobody uses."""
         residency = self._scheduler.kv_cache_manager.residency
         self._flight.clear()
+        self._scheduler.kv_cache_manager.drafts.clear()
         residency.parking.copies.restores.clear()  # Of a step whose planning was interrupted.
         self._scheduler.reset_prefix_cache()
         residency.read_set.send_again()
@@ -118,6 +134,9 @@ class Recovery:
         """Have a running request computed again from token ``good`` on."""
         request.num_computed_tokens = min(good, request.num_computed_tokens)
         self._scheduler._preempt_request(request, now, drop_stale_output=True)
+        manager = self._scheduler.kv_cache_manager
+        if manager.residency.beside:  # Windows and states are those behind the wrong tokens.
+            manager.admission.forget_kept(request.request_id)
         # The workers may get it back in the next step: as if it had not run in this one.
         self._scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
 

@@ -21,10 +21,12 @@ from pie_vllm.policy.control.elastic_pool import ElasticPool
 from pie_vllm.policy.controller import Controller
 from pie_vllm.vllm import settings
 from pie_vllm.vllm.compat import engine_core, loggers
+from pie_vllm.vllm.kv_groups import groups_of
 from pie_vllm.vllm.scheduler_side.manager import PieBlockSpaceManager
 from pie_vllm.vllm.scheduler_side.metrics import Control, Report, StepLog
 from pie_vllm.vllm.scheduler_side.recovery import Recovery
 from pie_vllm.vllm.scheduler_side.schedule_view import ScheduleView
+from pie_vllm.vllm.speculation import speculation_of, takes_turns
 from pie_vllm.vllm.whole import whole_of
 
 logger = init_logger("vllm.pie")
@@ -52,14 +54,25 @@ class PieSchedulerMixin(_Mixed):
         geometry = given.geometry
         if geometry is None:
             raise RuntimeError("the workers' geometry did not reach the scheduler")
-        factory = partial(PieBlockSpaceManager, geometry=geometry, parking=given.config.parking)
+        groups = groups_of(kv_cache_config.kv_cache_groups, None, vllm_config)
+        cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
+        # Where vLLM computes prompts as a whole, the model may be unable to go on behind KV.
+        goes_on = cache.enable_prefix_caching or scheduler.enable_chunked_prefill
+        factory = partial(
+            PieBlockSpaceManager,
+            geometry=geometry,
+            groups=groups,
+            parking=given.config.parking if goes_on else None,
+            speculation=speculation_of(vllm_config),
+        )
         with engine_core.own_block_manager(factory):
             super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
         manager = self.kv_cache_manager
         whole = whole_of(vllm_config)
+        manager.admission.prompt_reserve *= groups.cost
         if whole is not None:
             # What is under way gets as much again in the next step.
-            manager.admission.prompt_reserve = whole.blocks(manager.block_size)
+            manager.admission.prompt_reserve = groups.cost * whole.blocks(manager.block_size)
         self.pie_stale = manager.stale
         self.pie_stale.requests = self.requests
         self._view = ScheduleView(self)
@@ -70,6 +83,7 @@ class PieSchedulerMixin(_Mixed):
         self.pie_log = StepLog(manager.residency, detector, self.pie_waits)
         self.pie_report = Report(geometry)
         self.pie_recovery = Recovery(self)
+        logger.info("Pie: what is parked in CPU memory is %s", _parked(manager))
 
     def _make_controller(self, vllm_config: Any, *, splits: bool) -> Controller:
         """The policy around each step, with a pool that grows and shrinks."""
@@ -77,7 +91,7 @@ class PieSchedulerMixin(_Mixed):
         config, manager = given.config, self.kv_cache_manager
         geometry, block_size = manager.geometry, manager.block_size
         decider = Decider(
-            geometry.row_bytes,
+            geometry.load_bytes,
             geometry.pooled_blocks,
             config.target_slowdown,
             given.prior,
@@ -92,6 +106,10 @@ class PieSchedulerMixin(_Mixed):
             block_size,
             priority=(lambda name: self.requests[name].priority) if by_priority else None,
             splits=splits,
+            cost=manager.groups.cost,
+            speculation=speculation_of(vllm_config),
+            drafts=manager.drafts,
+            turns=takes_turns(vllm_config, self.has_mamba_layers),
         )
         longest = cdiv(vllm_config.model_config.max_model_len, block_size)
         controller.pool = ElasticPool(
@@ -100,7 +118,7 @@ class PieSchedulerMixin(_Mixed):
             available_host_bytes,
             monotonic,
             config.pool_idle_seconds,
-            step_blocks=controller.step_blocks,
+            step_blocks=manager.groups.cost * controller.step_blocks,
             ranks=vllm_config.parallel_config.tensor_parallel_size,
             first_chunks=settings.first_chunks(vllm_config, geometry, block_size),
         )
@@ -119,11 +137,30 @@ class PieSchedulerMixin(_Mixed):
         fresh = output.scheduled_cached_reqs.resumed_req_ids
         if output.scheduled_new_reqs:
             fresh = {*fresh, *(r.req_id for r in output.scheduled_new_reqs)}
+        drafts, uncertain = 0, {}
+        if self.num_spec_tokens:
+            known = self.kv_cache_manager.drafts
+            uncertain = known.by_request
+            drafts = known.submitted(output, output.scheduled_spec_decode_tokens)
         output.pie = self.pie_controller.end_step(
-            output.num_scheduled_tokens, output.total_num_scheduled_tokens, fresh
+            output.num_scheduled_tokens, output.total_num_scheduled_tokens, fresh, drafts
         )
-        self.pie_recovery.submitted(output)
+        if output.new_block_ids_to_zero:
+            self._keep_filled(output)
+        self.pie_recovery.submitted(output, uncertain)
         return output
+
+    def _keep_filled(self, output: SchedulerOutput) -> None:
+        """Have the workers zero no block that the step fills with KV of the pool."""
+        plan = output.pie.plan
+        if plan is not None and len(plan.promotions):
+            filled = {
+                block
+                for first, _, count in plan.promotions.tolist()
+                for block in range(first, first + count)
+            }
+            ids = [block for block in output.new_block_ids_to_zero if block not in filled]
+            output.new_block_ids_to_zero = ids or None
 
     def _schedule_at_most(self, tokens: int, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule as vLLM does, with so many tokens at most.
@@ -183,8 +220,8 @@ class PieSchedulerMixin(_Mixed):
         return fits or request.lora_request.lora_int_id in adapters
 
     def _update_request_as_session(self, session: Any, update: Any) -> None:
-        """As vLLM's; the tail of a session preempted meanwhile has other tokens than it goes on."""
-        self.kv_cache_manager.residency.parking.tails.drop(session.request_id)
+        """As vLLM's; what is kept of a session preempted meanwhile has other tokens."""
+        self.kv_cache_manager.admission.forget_kept(session.request_id)
         super()._update_request_as_session(session, update)
 
     def update_from_output(
@@ -194,15 +231,19 @@ class PieSchedulerMixin(_Mixed):
         if not hasattr(scheduler_output, "pie"):  # It was not scheduled here.
             return super().update_from_output(scheduler_output, model_runner_output)
         report: StepReport | None = getattr(model_runner_output, "pie", None)
+        drafts = self.kv_cache_manager.drafts
         self.pie_controller.observe(
             scheduler_output.pie,
             report,
             scheduler_output.total_num_scheduled_tokens,
             len(scheduler_output.num_scheduled_tokens),
+            drafts.of_step(scheduler_output) if self.num_spec_tokens else 0,
         )
         if report is not None:
             self.pie_log.record(report.totals)
         self.pie_recovery.landed(scheduler_output, report.failure if report else "")
+        if self.num_spec_tokens:  # vLLM takes back the rejected ones of each request next.
+            drafts.landed(scheduler_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self.pie_recovery.report(outputs)
         return outputs
@@ -248,6 +289,14 @@ class PieSchedulerMixin(_Mixed):
         """Shut down as vLLM does, and log the totals."""
         self.pie_log.write()
         super().shutdown()
+
+
+def _parked(manager: PieBlockSpaceManager) -> str:
+    """What the pool keeps for those that do not run, for the log."""
+    if not manager.residency.parking.enabled:
+        return "nothing"
+    by_preemption = manager.by_request or manager.groups.others
+    return "KV of preempted requests" if by_preemption else "KV of prefixes and preemptions"
 
 
 class PieScheduler(PieSchedulerMixin, Scheduler):

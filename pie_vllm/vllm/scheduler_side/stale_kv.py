@@ -9,6 +9,7 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.request import Request
 
+from pie_vllm.policy.admission.transaction import Admission
 from pie_vllm.policy.placement.residency import Residency
 from pie_vllm.vllm.scheduler_side.block_pool import PieBlockPool
 
@@ -34,9 +35,12 @@ class StaleKv:
         reloads: adapters by waiting request that has them reloaded when it is admitted.
     """
 
-    def __init__(self, residency: Residency, block_pool: PieBlockPool) -> None:
+    def __init__(
+        self, residency: Residency, block_pool: PieBlockPool, admission: Admission
+    ) -> None:
         """Over the manager's parts, before the first request."""
         self._residency = residency
+        self._admission = admission
         self._block_pool = block_pool
         self.requests: Mapping[str, Request] = {}
         self.reloads: dict[str, Adapter] = {}
@@ -127,7 +131,7 @@ class StaleKv:
             if request_id in self._residency.tables:
                 self._block_pool.not_cached.add(request_id)
             else:
-                self._residency.parking.tails.drop(request_id)
+                self._admission.forget_kept(request_id)
                 self._salt_again(request)
 
     def _salt_again(self, request: Request) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,8 +21,8 @@ from pie_vllm.errors import CopyError, GateError, TransferError, UnsupportedErro
 from pie_vllm.geometry import Geometry
 from pie_vllm.plan import NO_RUNS, StepOrders, StepPlan, Totals
 from pie_vllm.vllm import refusals
-from pie_vllm.vllm.compat import cuda_graphs, model_runner
-from pie_vllm.vllm.worker_side import gate, kv_layout
+from pie_vllm.vllm.compat import cuda_graphs, mla_layers, model_runner
+from pie_vllm.vllm.worker_side import gate, kv_layout, mla_gate
 from pie_vllm.vllm.worker_side.full_graphs import FullGraphs, use_graphs
 from pie_vllm.vllm.worker_side.step_totals import with_step
 
@@ -118,10 +118,14 @@ class PieCacheEngine:
         self.allocated = True
         return found
 
-    def install_gates(self, layer_names: list[str], forward_context: dict[str, Any]) -> None:
+    def install_gates(self, layer_names: Sequence[str], forward_context: dict[str, Any]) -> None:
         """Put gates around the attention of each layer, in the order of the ring."""
         for layer, name in enumerate(layer_names):
-            gate.install(forward_context[name].impl, layer, self._switch)
+            attention = forward_context[name]
+            if mla_layers.is_mla(attention):
+                mla_gate.install(attention, layer, self._switch)
+            else:
+                gate.install(attention.impl, layer, self._switch)
 
     @contextmanager
     def warm_up(
@@ -256,10 +260,14 @@ class PieCacheEngine:
         fits = self._graphs is not None and self._graphs.fits
         return self._switch.engine is self._engine and not fits
 
-    def install_in_runner(self, runner: Any) -> None:
+    def install_in_runner(self, runner: Any, group: int) -> None:
         """Make the model runner apply a plan's relabels, and keep FULL graphs from its steps.
 
         With ``--pie-full-graphs``, a step whose copies fit a FULL graph may run in one.
+
+        Args:
+            runner: vLLM's model runner.
+            group: index of the pooled group.
 
         Raises:
             UnsupportedError: this vLLM's runner does it otherwise, it has FULL graphs only, or
@@ -267,17 +275,17 @@ class PieCacheEngine:
         """
 
         def relabel(scheduler_output: Any) -> None:
-            for name in ("kv_cache_block_copies", "new_block_ids_to_zero"):
-                if getattr(scheduler_output, name):
-                    raise UnsupportedError(
-                        f"--block-manager pie cannot carry out {name}: pages of pooled blocks are "
-                        "not on the device. Use --block-manager default."
-                    )
+            if scheduler_output.kv_cache_block_copies:
+                raise UnsupportedError(
+                    "--block-manager pie cannot carry out kv_cache_block_copies: pages of pooled "
+                    "blocks are not on the device. Set --no-enable-prefix-caching, or use "
+                    "--block-manager default."
+                )
             orders: StepOrders | None = getattr(scheduler_output, "pie", None)
             if orders and orders.plan and orders.plan.relabels:
                 gone = scheduler_output.finished_req_ids
                 live = [r for r in orders.plan.relabels if r.request_id not in gone]
-                model_runner.relabel_rows(runner, live)
+                model_runner.relabel_rows(runner, live, group)
 
         model_runner.before_inputs(runner, relabel)
         mode = cuda_graphs.graph_mode(runner)

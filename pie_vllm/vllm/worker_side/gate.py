@@ -39,6 +39,36 @@ class GateSwitch:
         self.failed = failed
 
 
+def before_write(switch: GateSwitch, layer: int) -> None:
+    """Pass the gate ahead of a layer's KV write."""
+    engine = switch.engine
+    if engine is not None:
+        try:
+            engine.before_write(layer)
+        except CopyError as error:
+            switch.failed(error)
+
+
+def around_read(
+    switch: GateSwitch, layer: int, read: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Call ``read``, a layer's attention, between the gates before and after it."""
+    engine = switch.engine
+    if engine is None:
+        return read(*args, **kwargs)
+    try:
+        engine.before_attention(layer)
+    except CopyError as error:
+        switch.failed(error)
+        return read(*args, **kwargs)
+    result = read(*args, **kwargs)
+    try:
+        engine.after_attention(layer)
+    except CopyError as error:
+        switch.failed(error)
+    return result
+
+
 _classes: dict[type, type] = {}
 
 
@@ -52,30 +82,11 @@ def _gated(base: type[Any]) -> type[Any]:
         _pie_switch: GateSwitch
 
         def do_kv_cache_update(self, *args: Any, **kwargs: Any) -> Any:
-            engine = self._pie_switch.engine
-            if engine is not None:
-                try:
-                    engine.before_write(self._pie_layer)
-                except CopyError as error:
-                    self._pie_switch.failed(error)
+            before_write(self._pie_switch, self._pie_layer)
             return super().do_kv_cache_update(*args, **kwargs)
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            switch = self._pie_switch
-            engine = switch.engine
-            if engine is None:
-                return super().forward(*args, **kwargs)
-            try:
-                engine.before_attention(self._pie_layer)
-            except CopyError as error:
-                switch.failed(error)
-                return super().forward(*args, **kwargs)
-            result = super().forward(*args, **kwargs)
-            try:
-                engine.after_attention(self._pie_layer)
-            except CopyError as error:
-                switch.failed(error)
-            return result
+            return around_read(self._pie_switch, self._pie_layer, super().forward, *args, **kwargs)
 
     Gated.__name__ = Gated.__qualname__ = "Pie" + base.__name__
     _classes[base] = Gated

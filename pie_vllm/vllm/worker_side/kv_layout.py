@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -9,28 +10,41 @@ from pie_vllm.errors import UnsupportedError
 from pie_vllm.geometry import Geometry
 
 
-def over_arena(kv_cache_config: Any, geometry: Geometry) -> Any:
+def over_arena(kv_cache_config: Any, geometry: Geometry, pooled: Sequence[str]) -> Any:
     """A copy of vLLM's KV cache configuration laid out over the arena.
+
+    All groups begin at the first region. The pooled layers are there in the order of the ring,
+    which is that in which the model runs them, and then those of a drafter.
+
+    Args:
+        kv_cache_config: vLLM's.
+        geometry: sizes of the arena.
+        pooled: names of the layers of the pooled group, in order.
 
     Raises:
         UnsupportedError: vLLM laid the cache out in a way that cannot be aliased.
     """
     config = deepcopy(kv_cache_config)
     tensors = config.kv_cache_tensors
-    if len(tensors) != 1 or tensors[0].block_stride != geometry.page_bytes:
+    groups = config.kv_cache_groups
+    strides = {tensor.block_stride for tensor in tensors}
+    if len(tensors) != len(groups) or strides != {geometry.page_bytes}:
         raise UnsupportedError(
-            "--block-manager pie needs one KV cache tensor with unpadded pages of "
-            f"{geometry.page_bytes} bytes, vLLM made {len(tensors)} with block stride "
-            f"{[t.block_stride for t in tensors]}."
+            f"--block-manager pie needs one KV cache tensor a group, with unpadded pages of "
+            f"{geometry.page_bytes} bytes, vLLM made {len(tensors)} for {len(groups)} groups with "
+            f"block strides {sorted(strides)}. Use --block-manager default."
         )
     if config.num_blocks != geometry.num_blocks:
         raise UnsupportedError(
             f"vLLM chose {config.num_blocks} KV blocks, the block manager offered "
             f"{geometry.num_blocks}. Do not limit the number of blocks otherwise."
         )
-    tensors[0].size = geometry.virtual_bytes
-    tensors[0].offset = geometry.shift
-    tensors[0].layer_stride = geometry.layer_stride
+    for tensor in tensors:
+        if set(tensor.layers) == set(pooled):
+            tensor.layers = list(pooled)
+        tensor.size = geometry.virtual_bytes
+        tensor.offset = geometry.shift
+        tensor.layer_stride = geometry.layer_stride
     return config
 
 
@@ -38,6 +52,8 @@ def views(
     arena: Any, kv_cache_config: Any, layout: Any, kernel_block_sizes: Any = None
 ) -> dict[str, Any]:
     """Views of each layer's KV over the arena, by the layer's name.
+
+    As ``allocate_kv_cache``, v1/worker/utils.py:598 in 0.32.
 
     Args:
         arena: one-dimensional tensor of the arena's bytes, on the device.
@@ -57,13 +73,21 @@ def views(
             f"{layout.name}. Set VLLM_KV_CACHE_LAYOUT=LBNHC (or LBHNC) if the attention "
             "backend allows it, or use --block-manager default."
         )
-    tensor = kv_cache_config.kv_cache_tensors[0]
-    found = create_kv_cache_views(
-        arena,
-        kv_cache_config.kv_cache_groups[0].kv_cache_spec,
-        kv_cache_config.num_blocks,
-        layout,
-        tensor,
-        kernel_block_size=kernel_block_sizes[0] if kernel_block_sizes else None,
-    )
-    return dict(zip(tensor.layers, found, strict=True))
+    found: dict[str, Any] = {}
+    for tensor in kv_cache_config.kv_cache_tensors:
+        number, group = next(
+            (number, group)
+            for number, group in enumerate(kv_cache_config.kv_cache_groups)
+            if tensor.layers[0] in group.layer_names
+        )
+        sizes = kernel_block_sizes or ()
+        made = create_kv_cache_views(
+            arena,
+            group.kv_cache_spec,
+            kv_cache_config.num_blocks,
+            layout,
+            tensor,
+            kernel_block_size=sizes[number] if number < len(sizes) else None,
+        )
+        found.update(zip(tensor.layers, made, strict=True))
+    return found

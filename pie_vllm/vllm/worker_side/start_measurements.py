@@ -136,7 +136,9 @@ class StepTimes:
         return self._known[-1]
 
 
-def with_step_times(prior: Prior, runner: Any, requests: int, tokens_max: int) -> Prior:
+def with_step_times(
+    prior: Prior, runner: Any, requests: int, tokens_max: int, each: int = 1
+) -> Prior:
     """Add the seconds of a step without attention, of each of its requests and prompt tokens.
 
     Args:
@@ -144,19 +146,22 @@ def with_step_times(prior: Prior, runner: Any, requests: int, tokens_max: int) -
         runner: vLLM's model runner, without a KV cache yet.
         requests: number of requests that decode in the step.
         tokens_max: largest number of tokens in one step.
+        each: number of tokens of each of them, drafts included.
     """
+    decodes = min(requests * each, max(tokens_max, requests))
     times = StepTimes(model_runner.forward_pass(runner), 3, PASSES_SECONDS)
     one = times.seconds(1)
-    step = times.seconds(requests)
-    by_request = max(step - one, 0.0) / max(requests - 1, 1)
-    tokens = min(tokens_max, requests + PROMPT_TOKENS)
+    step = times.seconds(decodes)
+    by_request = max(step - one, 0.0) / max(decodes - 1, 1)
+    tokens = min(tokens_max, decodes + PROMPT_TOKENS)
     by_token = by_request
-    if tokens > requests:
-        by_token = max(times.seconds(tokens) - step, 0.0) / (tokens - requests)
+    if tokens > decodes:
+        by_token = max(times.seconds(tokens) - step, 0.0) / (tokens - decodes)
     logger.info(
-        "Pie: %d requests decode in %.1f ms without attention, one in %.1f ms; a prompt token "
-        "takes %.2f ms",
+        "Pie: %d requests of %d tokens decode in %.1f ms without attention, one token in %.1f ms; "
+        "a prompt token takes %.2f ms",
         requests,
+        each,
         1e3 * step,
         1e3 * one,
         1e3 * by_token,

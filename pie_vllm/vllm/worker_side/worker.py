@@ -18,8 +18,10 @@ from pie_vllm.geometry import (
     plan_geometry,
 )
 from pie_vllm.plan import Prior, StepOrders
-from pie_vllm.vllm import refusals, settings
-from pie_vllm.vllm.compat import model_runner
+from pie_vllm.vllm import draft_refusals, layer_refusals, refusals, settings
+from pie_vllm.vllm.compat import drafters, grouping, model_runner
+from pie_vllm.vllm.kv_groups import KvGroups, groups_of
+from pie_vllm.vllm.speculation import check_residents, written_blocks
 from pie_vllm.vllm.whole import whole_of
 from pie_vllm.vllm.worker_side import kv_layout, ranks
 from pie_vllm.vllm.worker_side.cache_engine import PieCacheEngine
@@ -56,6 +58,7 @@ class PieWorkerMixin(_Mixed):
     pie_pool_has_tables: bool = False
     pie: PieCacheEngine | None = None
     _pie_geometry: Geometry
+    _pie_groups: KvGroups
     _pie_prior: Prior
     _pie_measured: Measured
     _pie_tables = 0
@@ -86,7 +89,7 @@ class PieWorkerMixin(_Mixed):
         """
         (device_bytes,) = ranks.least_bytes(super().determine_available_memory())
         geometry = self._pie_geometry = self._pie_size(device_bytes)
-        return geometry.num_blocks * geometry.row_bytes
+        return geometry.num_blocks * geometry.block_bytes
 
     def _pie_size(self, device_bytes: int) -> Geometry:
         """Sizes of both tiers and of the ring, equal on all ranks.
@@ -96,31 +99,41 @@ class PieWorkerMixin(_Mixed):
         """
         config = settings.of(self.vllm_config).config
         specs = self.get_kv_cache_spec()
-        spec = refusals.check_specs(specs)
+        found = grouping.groups_by_vllm(self.vllm_config, specs)
+        drafts = drafters.draft_layers(self.model_runner, self.vllm_config.speculative_config)
+        draft_refusals.check_groups(found, drafts)
+        groups = self._pie_groups = groups_of(found, specs, self.vllm_config, drafts)
         number = self.vllm_config.parallel_config.tensor_parallel_size
         taken = number * device_bytes if self.pie_device_is_host else 0
         pool_bytes = ranks.share_of_pool(config.pool_gib, number, device_bytes, taken)
         device_bytes = self._pie_without_tables(device_bytes, pool_bytes)
-        needed = self._pie_needed_blocks(spec.block_size)
+        num_layers, page_bytes, size = len(groups.layers), groups.page_bytes, groups.block_size
+        needed = self._pie_needed_blocks(size) + groups.residents
         whole = whole_of(self.vllm_config)
         plan = partial(
             plan_geometry,
-            num_layers=len(specs),
-            page_bytes=spec.page_size_bytes,
+            num_layers=num_layers,
+            extra_regions=groups.extra_regions,
+            draft_layers=len(groups.drafts),
+            page_bytes=page_bytes,
             device_bytes=device_bytes,
             pool_bytes=pool_bytes,
             granularity=self.pie_granularity,
             needed_blocks=needed,
             ring_slots=config.ring_slots,
-            whole_blocks=whole.blocks(spec.block_size) if whole else 0,
+            whole_blocks=max(
+                whole.blocks(size) if whole else 0,
+                groups.resident_min,
+                written_blocks(self.vllm_config, size),
+            ),
         )
         plan(ring_fraction=config.ring_fraction, fed_blocks=1)  # Refuses early what cannot work.
-        row_bytes = len(specs) * spec.page_size_bytes
-        device_blocks = device_bytes // row_bytes
+        row_bytes = num_layers * page_bytes
+        device_blocks = device_bytes // (groups.regions * page_bytes)
         requests = self._pie_requests(device_blocks, needed)
         kv_bytes = min(device_blocks, requests * needed) * row_bytes
         prior = self._pie_prior = ranks.slowest(
-            self._pie_measure(len(specs), spec.page_size_bytes, requests, kv_bytes)
+            self._pie_measure(num_layers, page_bytes, requests, kv_bytes)
         )
         fraction, fed = config.ring_fraction, None
         if fraction is None:
@@ -132,11 +145,14 @@ class PieWorkerMixin(_Mixed):
             ring_fraction=fraction, fed_blocks=fed, link_bytes_per_s=prior.bandwidth
         )
         if whole:
-            whole.check(geometry.resident_blocks, spec.block_size)
-        self._pie_log_sizes(geometry, spec.block_size)
+            whole.check(geometry.resident_blocks, size)
+        groups.check(geometry.resident_blocks)
+        check_residents(self.vllm_config, geometry.resident_blocks, size)
+        self._pie_log_sizes(geometry, groups)
         return geometry
 
-    def _pie_log_sizes(self, geometry: Geometry, block_size: int) -> None:
+    def _pie_log_sizes(self, geometry: Geometry, groups: KvGroups) -> None:
+        longest = self.vllm_config.model_config.max_model_len
         number = self.vllm_config.parallel_config.tensor_parallel_size
         logger.info(
             "Pie: %d resident blocks, %d pooled blocks, ring %d slots %.1f MiB (costs %.1f "
@@ -150,12 +166,30 @@ class PieWorkerMixin(_Mixed):
             geometry.host_bytes / 2**30,
             geometry.rows,
             f" on each of {number} ranks" if number > 1 else "",
-            min(
-                self.vllm_config.model_config.max_model_len,
-                (geometry.num_blocks - 1) * block_size,
-            ),
+            min(longest, (geometry.num_blocks - 1 - groups.residents) * groups.block_size),
             self.pie_driver,
         )
+        if groups.drafts:
+            logger.info(
+                "Pie: %d layers of the drafter keep their KV of all blocks on the device; that of "
+                "pooled blocks takes %.1f MiB of it",
+                geometry.draft_layers,
+                geometry.draft_bytes / 2**20,
+            )
+        if groups.others:
+            logger.info(
+                "Pie: %d layers of full attention are pooled, %.0f %% of the blocks of a request "
+                "of --max-model-len; windows, chunks and states in %d other groups stay on the "
+                "device, up to %d blocks a request. %s",
+                len(groups.layers),
+                100 * groups.pooled_share(longest),
+                len(groups.others),
+                groups.residents,
+                "Those of preempted requests are parked."
+                if groups.parks
+                else "Preempted requests are computed again: rows of the pool do not hold all "
+                "pages of these blocks, or a state is in more than one (prefix caching).",
+            )
 
     def _pie_without_tables(self, device_bytes: int, pool_bytes: int) -> int:
         """Bytes left for KV beside the page tables that a pool of this size may take.
@@ -194,7 +228,8 @@ class PieWorkerMixin(_Mixed):
         )
         if config.target_slowdown is not None:
             tokens_max = int(self.vllm_config.scheduler_config.max_num_batched_tokens)
-            prior = with_step_times(prior, self.model_runner, requests, tokens_max)
+            each = 1 + int(self.vllm_config.num_speculative_tokens)
+            prior = with_step_times(prior, self.model_runner, requests, tokens_max, each)
             prior = with_attention(prior, self.model_runner.device, kv_bytes)
         measured = self._pie_measured = with_link(
             prior,
@@ -226,8 +261,11 @@ class PieWorkerMixin(_Mixed):
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Allocate arena and pool, give the runner its views, put up the gates."""
         config = settings.of(self.vllm_config).config
-        block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        first_chunks = settings.first_chunks(self.vllm_config, self._pie_geometry, block_size)
+        groups = self._pie_groups
+        self._pie_check_groups(kv_cache_config)
+        first_chunks = settings.first_chunks(
+            self.vllm_config, self._pie_geometry, groups.block_size
+        )
         self.pie = PieCacheEngine(
             config,
             self._pie_geometry,
@@ -238,7 +276,9 @@ class PieWorkerMixin(_Mixed):
             first_chunks,
         )
         self._pie_step_board = ranks.step_board()
-        shaped = kv_layout.over_arena(kv_cache_config, self._pie_geometry)
+        shaped = kv_layout.over_arena(
+            kv_cache_config, self._pie_geometry, (*groups.layers, *groups.drafts)
+        )
         with model_runner.own_allocation(self.model_runner, self.pie.allocate):
             super().initialize_from_config(shaped)
         if not self.pie.allocated:
@@ -247,10 +287,26 @@ class PieWorkerMixin(_Mixed):
                 "--block-manager default."
             )
         context = self.vllm_config.compilation_config.static_forward_context
-        layers = shaped.kv_cache_tensors[0].layers
-        refusals.check_layers(layers, context, self.pie_device)
-        self.pie.install_gates(layers, context)
-        self.pie.install_in_runner(self.model_runner)
+        layer_refusals.check_layers(groups.layers, context, self.pie_device)
+        self.pie.install_gates(groups.layers, context)
+        self.pie.install_in_runner(self.model_runner, groups.pooled)
+
+    def _pie_check_groups(self, kv_cache_config: Any) -> None:
+        """Check that vLLM grouped the layers as it was expected to, by which all is sized.
+
+        Raises:
+            UnsupportedError: it did otherwise.
+        """
+        made = [set(group.layer_names) for group in kv_cache_config.kv_cache_groups]
+        groups = self._pie_groups
+        sizes = max(map(len, made), default=0), len(made)
+        own = {*groups.layers, *groups.drafts}
+        if sizes != (groups.regions, len(groups.others) + 1) or made[groups.pooled] != own:
+            raise UnsupportedError(
+                f"vLLM made {sizes[1]} KV cache groups of up to {sizes[0]} layers, where "
+                f"--block-manager pie expected {len(groups.others) + 1} of up to "
+                f"{groups.regions}. Use --block-manager default."
+            )
 
     @said_once
     def compile_or_warm_up_model(self) -> Any:
@@ -334,6 +390,8 @@ class PieWorkerMixin(_Mixed):
             "idle_cost_blocks",
             "page_bytes",
             "num_layers",
+            "draft_layers",
+            "draft_bytes",
             "rows",
         )
         sizes = {name: getattr(geometry, name) for name in names}

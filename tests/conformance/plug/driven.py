@@ -13,6 +13,8 @@ from pie_vllm.policy.control.decider import Decision
 from pie_vllm.policy.placement.completed_blocks import CompletedBlocks
 from pie_vllm.policy.placement.interfaces import PrefixEntries
 from pie_vllm.policy.placement.residency import Residency
+from pie_vllm.vllm import layer_refusals
+from pie_vllm.vllm.kv_groups import KvGroups
 from pie_vllm.vllm.scheduler_side.block_pool import PieBlockPool
 from pie_vllm.vllm.scheduler_side.manager import PieBlockSpaceManager
 
@@ -23,6 +25,9 @@ def by_name(made: type, args: Any, kwargs: Any) -> dict[str, Any]:
     """Arguments of a constructor, all by name."""
     names = list(inspect.signature(made.__init__).parameters)[1:]
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+_ALLOCATE = inspect.signature(PieBlockSpaceManager.allocate_slots)
 
 
 class Progress:
@@ -65,7 +70,10 @@ class DrivenManager(PieBlockSpaceManager):
         """As vLLM's for who has blocks: no test here sets a status."""
         has_blocks = request.request_id in self.residency.victims.holders
         allocate = StockManager.allocate_slots if has_blocks else PieBlockSpaceManager._admit
-        made = allocate(self, request, num_new_tokens, num_new_computed_tokens, *args, **kwargs)
+        counts = num_new_tokens, num_new_computed_tokens
+        given = _ALLOCATE.bind(self, request, *counts, *args, **kwargs)
+        given.apply_defaults()
+        made = allocate(*given.args)
         if made is not None and request.request_id in self.residency.victims.holders:
             done = self.progress.setdefault(request.request_id, Progress(0))
             tokens = request.num_computed_tokens + num_new_computed_tokens + num_new_tokens
@@ -83,12 +91,31 @@ class DrivenManager(PieBlockSpaceManager):
             request.num_computed_tokens = told
 
 
+def groups_for(kv_cache_config: Any) -> KvGroups:
+    """The groups of vLLM's KVCacheConfig, where a block of tokens takes one of each group."""
+    groups = kv_cache_config.kv_cache_groups
+    pooled = layer_refusals.check_groups(groups)
+    own = groups[pooled]
+    others = tuple(index for index in range(len(groups)) if index != pooled)
+    return KvGroups(
+        pooled,
+        tuple(own.layer_names),
+        own.kv_cache_spec.page_size_bytes,
+        own.kv_cache_spec.block_size,
+        max(len(group.layer_names) for group in groups),
+        others,
+        residents_min=(1 << 30,) * len(others),
+        cost=1 + len(others),
+    )
+
+
 def make_manager(kwargs: dict[str, Any]) -> DrivenManager:
     """A manager over the sizes of the mode, for ``KVCacheManager``'s arguments."""
     config = kwargs["kv_cache_config"]
     geometry = sizes.geometry(config.num_blocks)
     kwargs = {**kwargs, "kv_cache_config": sizes.resized(config)}
-    return DrivenManager(geometry=geometry, parking=sizes.PARKING, **kwargs)
+    groups = groups_for(config)
+    return DrivenManager(geometry=geometry, groups=groups, parking=sizes.PARKING, **kwargs)
 
 
 def make_pool(kwargs: dict[str, Any]) -> PieBlockPool:

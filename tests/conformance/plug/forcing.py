@@ -56,9 +56,9 @@ class Forcing:
         self._prepend_n(blocks)
         self._back_for(blocks)
 
-    def give_blank(self, block: Any) -> None:
-        self._give_blank(block)
-        self._back_for([block])
+    def give_blank(self, blocks: Any) -> None:
+        self._give_blank(blocks)
+        self._back_for(blocks)
 
     def remove(self, block: Any) -> None:
         """A pooled block is in use again, so a page goes out."""

@@ -21,7 +21,7 @@ from vllm.v1.core.sched import async_scheduler, scheduler
 from pie_vllm.config import PieConfig
 from pie_vllm.errors import UnsupportedError
 from pie_vllm.policy.placement.free_queue import TieredFreeBlockQueue
-from pie_vllm.vllm import refusals, settings
+from pie_vllm.vllm import layer_refusals, refusals, settings
 from pie_vllm.vllm.scheduler_side.block_pool import PieBlockPool
 from pie_vllm.vllm.scheduler_side.manager import PieBlockSpaceManager
 from pie_vllm.vllm.scheduler_side.scheduler import PieAsyncScheduler, PieScheduler
@@ -48,12 +48,12 @@ _substitutes: dict[type, type] = {}
 
 
 def _refused_groups(config: Any) -> str | None:
-    if len(config.kv_cache_groups) != 1:
-        return f"{len(config.kv_cache_groups)} KV cache groups"
     try:
-        refusals.check_specs({"layer": config.kv_cache_groups[0].kv_cache_spec})
+        layer_refusals.check_groups(config.kv_cache_groups)
     except UnsupportedError as error:
         return str(error)
+    except TypeError as error:  # States whose shapes are numbers, in tests of hits within blocks.
+        return f"pages without a size: {error}"
     return None
 
 
@@ -91,7 +91,7 @@ def _watch(made: Any) -> None:
     """After every step: books, plan, and the block tables that a worker would hold."""
     schedule, update = made.schedule, made.update_from_output
     manager = made.kv_cache_manager
-    shadow = Shadow(manager.residency)
+    shadow = Shadow(manager.residency, manager.groups.pooled)
     forcing = Forcing(manager) if sizes.FORCED else None
 
     def scheduled(*args: Any, **kwargs: Any) -> Any:

@@ -8,10 +8,12 @@ from typing import Any
 class Shadow:
     """The block tables of a worker that follows vLLM's scheduler outputs and pie's plans."""
 
-    def __init__(self, residency: Any) -> None:
+    def __init__(self, residency: Any, group: int) -> None:
+        """Over a policy, and the KV cache group that it pools."""
         self.residency = residency
+        self.group = group
         self.tables: dict[str, list[int]] = {}
-        self.loads: Any = ()
+        self.loads: list[list[int]] = []
         self.stored: set[int] = set()
 
     def check(self, out: Any, scheduler: Any) -> None:
@@ -30,13 +32,13 @@ class Shadow:
                 assert first + len(blocks) <= len(table), f"relabel of {rid} beyond its table"
                 table[first : first + len(blocks)] = blocks
         for new in out.scheduled_new_reqs:
-            self.tables[new.req_id] = list(new.block_ids[0])
+            self.tables[new.req_id] = list(new.block_ids[self.group])
         cached = out.scheduled_cached_reqs
         for rid, ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if rid in cached.resumed_req_ids:
-                self.tables[rid] = list(ids[0])
+                self.tables[rid] = list(ids[self.group])
             elif ids is not None:
-                self.tables[rid].extend(ids[0])
+                self.tables[rid].extend(ids[self.group])
 
     def _read(self, out: Any, scheduler: Any) -> set[int]:
         """Pooled blocks that a step reads."""
@@ -57,8 +59,8 @@ class Shadow:
             assert not read, "pooled blocks are read without a plan"
             return
         if plan.loads is not None:
-            self.loads = plan.loads
-        pairs = {b + i: r + i for b, r, n in self.loads.tolist() for i in range(n)}
+            self.loads = plan.loads.tolist()
+        pairs = {b + i: r + i for b, r, n in self.loads for i in range(n)}
         assert set(pairs) == read, f"loads {sorted(pairs)}, reads {sorted(read)}"
         self.stored |= {r + i for b, r, n in plan.stores.tolist() for i in range(n)}
         assert set(pairs.values()) <= self.stored, "a row is loaded that was never stored to"

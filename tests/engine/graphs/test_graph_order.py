@@ -167,6 +167,42 @@ def test_the_head_does_not_wait_for_what_follows_the_replay(
     model.engine.abort_step()
 
 
+def test_the_head_waits_for_what_follows_the_replay_if_told_to(
+    model: GraphModel, stream: DriverStream, view: View
+) -> None:
+    """Rule 25: drafters, and layers without gates, may use the page until then."""
+    view.write_row(0, 5)
+    model.run(plan(1))
+    with latched(stream):
+        step = plan(2, promotions=((3, 0, 1),), after_all=True)
+        assert model.engine.begin_step(step, stream.id, graph=True)
+        time.sleep(0.03)
+        assert not view.page(0, 3).any()
+    model.engine.graphs.enter()
+    model.launch()
+    model.engine.end_step()
+    stream.synchronize()
+    assert all(view.holds(layer, 3, 5) for layer in LAYERS)
+
+
+@pytest.mark.parametrize("stores_first", [True, False])
+def test_compute_ahead_of_the_replay_waits_for_the_stores(
+    model: GraphModel, stream: DriverStream, view: View, stores_first: bool
+) -> None:
+    """Rule 24: blocks are zeroed and copied between ``begin_step`` and the launch."""
+    view.write_all(3, 3)
+    inject(model.engine, "late", direction="store", milliseconds=10)
+    step = plan(1, stores=((3, 0, 1),), stores_first=stores_first)
+    assert model.engine.begin_step(step, stream.id, graph=True)
+    stream.launch(lambda: view.write_all(3, 4))
+    model.engine.graphs.enter()
+    model.launch()
+    model.engine.end_step()
+    stream.synchronize()
+    model.engine.drain()
+    assert all(view.row_holds(0, layer, 3) for layer in LAYERS) is stores_first
+
+
 @pytest.mark.parametrize("before", range(3))
 def test_a_new_compute_stream_comes_after_the_replay(
     capture: Capture, engine: TransferEngine, stream: DriverStream, view: View, before: int

@@ -37,6 +37,7 @@ class GraphRunner(Runner):
         draw = self.model.draw.random
         wanted = draw() < 0.7
         fits = self.engine.begin_step(plan, compute, graph=wanted)
+        self.ahead()
         self.refused += wanted and not fits
         if not fits or draw() < 0.2:
             self.pass_gates(writes, reads, abort)
@@ -49,6 +50,9 @@ class GraphRunner(Runner):
         self.graph.launch(self.compute(writes, True), self.compute(reads, False))
         self.entered += 1
         return not abort
+
+    def ahead(self) -> None:
+        """What runs ahead of the first layer."""
 
     def finish(self) -> None:
         super().finish()

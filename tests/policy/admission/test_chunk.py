@@ -29,9 +29,20 @@ def queue_of(free: int, demotable: int, pooled: int) -> TieredFreeBlockQueue:
 
 
 def decide(
-    queue: TieredFreeBlockQueue, asked: Asked, waiting: bool = True, stores: int | None = None
+    queue: TieredFreeBlockQueue,
+    asked: Asked,
+    waiting: bool = True,
+    stores: int | None = None,
+    lookahead: int = 0,
 ) -> Chunk:
-    return decide_chunk(queue, asked, waiting, stores, MAX, SIZE)
+    return decide_chunk(queue, asked, waiting, stores, MAX, SIZE, lookahead=lookahead)
+
+
+def decoding(computed: int, tokens: int, lookahead: int, out: bool) -> Runs:
+    """A request that decodes, with drafts, and has the slots of the step before."""
+    held = cdiv(computed + lookahead, SIZE)
+    lacks = cdiv(computed + tokens + lookahead, SIZE) - held
+    return Runs(computed, tokens, False, out, lacks)
 
 
 def test_a_waiting_prompt_may_have_all_but_what_running_requests_need() -> None:
@@ -44,6 +55,8 @@ def test_a_waiting_prompt_may_have_all_but_what_running_requests_need() -> None:
     ]
     asked = Asked.of(running, SIZE)
     assert asked == Asked(3, 2, 0, (), 1)
+    drafts = [*running, Runs(30, 4, False, False, 1), Runs(12, 4, False, True, 2)]
+    assert Asked.of(drafts, SIZE) == Asked(7, 3, 0, (), 3), "a decode with its drafts"
     # 4 free, 6 to be demoted, 2 due.
     assert decide(queue_of(4, 6, 50), asked) == Chunk(3 + 8 * SIZE, 8)
     # As far as the link stores behind the compute: what is free costs no store.
@@ -52,6 +65,16 @@ def test_a_waiting_prompt_may_have_all_but_what_running_requests_need() -> None:
     # The last page is the one of who is left out.
     assert decide(queue_of(3, 1, 50), asked) == Chunk(3 + 2 * SIZE, 2)
     assert decide(queue_of(3, 0, 50), asked) == Chunk(3, 1)
+
+
+def test_a_block_takes_a_page_of_each_group() -> None:
+    """Three pages a block: of 10 that can be had, 3 are due, and two blocks find theirs."""
+    asked = Asked(decodes=4, due=1)
+    queue = queue_of(4, 6, 50)
+    assert decide_chunk(queue, asked, True, None, MAX, SIZE, 3) == Chunk(4 + 2 * SIZE, 2)
+    assert decide_chunk(queue, asked, True, None, MAX, SIZE, 99) == Chunk(4 + SIZE, 1)
+    assert plenty(queue_of(20, 0, 1), 2 * SIZE, 3, SIZE, 3)
+    assert not plenty(queue_of(18, 0, 1), 2 * SIZE, 3, SIZE, 3)
 
 
 def test_nothing_is_demoted_while_those_who_wait_for_the_link_hold_too_much() -> None:
@@ -99,25 +122,26 @@ def test_the_blocks_of_any_step_are_there() -> None:
     """Of random requests, served in order with the tokens decided, as vLLM serves them."""
     rng = random.Random(0)
     for _ in range(3000):
+        drafts, ahead = rng.choice([(0, 0), (0, 0), (4, 0), (4, 4), (4, SIZE + 1)])
         running = [
             Runs(computed, rng.randint(2, 400), True, rng.random() < 0.1)
             if rng.random() < 0.3
-            else Runs(computed, 1, False, rng.random() < 0.1)
+            else decoding(computed, rng.randint(1, 1 + drafts), ahead, rng.random() < 0.1)
             for computed in rng.choices(range(200), k=rng.randint(0, 12))
         ]
         asked = Asked.of(running, SIZE)
         least = max(1, asked.due + len(asked.prompts))
         queue = queue_of(rng.randint(least, least + 20), rng.randint(0, 20), rng.randint(0, 20))
         stores = rng.choice([None, 1, 5])
-        tokens, blocks = decide(queue, asked, rng.random() < 0.5, stores)
+        tokens, blocks = decide(queue, asked, rng.random() < 0.5, stores, ahead)
         assert 1 <= tokens <= MAX
         used, left = 0, tokens
-        for computed, wanted, _, out in running:
+        for computed, wanted, _, out, _ in running:
             count = 0 if out else min(wanted, left)
             left -= count
-            used += cdiv(computed + count, SIZE) - cdiv(computed, SIZE)
+            used += cdiv(computed + ahead + count, SIZE) - cdiv(computed + ahead, SIZE)
         # And the rest for one who waits.
-        used += cdiv(left, SIZE)
+        used += cdiv(left + ahead, SIZE) if left > 1 else left
         assert used <= queue.free_residents + queue.demotable, (running, tokens)
         assert used <= asked.due + blocks
 

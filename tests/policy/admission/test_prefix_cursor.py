@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -27,9 +28,9 @@ class Waiting:
         self.read = 0
         self.lookup = ParkedLookup(pool.residency, self._cached, SIZE)
 
-    def _cached(self, key: Any) -> Any:
-        self.read += 1
-        return self.pool.cached.get(key)
+    def _cached(self, keys: Sequence[Any]) -> list[Any]:
+        self.read += len(keys)
+        return self.pool.find(keys)
 
     def look(self, limits: Limits = NO_LIMITS) -> tuple[list[Any], ParkedHits | None]:
         """A look in a step in which the request is refused."""
@@ -164,7 +165,7 @@ def parked_chat(resident: int = 24) -> FakePool:
 def test_a_look_that_finds_what_the_last_one_found_reads_one_key() -> None:
     """That of the gap, however much was found before it."""
     waiting = Waiting(parked_chat())
-    waiting.pool.residency.parking.forget(["h"], (), ())
+    waiting.pool.residency.parking.forget(["h"])
     _, found = waiting.look()
     assert found is not None
     assert found.parked == KEYS.index("h")

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from pie_vllm.geometry import Geometry
+from pie_vllm.policy.admission.candidate import Candidate, Claims
 from pie_vllm.policy.admission.lookup import ParkedHits
-from pie_vllm.policy.admission.transaction import Admission, Candidate, Claims
+from pie_vllm.policy.admission.transaction import Admission
 from pie_vllm.policy.control.decider import Decision
 from tests.helpers.fakes import FakePool
 from tests.helpers.parked_steps import copied, leave, make, take
@@ -18,7 +20,7 @@ ALL = Decision(load_blocks_max=2, pooled_admission_max=2, spare_load_blocks_max=
 
 def admission_of(pool: FakePool, decision: Decision = ALL, **other: Any) -> Admission:
     """In a step with these bounds."""
-    admission = Admission(pool.residency, pool.cached.get, SIZE, **other)
+    admission = Admission(pool.residency, pool.find, SIZE, **other)
     admission.begin_step(decision, 0)
     return admission
 
@@ -151,6 +153,24 @@ def test_a_request_that_fits_not_is_refused_by_name(
         assert alone.prepare(candidate(tokens, beside=False)) is not None
 
 
+def test_blocks_of_groups_without_a_pool_are_residents() -> None:
+    """Pooled ids are of no use to them: seven residents hold five and one of two more blocks."""
+    pool = make()
+    admission = admission_of(pool)
+    fits = candidate(20, others=5, others_now=5)
+    assert admission.prepare(fits) is not None
+    pool = make()
+    admission = admission_of(pool)
+    assert admission.prepare(candidate(20, others=8, others_now=2)) is None
+    assert admission.refused == "residents"
+
+
+def test_the_device_is_counted_in_blocks_of_all_groups() -> None:
+    """Half of ten blocks is left free: the device alone would hold eight, and use four."""
+    groups = Geometry(2, 4096, 8, 2, 1, 8, 8, 4096, extra_regions=2)
+    assert admission_of(FakePool(groups), watermark=0.5).headroom() == 5
+
+
 def test_what_the_link_cannot_bring_at_once_comes_before_the_request() -> None:
     """One block a step while others run, and for as many steps as it has blocks."""
     pool = with_parked()
@@ -227,6 +247,49 @@ def test_a_step_handles_a_bounded_number_of_blocks_while_others_run() -> None:
     parked = admission.find_parked("c", 60, iter("yz"), [pool.cached["x"]])
     assert parked is not None
     assert (parked.parked, parked.tokens) == (1, 2 * SIZE)
+
+
+def test_the_bound_is_one_for_all_requests_of_a_step() -> None:
+    """Who comes behind one whose KV came back waits for the next step, and loses no patience."""
+    pool = with_parked()
+    admission = admission_of(pool)
+    admission.begin_step(ALL._replace(handled_blocks_max=2), 1)
+    first = admission.find_parked("first", 36, iter("xy"), [])
+    assert first is not None
+    asks = candidate(36, first, request_id="first")
+    transaction = admission.prepare(asks)
+    assert transaction is not None
+    pool.tables["first"] = []
+    with transaction:
+        pool.hit("first", transaction.hits)
+        assert pool.allocate("first", 1)
+    transaction.commit()
+    assert len(pool.residency.parking.copies.restores) == 2
+    parked = admission.find_parked("second", 20, iter("z"), [])
+    assert parked is not None
+    behind = candidate(20, parked, request_id="second")
+    assert admission.prepare(behind) is None
+    assert (admission.refused, admission._patience._steps) == ("restore", {})
+    assert len(pool.residency.parking.copies.restores) == 2
+    pool.residency.computed_again("first", 2)
+    pool.residency.end_step({"first": 4}, {"first"}, True, None)
+    admission.begin_step(ALL._replace(handled_blocks_max=2), 1)
+    parked = admission.find_parked("second", 20, iter("z"), [])
+    assert parked is not None
+    assert admission.prepare(behind._replace(parked=parked)) is not None
+
+
+def test_so_is_the_number_of_keys_that_a_step_looks_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One key is always looked at: most requests have nothing parked."""
+    monkeypatch.setattr("pie_vllm.policy.admission.transaction.LOOK_KEYS_MAX", 2)
+    admission = admission_of(with_parked())
+    for keys, found in ((2, 2), (1, 1)):
+        admission.begin_step(ALL, 1)
+        admission._lookup.looked = 2 - keys
+        hits = admission.find_parked("c", 60, iter("xyz"), [])
+        assert hits is not None
+        assert (hits.parked, hits.more) == (found, True)
+        admission._lookup.forget()
 
 
 def test_a_look_is_bounded_while_others_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,15 @@ import random
 import pytest
 
 from pie_vllm.plan import Prior
-from pie_vllm.policy.control.decider import FIRST_BLOCKS, LONGEST_TURN, Decider, Decision
+from pie_vllm.policy.control.decider import (
+    FIRST_BLOCKS,
+    HANDLED_BLOCK_SECONDS,
+    HANDLED_SECONDS_MAX,
+    LONGEST_TURN,
+    Decider,
+    Decision,
+    handled_blocks,
+)
 from pie_vllm.policy.control.detector import Detector, Observation
 from pie_vllm.policy.control.step_time_model import FREE, LoadCost
 
@@ -306,3 +314,10 @@ def test_what_is_restored_is_no_slowdown_of_pooling() -> None:
         decider.observe(seen)
         other.observe(seen._replace(restored=False))
     assert decider.decide().load_blocks_max >= 90 > other.decide().load_blocks_max
+
+
+def test_what_a_step_handles_is_bounded_for_long_steps_too() -> None:
+    """A step of a long prompt does not take the scheduler for longer than two milliseconds."""
+    short, long, longest = (handled_blocks(seconds) for seconds in (0.01, 0.03, 1.0))
+    assert short < long < longest
+    assert longest * HANDLED_BLOCK_SECONDS <= HANDLED_SECONDS_MAX

@@ -72,6 +72,7 @@ def test_real_runs_are_played_again() -> None:
         name: [
             {
                 "trace": {"steps": steps, **limits},
+                "tok_s": 100.0,
                 "num_blocks": 40,
                 "stall_seconds": 0.6 if name == "pie" else 0.0,
                 "load_seconds": 12.0 if name == "pie" else 0.0,
@@ -90,4 +91,6 @@ def test_real_runs_are_played_again() -> None:
     assert pie["profile"]["exposed"] == pytest.approx(0.05)
     assert pie["simulated_tok_s"] > 1.05 * stock["simulated_tok_s"]
     assert idle["simulated_tok_s"] > pie["simulated_tok_s"], "a link without end"
+    for run in (stock, pie, idle):
+        assert run["to_simulated"] == 100.0 / run["simulated_tok_s"]
     assert all("trace" not in run for runs in figures.values() for run in runs)

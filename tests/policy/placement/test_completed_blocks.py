@@ -9,6 +9,7 @@ import pytest
 
 from pie_vllm.geometry import Geometry
 from pie_vllm.policy.placement.completed_blocks import CompletedBlocks
+from pie_vllm.policy.speculation import DraftsInFlight
 from tests.helpers.fakes import FakePool
 
 
@@ -128,3 +129,35 @@ def test_demotion_looks_first() -> None:
     newest = bench.pool.tables["new"][0].block_id
     bench.residency.make_residents_free(1)
     assert bench.pool.tables["new"][0].block_id != newest
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+@pytest.mark.parametrize("drafts_max", [1, 3, 7])
+def test_draft_tokens_count_once_they_are_accepted(in_flight: int, drafts_max: int) -> None:
+    """A look finds every certain block, and none whose tokens may be written again."""
+    rng = random.Random(drafts_max)
+    bench, drafts = Bench(4), DraftsInFlight()
+    bench.completions = CompletedBlocks(4, bench.residency, drafts, 1 + drafts_max)
+    bench.add("r", 6)
+    bench.completions.next_step(bench.requests, (), bench.fresh)
+    request, holder = bench.requests["r"], bench.residency.victims.holders["r"]
+    flight: list[tuple[object, int]] = []
+    missed = 0
+    for _ in range(300):
+        count = rng.randint(0, drafts_max)
+        step = object()
+        request.tokens += 1 + count
+        bench._allocate("r")
+        drafts.submitted(step, {"r": [0] * count} if count else {})
+        flight.append((step, count))
+        bench.completions.pass_step()
+        while len(flight) >= in_flight:
+            step, count = flight.pop(0)
+            request.tokens -= rng.randint(0, count)
+            drafts.landed(step)
+        certain = request.tokens - sum(count for _, count in flight)
+        bench.residency.catch_up()
+        assert holder.full == certain // 4
+        missed += request.tokens // 4 > holder.full
+        assert drafts.uncertain("r") == sum(count for _, count in flight)
+    assert missed > 20 or in_flight == 1, "no block depended on a draft"

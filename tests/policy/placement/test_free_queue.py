@@ -147,7 +147,7 @@ def test_demotion_takes_blank_ids_first_then_the_oldest_idle_one() -> None:
     taken = [queue.take_pooled(0) for _ in range(POOLED)]
     assert [b.block_id for b in taken] == list(range(RESIDENT, RESIDENT + POOLED))
     queue.append_n([blocks[RESIDENT + 2], blocks[RESIDENT]])
-    queue.give_blank(blocks[RESIDENT + 1])
+    queue.give_blank([blocks[RESIDENT + 1]])
     assert queue.take_pooled(0) is blocks[RESIDENT + 1]
     assert observer.dropped == []
     assert queue.take_pooled(0) is blocks[RESIDENT + 2]
@@ -238,7 +238,7 @@ def test_idle_ids_are_dropped_for_a_longer_gap_but_for_those_of_a_hit(
     queue, observer, blocks = make()
     taken = [queue.take_pooled(10 * place) for place in range(POOLED)]
     queue.append_n(taken[1:])
-    queue.give_blank(taken[0])
+    queue.give_blank(taken[:1])
     queue.freshen(taken[2:3])
     before = queue.num_free_blocks, queue.available_pooled
     assert queue.take_pooled(100) is blocks[RESIDENT], "the longest gap begins with it"

@@ -27,7 +27,9 @@ def make() -> tuple[ReadSet, RowLedger]:
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["add", "discard", "forget", "follow", "follow", "take"]),
+            st.sampled_from(
+                ["add", "many", "discard", "fewer", "forget", "follow", "follow", "take"]
+            ),
             st.sampled_from(REQUESTS),
             st.integers(FIRST, FIRST + ROWS - 1),
             st.sets(st.sampled_from(REQUESTS)),
@@ -47,9 +49,17 @@ def test_loads_are_the_union_over_scheduled_requests(
         if kind == "add":
             reading.add(request_id, block)
             pooled.setdefault(request_id, set()).add(block)
+        elif kind == "many":
+            blocks = range(block, min(block + 9, FIRST + ROWS))
+            reading.add_all(request_id, blocks)
+            pooled.setdefault(request_id, set()).update(blocks)
         elif kind == "discard" and block in pooled.get(request_id, ()):
             reading.discard(request_id, block)
             pooled[request_id].remove(block)
+        elif kind == "fewer" and pooled.get(request_id):
+            gone = [b for b in pooled[request_id] if b <= block]
+            reading.discard_all(request_id, gone)
+            pooled[request_id].difference_update(gone)
         elif kind == "forget":
             reading.forget(request_id)
             pooled.pop(request_id, None)
@@ -128,3 +138,17 @@ def test_a_shared_block_stays_until_its_last_reader_leaves() -> None:
     assert reading.take() is None
     reading.follow({})
     assert listed(reading.take()) == []
+
+
+def test_many_blocks_leave_together_as_one_by_one() -> None:
+    """Those that another request reads stay, and who has none left is not running any more."""
+    reading, _ = make()
+    for name in "ab":
+        reading.add_all(name, range(10, 22))
+    reading.follow({"a": 1, "b": 1})
+    reading.discard_all("a", range(10, 20))
+    reading.check_integrity({"a": {20, 21}, "b": {*range(10, 22)}})
+    reading.discard_all("b", range(10, 22))
+    reading.check_integrity({"a": {20, 21}})
+    assert not reading.is_running("b")
+    assert listed(reading.take()) == [[20, 10, 2]]

@@ -89,8 +89,11 @@ def test_many_at_once_equal_merging_all(
             rows = [blocks.get(block, row_for(block, skew + number)) for block in named]
             inside = np.fromiter(named.values(), np.bool_, len(named))
             ids = np.fromiter(named, np.int64, len(named))
-            for block, row in zip(named, rows, strict=True):
-                runs.place(block, row)
+            if number % 2:
+                runs.place_all(ids, np.array(rows, np.int64))
+            else:
+                for block, row in zip(named, rows, strict=True):
+                    runs.place(block, row)
             runs.change(ids, inside)
             for block, row in zip(named, rows, strict=True):
                 blocks.pop(block, None)
@@ -178,3 +181,5 @@ def test_the_row_of_a_block_in_the_set_does_not_change() -> None:
     runs.place(3, 4)
     with pytest.raises(IntegrityError, match="has row 4"):
         runs.place(3, 5)
+    with pytest.raises(IntegrityError, match=r"\[3\] in the run set have other rows"):
+        runs.place_all(np.array([3]), np.array([5]))

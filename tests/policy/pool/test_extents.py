@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import chain
 
 import pytest
 
@@ -29,7 +30,7 @@ def test_random_takes_and_gives_keep_the_books(slots: int, size: int) -> None:
             assert (found is not None) == offered
             if found is not None:
                 assert found % size == place % size
-                assert extents.place_of(found) == place
+                assert extents.places_of([found]) == [place]
             else:
                 found = extents.take_spare()
             free = [s for s in range(extents.usable) if s not in taken]
@@ -80,3 +81,39 @@ def test_room_in_the_extent_of_another_is_used_last() -> None:
 def test_small_spaces_have_small_extents(slots: int, size: int) -> None:
     """Several for each request; 32 slots at most."""
     assert extent_of(slots) == size
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_runs_are_taken_as_places_one_by_one(seed: int) -> None:
+    """Whatever the places: rising, falling, of several chains, taken before, without a place."""
+    rng = random.Random(seed)
+    size = rng.choice([1, 4, 8])
+    slots = size * rng.randrange(4, 12) + rng.randrange(size)
+    one_by_one, together = Extents(slots, size), Extents(slots, size)
+    both = (one_by_one, together)
+    usable = rng.choice([slots, slots - rng.randrange(size + 1)])
+    for extents in both:
+        extents.usable = usable
+    for _ in range(20):
+        places: list[int | None] = []
+        for _ in range(rng.randrange(1, 4)):
+            first, count = (
+                rng.randrange(2) * CHAIN + rng.randrange(3 * size),
+                rng.randrange(3 * size),
+            )
+            places += [*range(first, first + count)][:: rng.choice([1, -1, 2])]
+        if rng.random() < 0.2:
+            places.append(None)
+        expected: list[int] = []
+        for place in places:
+            slot = None if place is None else one_by_one.take(place)
+            if slot is None:
+                break
+            expected.append(slot)
+        assert [*chain.from_iterable(together.take_runs(places))] == expected
+        taken = [slot for slot in range(slots) if not together.is_free(slot)]
+        for slot in rng.sample(taken, len(taken) * rng.randrange(3) // 2):
+            for extents in both:
+                extents.give(slot)
+        together.check_integrity()
+        assert together.num_free == one_by_one.num_free

@@ -9,13 +9,14 @@ import time
 import tracemalloc
 from statistics import median
 
+from pie_vllm.geometry import EXTENT_BLOCKS
 from pie_vllm.policy.pool.parked_index import ParkedIndex
 
-BYTES_MAX = 300
+BYTES_MAX = 220
 """Upper bound on bytes a parked block, index and order together, its key included.
 
-An OrderedDict takes some 100 bytes more for each than arrays would: 47 MB for half a million blocks
-of 2 MiB, beside the 1 TB of pool that holds them. It takes a tenth of the time.
+A dict takes some 60 bytes more for each than arrays would: 30 MB for half a million blocks of
+2 MiB, beside the 1 TB of pool that holds them. It takes a tenth of the time.
 """
 
 RATIO_MAX = 8.0
@@ -32,7 +33,7 @@ Keys = dict[int, bytes]
 
 def filled(rows: int, seen: int = 0, keys: Keys | None = None) -> ParkedIndex[bytes]:
     """A full index that has evicted ``seen`` other blocks before; ``keys`` gets its keys."""
-    index: ParkedIndex[bytes] = ParkedIndex(rows)
+    index: ParkedIndex[bytes] = ParkedIndex(rows, EXTENT_BLOCKS)
     for number in range(rows + seen):
         entry = index.evict() if number >= rows else None
         row, key = number if entry is None else entry[1], os.urandom(36)

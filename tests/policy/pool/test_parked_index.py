@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from itertools import takewhile
 
 import pytest
 
 from pie_vllm.errors import IntegrityError
 from pie_vllm.policy.pool.parked_index import ParkedIndex
-from tests.helpers.naive_parked import NaiveIndex
+from tests.helpers.naive_parked import NaiveExtents, NaiveIndex
 
 
 def parked(keys: str, rows: int = 8) -> ParkedIndex[str]:
@@ -52,8 +53,7 @@ def test_pinned_entries_stay() -> None:
     index.pin("ca")
     index.pin("c")
     assert (index.num_pinned, len(index)) == (2, 4)
-    assert (index.pinned_row("c"), index.row_of("c"), index.evictable_row("c")) == (2, 2, None)
-    assert (index.pinned_row("b"), index.evictable_row("b")) == (None, 1)
+    assert (index.pinned_rows, index.row_of("c"), index.row_of("b")) == ({0, 2}, 2, 1)
     assert index.touch("a"), "it is parked"
     assert sorted(index.keys_in({0, 1, 2})) == ["a", "b", "c"]
     assert sorted(index.rows()) == [0, 1, 2, 3]
@@ -127,7 +127,7 @@ def test_random_traffic_gives_what_the_plain_model_gives(seed: int) -> None:
         index.check_integrity()
         assert (len(index), index.num_pinned) == (len(model.rows), len(model.pinned))
         assert [index.row_of(key) for key in keys] == [model.rows.get(key) for key in keys]
-        assert {key for key in keys if index.pinned_row(key) is not None} == {*model.pinned}
+        assert index.pinned_rows == {model.rows[key] for key in model.pinned}
     model.unpin_all()
     index.unpin_all()
     while (expected := model.evict()) is not None:
@@ -135,10 +135,75 @@ def test_random_traffic_gives_what_the_plain_model_gives(seed: int) -> None:
     assert index.evict() is None
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_random_traffic_over_extents_gives_what_the_plain_model_gives(seed: int) -> None:
+    """The same victims in the same order, one by one and many at once, sound books at each call."""
+    rng = random.Random(seed)
+    size, extents = rng.choice((2, 4, 8)), rng.randint(1, 6)
+    capacity = size * extents - rng.randrange(size)
+    index: ParkedIndex[int] = ParkedIndex(capacity, size)
+    model = NaiveExtents(capacity, size)
+    keys = range(2 * capacity)
+    calls = ("park", "park", "park_all", "remove", "touch", "touch_first", "evict", "pin", "unpin")
+    for _ in range(300):
+        free = [row for row in range(capacity) if row not in model.rows.values()]
+        call, some = rng.choice(calls), rng.sample(keys, min(len(keys), rng.randint(1, 6)))
+        new = [key for key in some if key not in model.rows][: len(free)]
+        if call == "park" and new:
+            model.park(new[0], free[0])
+            index.park(new[0], free[0])
+        elif call == "park_all" and new:
+            assert index.lacking(new) == new
+            rows = rng.sample(free, len(new))
+            index.park_all(new, rows)
+            for key, row in zip(new, rows, strict=True):
+                model.park(key, row)
+        elif call == "evict":
+            assert index.evict() == model.evict()
+        elif call == "touch":
+            assert [index.touch(key) for key in some] == [model.touch(key) for key in some]
+        elif call == "touch_first":
+            found = [*takewhile(model.touch, some)]
+            assert index.touch_first(some) == len(found)
+        elif call == "remove":
+            for key in some:
+                if key in model.rows and key not in model.pinned:
+                    assert index.remove(key) == model.remove(key)
+        elif call == "pin":
+            there = [key for key in some if key in model.rows]
+            model.pin(there)
+            assert index.pin(there) == [model.rows[key] for key in there]
+        elif call == "unpin":
+            model.unpin_all()
+            index.unpin_all()
+        index.check_integrity()
+        assert [index.row_of(key) for key in keys] == [model.rows.get(key) for key in keys]
+        assert index.pinned_rows == {model.rows[key] for key in model.pinned}
+        assert index.num_pinned == len(model.pinned)
+    while (expected := model.evict()) is not None:
+        assert index.evict() == expected
+    assert index.evict() is None
+
+
+def test_a_context_is_made_young_by_few_of_its_keys() -> None:
+    """Keys of a chain in the rows of their places: all of its extents are younger than others."""
+    size = 8
+    index: ParkedIndex[int] = ParkedIndex(96, size)
+    first = 5  # Of its first and of its last extent it has a part.
+    for row in (*range(first, first + 35), *range(64, 96)):
+        index.park(row, row)
+    assert index.oldest_row == 0
+    index.touch_run([*range(first, first + 35)][::-1])
+    gone = [index.evict() for _ in range(67)]
+    others = [row for end in (72, 80, 88, 96) for row in reversed(range(end - size, end))]
+    assert [key for key, _ in filter(None, gone)][:32] == others
+    assert [row for _, row in filter(None, gone)][-3:] == [7, 6, 5], "its first blocks go last"
+
+
 def test_broken_books_are_noticed() -> None:
     """The check can fail: two keys of one row, a row beyond the pool, a pinned key in the order."""
     index = parked("ab")
-    index._order.add("c", 1)
+    index._rows["c"] = 1
     with pytest.raises(IntegrityError, match="share a row"):
         index.check_integrity()
     index = parked("ab")
@@ -146,6 +211,18 @@ def test_broken_books_are_noticed() -> None:
     with pytest.raises(IntegrityError, match="none of the pool"):
         index.check_integrity()
     index = parked("ab")
-    index._pinned["a"] = 5
+    index._pinned[0] = None
     with pytest.raises(IntegrityError, match="may be evicted"):
+        index.check_integrity()
+    index = parked("ab")
+    index.pinned_rows.add(0)
+    with pytest.raises(IntegrityError, match="pinned key may be evicted"):
+        index.check_integrity()
+    index = parked("ab")
+    index._keys[7] = "a"
+    with pytest.raises(IntegrityError, match="disagree"):
+        index.check_integrity()
+    index = parked("ab")
+    index._parked_in[0] = 2
+    with pytest.raises(IntegrityError, match="count of an extent"):
         index.check_integrity()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -226,10 +227,10 @@ def test_rows_that_a_step_reads_are_no_rows_for_demotion() -> None:
     assert queue.available_pooled == 2
 
 
-def parking_of(rows: int) -> tuple[RowLedger, Parking]:
+def parking_of(rows: int, *, distinct: bool = False) -> tuple[RowLedger, Parking]:
     """Parking over rows alone; pooled ids are 10 and above."""
     ledger = RowLedger(rows, 10)
-    return ledger, Parking(ledger, rows, "lru")
+    return ledger, Parking(ledger, rows, "lru", distinct=distinct)
 
 
 def block(block_id: int, key: str | None) -> SimpleNamespace:
@@ -242,7 +243,7 @@ def test_the_row_of_a_promoted_block_lasts_for_the_step(key: str | None) -> None
     """The step copies from it; after that it is parked, or free where it has no key."""
     rows, parking = parking_of(1)
     rows.take(10)
-    parking.promoted(block(10, key))
+    parking.promoted([block(10, key)], [3])
     assert (parking.held, rows.num_parked) == (1, 1)
     assert not parking.has("p")
     assert not parking.keep(block(3, "x")), "there is no other row"
@@ -251,6 +252,38 @@ def test_the_row_of_a_promoted_block_lasts_for_the_step(key: str | None) -> None
     assert (parking.held, parking.has("p")) == (0, key is not None)
     assert parking.keep(block(3, "x"))
     assert not parking.parked("p")
+    parking.check_integrity()
+
+
+@pytest.mark.parametrize("distinct", [True, False])
+def test_a_block_that_differs_from_another_of_its_key_gets_a_row_of_its_own(distinct: bool) -> None:
+    """The last block of a hit that a head's request computed again: another token is behind it."""
+    _, parking = parking_of(8, distinct=distinct)
+    parking.evicted(["x"], [1])
+    assert parking.row_for(block(2, "x"), 10, 0)[1] is not distinct
+    assert parking.parked("x") is distinct
+    parking.check_integrity()
+
+
+def test_a_block_has_the_row_that_it_was_stored_to_or_filled_from() -> None:
+    """Ahead of its demotion, by its restoring and by its promotion, until it has left its page."""
+    rows, parking = parking_of(8, distinct=True)
+    assert parking.keep(block(1, "x"))
+    parking.take()
+    assert parking.row_for(block(1, "x"), 10, 0)[1]
+    parking.promoted([block(10, "x")], [4])
+    parking.take()
+    assert not parking.row_for(block(5, "x"), 11, 0)[1]
+    assert parking.row_for(block(4, "x"), 12, 0)[1]
+    parking.left_row(block(12, "x"))
+    parking.restore(parking.pin(["x"]), [6])
+    parking.take()
+    assert parking.row_for(block(6, "x"), 13, 0)[1]
+    assert parking.keep(block(7, "y"))
+    parking.take()
+    parking.evicted(["y"], [7])
+    assert not parking.row_for(block(7, "y"), 14, 0)[1], "another request has computed it there"
+    assert rows.num_parked == 1
     parking.check_integrity()
 
 
@@ -284,8 +317,91 @@ def test_an_extent_is_evicted_whole_unless_a_step_reads_from_it(
     assert parking.keep(block(20, "new"))
     assert [parking.parked(f"k{index}") for index in range(8)] == [False] * 4 + [True] * 4
     assert rows.num_free == 3
-    parking.pin(["k5"])
+    parking.take()
+    parking.pin(["k5", "new"])
     assert parking.keep(block(21, "other"))
     assert all(parking.parked(f"k{index}") for index in range(4, 8))
     assert rows.num_free == 2
     parking.check_integrity()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_blocks_are_evicted_together_as_one_by_one(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same rows, stores, order of eviction and losses, whatever is parked and allowed."""
+    monkeypatch.setattr(extents, "EXTENTS_MIN", 4)
+    rng = random.Random(seed)
+    rows = rng.choice((16, 40))
+    (ledger, together), (_, singly) = parking_of(rows), parking_of(rows)
+    kept = 0
+    for _ in range(80):
+        chain, first = rng.randrange(1, 6) * extents.CHAIN, rng.randrange(12)
+        residents = [*range(rng.randrange(1, 9))]
+        keys = [f"{chain}.{first + r}" for r in residents]
+        if rng.random() < 0.3:  # Two pages hold the same KV.
+            keys[rng.randrange(len(keys))] = rng.choice(keys)
+        allowance = rng.choice((None, 0, 3, 20))
+        places = {r: chain + first + r for r in residents if rng.random() < 0.9}
+        # Some come back in this very step, to a page that gets another use at once, or to another.
+        back = [key for key in keys if rng.random() < 0.1]
+        pages = {k: r + rng.choice((0, 100, 100)) for k, r in zip(keys, residents, strict=True)}
+        for parking in (together, singly):
+            parking.allowance = allowance
+            parking.places = dict(places)
+            found = [key for key in back if parking.has(key)]
+            parking.restore(parking.pin(found), [pages[key] for key in found])
+        before = together.parked_blocks
+        together.evicted(keys[::-1], residents[::-1])
+        kept += together.parked_blocks - before > 1
+        for key, resident in zip(keys[::-1], residents[::-1], strict=True):
+            singly.evicted([key], [resident])
+        assert [*together._index._order._order] == [*singly._index._order._order]
+        assert together._index._rows == singly._index._rows
+        assert together.copies.restores == singly.copies.restores
+        assert together.copies.restores.keys().isdisjoint(residents)
+        assert together.copies.stores == singly.copies.stores
+        assert (together.parked_blocks, together.lost_blocks, together.allowance) == (
+            singly.parked_blocks,
+            singly.lost_blocks,
+            singly.allowance,
+        )
+        together.check_integrity()
+        ledger.check_integrity()
+        if rng.random() < 0.7:
+            assert together.take() == singly.take()
+    assert kept > 5
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_demoted_together_they_get_the_rows_that_each_gets_alone(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Whether some are parked, extents hold several, or rows run short and KV is evicted."""
+    rng = random.Random(seed)
+    monkeypatch.setattr(extents, "EXTENTS_MIN", rng.choice([2, 256]))
+    rows = rng.choice([8, 12, 40])
+    together, alone = parking_of(rows)[1], parking_of(rows)[1]
+    for number in range(rng.randrange(6)):
+        parked = block(number, f"k{number}")
+        assert together.keep(parked) == alone.keep(parked)
+    first, place = 100, rng.randrange(20)
+    for _ in range(4):
+        count = rng.randrange(1, 6)
+        if first + count > 100 + rows:
+            break
+        known = rng.random() < 0.3
+        keys = [f"k{i}" if known and rng.random() < 0.5 else f"n{first + i}" for i in range(count)]
+        blocks = [block(50 + i, key) for i, key in enumerate(keys)]
+        together.demoted(blocks, [*range(first, first + count)], place)
+        for i, one in enumerate(blocks):
+            row, stored = alone.row_for(one, first + i, place + i)
+            if not stored:
+                alone.copies.stores[row] = one.block_id
+            alone.places[first + i] = place + i
+        assert together.places == alone.places
+        assert together._rows._row_of == alone._rows._row_of
+        assert together.take() == alone.take()
+        first, place = first + count, place + rng.choice([count, 20])
+    together.check_integrity()
+    together._rows.check_integrity()

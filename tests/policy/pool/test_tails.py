@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pie_vllm.policy.pool.rows import RowLedger
 from pie_vllm.policy.pool.step_copies import StepCopies
-from pie_vllm.policy.pool.tails import Tail, Tails
+from pie_vllm.policy.pool.tails import Tail, TailBlock, Tails
+from tests.helpers.fakes import FakePool
 from tests.helpers.parked_steps import copied, make, take
 
 
@@ -23,12 +26,12 @@ def test_a_tail_comes_back_to_the_page_it_is_given() -> None:
     assert stored == block.block_id
     tail = parking.tails.find("a")
     assert tail is not None
-    assert (tail.row, tail.tokens) == (row, 5)
+    assert tail == Tail((TailBlock(row, 0),), 0, 5)
     taken = parking.tails.take("a")
     parking.tails.put_back("a", taken)
     parking.check_integrity()
     taken = parking.tails.take("a")
-    parking.tails.restore(taken, 3)
+    parking.tails.restore(taken.blocks[0], 3)
     plan = residency.end_step({"a": 1}, {"a"}, True, None)
     assert plan is not None
     assert copied(plan.promotions) == [(3, row)]
@@ -47,6 +50,11 @@ def test_a_tail_that_is_dropped_in_its_step_is_not_stored() -> None:
     assert residency.end_step({}, (), False, None) is None
 
 
+def one(row: int, index: int, tokens: int) -> Tail:
+    """A tail of one block."""
+    return Tail((TailBlock(row, index),), index, tokens)
+
+
 def three_tails() -> tuple[RowLedger, StepCopies, Tails]:
     """Tails of "a", "b" and "c" in rows 0, 1 and 2, stored in an earlier step."""
     rows = RowLedger(4, 10)
@@ -55,7 +63,7 @@ def three_tails() -> tuple[RowLedger, StepCopies, Tails]:
     for name in "abc":
         row = rows.take_parked()
         assert row is not None
-        tails.keep(name, Tail(row, 0, 5))
+        tails.keep(name, one(row, 0, 5))
     return rows, copies, tails
 
 
@@ -64,8 +72,8 @@ def test_a_request_has_one_tail() -> None:
     rows, _, tails = three_tails()
     row = rows.take_parked()
     assert row == 3
-    tails.keep("a", Tail(row, 1, 9))
-    assert tails.find("a") == Tail(3, 1, 9)
+    tails.keep("a", one(row, 1, 9))
+    assert tails.find("a") == one(3, 1, 9)
     assert (len(tails), rows.num_parked) == (3, 3)
     assert sorted(tails.rows()) == [1, 2, 3]
 
@@ -86,8 +94,85 @@ def test_a_tail_that_was_taken_is_not_cleared() -> None:
     """Its row belongs to the step that restores it."""
     rows, copies, tails = three_tails()
     tail = tails.take("b")
-    tails.restore(tail, 7)
+    tails.restore(tail.blocks[0], 7)
     tails.clear()
     assert (len(tails), rows.num_parked) == (0, 1)
     assert copies.take() == ([], [(7, 1)])
     assert rows.num_parked == 0
+
+
+def whole(pool: FakePool, name: str, key: str, window: int, *, pooled: bool = False) -> Any:
+    """A request with a full block and one that is begun, and a block of a window, is preempted."""
+    take(pool, name, 2 + pooled)
+    full, *tail = pool.tables[name]
+    full.block_hash = key
+    blocks = [(block, index, None) for index, block in enumerate(tail, 1)]
+    kept = [*blocks, (pool.blocks[window], 4, 1)]
+    return kept, pool.residency.parking.keep_whole(name, kept, [key], 19)
+
+
+def test_a_whole_tail_has_all_blocks_and_the_keys_in_front() -> None:
+    """Full blocks whose keys go with no tail are not worth a row."""
+    pool = make(preempted_only=True)
+    parking = pool.residency.parking
+    kept, done = whole(pool, "a", "x", 7)
+    assert done
+    assert parking.wanted is not None
+    assert "x" in parking.wanted
+    assert (parking.copies.stores_beside, parking.copies.fills_beside) == (True, False)
+    plan = pool.residency.end_step({}, (), False, None)
+    assert plan is not None
+    assert plan.stores_after_all
+    stored = dict(copied(plan.stores))
+    tail = parking.tails.find("a")
+    assert tail is not None
+    assert (tail.index, tail.tokens, tail.whole, tail.beside) == (1, 19, True, 1)
+    assert [stored[block.block_id] for block, _, _ in kept] == [b.row for b in tail.blocks]
+    parking.check_integrity()
+    taken = parking.tails.take("a")
+    assert "x" not in parking.wanted
+    parking.tails.put_back("a", taken)
+    assert "x" in parking.wanted
+    taken = parking.tails.take("a")
+    for number, block in enumerate(taken.blocks):
+        parking.tails.restore(block, 3 + number)
+    plan = pool.residency.end_step({"a": 1}, {"a"}, True, None)
+    assert plan is not None
+    assert plan.promotions_first
+    assert dict(copied(plan.promotions)) == {3 + i: b.row for i, b in enumerate(taken.blocks)}
+    assert pool.residency.rows.num_parked == 0
+
+
+def test_of_a_whole_tail_that_has_no_room_nothing_is_kept() -> None:
+    """Rows that were taken for it are free again, and nothing is stored."""
+    pool = make(rows=2, preempted_only=True)
+    _, done = whole(pool, "a", "x", 7, pooled=True)
+    assert not done
+    assert (len(pool.residency.parking.tails), pool.residency.rows.num_parked) == (0, 0)
+    assert not pool.residency.parking.copies.stores
+
+
+def test_keys_are_worth_parking_as_long_as_one_tail_wants_them() -> None:
+    """Two requests may begin with the same full blocks."""
+    rows = RowLedger(4, 10)
+    tails = Tails(StepCopies(rows))
+    for name in "ab":
+        row = rows.take_parked()
+        assert row is not None
+        tails.keep(name, Tail((TailBlock(row, 0, 1),), 1, 16, whole=True, keys=("x",)))
+    tails.drop("a")
+    assert "x" in tails.keys
+    tails.drop("b")
+    assert "x" not in tails.keys
+
+
+def test_only_wanted_blocks_are_parked_when_they_are_evicted() -> None:
+    """And what was to fill the others, which nobody takes any more, does not."""
+    pool = make(preempted_only=True)
+    parking = pool.residency.parking
+    whole(pool, "a", "x", 7)
+    parking.copies.restores[5] = 1
+    parking.evicted(["y", "x"], [5, 6])
+    assert not parking.parked("y")
+    assert parking.parked("x")
+    assert not parking.copies.restores

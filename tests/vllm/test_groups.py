@@ -1,0 +1,130 @@
+"""Several groups of layers: random loads over vLLM's schedulers and a runner of tags.
+
+The memory reads and writes pages of groups without a pool as early and as late as the plan allows,
+so a step that lacks one of its flags reads foreign KV.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pie_vllm.plan import NO_RUNS, StepPlan, runs
+from pie_vllm.policy.placement.residency import Residency
+from pie_vllm.vllm.scheduler_side.scheduler import PieSchedulerMixin
+from tests.helpers.fuzz import Case, make_driver, play, random_groups, random_groups_preempted
+from tests.helpers.scheduling import geometry, make
+
+pytestmark = pytest.mark.vllm
+
+
+def run(seed: int, draw: Callable[..., Case] = random_groups, **options: Any) -> Counter[str]:
+    """Play one random case; returns how often what happened."""
+    case = draw(seed, **options)
+    driver = make_driver(case.geometry, case.memory(), case.decider(), case.pool(), **case.options)
+    plans: list[StepPlan] = []
+    end_step = driver.scheduler.pie_controller.end_step
+
+    def noted(*args: object) -> object:
+        orders = end_step(*args)
+        if orders.plan is not None:
+            plans.append(orders.plan)
+        return orders
+
+    driver.scheduler.pie_controller.end_step = noted
+    play(driver, case)
+    manager = driver.scheduler.kv_cache_manager
+    residency = manager.residency
+    return Counter(
+        steps=driver.steps,
+        demotions=residency.demotions,
+        promotions=residency.promotions,
+        preemptions=len(driver.preemptions),
+        stores_first=sum(plan.stores_first for plan in plans),
+        stores_later=sum(len(plan.stores) > 0 and not plan.stores_first for plan in plans),
+        after_all=sum(plan.after_all for plan in plans),
+        stores_after_all=sum(plan.stores_after_all for plan in plans),
+        promotions_first=sum(plan.promotions_first for plan in plans),
+        parked=residency.parking.parked_blocks,
+        restored=residency.parking.restored_blocks,
+        again=manager.hit_counts.recomputed_tokens,
+    )
+
+
+@pytest.mark.fuzz
+def test_every_page_read_is_right(fuzz_seeds: range) -> None:
+    """Pooled and resident groups alike, whatever is demoted, promoted and taken again."""
+    total: Counter[str] = Counter()
+    for seed in fuzz_seeds:
+        total += run(seed)
+    assert total["demotions"] > 5 * len(fuzz_seeds)
+    for what in ("promotions", "preemptions", "stores_first", "stores_later", "after_all"):
+        assert total[what] > len(fuzz_seeds) // 4, what
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_preempted_requests_kept_is_right(fuzz_seeds: range, asynchronous: bool) -> None:
+    """Windows, states and full blocks come back, whatever is aborted and forgotten meanwhile."""
+    total: Counter[str] = Counter()
+    for seed in fuzz_seeds:
+        total += run(seed, random_groups_preempted, asynchronous=asynchronous)
+    for what in ("preemptions", "parked", "restored", "stores_after_all", "promotions_first"):
+        assert total[what] > len(fuzz_seeds) // 2, what
+
+
+FLAGS = [
+    ("stores_first", random_groups),
+    ("after_all", random_groups),
+    ("stores_after_all", random_groups_preempted),
+    ("promotions_first", random_groups_preempted),
+]
+
+
+@pytest.mark.parametrize(("flag", "draw"), FLAGS)
+def test_a_plan_without_its_flag_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, flag: str, draw: Callable[..., Case]
+) -> None:
+    """Negative control: pages of groups without a pool are written to beside the copies."""
+    end_step = Residency.end_step
+
+    def forgetful(self: Residency, *args: Any, **kwargs: Any) -> StepPlan | None:
+        plan = end_step(self, *args, **kwargs)
+        return None if plan is None else plan._replace(**{flag: False})
+
+    monkeypatch.setattr(Residency, "end_step", forgetful)
+    for seed in range(32):
+        try:
+            run(seed, draw)
+        except AssertionError as error:
+            if "foreign KV" not in str(error):
+                raise
+            return
+    pytest.fail("32 seeds did not notice")
+
+
+def test_blocks_that_a_step_fills_are_not_zeroed() -> None:
+    """A new block may be given back in its own step, and get KV of the pool in it."""
+    plan = StepPlan(1, NO_RUNS, runs([(4, 0, 3), (9, 7, 1)]), NO_RUNS, (), True)
+    output = SimpleNamespace(pie=SimpleNamespace(plan=plan), new_block_ids_to_zero=[3, 5, 9, 10])
+    PieSchedulerMixin._keep_filled(object(), output)
+    assert output.new_block_ids_to_zero == [3, 10]
+    output.new_block_ids_to_zero = [4]
+    PieSchedulerMixin._keep_filled(object(), output)
+    assert output.new_block_ids_to_zero is None
+
+
+@pytest.mark.parametrize(("beside", "zeroed"), [((), False), ((20,), False), ((20, 0), True)])
+def test_new_blocks_are_noted_where_they_are_zeroed(beside: tuple[int, ...], zeroed: bool) -> None:
+    """Those of groups without a pool always, those of the pooled group beside states."""
+    manager = make(
+        geometry(40, 20), beside=beside, max_model_len=320, enable_prefix_caching=False
+    ).kv_cache_manager
+    noted = [
+        m.block_pool is not manager.block_pool for m in manager.coordinator.single_type_managers
+    ]
+    assert noted == [*(True for _ in beside), zeroed]
