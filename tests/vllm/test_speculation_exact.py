@@ -34,8 +34,8 @@ def repeating(count: int) -> list[str]:
     return [user(f"Repeat this word by word: {text}") for text in texts]
 
 
-def check(engines: Engines, setup: Setup, accepted: int) -> None:
-    """Tokens, logprobs and drafts of 32 chats are stock's, most blocks pooled."""
+def check(engines: Engines, setup: Setup, accepted: int) -> Record:
+    """Tokens, logprobs and drafts of 32 chats are stock's, most blocks pooled; pie's record."""
     requests = [request(text, max_tokens=28, logprobs=5) for text in repeating(32)]
     (pie,), (stock,) = engines.both(setup, [round_(requests)])
     assert pie["schedule"] == stock["schedule"]
@@ -46,12 +46,15 @@ def check(engines: Engines, setup: Setup, accepted: int) -> None:
     assert pie["drafted"] > pie["accepted"], "a rejected token, too, must have been there"
     check_mostly_pooled(pie)
     check_traffic(pie, setup.page * setup.layers)
+    return pie
 
 
 def test_tokens_and_drafts_are_stocks(engines: Engines, few: Path) -> None:
-    """A few layers of the real model."""
-    other = {**ngram(3), "max_num_batched_tokens": 192}
-    check(engines, Setup(few, len(LAYERS), 42, 150, other=other), 20)
+    """A few layers of the real model; the metrics that the dashboard divides by are there."""
+    other = {**ngram(3), "max_num_batched_tokens": 192, "disable_log_stats": False}
+    metrics = check(engines, Setup(few, len(LAYERS), 42, 150, other=other), 20)["metrics"]
+    assert metrics["vllm:spec_decode_num_accepted_tokens"] > 20
+    assert metrics["vllm:spec_decode_num_drafts"] > 0
 
 
 @pytest.mark.soak
