@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.drawing import COLORS, drawing
-from benchmarks.harness.options import add_redraw, parser_of, run_spec
+from benchmarks.harness.options import add_redraw, parser_of, run_spec, with_ngrams
 from benchmarks.harness.report import publish, redraw
 from benchmarks.harness.rounds import Figures, Question, column
 from benchmarks.harness.shape import PieSizes, kv_shape
@@ -55,15 +55,7 @@ def specs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for drafts in map(int, args.drafts.split(",")):
         for side, pie in sides.items():
             spec = run_spec(args, shape, args.device_blocks, pie)
-            spec["load"]["repeating"] = True
-            if drafts:
-                spec["llm"]["speculative_config"] = {
-                    "method": "ngram",
-                    "num_speculative_tokens": drafts,
-                    "prompt_lookup_min": 1,
-                    "prompt_lookup_max": 4,
-                }
-            runs[f"{side}-{drafts}"] = spec
+            runs[f"{side}-{drafts}"] = with_ngrams(spec, drafts)
     return runs
 
 

@@ -77,3 +77,17 @@ def run_spec(
         },
         "pie": pie,
     }
+
+
+def with_ngrams(spec: dict[str, Any], drafts: int) -> dict[str, Any]:
+    """The same run on chats that repeat what they say, with so many n-gram drafts a step."""
+    spec = {**spec, "load": {**spec["load"], "repeating": True}}
+    if drafts:
+        speculative = {
+            "method": "ngram",
+            "num_speculative_tokens": drafts,
+            "prompt_lookup_min": 1,
+            "prompt_lookup_max": 4,
+        }
+        spec["llm"] = {**spec["llm"], "speculative_config": speculative}
+    return spec
