@@ -30,6 +30,7 @@ from benchmarks.real.agreement import add_simulated
 from benchmarks.real.fresh_process import compare_answers, run_all
 from benchmarks.real.layered_models import KINDS, LAYERS, WINDOW
 from benchmarks.real.step_times import Step
+from pie_vllm.geometry import cdiv
 from pie_vllm.simulation.traces import Profile
 
 FOLDER = Path("build/models/layered")
@@ -70,9 +71,11 @@ def specs(args: argparse.Namespace, kind: str) -> dict[str, dict[str, Any]]:
     context = args.tokens + 100
     full = args.chats * (context // args.block_size + 2)
     few = TAILS + windows(args, kind)
-    # Pie takes its ring out of the device's bytes.
-    ring = args.ring_slots * args.pool_blocks // 4 // shape.layers
-    keys = PieSizes(args.pool_blocks, args.ring_slots).engine_keys(shape) | {
+    # Pie takes its ring out of the device's bytes. It is wider than what the link brings, so that
+    # the link is what bounds the pooled blocks of a step.
+    ring = cdiv(args.ring_slots * args.pool_blocks // 4, shape.layers)
+    sizes = PieSizes(args.pool_blocks, args.ring_slots, round(ring / (few + ring), 3))
+    keys = sizes.engine_keys(shape) | {
         "target_slowdown": args.target_slowdown,
         "emulated_link_gbps": args.link,
     }

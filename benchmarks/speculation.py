@@ -5,7 +5,7 @@ device bytes. *Pooled* loads all pooled blocks in each step, whatever it costs: 
 are to fall by the acceptance length, which is the tokens of a request's step. Over links of several
 speeds pie / stock is to be no lower than without speculation:
 
-    python -m benchmarks.speculation [--drafts 0,1,3,5] [--speeds 0.3,1,none] [--repeats 2]
+    python -m benchmarks.speculation [--drafts 0,1,2,3] [--speeds 0.3,1,none] [--repeats 2]
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = parser_of("speculation", __doc__)
     add_redraw(parser)
-    parser.add_argument("--drafts", default="0,1,3,5", help="draft tokens, comma-separated")
+    parser.add_argument("--drafts", default="0,1,2,3", help="draft tokens, comma-separated")
     parser.add_argument("--speeds", default="0.3,1,none", help="GB/s, comma-separated")
     parser.set_defaults(repeats=2)
     return parser.parse_args()

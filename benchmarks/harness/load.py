@@ -33,12 +33,14 @@ FORMS = (
 )
 
 
-REPEAT = "Repeat this list word by word, again and again: {}"
+COPY = "Copy this text five times. {}"
+WORDS = ("apple", "river", "stone", "cloud", "tiger", "piano", "bread", "chair")
 
 
-def listed(number: int) -> str:
-    """A list of eight entries, another one for each number."""
-    return " ".join(f"Item {j} costs {(number * 37 + j * j * 11) % 1000}." for j in range(8))
+def repeated(number: int) -> str:
+    """A sentence said six times, another one for each number; the small model goes on with it."""
+    word = WORDS[number % len(WORDS)]
+    return " ".join([f"The {word} number {number * 37 % 1000} is red."] * 6)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Load:
     Attributes:
         chats: number of chats.
         tokens: number of tokens of each answer.
-        repeating: whether the chats ask for what they say, again and again.
+        repeating: whether the chats ask for what they say, again and again, so that n-grams
+            foresee most of the answers.
     """
 
     chats: int = 32
@@ -58,7 +61,7 @@ class Load:
     def prompts(self) -> list[str]:
         """The user messages, all different up to `len(TOPICS) * len(FORMS)` chats."""
         if self.repeating:
-            return [REPEAT.format(listed(index)) for index in range(self.chats)]
+            return [COPY.format(repeated(index)) for index in range(self.chats)]
         pairs = [form.format(topic) for form in FORMS for topic in TOPICS]
         return [pairs[index % len(pairs)] for index in range(self.chats)]
 
