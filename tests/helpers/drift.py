@@ -184,6 +184,10 @@ def check_lines() -> Checks:
                 checks.run(function)
     from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
     from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+    from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
+    from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
+        SpeculatorCudaGraphManager,
+    )
 
     from pie_vllm.vllm.compat import cuda_graphs, engine_core, model_runner
 
@@ -194,6 +198,9 @@ def check_lines() -> Checks:
     checks.run(cuda_graphs.breakable_graphs)
     checks.run(cuda_graphs._veto_v1, object.__new__(CudagraphDispatcher), _nothing)
     checks.run(cuda_graphs._veto_v2, object.__new__(ModelCudaGraphManager), _nothing)
+    speculator = object.__new__(EagleSpeculator)
+    speculator.prefill_cudagraph_manager = object.__new__(SpeculatorCudaGraphManager)
+    checks.run(cuda_graphs._first_draft_pass, SimpleNamespace(speculator=speculator))
     for runner in runners():
         checks.run(model_runner.of(runner).forward_pass, runner)
         checks.run(model_runner.own_allocation, runner, _nothing)

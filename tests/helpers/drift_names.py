@@ -86,6 +86,8 @@ SIGNATURES = (
     # CUDA graphs.
     "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch",
     "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.dispatch",
+    "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator:"
+    "TargetDependentARSpeculator.propose",
     "vllm.v1.worker.gpu.cudagraph_utils:_is_compatible",
     "vllm.compilation.breakable_cudagraph:is_breakable_cudagraph_enabled",
     "vllm.config:CompilationConfig.splitting_ops_contain_kv_cache_update",

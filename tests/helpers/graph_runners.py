@@ -16,7 +16,12 @@ from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.forward_context import ForwardContext, override_forward_context
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 from vllm.v1.worker.gpu import cudagraph_utils
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.dp_utils import dispatch_cg_and_sync_dp
+from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
+    SpeculatorCudaGraphManager,
+)
 
 SIZES = [1, 2, 4, 8]
 MOST_REQUESTS = 4
@@ -71,7 +76,7 @@ def v1(mode: CUDAGraphMode) -> tuple[Any, Dispatch]:
 
 def v2(mode: CUDAGraphMode, varlen: bool = False) -> tuple[Any, Dispatch]:
     """A V2 runner with its graph manager, asked through vLLM's own function."""
-    manager = cudagraph_utils.CudaGraphManager(
+    manager = CudaGraphManager(
         config_of(mode), torch.device("cpu"), mode, decode_query_len=1, varlen_decode=varlen
     )
     manager._graphs_captured = True
@@ -91,6 +96,46 @@ def v2(mode: CUDAGraphMode, varlen: bool = False) -> tuple[Any, Dispatch]:
         return batch.cg_mode, batch.num_tokens
 
     return runner, dispatch
+
+
+DRAFTS = 2
+"""Draft tokens of a request in a step of ``v2_drafting``."""
+
+
+def v2_drafting(mode: CUDAGraphMode) -> tuple[Any, Dispatch, Dispatch]:
+    """A V2 runner with a drafter; how each is asked for a batch.
+
+    Requests that decode have ``1 + DRAFTS`` tokens, for the drafter's first pass, too.
+    """
+    config = config_of(mode)
+    config.num_speculative_tokens = DRAFTS
+
+    def manager(kind: type[CudaGraphManager]) -> Any:
+        made = kind(config, torch.device("cpu"), mode, decode_query_len=1 + DRAFTS)
+        made._graphs_captured = True
+        return made
+
+    speculator: Any = object.__new__(EagleSpeculator)
+    speculator.prefill_cudagraph_manager = manager(SpeculatorCudaGraphManager)
+    runner = SimpleNamespace(
+        cudagraph_manager=manager(CudaGraphManager), req_states=None, speculator=speculator
+    )
+
+    def asks(of: Callable[[], Any]) -> Dispatch:
+        def dispatch(requests: int, tokens: int) -> Any:
+            decodes = 1 + DRAFTS if tokens == requests * (1 + DRAFTS) else None
+            batch, _ = dispatch_cg_and_sync_dp(
+                of(), requests, tokens, decodes, dp_size=1, dp_rank=0
+            )
+            return batch.cg_mode, batch.num_tokens
+
+        return dispatch
+
+    return (
+        runner,
+        asks(lambda: runner.cudagraph_manager),
+        asks(lambda: speculator.prefill_cudagraph_manager),
+    )
 
 
 class Graph:

@@ -13,7 +13,7 @@ from vllm.config import CUDAGraphMode
 
 from pie_vllm.errors import UnsupportedError
 from pie_vllm.vllm.compat import cuda_graphs, model_runner
-from tests.helpers.graph_runners import v1, v2, without_device
+from tests.helpers.graph_runners import DRAFTS, v1, v2, v2_drafting, without_device
 
 pytestmark = pytest.mark.vllm
 
@@ -47,6 +47,23 @@ def test_only_steps_that_copy_lose_their_full_graph(make: Callable[..., Any]) ->
         assert now == (CUDAGraphMode.PIECEWISE if was == CUDAGraphMode.FULL else was)
     streaming = False
     assert [dispatch(*batch) for batch in BATCHES] == before
+
+
+def test_a_drafters_first_pass_goes_as_the_models() -> None:
+    """It reads the metadata of the model's batch, which are padded for a FULL graph or are not.
+
+    It comes when the step has passed its last gate, so that the veto itself is over.
+    """
+    runner, model, first_pass = v2_drafting(CUDAGraphMode.FULL_AND_PIECEWISE)
+    decodes = 2, 2 * (1 + DRAFTS)
+    before = model(*decodes)
+    assert before[0] == first_pass(*decodes)[0] == CUDAGraphMode.FULL
+    streaming = False
+    cuda_graphs.veto_full_graphs(runner, lambda: streaming)
+    for streaming, mode in ((True, CUDAGraphMode.PIECEWISE), (False, CUDAGraphMode.FULL)):
+        assert model(*decodes)[0] == mode
+        streaming = not streaming
+        assert first_pass(*decodes)[0] == mode
 
 
 @pytest.mark.parametrize("make", [v1, v2])

@@ -22,14 +22,54 @@ def veto_full_graphs(runner: Any, vetoed: Callable[[], bool]) -> None:
     """Keep FULL graphs from batches for which ``vetoed()`` holds; these run piecewise.
 
     All other batches are dispatched as in vLLM. The runner must have its KV cache: the V2 runner
-    makes its graph manager with it.
+    makes its graph manager with it. Drafters keep their own graphs, but for the first pass of a V2
+    drafter behind a batch that lost its graph.
     """
     if model_runner.is_v2(runner):
-        manager = runner.cudagraph_manager
-        manager.dispatch = _veto_v2(manager, vetoed)
+        manager, veto = runner.cudagraph_manager, _Veto(vetoed)
+        manager.dispatch = _veto_v2(manager, veto.asked)
+        first_pass = _first_draft_pass(runner)
+        if first_pass is not None:
+            first_pass.dispatch = _veto_v2(first_pass, veto.was_vetoed)
     else:
         dispatcher = runner.cudagraph_dispatcher
         dispatcher.dispatch = _veto_v1(dispatcher, vetoed)
+
+
+class _Veto:
+    """Whether the newest batch of the model was vetoed, for what runs behind it."""
+
+    def __init__(self, vetoed: Callable[[], bool]) -> None:
+        """No batch came yet."""
+        self._vetoed, self._newest = vetoed, False
+
+    def asked(self) -> bool:
+        """Whether the batch that is dispatched now is vetoed."""
+        self._newest = self._vetoed()
+        return self._newest
+
+    def was_vetoed(self) -> bool:
+        """What was answered last: the step may have passed its last gate meanwhile."""
+        return self._newest
+
+
+def _first_draft_pass(runner: Any) -> Any:
+    """The graph manager of a V2 drafter's first pass; None where it has none.
+
+    That pass reads the attention metadata and slots that the model's batch has, which are padded
+    for a FULL graph only if the model ran one: v1/worker/gpu/model_states/default.py:181 and
+    spec_decode/target_dependent_ar/speculator.py:258. vLLM runs both alike; under a veto, too, a
+    FULL graph would write the drafter's KV to slots of an earlier step.
+    """
+    speculator: Any = getattr(runner, "speculator", None)
+    manager = getattr(speculator, "prefill_cudagraph_manager", None)
+    if manager is not None:
+        expect(
+            type(speculator).propose,
+            "dispatch_cg_and_sync_dp(\n            self.prefill_cudagraph_manager,",
+            "self.prefill_cudagraph_manager.run_fullgraph(prefill_batch_desc)",
+        )
+    return manager
 
 
 def _veto_v1(dispatcher: Any, vetoed: Callable[[], bool]) -> Callable[..., Any]:
