@@ -129,7 +129,7 @@ def test_drafters_are_refused_by_kind(model: Path) -> None:
     configure(model, speculative_config={"method": "ngram", "num_speculative_tokens": 2})
 
 
-@pytest.mark.parametrize("method", ["medusa", "custom_class"])
+@pytest.mark.parametrize("method", ["medusa", "custom_class", "dflash", "extract_hidden_states"])
 def test_other_methods_of_speculation_are_refused_by_name(method: str) -> None:
     feature = refusals._speculation(SimpleNamespace(method=method))
     assert feature.found

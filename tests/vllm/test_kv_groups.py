@@ -119,8 +119,6 @@ KINDS = {"gemma4_mtp": False, "step3p5_mtp": False, "multi_module_mtp": False}
     [
         ({}, None),
         ({"method": "draft_model"}, None),
-        ({"method": "dflash"}, "by dflash"),
-        ({"method": "extract_hidden_states"}, "by extract_hidden_states"),
         ({"gemma4_mtp": True}, "Gemma 4's MTP layers"),
         ({"step3p5_mtp": True}, "Step 3.5's MTP layers"),
         ({"multi_module_mtp": True}, "3 draft tokens by several MTP modules"),
