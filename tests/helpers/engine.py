@@ -21,6 +21,9 @@ ENVIRONMENT = {
     "VLLM_CACHE_ROOT": str(REPOSITORY / "build" / "vllm-cache"),
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    # vLLM's n-grams run in numba, whose threads make torch use as many: each operation of a step
+    # then waits for a core that other work has.
+    "NUMBA_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
 
