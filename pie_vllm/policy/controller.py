@@ -21,7 +21,8 @@ from pie_vllm.policy.control.elastic_pool import ElasticPool
 from pie_vllm.policy.control.stall_samples import AwaitedStalls, speed_of_finished
 from pie_vllm.policy.control.turns import Turns
 from pie_vllm.policy.placement.completed_blocks import CompletedBlocks
-from pie_vllm.policy.placement.residency import Residency, demoted_at_once, tail_room
+from pie_vllm.policy.placement.headroom import demoted_at_once, tail_room
+from pie_vllm.policy.placement.residency import Residency
 from pie_vllm.policy.placement.store_ahead import Ahead
 from pie_vllm.policy.speculation import NO_SPECULATION, DraftsInFlight, Speculation
 
@@ -240,7 +241,7 @@ class Controller:
             or self._scheduler.num_waiting
             or queue.frozen
             or self._short(running)
-            or (pool is not None and not pool.settled(residency.chunks_usable))
+            or (pool is not None and not pool.settled(residency.supply.chunks_usable))
         )
 
     def _short(self, running: int) -> bool:
@@ -251,7 +252,7 @@ class Controller:
     def _end_quiet_step(self, scheduled: Mapping[str, int]) -> StepOrders:
         """``end_step`` of a quiet step in which nothing was evicted, admitted or prefilled."""
         self._completions.pass_step()
-        self._residency.pass_step()
+        self._residency.planner.pass_step()
         order = self._order(scheduled, changed=False)
         requests, (known, blocks, steps) = len(scheduled), self._counted
         if requests != known or steps >= self._size // self._tokens_max:
@@ -350,8 +351,9 @@ class Controller:
         if pool.begin_step(residency.rows.chunks_held):
             residency.forget_idle()
         now = pool.usable, pool.expected
-        if not pool.asking and now != (residency.chunks_usable, residency.chunks_expected):
-            residency.use_chunks(*now)
+        supply = residency.supply
+        if not pool.asking and now != (supply.chunks_usable, supply.chunks_expected):
+            supply.use_chunks(*now)
         if self._scheduler.newcomers:
             blocks += self._cost * (self.step_blocks + 1)
         short = queue.withheld > queue.missing and queue.num_free_blocks < blocks

@@ -89,7 +89,7 @@ def restore(residency: Residency, found: Sequence[Any], first: int, residents: i
             blocks[index] = block
     residency.entries.put_each(given, keys, places)
     residency.queue.append_n(given[::-1])  # The last one of a prefix is reused first.
-    residency.withhold()
+    residency.supply.withhold()
     return blocks
 
 

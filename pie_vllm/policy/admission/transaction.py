@@ -432,7 +432,7 @@ class Transaction:
         self._tail = None
         if parked.tail:
             self._tail = residency.parking.tails.take(name)
-            residency.withhold()
+            residency.supply.withhold()
         residency.admit(name, len(self.hits))
 
     @property
@@ -487,4 +487,4 @@ class Transaction:
         cancel(residency, self.hits)
         if self._tail is not None:
             residency.parking.tails.put_back(name, self._tail)
-        residency.withhold()
+        residency.supply.withhold()

@@ -194,5 +194,5 @@ class NotingBlockPool:
     def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
         """As vLLM's, v1/core/block_pool.py:666, and the residency hears of the blocks."""
         blocks: list[KVCacheBlock] = self._pool.get_new_blocks(num_blocks)
-        self._pool.residency.written_without_gate(blocks)
+        self._pool.residency.planner.written_without_gate(blocks)
         return blocks

@@ -204,7 +204,9 @@ class Tiers(RuleBasedStateMachine):
         if data.draw(st.booleans()) and not self.residency.parking.copies.restores:
             self.residency.forget_idle()
         held = self.residency.rows.chunks_held
-        self.residency.use_chunks(data.draw(st.integers(max(held, 1), self.geometry.num_chunks)))
+        self.residency.supply.use_chunks(
+            data.draw(st.integers(max(held, 1), self.geometry.num_chunks))
+        )
         self.rows = {row: c for row, c in self.rows.items() if row // 3 < max(held, 1)}
 
     @invariant()
