@@ -182,7 +182,7 @@ class Controller:
         self._quiet = self._is_quiet(len(running))
         if self._quiet:
             self._paused = self.turns.taken = self.turns.exceeds = False
-            residency.parking.allowance = self.decision.parked_at_once
+            residency.parking.copies.allowance = self.decision.parked_at_once
             return StepTerms(self._scheduler.tokens_max)
         prompts = self._prompt_tokens(running) if self._prompts_under_way else 0
         blocks = self._cost * (len(running) * self._blocks_max + prompts // self._size)
@@ -192,7 +192,7 @@ class Controller:
             return StepTerms(0, paused=True)
         decision = self.decider.decide(prompts)
         self.admission.begin_step(decision, blocks)
-        residency.parking.allowance = decision.parked_at_once
+        residency.parking.copies.allowance = decision.parked_at_once
         residency.ahead_max = demoted_at_once(len(running), self._size)
         self._scheduler.leave_out(
             self.turns.begin_step(running, residency, decision, self._priority)

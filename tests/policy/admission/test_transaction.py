@@ -96,7 +96,7 @@ def test_a_roll_back_leaves_all_as_it_was(with_tail: bool) -> None:
         pool.tables["c"] = []
         pool.residency.admit("c")
         assert pool.allocate("c", 4)
-        pool.residency.parking.keep_tail("c", pool.tables["c"][3], 3, 55)
+        pool.residency.parking.tails.keep_last("c", pool.tables["c"][3], 3, 55)
         pool.residency.end_step({}, (), False, None)
         pool.free("c")
     admission = admission_of(pool)

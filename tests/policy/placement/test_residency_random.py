@@ -95,7 +95,7 @@ class Tiers(RuleBasedStateMachine):
         self.residency.admit(request_id, len(hits))
         queue = self.residency.queue
         queue.admission(sum(b.ref_cnt == 0 for b in hits) - residents)
-        parking.allowance = data.draw(st.sampled_from([None, None, 0, 1]))
+        parking.copies.allowance = data.draw(st.sampled_from([None, None, 0, 1]))
         new = data.draw(st.integers(1, 3))
         need = new + sum(b.ref_cnt == 0 for b in hits)
         fits = need <= queue.num_free_blocks
