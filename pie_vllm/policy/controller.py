@@ -152,7 +152,7 @@ class Controller:
         self._size, self._priority, self._splits = block_size, priority, splits
         self._cost = cost
         self.admission = admission
-        admission.claims = scheduler.claims
+        admission.room.claims = scheduler.claims
         self.decider = decider
         self.turns = Turns(allowed=turns)
         self.pool: ElasticPool | None = None
@@ -198,7 +198,7 @@ class Controller:
             self.turns.begin_step(running, residency, decision, self._priority)
         )
         chunk = self._chunk(len(running))
-        self.admission.chunk_blocks = chunk.blocks
+        self.admission.room.chunk_blocks = chunk.blocks
         return StepTerms(chunk.tokens)
 
     def end_step(
@@ -404,7 +404,7 @@ class Controller:
             self._prompts_under_way = prompts or (
                 self._prompts_under_way and any(r.is_prefill_chunk for r in scheduler.running)
             )
-        chunk = self.admission.chunk_blocks
+        chunk = self.admission.room.chunk_blocks
         ahead = Ahead.of(decision, self.turns.taken, running, chunk, prompts)
         return residency.end_step(
             scheduled, fresh, bool(scheduled), headroom, decision.load_blocks_max, ahead
