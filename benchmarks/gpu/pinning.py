@@ -14,7 +14,8 @@ from benchmarks.gpu.harness.context import Context
 from benchmarks.gpu.harness.machine import device_free_bytes
 from benchmarks.harness.stats import percentile
 from pie_vllm.engine.transfer_engine import TransferEngine
-from pie_vllm.geometry import Geometry, page_table_bytes
+from pie_vllm.geometry import Geometry
+from pie_vllm.sizing import page_table_bytes
 
 MIB = 1 << 20
 PAGE = 65536

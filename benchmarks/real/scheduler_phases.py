@@ -146,7 +146,7 @@ class _Pair:
         pool, chunks = pie.scheduler.pie_controller.pool, pie.residency.geometry.num_chunks
         # The pool of a server that has run for a while: it is not its growth that is measured.
         pool.order, pool.usable = pool.order._replace(chunks=chunks), chunks
-        pie.residency.use_chunks(chunks)
+        pie.residency.supply.use_chunks(chunks)
         pie.residency.make_residents_free(count)
         free = pie.residency.queue.free_residents - REQUESTS // BLOCK_SIZE - 2
         self._held = pie.scheduler.kv_cache_manager.block_pool.get_new_blocks(free)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pie_vllm.geometry import Geometry, blocks_fed, plan_geometry
+from pie_vllm.geometry import Geometry
 from pie_vllm.plan import Prior
 from pie_vllm.simulation.traces import Profile
+from pie_vllm.sizing import blocks_fed, plan_geometry
 
 BLOCK_TOKENS = 16
 PAGE_BYTES = 2 * 8 * 128 * 2 * BLOCK_TOKENS

@@ -21,7 +21,8 @@ from pie_vllm.policy.control.elastic_pool import ElasticPool
 from pie_vllm.policy.control.stall_samples import AwaitedStalls, speed_of_finished
 from pie_vllm.policy.control.turns import Turns
 from pie_vllm.policy.placement.completed_blocks import CompletedBlocks
-from pie_vllm.policy.placement.residency import Residency, demoted_at_once, tail_room
+from pie_vllm.policy.placement.headroom import demoted_at_once, tail_room
+from pie_vllm.policy.placement.residency import Residency
 from pie_vllm.policy.placement.store_ahead import Ahead
 from pie_vllm.policy.speculation import NO_SPECULATION, DraftsInFlight, Speculation
 
@@ -151,7 +152,7 @@ class Controller:
         self._size, self._priority, self._splits = block_size, priority, splits
         self._cost = cost
         self.admission = admission
-        admission.claims = scheduler.claims
+        admission.room.claims = scheduler.claims
         self.decider = decider
         self.turns = Turns(allowed=turns)
         self.pool: ElasticPool | None = None
@@ -181,7 +182,7 @@ class Controller:
         self._quiet = self._is_quiet(len(running))
         if self._quiet:
             self._paused = self.turns.taken = self.turns.exceeds = False
-            residency.parking.allowance = self.decision.parked_at_once
+            residency.parking.copies.allowance = self.decision.parked_at_once
             return StepTerms(self._scheduler.tokens_max)
         prompts = self._prompt_tokens(running) if self._prompts_under_way else 0
         blocks = self._cost * (len(running) * self._blocks_max + prompts // self._size)
@@ -191,13 +192,13 @@ class Controller:
             return StepTerms(0, paused=True)
         decision = self.decider.decide(prompts)
         self.admission.begin_step(decision, blocks)
-        residency.parking.allowance = decision.parked_at_once
+        residency.parking.copies.allowance = decision.parked_at_once
         residency.ahead_max = demoted_at_once(len(running), self._size)
         self._scheduler.leave_out(
             self.turns.begin_step(running, residency, decision, self._priority)
         )
         chunk = self._chunk(len(running))
-        self.admission.chunk_blocks = chunk.blocks
+        self.admission.room.chunk_blocks = chunk.blocks
         return StepTerms(chunk.tokens)
 
     def end_step(
@@ -240,7 +241,7 @@ class Controller:
             or self._scheduler.num_waiting
             or queue.frozen
             or self._short(running)
-            or (pool is not None and not pool.settled(residency.chunks_usable))
+            or (pool is not None and not pool.settled(residency.supply.chunks_usable))
         )
 
     def _short(self, running: int) -> bool:
@@ -251,7 +252,7 @@ class Controller:
     def _end_quiet_step(self, scheduled: Mapping[str, int]) -> StepOrders:
         """``end_step`` of a quiet step in which nothing was evicted, admitted or prefilled."""
         self._completions.pass_step()
-        self._residency.pass_step()
+        self._residency.planner.pass_step()
         order = self._order(scheduled, changed=False)
         requests, (known, blocks, steps) = len(scheduled), self._counted
         if requests != known or steps >= self._size // self._tokens_max:
@@ -350,8 +351,9 @@ class Controller:
         if pool.begin_step(residency.rows.chunks_held):
             residency.forget_idle()
         now = pool.usable, pool.expected
-        if not pool.asking and now != (residency.chunks_usable, residency.chunks_expected):
-            residency.use_chunks(*now)
+        supply = residency.supply
+        if not pool.asking and now != (supply.chunks_usable, supply.chunks_expected):
+            supply.use_chunks(*now)
         if self._scheduler.newcomers:
             blocks += self._cost * (self.step_blocks + 1)
         short = queue.withheld > queue.missing and queue.num_free_blocks < blocks
@@ -402,7 +404,7 @@ class Controller:
             self._prompts_under_way = prompts or (
                 self._prompts_under_way and any(r.is_prefill_chunk for r in scheduler.running)
             )
-        chunk = self.admission.chunk_blocks
+        chunk = self.admission.room.chunk_blocks
         ahead = Ahead.of(decision, self.turns.taken, running, chunk, prompts)
         return residency.end_step(
             scheduled, fresh, bool(scheduled), headroom, decision.load_blocks_max, ahead

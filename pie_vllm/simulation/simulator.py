@@ -241,5 +241,5 @@ def run_stock(blocks: int, profile: Profile, jobs: Sequence[Job], **options: Any
     """
     geometry = Geometry(1, 1, blocks, 1, 1, 1, 1, 1)
     simulation = Simulation(geometry, profile, jobs, Static(1), **options)
-    simulation.residency.use_chunks(0)
+    simulation.residency.supply.use_chunks(0)
     return simulation.run()

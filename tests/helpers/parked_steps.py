@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from pie_vllm.geometry import Geometry
 from pie_vllm.policy.admission.restore import restore
 from pie_vllm.policy.placement.interfaces import GroupBeside
+from pie_vllm.policy.pool.parked_kv import Parking
+from pie_vllm.policy.pool.rows import RowLedger
 from tests.helpers.fakes import FakePool
 
 
@@ -78,3 +81,14 @@ def come_back(
     plan = pool.residency.end_step({name: 1}, {name}, True, None)
     pool.residency.check_integrity()
     return plan
+
+
+def parking_of(rows: int, *, distinct: bool = False) -> tuple[RowLedger, Parking]:
+    """Parking over rows alone; pooled ids are 10 and above."""
+    ledger = RowLedger(rows, 10)
+    return ledger, Parking(ledger, rows, "lru", distinct=distinct)
+
+
+def block(block_id: int, key: str | None) -> SimpleNamespace:
+    """A cached block, or one that is not full."""
+    return SimpleNamespace(block_id=block_id, block_hash=key)

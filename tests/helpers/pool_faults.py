@@ -39,7 +39,7 @@ def __getattr__(name: str) -> Any:
 
 def _worker_class() -> type:
     from pie_vllm.errors import TransferError
-    from pie_vllm.geometry import plan_geometry
+    from pie_vllm.sizing import plan_geometry
     from pie_vllm.vllm.worker_side import worker
     from pie_vllm.vllm.worker_side.cpu_worker import PieCPUWorker
 

@@ -75,7 +75,7 @@ CONTROLS: dict[str, tuple[str, Callable[..., Any], str]] = {
         lambda running, size: running // size + 3,
         "slow link",
     ),
-    "promised": ("policy.admission.transaction.promised", lambda *_: 2, "slow link"),
+    "promised": ("policy.admission.admission_room.promised", lambda *_: 2, "slow link"),
     "parts": (
         "policy.admission.transaction.restored_at_once",
         lambda *_: 1,

@@ -60,7 +60,7 @@ def test_the_watermark_leaves_what_the_device_alone_would_have(
     manager.admission.begin_step(Fixed(limit).decide(), 0)
     manager.residency.queue.withheld = manager.residency.queue.missing = withheld
     usable = RESIDENT + min(limit, POOLED - withheld)
-    left = manager.admission.headroom()
+    left = manager.admission.room.headroom()
     device = manager.geometry.device_bytes // manager.geometry.row_bytes
     assert device == 18
     assert usable - left >= min(usable, device - int(share * device))

@@ -113,7 +113,7 @@ def test_a_chunk_of_half_of_the_residents_is_noticed(monkeypatch: pytest.MonkeyP
     """Negative control: a constant chunk, kept free for the next one too, keeps requests out."""
     monkeypatch.setattr(controller, "decide_chunk", lambda *_: Chunk(9 * BLOCK_SIZE, 9))
     monkeypatch.setattr(
-        "pie_vllm.policy.admission.transaction.promised",
+        "pie_vllm.policy.admission.admission_room.promised",
         lambda _, tails, prompts: tails + (prompts and 9 + 1),
     )
     assert pie("mixed", 21, 80).steps > 1.5 * stock("mixed").steps

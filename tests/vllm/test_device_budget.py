@@ -9,8 +9,9 @@ import pytest
 
 from pie_vllm.config import PieConfig
 from pie_vllm.errors import ConfigError
-from pie_vllm.geometry import PAGE_TABLE_SHARE, Geometry, page_table_bytes
+from pie_vllm.geometry import Geometry
 from pie_vllm.plan import Prior
+from pie_vllm.sizing import PAGE_TABLE_SHARE, page_table_bytes
 from pie_vllm.vllm.worker_side import worker as module
 from pie_vllm.vllm.worker_side.worker import PieWorkerMixin
 from tests.helpers.kv_groups import one_group

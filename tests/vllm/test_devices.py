@@ -12,7 +12,8 @@ import torch
 
 from pie_vllm.engine.arena import DeviceArena
 from pie_vllm.errors import TransferError, UnsupportedError
-from pie_vllm.geometry import Geometry, plan_geometry
+from pie_vllm.geometry import Geometry
+from pie_vllm.sizing import plan_geometry
 
 pytestmark = pytest.mark.vllm
 

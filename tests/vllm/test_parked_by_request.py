@@ -48,7 +48,7 @@ def kept(made: Driver, name: str) -> tuple[int, int]:
     manager = made.scheduler.kv_cache_manager
     keys = [*manager.admission.request_keys(name, 0, 100)]
     parked = sum(map(parking(made).parked, keys))
-    return sum(block is not None for block in manager._cached(keys)), parked
+    return sum(block is not None for block in manager.block_pool.cached(keys)), parked
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -12,6 +12,7 @@ import pytest
 
 from pie_vllm.policy.pool.parked_index import ParkedIndex
 from pie_vllm.policy.pool.parked_kv import Parking
+from pie_vllm.policy.pool.step_copies import StepCopies
 from pie_vllm.policy.pool.tails import Tail, Tails
 from tests.helpers.fuzz import make_driver, play, random_case
 
@@ -52,7 +53,7 @@ def wrong_row_attached(patch: Patch) -> None:
 
 def lost_stores(patch: Patch) -> None:
     """Blocks are parked though nothing is stored to their rows."""
-    patch.setattr(Parking, "_store", lambda *_: None)
+    patch.setattr(StepCopies, "store_parked", lambda *_: None)
 
 
 def kept_over_reset(patch: Patch) -> None:

@@ -77,7 +77,7 @@ def test_random_changes_leave_the_same_entries(seed: int, listening: bool) -> No
             for pool in (pie, stock):
                 pool._insert_block_hash(key, pool.blocks[one], SIZE)
         assert entries(pie) == entries(stock)
-        found = PieBlockSpaceManager._cached(manager, KEYS)
+        found = pie.cached(KEYS)
         each = map(stock.cached_block_hash_to_block.get_one_block, KEYS)
         assert [b and b.block_id for b in found] == [b and b.block_id for b in each]
     if listening:

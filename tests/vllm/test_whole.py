@@ -11,7 +11,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 
 from pie_vllm.errors import ConfigError
-from pie_vllm.geometry import plan_geometry
+from pie_vllm.sizing import plan_geometry
 from pie_vllm.vllm.scheduler_side import scheduler as pie_scheduler
 from pie_vllm.vllm.whole import Whole, whole_of
 from tests.helpers import scheduling

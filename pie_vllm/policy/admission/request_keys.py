@@ -57,7 +57,7 @@ class RequestKeys:
                     parking.watched.changed(key)
             self._drop_entries(keys)
             parking.forget(keys)
-            self._residency.withhold()
+            self._residency.supply.withhold()
 
     def _drop_entries(self, keys: Sequence[RequestKey]) -> None:
         residency, idle = self._residency, []

@@ -89,7 +89,7 @@ def restore(residency: Residency, found: Sequence[Any], first: int, residents: i
             blocks[index] = block
     residency.entries.put_each(given, keys, places)
     residency.queue.append_n(given[::-1])  # The last one of a prefix is reused first.
-    residency.withhold()
+    residency.supply.withhold()
     return blocks
 
 
@@ -189,7 +189,7 @@ def keep_tail(
     index = next((i for i, b in enumerate(table) if b.block_hash is None), len(table))
     tokens = min(computed, (index + 1) * block_size)
     if tokens > index * block_size and table[index].block_id < residency.boundary:
-        residency.parking.keep_tail(request_id, table[index], index, tokens)
+        residency.parking.tails.keep_last(request_id, table[index], index, tokens)
 
 
 def keep_whole(
@@ -223,7 +223,7 @@ def keep_whole(
         there = there and needed.stop <= len(own)
         blocks += [(own[index], index, group.number) for index in needed if index < len(own)]
     there = there and not any(block.is_null for block, _, _ in blocks)
-    return there and residency.parking.keep_whole(request_id, blocks, keys, computed)
+    return there and residency.parking.tails.keep_whole(request_id, blocks, keys, computed)
 
 
 def push_out(residency: Residency, hits: Sequence[Any]) -> int:

@@ -15,12 +15,11 @@ from typing import Any
 
 from pie_vllm.errors import IntegrityError
 from pie_vllm.geometry import cdiv
-from pie_vllm.policy.admission.candidate import Candidate, Claims
-from pie_vllm.policy.admission.chunk import PROMPT_RESERVE, promised
-from pie_vllm.policy.admission.lookup import NO_LIMITS, Limits, ParkedHits, ParkedLookup, Room
+from pie_vllm.policy.admission.admission_room import AdmissionRoom
+from pie_vllm.policy.admission.candidate import Candidate
+from pie_vllm.policy.admission.lookup import NO_LIMITS, Limits, ParkedHits, ParkedLookup
 from pie_vllm.policy.admission.request_keys import RequestKey, RequestKeys
 from pie_vllm.policy.admission.restore import (
-    ParkedKey,
     cancel,
     forget_unfilled,
     keep_tail,
@@ -30,7 +29,7 @@ from pie_vllm.policy.admission.restore import (
     restore_part,
     restored_at_once,
 )
-from pie_vllm.policy.admission.waits import Patience, short_at_once, short_of
+from pie_vllm.policy.admission.waits import Patience
 from pie_vllm.policy.control.decider import Decision
 from pie_vllm.policy.placement.interfaces import Cached
 from pie_vllm.policy.placement.residency import Residency
@@ -48,11 +47,7 @@ class Admission:
 
     Attributes:
         decision: Bounds of the step.
-        chunk_blocks: Number of blocks that prompts may fill in the step.
-        prompt_reserve: Number of residents that waiting requests leave to prompts under way.
-        watermark: Share of the blocks in both tiers that an admission leaves free.
-        claims: Asks what running requests still need; called once a step, when the first waiting
-            request is looked at.
+        room: Blocks that waiting requests may use in the step.
         on_restored_ahead: Called with a request and the number of its blocks that are copied back
             before it is admitted.
         refused: Reason for which the newest request was refused, one of ``waits.REASONS``; None
@@ -86,16 +81,12 @@ class Admission:
         self._lookup = ParkedLookup(residency, cached, block_size, ahead)
         self._request_keys = RequestKeys(residency, cached) if by_request else None
         self._patience = Patience()
-        self._claims: Claims | None = None
-        self._kept_back = self._restored = 0
+        self._restored = 0
         self._others_run = False
         self.decision = Decision(
             load_blocks_max=0, pooled_admission_max=residency.window, spare_load_blocks_max=0
         )
-        self.chunk_blocks = residency.boundary
-        self.prompt_reserve = PROMPT_RESERVE
-        self.watermark = watermark
-        self.claims: Callable[[], Claims] = Claims
+        self.room = AdmissionRoom(residency, self._lookup.idle_of, block_size, watermark)
         self.on_restored_ahead: Callable[[str, int], None] = lambda *_: None
         self.refused: str | None = None
 
@@ -110,11 +101,11 @@ class Admission:
             decision: Bounds of the step.
             running_blocks: Number of blocks that running requests may take in it.
         """
-        self._claims = self.refused = None
+        self.refused = None
         self._others_run = running_blocks > 0
         self._restored = self._lookup.looked = 0
         self.decision = decision
-        self._kept_back = self._residency.window - decision.pooled_admission_max
+        self.room.begin_step(decision.pooled_admission_max)
         if self._residency.queue.num_free_blocks < running_blocks:
             self._residency.catch_up()
 
@@ -175,8 +166,9 @@ class Admission:
             limits = Limits(max(left, 1), *bounds)
             if not (waits or self._restored) and self._residency.beside:
                 limits = NO_LIMITS  # A part would be of no use.
+        room = self.room.available()
         return self._lookup.find(
-            request_id, num_tokens, keys, hits, self._room(), with_tail, state=state, limits=limits
+            request_id, num_tokens, keys, hits, room, with_tail, state=state, limits=limits
         )
 
     def prepare(self, request: Candidate) -> Transaction | None:
@@ -203,8 +195,9 @@ class Admission:
                 return None
             if self._may_wait(request):
                 return None  # There will be room once others are done.
-        bounded = request.whole or self._kept_back or self.watermark
-        if bounded and not self._fits(request):
+        bounded = request.whole or self.room.kept_back or self.room.watermark
+        if bounded and (reason := self.room.short_in_all(request)):
+            self.refused = reason
             return None
         residency.catch_up()
         most = self._restored_at_once()
@@ -218,13 +211,12 @@ class Admission:
         if parked.parked and not self._lookup.still_parked(len(parked.found)):
             self.refused = "restore"
             return None
-        claims = self._claimed()
-        prompts = request.beside and (request.partial or claims.prompts)
-        reserve = promised(residency.queue, claims.tails, self.prompt_reserve if prompts else 0)
+        reserve = self.room.reserve(request)
         if parked.parked > parked.residents:
             self._lookup.protect_pooled()
         found = request.hits or parked.parked
-        if found and not self._there_at_once(request, reserve):
+        if found and (reason := self.room.short_in_step(request, reserve)):
+            self.refused = reason
             if parked.tail and residency.beside and not request.beside:
                 self._make_room(request)
             return None
@@ -260,27 +252,6 @@ class Admission:
             blocks = restore_part(self._residency, parked.found, len(request.hits), most)
             lookup.restored(blocks)
             self.on_restored_ahead(request.request_id, most)
-
-    def _there_at_once(self, request: Candidate, reserve: int) -> bool:
-        """Whether the blocks that the step computes can be had once its parked KV has blocks.
-
-        Restoring it first and finding out then costs what the restoring costs. Pooled ids for it
-        come with rows of their own.
-        """
-        queue, parked, hits = self._residency.queue, request.parked, request.hits
-        idle = self._lookup.idle_of(hits) + parked.parked
-        if len(parked.found) > parked.parked:
-            others = (b for b in parked.found if not isinstance(b, ParkedKey))
-            idle += sum(block.ref_cnt == 0 for block in others)
-        attached = parked.parked - parked.residents
-        within = queue.on_terms(idle - parked.residents, reserve, attached)
-        held = len(self._residency.tables.get(request.request_id, ()))
-        used = held + len(hits) + len(parked.found) - idle
-        wanted = cdiv(request.slots, self._block_size) - used + request.others_now
-        if wanted <= within:
-            return True
-        self.refused = short_at_once(queue, wanted)
-        return False
 
     def releases(
         self, request_id: str, computed: int, *, finished: bool, reusable: bool = True
@@ -324,33 +295,6 @@ class Admission:
         if self._request_keys is not None:
             self._request_keys.forget(request_id)
 
-    def headroom(self) -> int:
-        """Blocks of both tiers that the watermark has an admission leave free.
-
-        A share of the blocks that requests may use now, without pooled ids beyond the limit or
-        without CPU memory. It leaves to use no less than the same share of the blocks that the
-        device's bytes would hold without a ring, which is what it would be without pie.
-        """
-        if not self.watermark:
-            return 0
-        geometry, missing = self._residency.geometry, self._residency.queue.missing
-        usable = geometry.num_blocks - min(geometry.pooled_blocks, max(missing, self._kept_back))
-        device = geometry.device_bytes // geometry.block_bytes
-        device_used = device - int(self.watermark * device)
-        return max(0, min(int(self.watermark * usable), usable - device_used))
-
-    def _room(self) -> Room:
-        """What a waiting request may use of the blocks that are free."""
-        queue, claims = self._residency.queue, self._claimed()
-        kept = claims.tails + (self.prompt_reserve if claims.prompts else 0)
-        pooled = queue.available_pooled - self._kept_back
-        return Room(queue.free_residents - kept, pooled, self.chunk_blocks)
-
-    def _claimed(self) -> Claims:
-        if self._claims is None:
-            self._claims = self.claims()
-        return self._claims
-
     def _may_wait(self, request: Candidate) -> bool:
         """Whether a request waits for its parked KV in this step.
 
@@ -362,33 +306,9 @@ class Admission:
         self.refused = "restore"
         return True
 
-    def _fits(self, request: Candidate) -> bool:
-        """Whether a request's tokens fit both tiers, within the limit while others run."""
-        queue, hits = self._residency.queue, request.hits
-        held = len(self._residency.tables.get(request.request_id, ())) + len(hits)
-        needed = max(0, cdiv(request.span, self._block_size) - held)
-        needed += self._lookup.idle_of(hits) + request.others
-        if request.others > queue.num_free_blocks:
-            self.refused = "residents"
-            return False
-        within, headroom = queue.available_in_all, 0
-        if request.beside:
-            # Rows that are on their way count: the schedule waits for them.
-            there = queue.available_in_all - queue.free_residents
-            pooled = min(there, queue.free_pooled - self._kept_back)
-            within, headroom = queue.free_residents + pooled, self.headroom()
-        if needed + headroom <= within:
-            return True
-        self.refused = short_of(queue, needed, within)
-        return False
-
     def _failed(self, request: Candidate, hits: Sequence[Any]) -> None:
         """Note why a prepared request found no blocks."""
-        residency = self._residency
-        used = sum(block.ref_cnt > 0 for block in hits)
-        used += len(residency.tables.get(request.request_id, ()))
-        wanted = cdiv(request.slots, self._block_size) - used + request.others_now
-        self.refused = short_at_once(residency.queue, wanted)
+        self.refused = self.room.short_of_new(request, hits)
 
     def _admitted(self, request: Candidate) -> None:
         """Note for those behind it that a request was admitted."""
@@ -396,8 +316,7 @@ class Admission:
         self._lookup.forget(request.request_id)
         self._others_run = True
         self._restored += request.parked.parked
-        if request.partial:
-            self._claims = self._claimed()._replace(prompts=True)
+        self.room.admitted(request)
 
 
 class Transaction:
@@ -432,7 +351,7 @@ class Transaction:
         self._tail = None
         if parked.tail:
             self._tail = residency.parking.tails.take(name)
-            residency.withhold()
+            residency.supply.withhold()
         residency.admit(name, len(self.hits))
 
     @property
@@ -487,4 +406,4 @@ class Transaction:
         cancel(residency, self.hits)
         if self._tail is not None:
             residency.parking.tails.put_back(name, self._tail)
-        residency.withhold()
+        residency.supply.withhold()

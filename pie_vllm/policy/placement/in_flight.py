@@ -168,7 +168,7 @@ class Flight:
                     if block.block_hash is not None:
                         residency.discard(block)
         residency.parking.forget_spoilt(spoilt.keys, spoilt.rows, spoilt.good)
-        residency.withhold()
+        residency.supply.withhold()
 
 
 class _Spoilt:

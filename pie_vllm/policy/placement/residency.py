@@ -8,14 +8,16 @@ from typing import Any
 
 from pie_vllm.errors import IntegrityError
 from pie_vllm.geometry import Geometry
-from pie_vllm.plan import NO_RUNS, StepPlan
+from pie_vllm.plan import StepPlan
 from pie_vllm.policy.block import Block, BlockId, RequestId, Row, Table
 from pie_vllm.policy.placement.free_queue import TieredFreeBlockQueue
+from pie_vllm.policy.placement.headroom import AHEAD_STEPS
 from pie_vllm.policy.placement.integrity import check_books
 from pie_vllm.policy.placement.interfaces import FreeList, GroupBeside, PrefixEntries
+from pie_vllm.policy.placement.promotion_order import PromotionOrder
 from pie_vllm.policy.placement.read_set import ReadSet
-from pie_vllm.policy.placement.relabel_log import RelabelLog
-from pie_vllm.policy.placement.run_set import merge
+from pie_vllm.policy.placement.row_supply import RowSupply
+from pie_vllm.policy.placement.step_planner import StepPlanner
 from pie_vllm.policy.placement.store_ahead import LOOK_STEPS, Ahead, store_ahead
 from pie_vllm.policy.placement.victims import Stretch, Victims
 from pie_vllm.policy.pool.extents import CHAIN
@@ -28,37 +30,8 @@ BLOCKED_SHARE_MAX = 0.2
 """Share of the residents that link-blocked requests may hold before demotion stops."""
 
 
-AHEAD_STEPS = 4
-"""Number of steps for whose new blocks residents are made free at once: demoting one block in each
-of many allocations costs several times as much."""
-
-AHEAD_MIN = 8
-"""Number of new blocks a step below which none is demoted ahead: it would be loaded for some steps
-more, and there is little to save."""
-
-AHEAD_MAX = 64
-"""Maximum number of blocks demoted at once where fewer are asked for; each takes microseconds."""
-
-
-def demoted_at_once(running: int, block_size: int) -> int:
-    """Number of blocks demoted where one is asked for, while ``running`` requests decode."""
-    if running < AHEAD_MIN * block_size:
-        return 1
-    return min(AHEAD_STEPS * running // block_size, AHEAD_MAX)
-
-
-def tail_room(tokens: int, block_size: int) -> int:
-    """Number of free residents, about, that promotion leaves to a step that decodes so much.
-
-    Args:
-        tokens: Number of tokens of a step of the running requests.
-        block_size: Tokens of a block.
-    """
-    return tokens // block_size + 2
-
-
 class Residency:
-    """Decides the tier of every block in use and builds the plan of each step.
+    """Decides the tier of every block in use, and has its planner make the plan of each step.
 
     Where a model has several groups of layers, it is about the one that is pooled. The others take
     residents for as long as they want, without a word of what they do to their pages, so that the
@@ -80,8 +53,8 @@ class Residency:
         parking: KV that no request uses, in rows beyond those of pooled blocks.
         victims: Requests that hold blocks, and the order in which their blocks are demoted.
         read_set: Pooled blocks of each request, and those that the step loads.
-        chunks_usable: Number of chunks of the pool whose rows are handed out.
-        chunks_expected: Number of chunks whose rows an admission may count on.
+        supply: Rows whose CPU memory is there, and pooled ids kept back for want of them.
+        planner: Numbers the steps and builds the plan of each.
         beside: Groups of layers without a pool, which take residents, too.
         shared: Whether there are such groups.
         ahead_max: Number of blocks demoted where fewer are asked for, if so many are private.
@@ -131,16 +104,19 @@ class Residency:
         self.queue = TieredFreeBlockQueue(blocks, self.boundary, make_list, self, entries.key_of)
         self.victims = Victims(tables, self.boundary)
         self.read_set = ReadSet(self.rows, self.boundary, self.window, geometry.chunk_rows)
-        self.chunks_usable = self.chunks_expected = geometry.num_chunks
         self.beside, self.shared = beside, bool(beside)
+        self.supply = RowSupply(geometry, self.rows, self.queue, self.parking)
+        self.planner = StepPlanner(
+            geometry, self.queue, self.parking, self.read_set, self.supply, shared=self.shared
+        )
+        self._promotion_order = PromotionOrder(
+            tables, self.boundary, self.window, self.read_set, self.victims
+        )
         self.ahead_max = 1
         self.demotions = 0
         self.promotions = 0
         self.catch_up: Callable[[], None] = lambda: None
         self.on_leave: Callable[[RequestId], None] = lambda _: None
-        self._relabels = RelabelLog()
-        self._step = 0
-        self._without_gate: set[BlockId] = set()
         self._promotes_from = 0  # The first step that promotes, after the newest demotion.
 
     # What requests do.
@@ -240,10 +216,6 @@ class Residency:
                 watched.changed(key)
         self.parking.evicted(keys, [*map(_ID, blocks)])
 
-    def written_without_gate(self, blocks: Iterable[Block]) -> None:
-        """These residents, new in this step, are written to without regard to copies."""
-        self._without_gate.update(block.block_id for block in blocks)
-
     def on_pooled_dropped(self, block: Block) -> None:
         """A pooled id gets another use: its row is parked, or free."""
         self.parking.watched.changed(block.block_hash)
@@ -264,7 +236,7 @@ class Residency:
             most -= len(stretch.blocks)
             count -= len(stretch.blocks)
         if count < 0:  # Residents that are free ahead of their use are not for promotion.
-            self._promotes_from = self._step + 1 + AHEAD_STEPS
+            self._promotes_from = self.planner.step + 1 + AHEAD_STEPS
         if count <= 0:
             return
         for stretch in victims.rest():
@@ -292,57 +264,10 @@ class Residency:
         for name in users:
             self.read_set.add_all(name, ids)
         queue.prepend_n(blocks)
-        self._promotes_from = max(self._promotes_from, self._step + 2)
+        self._promotes_from = max(self._promotes_from, self.planner.step + 2)
         self.demotions += len(blocks)
 
     # Promotion.
-
-    def _promote_free(
-        self, fresh: Collection[RequestId], room: int, load_blocks_max: int | None
-    ) -> list[tuple[BlockId, Row]]:
-        """Promote blocks of running requests, the first admitted first.
-
-        Args:
-            fresh: Requests whose tables were sent already; their blocks stay where they are.
-            room: Number of free residents to use.
-            load_blocks_max: Maximum number of blocks that the step loads; None for no bound.
-
-        Returns:
-            Resident page to fill and row to fill it from, of each block promoted.
-        """
-        read_set, victims = self.read_set, self.victims
-        spare = self.window if load_blocks_max is None else load_blocks_max - read_set.num_blocks
-        copies: list[tuple[BlockId, Row]] = []
-        for request_id in victims.holders:
-            if room <= 0:
-                break
-            if request_id in fresh or not read_set.pooled(request_id):
-                continue
-            running, index, table = read_set.is_running(request_id), 0, self.tables[request_id]
-            while room > 0 and index < len(table) and (running or spare > 0):
-                block = table[index]
-                if block.block_id < self.boundary:
-                    index += 1
-                    continue
-                blocks, users = [block], [request_id]
-                if block.ref_cnt > 1:
-                    users = victims.users(index, block)
-                else:
-                    most = index + (room if running else min(room, spare))
-                    blocks = self._private_pooled(table[index:most])
-                if not any(user in fresh for user in users):
-                    copies += self._promote(index, blocks, users)
-                    room -= len(blocks)
-                    spare -= 0 if running else len(blocks)  # Loads that the step would do without.
-                index += len(blocks)
-        return copies
-
-    def _private_pooled(self, blocks: list[Block]) -> list[Block]:
-        """The first of these blocks, up to one that is resident or shared."""
-        for number, block in enumerate(blocks):
-            if block.block_id < self.boundary or block.ref_cnt > 1:
-                return blocks[:number]
-        return blocks
 
     def _promote(
         self, first: int, blocks: Sequence[Block], users: Sequence[RequestId]
@@ -375,7 +300,7 @@ class Residency:
         ids = [target.block_id for target in targets]
         for request_id in users:
             self.tables[request_id][first : first + len(ids)] = targets
-            self._relabels.record(request_id, first, ids)
+            self.planner.relabels.record(request_id, first, ids)
         move, watched = self.entries.move, self.parking.watched
         for block, target in zip(blocks, targets, strict=True):
             target.ref_cnt, block.ref_cnt = block.ref_cnt, 0
@@ -383,28 +308,7 @@ class Residency:
                 watched.changed(block.block_hash)
             move(block, target)
 
-    # Memory of the pool.
-
-    def use_chunks(self, chunks: int, expected: int | None = None) -> None:
-        """Hand out rows of the first ``chunks`` chunks only, at least ``rows.chunks_held``.
-
-        Args:
-            chunks: Number of chunks whose rows are there.
-            expected: Number of chunks that will be there soon; None for no more than those.
-        """
-        self.chunks_usable = chunks
-        self.chunks_expected = chunks if expected is None else max(chunks, expected)
-        self.rows.usable = min(chunks * self.geometry.chunk_rows, self.geometry.rows)
-        self.withhold()
-
-    def withhold(self) -> None:
-        """Keep back pooled ids for which there is no row."""
-        coming = min(self.chunks_expected * self.geometry.chunk_rows, self.geometry.rows)
-        withheld = max(0, self.window - self.rows.usable + self.parking.held)
-        self.queue.missing = max(0, self.window - coming + self.parking.held)
-        if withheld != self.queue.withheld:
-            self.queue.withheld = withheld
-            self.queue.refresh()
+    # KV that may not be found any more.
 
     def forget_idle(self) -> None:
         """Drop all KV in the pool that no request uses: its memory may be gone."""
@@ -415,7 +319,7 @@ class Residency:
     def forget_parked(self) -> None:
         """Drop all parked KV, so that nobody hits it any more."""
         self.parking.clear()
-        self.withhold()
+        self.supply.withhold()
 
     def discard(self, block: Block) -> None:
         """The KV of a block is wrong: nobody may find it any more."""
@@ -475,53 +379,19 @@ class Residency:
                 of requests that do not run in it; None for no bound.
             ahead: What may be stored ahead of eviction; None for nothing.
         """
-        self._step += 1  # Steps without a plan count: the engine must notice the gap.
-        read_set, parking = self.read_set, self.parking
+        read_set, parking, step = self.read_set, self.parking, self.planner.next_step()
         promoted: list[tuple[BlockId, Row]] = []
         if read_set.by_request:
             read_set.follow(scheduled, len(scheduled) == len(self.victims.holders))
             room = 0 if headroom is None else self.queue.free_residents - headroom
-            if room > 0 and forward and self._step >= self._promotes_from:
-                promoted = self._promote_free(fresh, room, load_blocks_max)
+            if room > 0 and forward and step >= self._promotes_from:
+                for stretch in self._promotion_order.stretches(fresh, room, load_blocks_max):
+                    promoted += self._promote(*stretch)
         if ahead and forward and parking.enabled:
             copies_now = read_set.num_blocks or promoted or parking.pending
-            if ahead.prompts or (copies_now and self._step % LOOK_STEPS == 0):
+            if ahead.prompts or (copies_now and step % LOOK_STEPS == 0):
                 store_ahead(self.queue, parking, ahead)
-        stores = promotions = NO_RUNS
-        stores_first = stores_beside = fills_beside = False
-        if parking.pending:
-            beside = parking.copies.stores_beside, parking.copies.fills_beside
-            stored, restored = parking.take()
-            stores_beside, fills_beside = beside[0] and bool(stored), beside[1] and bool(restored)
-            without_gate = self._without_gate
-            stores_first = bool(without_gate) and any(page in without_gate for page, _ in stored)
-            self.withhold()
-            stores = merge(stored, self.geometry.chunk_rows)
-            promotions = merge([*promoted, *restored], self.geometry.chunk_rows)
-        self._without_gate.clear()
-        relabels = self._relabels.drain(self.victims.holders, fresh) if self._relabels.ids else ()
-        if not (len(stores) or len(promotions) or relabels or read_set.num_blocks):
-            return None
-        loads, pooled = read_set.take(), self.pooled_in_use
-        after_all = self.shared and len(promotions) > 0
-        return StepPlan(
-            self._step,
-            stores,
-            promotions,
-            loads,
-            relabels,
-            forward,
-            pooled,
-            stores_first,
-            after_all,
-            stores_beside,
-            fills_beside,
-        )
-
-    def pass_step(self) -> None:
-        """After a step that copies and moves nothing, while no request has pooled blocks."""
-        self._step += 1  # Steps without a plan count: the engine must notice the gap.
-        self._without_gate.clear()
+        return self.planner.plan(promoted, self.victims.holders, fresh, forward)
 
     # Counts.
 

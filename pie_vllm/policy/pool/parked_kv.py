@@ -9,9 +9,11 @@ from typing import Any
 from pie_vllm.errors import ConfigError, IntegrityError
 from pie_vllm.policy.pool.eviction import POLICIES
 from pie_vllm.policy.pool.parked_index import ParkedIndex
+from pie_vllm.policy.pool.row_room import RowRoom
+from pie_vllm.policy.pool.row_sources import RowSources
 from pie_vllm.policy.pool.rows import RowLedger
 from pie_vllm.policy.pool.step_copies import StepCopies
-from pie_vllm.policy.pool.tails import Tail, TailBlock, Tails
+from pie_vllm.policy.pool.tails import Tails
 from pie_vllm.policy.pool.watched_keys import WatchedKeys
 
 TOGETHER = 256
@@ -40,9 +42,7 @@ class Parking:
             ``pie_vllm.policy.pool.extents``.
         tails: last blocks of preempted requests.
         wanted: keys that are worth parking; None where all are.
-        allowance: pages that may still be stored in this step; None is without end.
-        parked_blocks: stored for parking since the start.
-        ahead_blocks: number of these that were stored before their page was wanted.
+        ahead_blocks: number of blocks that were stored for parking before their page was wanted.
         lost_blocks: cached blocks whose KV was not kept, for want of allowance or rows.
         restored_blocks: restored to resident pages for requests, full ones and tails.
     """
@@ -63,9 +63,8 @@ class Parking:
             capacity_rows: number of rows, at most.
             policy: of eviction; None parks nothing at all.
             preempted_only: whether full blocks are parked only if they go with a tail.
-            distinct: whether blocks of one key may differ: what a head that drafts (EAGLE, MTP)
-                keeps of a block's last token depends on the token behind. A block then gets no row
-                that another one of its key was stored to.
+            distinct: whether blocks of one key may differ (``RowSources``). A block then gets no
+                row that another one of its key was stored to.
 
         Raises:
             ConfigError: there is no such policy.
@@ -81,14 +80,18 @@ class Parking:
         self._index: ParkedIndex[Hashable] = ParkedIndex(capacity_rows, rows.extents.size)
         self.row_of = self._index.row_of
         self.watched = WatchedKeys()
-        # By row, the resident block that was stored to it or filled from it, while that is in use.
-        self._sources: dict[int, int] | None = {} if distinct else None
         self.places: dict[int, int] = {}
         self.copies = StepCopies(rows)
-        self.tails = Tails(self.copies)
+        self._sources = RowSources(self.row_of, distinct=distinct)
+        self._room = RowRoom(rows, self._index, self.copies, self.watched)
+        self.tails = Tails(rows, self._room, self.copies, enabled=self.enabled)
         self.wanted: Container[Hashable] | None = self.tails.keys if preempted_only else None
-        self.allowance: int | None = None
-        self.parked_blocks = self.ahead_blocks = self.lost_blocks = self.restored_blocks = 0
+        self.ahead_blocks = self.lost_blocks = self.restored_blocks = 0
+
+    @property
+    def parked_blocks(self) -> int:
+        """Number of blocks that were stored for parking since the start, tails included."""
+        return self.copies.parked_blocks
 
     @property
     def any(self) -> bool:
@@ -118,8 +121,8 @@ class Parking:
             keys, residents = self._worth_parking(keys, residents)
         restores, index, done, together = self.copies.restores, self._index, 0, TOGETHER
         unfilled = bool(restores) and not restores.keys().isdisjoint(residents)
-        if self._sources:
-            self._disown([row for row in map(index.row_of, keys) if row is not None])
+        if self._sources.residents:
+            self._sources.forget([row for row in map(index.row_of, keys) if row is not None])
         while done < len(keys):
             if len(keys) > 1 and not unfilled:
                 done += index.touch_first(islice(keys, done, None))
@@ -157,7 +160,8 @@ class Parking:
         Returns:
             How many they are.
         """
-        if self.allowance is not None and self.allowance <= 0:
+        allowance = self.copies.allowance
+        if allowance is not None and allowance <= 0:
             lost = len(self._index.lacking(keys))
             self.lost_blocks += lost
             return lost
@@ -165,15 +169,12 @@ class Parking:
         if place is None or not self._rows.offers(place):
             return 0
         new = self._index.lacking(keys)
-        most = len(new) if self.allowance is None else min(len(new), self.allowance)
+        most = len(new) if allowance is None else min(len(new), allowance)
         rows = self._rows.take_parked_at([*map(self.places.get, residents[:most])])
         if rows:
             self._index.park_all(new[: len(rows)], rows)
-            self._disown(rows)
-            self.copies.stores.update(zip(rows, residents[: len(rows)], strict=True))
-            self.parked_blocks += len(rows)
-            if self.allowance is not None:
-                self.allowance -= len(rows)
+            self._sources.forget(rows)
+            self.copies.store_all_parked(rows, residents[: len(rows)])
         return len(rows)
 
     def keep(self, block: Any) -> bool:
@@ -182,35 +183,18 @@ class Parking:
             return False
         row = self.row_of(block.block_hash)
         if row is not None:
-            self._come_from((row,), (block.block_id,))
+            self._sources.note((row,), (block.block_id,))
         return True
 
-    def _come_from(self, rows: Sequence[int], residents: Sequence[int]) -> None:
-        """These rows hold what these residents do."""
-        if self._sources is not None:
-            self._sources.update(zip(rows, residents, strict=True))
-
-    def _disown(self, rows: Iterable[int]) -> None:
-        """No resident block is known to be the one that is in these rows."""
-        if self._sources:
-            for row in rows:
-                self._sources.pop(row, None)
-
-    def _is_own(self, key: Hashable, resident: int) -> bool:
-        """Whether the row of a parked key holds the KV of this very block."""
-        if self._sources is None:
-            return True
-        row = self._index.row_of(key)
-        return row is not None and self._sources.get(row) == resident
-
     def _keep(self, key: Hashable, resident: int) -> bool:
-        if self.allowance is not None and self.allowance <= 0:
+        allowance = self.copies.allowance
+        if allowance is not None and allowance <= 0:
             return False
-        row = self._room(self.places.get(resident))
+        row = self._room.take(self.places.get(resident))
         if row is None:
             return False
         self._park(key, row)
-        self._store(row, resident)
+        self.copies.store_parked(row, resident)
         return True
 
     def parked(self, key: Hashable) -> bool:
@@ -224,101 +208,13 @@ class Parking:
         else:
             self.copies.stores.pop(self._rows.release(block.block_id), None)
 
-    def keep_tail(self, request_id: str, block: Any, index: int, tokens: int) -> None:
-        """A request is preempted: keep its last block, which is resident."""
-        row = self._room(None) if self.enabled else None
-        if row is not None:
-            self.tails.keep(request_id, Tail((TailBlock(row, index),), index, tokens))
-            self._store(row, block.block_id)
-
-    def keep_whole(
-        self,
-        request_id: str,
-        blocks: Sequence[tuple[Any, int, int | None]],
-        keys: Sequence[Hashable],
-        tokens: int,
-    ) -> bool:
-        """A request is preempted that can go on with all of these only: keep all or nothing.
-
-        A pooled block without a key keeps its row.
-
-        Args:
-            request_id: its name.
-            blocks: each with its place in its table and its group, as ``TailBlock``.
-            keys: of the full blocks in front.
-            tokens: number of its tokens, all of whose KV is in these.
-
-        Returns:
-            Whether there was room.
-        """
-        if not self.enabled:
-            return False
-        self.tails.drop(request_id)
-        kept: list[TailBlock] = []
-        for block, index, group in blocks:
-            pooled = group is None and self._rows.holds(block.block_id)
-            row = self._rows.park(block.block_id) if pooled else self._room(None)
-            if row is None:
-                for done in kept:
-                    self.copies.free(done.row)
-                return False
-            kept.append(TailBlock(row, index, group))
-            if not pooled:
-                self._store(row, block.block_id)
-            if group is not None:
-                self.copies.stores_beside = True
-        self.tails.keep(request_id, Tail(tuple(kept), len(keys), tokens, True, tuple(keys)))
-        return True
-
     def _can_park(self, key: Hashable | None) -> bool:
         wanted = key is not None and (self.wanted is None or key in self.wanted)
         return self.enabled and wanted and key not in self._index
 
-    def _store(self, row: int, resident: int) -> None:
-        self.copies.stores[row] = resident
-        self.parked_blocks += 1
-        if self.allowance is not None:
-            self.allowance -= 1
-
     def _park(self, key: Hashable, row: int) -> None:
         self._index.park(key, row)
-        self._disown((row,))
-
-    def _room(self, place: int | None) -> int | None:
-        """A row to park in, that of a place if it can be had; None if none can be."""
-        self._give_way(place)
-        return self._rows.take_parked(place)
-
-    def _give_way(self, place: int | None) -> bool:
-        """Evict parked KV where a place has no row; returns whether there is a row for it now."""
-        rows = self._rows
-        if place is not None and not rows.offers(place):
-            self._evict_extent()
-        if not rows.has_free and (evicted := self._index.evict()) is not None:
-            key, row = evicted
-            self.watched.changed(key)
-            self.copies.free(row)
-        return rows.has_free
-
-    def _evict_extent(self) -> None:
-        """Evict all of the extent of rows in which the least recently used parked block lies.
-
-        Its neighbours were used with it, and a whole extent keeps those together that come next.
-        No change where a row of the extent is not evictable: the extent would not become free.
-        """
-        oldest = self._index.oldest_row
-        if oldest is None:
-            return
-        extents, keys = self._rows.extents, []
-        for row in extents.members(oldest):
-            if not extents.is_free(row):
-                key = self._index.key_in(row)
-                if key is None:
-                    return
-                keys.append(key)
-        for key in keys:
-            self.watched.changed(key)
-            self.copies.free(self._index.remove(key))
+        self._sources.forget((row,))
 
     # Back.
 
@@ -366,14 +262,14 @@ class Parking:
             raise IntegrityError(f"one of {len(rows)} rows cannot be restored from in this step")
         self.copies.restores.update(zip(residents, rows, strict=True))
         self.places.update(zip(residents, self._rows.extents.places_of(rows), strict=True))
-        self._come_from(rows, residents)
+        self._sources.note(rows, residents)
 
     def attach(self, key: Hashable, pooled: int) -> int:
         """A pooled id that has no row takes the row of a parked block, without a copy."""
         row = self._index.remove(key)
         self.watched.changed(key)
         self._rows.adopt(pooled, row)
-        self._disown((row,))
+        self._sources.forget((row,))
         return row
 
     def place_of(self, key: Hashable) -> int:
@@ -409,9 +305,9 @@ class Parking:
         and the page that it fills is not complete before the step ends.
         """
         key = block.block_hash
-        if key is not None and key in self._index and self._is_own(key, block.block_id):
+        if key is not None and key in self._index and self._sources.has(key, block.block_id):
             return self.attach(key, pooled), True
-        if self.enabled and not self._give_way(place):
+        if self.enabled and not self._room.give_way(place):
             self.tails.drop_oldest()
         return self._rows.take(pooled, place), False
 
@@ -421,7 +317,7 @@ class Parking:
             key, row = block.block_hash, self._rows.park(block.block_id)
             if self._can_park(key):
                 self._index.park(key, row, pinned=True)
-                self._come_from((row,), (resident,))
+                self._sources.note((row,), (resident,))
             else:
                 self.copies.leaving.add(row)
 
@@ -462,11 +358,7 @@ class Parking:
         Raises:
             IntegrityError: some of it is to be restored in the coming step.
         """
-        index = self._index
-        for key in keys:
-            if key in index:
-                self.watched.changed(key)
-                self.copies.free(index.remove(key))
+        self._room.give_up(filter(self._index.__contains__, keys))
 
     def forget_spoilt(
         self, keys: Collection[Hashable], rows: Collection[int], requests: Collection[str]

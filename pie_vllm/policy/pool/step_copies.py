@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pie_vllm.policy.pool.rows import RowLedger
 
 
@@ -18,6 +20,8 @@ class StepCopies:
         leaving: parked rows that are free once the step is planned.
         stores_beside: whether a store may read a page of a group of layers without a pool.
         fills_beside: whether a restore fills such a page.
+        allowance: pages that may still be stored for parking in this step; None is without end.
+        parked_blocks: number of blocks that were stored for parking since the start.
     """
 
     def __init__(self, rows: RowLedger) -> None:
@@ -27,11 +31,27 @@ class StepCopies:
         self.restores: dict[int, int] = {}
         self.leaving: set[int] = set()
         self.stores_beside = self.fills_beside = False
+        self.allowance: int | None = None
+        self.parked_blocks = 0
 
     @property
     def pending(self) -> bool:
         """Whether ``take`` has something to do."""
         return bool(self.stores or self.restores or self.leaving)
+
+    def store_parked(self, row: int, resident: int) -> None:
+        """Have a resident page stored to a parked row, for which the allowance gets smaller."""
+        self.stores[row] = resident
+        self.parked_blocks += 1
+        if self.allowance is not None:
+            self.allowance -= 1
+
+    def store_all_parked(self, rows: Sequence[int], residents: Sequence[int]) -> None:
+        """``store_parked`` for each of these rows and pages."""
+        self.stores.update(zip(rows, residents, strict=True))
+        self.parked_blocks += len(rows)
+        if self.allowance is not None:
+            self.allowance -= len(rows)
 
     def free(self, row: int) -> None:
         """Free a parked row at once; nothing is stored there."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Hashable
-from typing import NamedTuple
+from collections.abc import Collection, Hashable, Sequence
+from typing import Any, NamedTuple
 
+from pie_vllm.policy.pool.row_room import RowRoom
+from pie_vllm.policy.pool.rows import RowLedger
 from pie_vllm.policy.pool.step_copies import StepCopies
 
 
@@ -58,9 +60,19 @@ class Tails:
         keys: keys of full blocks that go with a tail, and how many tails each goes with.
     """
 
-    def __init__(self, copies: StepCopies) -> None:
-        """Start without tails; ``copies`` are those of the coming step."""
-        self._copies = copies
+    def __init__(
+        self, rows: RowLedger, room: RowRoom, copies: StepCopies, *, enabled: bool = True
+    ) -> None:
+        """Start without tails.
+
+        Args:
+            rows: Ledger of the pool's rows.
+            room: Gives rows to keep blocks in.
+            copies: Of the coming step.
+            enabled: Whether anything may be kept.
+        """
+        self._rows, self._room, self._copies = rows, room, copies
+        self._enabled = enabled
         self._tails: dict[str, Tail] = {}
         self.keys: Counter[Hashable] = Counter()
 
@@ -76,6 +88,59 @@ class Tails:
     def rows(self) -> list[int]:
         """The rows that hold them."""
         return [block.row for tail in self._tails.values() for block in tail.blocks]
+
+    def keep_last(self, request_id: str, block: Any, index: int, tokens: int) -> None:
+        """A request is preempted: keep its last block, which is resident, if a row can be had.
+
+        Args:
+            request_id: Its name.
+            block: Its last block.
+            index: Number of full blocks in front of it.
+            tokens: Number of its tokens, from its first on, whose KV is complete with this block.
+        """
+        row = self._room.take(None) if self._enabled else None
+        if row is not None:
+            self.keep(request_id, Tail((TailBlock(row, index),), index, tokens))
+            self._copies.store_parked(row, block.block_id)
+
+    def keep_whole(
+        self,
+        request_id: str,
+        blocks: Sequence[tuple[Any, int, int | None]],
+        keys: Sequence[Hashable],
+        tokens: int,
+    ) -> bool:
+        """A request is preempted that can go on with all of these only: keep all or nothing.
+
+        A pooled block without a key keeps its row.
+
+        Args:
+            request_id: Its name.
+            blocks: Each with its place in its table and its group, as ``TailBlock``.
+            keys: Keys of the full blocks in front.
+            tokens: Number of its tokens, all of whose KV is in these.
+
+        Returns:
+            Whether there was room.
+        """
+        if not self._enabled:
+            return False
+        self.drop(request_id)
+        kept: list[TailBlock] = []
+        for block, index, group in blocks:
+            pooled = group is None and self._rows.holds(block.block_id)
+            row = self._rows.park(block.block_id) if pooled else self._room.take(None)
+            if row is None:
+                for done in kept:
+                    self._copies.free(done.row)
+                return False
+            kept.append(TailBlock(row, index, group))
+            if not pooled:
+                self._copies.store_parked(row, block.block_id)
+            if group is not None:
+                self._copies.stores_beside = True
+        self.keep(request_id, Tail(tuple(kept), len(keys), tokens, True, tuple(keys)))
+        return True
 
     def keep(self, request_id: str, tail: Tail) -> None:
         """Keep the tail of a request in place of an older one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
@@ -49,6 +50,17 @@ class PieBlockPool(BlockPool):
         if self.metrics_collector:
             for block in blocks:
                 self.metrics_collector.on_block_accessed(block)
+
+    def cached(self, keys: Sequence[Any]) -> list[Any]:
+        """The blocks of keys in the prefix cache; a reset of the cache makes a new map."""
+        cache = self.cached_block_hash_to_block
+        blocks = [*map(cache._cache.get, keys)]
+        # A key has a dict of blocks where several hold its KV.
+        return [*map(cache.get_one_block, keys)] if dict in map(type, blocks) else blocks
+
+    def cached_first(self, keys: Sequence[Any]) -> list[Any]:
+        """The blocks of the first keys in the prefix cache, up to one that is not in it."""
+        return [*takewhile(lambda block: block is not None, self.cached(keys))]
 
     def drop_entries(self, blocks: Sequence[KVCacheBlock]) -> None:
         """As ``_maybe_evict_cached_block``, v1/core/block_pool.py:729, for each cached block.
@@ -194,5 +206,5 @@ class NotingBlockPool:
     def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
         """As vLLM's, v1/core/block_pool.py:666, and the residency hears of the blocks."""
         blocks: list[KVCacheBlock] = self._pool.get_new_blocks(num_blocks)
-        self._pool.residency.written_without_gate(blocks)
+        self._pool.residency.planner.written_without_gate(blocks)
         return blocks

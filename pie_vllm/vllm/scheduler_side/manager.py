@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice, takewhile
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -14,7 +13,7 @@ from vllm.v1.request import Request, RequestStatus
 from pie_vllm.errors import UnsupportedError
 from pie_vllm.geometry import Geometry
 from pie_vllm.policy.admission.candidate import Candidate
-from pie_vllm.policy.admission.lookup import ParkedHits, without_last_block
+from pie_vllm.policy.admission.lookup import ParkedHits
 from pie_vllm.policy.admission.transaction import Admission
 from pie_vllm.policy.placement.interfaces import PrefixEntries
 from pie_vllm.policy.placement.residency import Residency
@@ -22,10 +21,10 @@ from pie_vllm.policy.speculation import NO_SPECULATION, DraftsInFlight, Speculat
 from pie_vllm.vllm import layer_refusals
 from pie_vllm.vllm.compat import engine_core
 from pie_vllm.vllm.kv_groups import KvGroups
-from pie_vllm.vllm.scheduler_side.block_keys import findable_blocks, hash_keys
 from pie_vllm.vllm.scheduler_side.block_pool import NotingBlockPool, PieBlockPool
 from pie_vllm.vllm.scheduler_side.groups_beside import groups_beside
 from pie_vllm.vllm.scheduler_side.hit_counts import HitCounts
+from pie_vllm.vllm.scheduler_side.prefix_lookup import Computed, PrefixLookup
 from pie_vllm.vllm.scheduler_side.stale_kv import StaleKv
 
 # Looked up once: an attribute of an enumeration and ``super()`` cost as much as the call itself.
@@ -50,7 +49,7 @@ class PieBlockSpaceManager(KVCacheManager):
         stale: Keeps KV of old weights out of prefix cache and pool.
         drafts: Draft tokens of the steps in flight.
         by_request: Whether preempted requests find their KV by name, as there is no prefix cache.
-        drops_last: Whether the last block of a hit is computed again, for a head that drafts.
+        lookup: Finds what waiting requests begin with.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class PieBlockSpaceManager(KVCacheManager):
         if groups.others and not parks:
             parking = None  # A state that drafts went through is not one after accepted tokens.
         self.by_request = parking is not None and not self.enable_caching
-        self.drops_last = self.enable_caching and groups.pooled in self.coordinator.eagle_group_ids
+        drops_last = self.enable_caching and groups.pooled in self.coordinator.eagle_group_ids
         self.residency = Residency(
             geometry,
             pool.blocks,
@@ -113,7 +112,7 @@ class PieBlockSpaceManager(KVCacheManager):
             ),
             parking,
             beside=groups_beside(managers, groups),
-            distinct=self.drops_last,
+            distinct=drops_last,
         )
         pool.attach(self.residency)
         self._note_new_blocks()
@@ -126,7 +125,7 @@ class PieBlockSpaceManager(KVCacheManager):
         self._caches = own.enable_caching
         self.admission = Admission(
             self.residency,
-            self._cached,
+            pool.cached,
             self.block_size,
             watermark,
             by_request=self.by_request,
@@ -135,12 +134,20 @@ class PieBlockSpaceManager(KVCacheManager):
         self.stale = StaleKv(self.residency, pool, self.admission)
         self.hit_counts = HitCounts(geometry.resident_blocks)
         self.admission.on_restored_ahead = self.hit_counts.ahead
-        # Of the request asked for last, with its cached blocks.
-        self._parked: dict[str, tuple[ParkedHits, Sequence[Any]]] = {}
+        self.lookup = PrefixLookup(
+            self,
+            self._stock_computed_blocks,
+            self.admission,
+            self.residency.parking.tails,
+            groups,
+            self.block_size,
+            by_request=self.by_request,
+            drops_last=drops_last,
+        )
 
     def get_computed_blocks(
         self, request: Request, max_cache_hit_length: int | None = None
-    ) -> tuple[KVCacheBlocks, int, int]:
+    ) -> Computed:
         """As vLLM's, with what is parked behind its hits.
 
         Args:
@@ -149,117 +156,16 @@ class PieBlockSpaceManager(KVCacheManager):
                 beside the KV are kept by block: a hit then ends with a block, too. None is all
                 but the last.
         """
-        self._parked.clear()
-        cap = () if max_cache_hit_length is None else (max_cache_hit_length,)
-        if self.groups.others:
-            kept = None if cap else self._find_kept(request)
-            return kept or super().get_computed_blocks(request, *cap)
-        if not self._looks_up(request):
-            blocks, tokens, boundary = super().get_computed_blocks(request, *cap)
-            return blocks, tokens, boundary
-        # Hashes are chained: the last one stands for all.
-        state = (request.num_tokens, *cap, *request.block_hashes[-1:])
-        hits: Any = self.admission.recall(request.request_id, state)
-        boundary, known = 0, hits is not None  # There is one with windows or states only.
-        if not known and self.by_request:
-            keys = self._keys_behind(request, 0, max_cache_hit_length)
-            hits = self._cached_first([*keys])
-        elif not known:
-            found, _, boundary = super().get_computed_blocks(request, *cap)
-            hits = found.blocks[0]
-            if self.drops_last:
-                hits = self._with_dropped(request, hits, max_cache_hit_length)
-        parked = self.admission.find_parked(
-            request.request_id,
-            request.num_tokens,
-            self._keys_behind(request, len(hits), max_cache_hit_length),
-            hits,
-            with_tail=max_cache_hit_length is None,
-            state=state,
-        )
-        if self.drops_last:
-            hits, parked = without_last_block(hits, parked, self.block_size)
-            known = True
-        blocks = self.create_kv_cache_blocks((hits,)) if known or self.by_request else found
-        if parked is None:
-            return blocks, len(hits) * self.block_size, boundary
-        self._parked[request.request_id] = parked, hits
-        return blocks, parked.tokens, boundary
+        return self.lookup.find(request, max_cache_hit_length)
 
-    def _find_kept(self, request: Request) -> tuple[KVCacheBlocks, int, int] | None:
-        """What a preempted request of a model with several groups kept; None if it is of no use.
-
-        Blocks of groups without a pool are allocated anew, and filled when it is admitted.
-        """
-        name = request.request_id
-        tail = self.residency.parking.tails.find(name)
-        if tail is None or not self._looks_up(request):
-            return None
-        state = (request.num_tokens, *request.block_hashes[-1:])
-        hits: Any = self.admission.recall(name, state)
-        if hits is None:
-            keys = [*self._kept_keys(request, 0, tail.index)]
-            hits = self._cached_first(keys)
-        keys_behind = self._kept_keys(request, len(hits), tail.index)
-        parked = self.admission.find_parked(
-            name, request.num_tokens, keys_behind, hits, state=state
-        )
-        if parked is None:
-            return None
-        self._parked[name] = parked, hits
-        found = self.empty_kv_cache_blocks if parked.incomplete else self._of_pooled(hits)
-        return found, parked.tokens, 0
-
-    def _kept_keys(self, request: Request, first: int, end: int) -> Iterator[Any]:
-        if self.by_request:
-            return self.admission.request_keys(request.request_id, first, end)
-        return hash_keys(request, first, end, self.groups.pooled)
+    def _stock_computed_blocks(self, request: Request, *cap: int) -> Computed:
+        """What vLLM finds; looked up at each call, as vLLM would."""
+        blocks, tokens, boundary = super().get_computed_blocks(request, *cap)
+        return blocks, tokens, boundary
 
     def _keyed_by_block(self, own: Any) -> bool:
         """Whether each block of the pooled group has a hash of its own, if any has."""
         return bool(not self.enable_caching or self.block_pool.hash_block_size == own.block_size)
-
-    def _of_pooled(self, blocks: Sequence[Any]) -> KVCacheBlocks:
-        """These blocks of the pooled group, and none of others."""
-        groups = range(len(self.groups.others) + 1)
-        return self.create_kv_cache_blocks(
-            tuple(blocks if group == self.groups.pooled else () for group in groups)
-        )
-
-    def _with_dropped(
-        self, request: Request, hits: Sequence[Any], tokens_max: int | None
-    ) -> Sequence[Any]:
-        """The hits with the block that vLLM dropped from their end, if it did.
-
-        ``drop_eagle_block``, v1/core/single_type_kv_cache_manager.py:819 in 0.32. What is parked
-        follows on that block.
-        """
-        keys = [*islice(self._keys_behind(request, len(hits), tokens_max), 1)]
-        return [*hits, *self._cached_first(keys)]
-
-    def _looks_up(self, request: Request) -> bool:
-        """Whether a request may find KV that was computed before."""
-        if self.by_request:  # One that wants logprobs of its prompt computes all of it.
-            return not request.skip_reading_prefix_cache
-        return bool(self.prefix_cache_lookup_enabled(request))
-
-    def _keys_behind(self, request: Request, hits: int, tokens_max: int | None) -> Iterator[Any]:
-        """Keys of the blocks behind the first ``hits`` of a waiting request that it may find."""
-        end = findable_blocks(request, self.block_size, tokens_max)
-        if self.by_request:
-            return self.admission.request_keys(request.request_id, hits, end)
-        return hash_keys(request, hits, end)
-
-    def _cached(self, keys: Sequence[Any]) -> list[Any]:
-        """The blocks of keys in the prefix cache; a reset of the cache makes a new map."""
-        cache = self.block_pool.cached_block_hash_to_block
-        blocks = [*map(cache._cache.get, keys)]
-        # A key has a dict of blocks where several hold its KV.
-        return [*map(cache.get_one_block, keys)] if dict in map(type, blocks) else blocks
-
-    def _cached_first(self, keys: Sequence[Any]) -> list[Any]:
-        """The blocks of the first keys in the prefix cache, up to one that is not in it."""
-        return [*takewhile(lambda block: block is not None, self._cached(keys))]
 
     def _put_entry(self, block: Any, key: Any, index: int) -> None:
         self.block_pool.put_entries([block], [key], [(index + 1) * self.block_size])
@@ -350,12 +256,10 @@ class PieBlockSpaceManager(KVCacheManager):
         v1/core/kv_cache_manager.py:515-540 in 0.32.
         """
         found = self.empty_kv_cache_blocks if new_computed_blocks is None else new_computed_blocks
-        parked, hits = self._parked.pop(request.request_id, (None, ()))
-        if parked is None:
-            parked, hits = (
-                ParkedHits.none(num_new_computed_tokens),
-                found.blocks[self.groups.pooled],
-            )
+        parked, hits = self.lookup.take(request.request_id) or (
+            ParkedHits.none(num_new_computed_tokens),
+            found.blocks[self.groups.pooled],
+        )
         computed = request.num_computed_tokens
         step_end = computed + num_new_computed_tokens + num_new_tokens
         span = min(request.num_tokens if full_sequence_must_fit else step_end, self.max_model_len)
@@ -389,7 +293,7 @@ class PieBlockSpaceManager(KVCacheManager):
             # All of them, so that each group's manager allocates what it needs of them.
             computed_here, computed_before = 0, parked.tokens
         if (parked.parked or parked.tail) and not parked.incomplete:
-            found = self._of_pooled(transaction.hits)
+            found = self.lookup.of_pooled(transaction.hits)
         with transaction:
             blocks = super().allocate_slots(
                 request,
@@ -468,7 +372,7 @@ class PieBlockSpaceManager(KVCacheManager):
         elif reusable and self.residency.tables.get(request_id):
             self.hit_counts.preempted(request_id, computed)
         self.admission.releases(
-            request_id, kept, finished=finished, reusable=reusable and self._looks_up(request)
+            request_id, kept, finished=finished, reusable=reusable and self.lookup.looks_up(request)
         )
         super().free(request)
         self.stale.freed(request)

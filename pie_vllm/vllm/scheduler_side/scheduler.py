@@ -69,10 +69,10 @@ class PieSchedulerMixin(_Mixed):
             super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
         manager = self.kv_cache_manager
         whole = whole_of(vllm_config)
-        manager.admission.prompt_reserve *= groups.cost
+        manager.admission.room.prompt_reserve *= groups.cost
         if whole is not None:
             # What is under way gets as much again in the next step.
-            manager.admission.prompt_reserve = groups.cost * whole.blocks(manager.block_size)
+            manager.admission.room.prompt_reserve = groups.cost * whole.blocks(manager.block_size)
         self.pie_stale = manager.stale
         self.pie_stale.requests = self.requests
         self._view = ScheduleView(self)

@@ -8,16 +8,15 @@ from typing import Any
 from vllm.logger import init_logger
 
 from pie_vllm.errors import PieError, UnsupportedError
-from pie_vllm.geometry import (
+from pie_vllm.geometry import Geometry, cdiv
+from pie_vllm.plan import Prior, StepOrders
+from pie_vllm.sizing import (
     UNKNOWN_LINK_FRACTION,
-    Geometry,
     blocks_fed,
-    cdiv,
     check_device_bytes,
     page_table_bytes,
     plan_geometry,
 )
-from pie_vllm.plan import Prior, StepOrders
 from pie_vllm.vllm import draft_refusals, layer_refusals, refusals, settings
 from pie_vllm.vllm.compat import drafters, grouping, model_runner
 from pie_vllm.vllm.kv_groups import KvGroups, groups_of

@@ -109,7 +109,7 @@ def _watch(made: Any) -> None:
 
     made.schedule, made.update_from_output = scheduled, updated
     if sizes.LIFT:
-        manager.admission.prompt_reserve = 0
+        manager.admission.room.prompt_reserve = 0
 
 
 def _make_manager(args: Any, kwargs: Any) -> Any:

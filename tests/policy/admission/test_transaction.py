@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from pie_vllm.geometry import Geometry
 from pie_vllm.policy.admission.candidate import Candidate, Claims
 from pie_vllm.policy.admission.lookup import ParkedHits
 from pie_vllm.policy.admission.transaction import Admission
@@ -96,7 +95,7 @@ def test_a_roll_back_leaves_all_as_it_was(with_tail: bool) -> None:
         pool.tables["c"] = []
         pool.residency.admit("c")
         assert pool.allocate("c", 4)
-        pool.residency.parking.keep_tail("c", pool.tables["c"][3], 3, 55)
+        pool.residency.parking.tails.keep_last("c", pool.tables["c"][3], 3, 55)
         pool.residency.end_step({}, (), False, None)
         pool.free("c")
     admission = admission_of(pool)
@@ -121,13 +120,13 @@ def test_terms_hold_within_the_transaction_only() -> None:
     pool = make()
     take(pool, "b", 2)
     admission = admission_of(pool)
-    admission.claims = lambda: Claims(prompts=True, tails=4)
+    admission.room.claims = lambda: Claims(prompts=True, tails=4)
     queue = pool.residency.queue
     before = queue.num_free_blocks
     transaction = admission.prepare(candidate(16))
     assert transaction is not None
     with transaction:
-        assert queue.num_free_blocks == before - 4 - admission.prompt_reserve
+        assert queue.num_free_blocks == before - 4 - admission.room.prompt_reserve
     assert queue.num_free_blocks == before
     transaction.roll_back()
 
@@ -165,12 +164,6 @@ def test_blocks_of_groups_without_a_pool_are_residents() -> None:
     assert admission.refused == "residents"
 
 
-def test_the_device_is_counted_in_blocks_of_all_groups() -> None:
-    """Half of ten blocks is left free: the device alone would hold eight, and use four."""
-    groups = Geometry(2, 4096, 8, 2, 1, 8, 8, 4096, extra_regions=2)
-    assert admission_of(FakePool(groups), watermark=0.5).headroom() == 5
-
-
 def test_what_the_link_cannot_bring_at_once_comes_before_the_request() -> None:
     """One block a step while others run, and for as many steps as it has blocks."""
     pool = with_parked()
@@ -202,8 +195,8 @@ def test_a_prompt_under_way_claims_a_resident_of_those_behind_it(new: int) -> No
         assert pool.allocate("first", -(-new // SIZE))
     transaction.commit()
     free = pool.residency.queue.free_residents
-    kept = admission.prompt_reserve if new < 40 else 0
-    assert admission._room().residents == free - kept
+    kept = admission.room.prompt_reserve if new < 40 else 0
+    assert admission.room.available().residents == free - kept
 
 
 def waits(admission: Admission, tokens: int = 60, **other: Any) -> ParkedHits | None:
@@ -219,12 +212,12 @@ def test_nothing_is_restored_for_a_request_that_finds_no_blocks() -> None:
     """Residents that others were promised do not suffice for what it computes: it costs nothing."""
     pool = with_parked()
     admission = admission_of(pool)
-    admission.prompt_reserve = pool.residency.queue.free_residents
+    admission.room.prompt_reserve = pool.residency.queue.free_residents
     before = books(pool)
     assert waits(admission, new_tokens=8) is not None
     assert admission.refused == "residents"
     assert books(pool) == before
-    admission.prompt_reserve = 1
+    admission.room.prompt_reserve = 1
     assert waits(admission, new_tokens=8) is None
     assert books(pool) != before
 

@@ -168,7 +168,7 @@ def test_room_is_kept_for_the_windows() -> None:
     take(model.pool, "b", 9)
     model.pool.free("b")
     take(model.pool, "b", 4)
-    model.admission.chunk_blocks = 1
+    model.admission.room.chunk_blocks = 1
     parked = model.find()
     assert parked is not None
     # Of five free residents two are of the window, two of the block that is computed.

@@ -6,7 +6,7 @@ import random
 
 from pie_vllm.geometry import Geometry
 from pie_vllm.plan import num_copied
-from pie_vllm.policy.placement.residency import AHEAD_STEPS, demoted_at_once
+from pie_vllm.policy.placement.headroom import AHEAD_STEPS
 from tests.helpers.fakes import FakePool
 
 
@@ -142,10 +142,3 @@ def test_blocks_demoted_ahead_of_need_go_in_one_run_and_stay() -> None:
     residency.end_step(everyone, (), True, 0)
     assert residency.promotions == 3
     residency.check_integrity()
-
-
-def test_few_running_requests_have_nothing_demoted_ahead() -> None:
-    """It would be loaded for steps in which its page is of no use."""
-    assert [demoted_at_once(running, 16) for running in (1, 127, 128, 256, 1000)] == [
-        1, 1, 32, 64, 64,
-    ]  # fmt: skip

@@ -95,7 +95,7 @@ class Tiers(RuleBasedStateMachine):
         self.residency.admit(request_id, len(hits))
         queue = self.residency.queue
         queue.admission(sum(b.ref_cnt == 0 for b in hits) - residents)
-        parking.allowance = data.draw(st.sampled_from([None, None, 0, 1]))
+        parking.copies.allowance = data.draw(st.sampled_from([None, None, 0, 1]))
         new = data.draw(st.integers(1, 3))
         need = new + sum(b.ref_cnt == 0 for b in hits)
         fits = need <= queue.num_free_blocks
@@ -204,7 +204,9 @@ class Tiers(RuleBasedStateMachine):
         if data.draw(st.booleans()) and not self.residency.parking.copies.restores:
             self.residency.forget_idle()
         held = self.residency.rows.chunks_held
-        self.residency.use_chunks(data.draw(st.integers(max(held, 1), self.geometry.num_chunks)))
+        self.residency.supply.use_chunks(
+            data.draw(st.integers(max(held, 1), self.geometry.num_chunks))
+        )
         self.rows = {row: c for row, c in self.rows.items() if row // 3 < max(held, 1)}
 
     @invariant()

@@ -67,7 +67,7 @@ def test_nothing_is_stored_ahead_beyond_the_allowance_or_without_parking() -> No
     for policy, allowance, stored in (("lru", 2, 2), ("lru", 0, 0), (None, None, 0)):
         pool = make(policy=policy)
         leave(pool, "a", "x", "y", "z")
-        pool.residency.parking.allowance = allowance
+        pool.residency.parking.copies.allowance = allowance
         plan = pool.residency.end_step({}, set(), True, None, ahead=Ahead(8, 0, 8, prompts=True))
         assert len(sorted_by_row(plan)) == stored
         pool.residency.check_integrity()

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 
 import pytest
 
 from pie_vllm.errors import IntegrityError
 from pie_vllm.policy.admission.restore import ParkedKey, cancel, restore
 from pie_vllm.policy.pool import extents
-from pie_vllm.policy.pool.parked_kv import Parking
-from pie_vllm.policy.pool.rows import RowLedger
-from tests.helpers.parked_steps import come_back, copied, leave, make, take
+from tests.helpers.parked_steps import block, come_back, copied, leave, make, parking_of, take
 
 
 def test_an_evicted_block_is_stored_before_its_page_is_used() -> None:
@@ -120,7 +117,7 @@ def test_the_allowance_of_a_step_limits_what_is_stored() -> None:
     pool = make()
     parking = pool.residency.parking
     leave(pool, "a", "x", "y", "z")
-    parking.allowance = 1
+    parking.copies.allowance = 1
     assert len(copied(take(pool, "b", 7).stores)) == 1
     assert (parking.parked_blocks, parking.lost_blocks) == (1, 2)
 
@@ -129,7 +126,7 @@ def test_nothing_is_parked_where_it_is_off() -> None:
     """Without a policy of eviction there is no index, no store, no tail."""
     pool = make(policy=None)
     leave(pool, "a", "x", "y", "z")
-    pool.residency.parking.keep_tail("p", pool.residency.blocks[1], 0, 5)
+    pool.residency.parking.tails.keep_last("p", pool.residency.blocks[1], 0, 5)
     assert take(pool, "b", 7) is None
     assert not pool.residency.parking.enabled
     assert not pool.residency.parking.tails
@@ -227,17 +224,6 @@ def test_rows_that_a_step_reads_are_no_rows_for_demotion() -> None:
     assert queue.available_pooled == 2
 
 
-def parking_of(rows: int, *, distinct: bool = False) -> tuple[RowLedger, Parking]:
-    """Parking over rows alone; pooled ids are 10 and above."""
-    ledger = RowLedger(rows, 10)
-    return ledger, Parking(ledger, rows, "lru", distinct=distinct)
-
-
-def block(block_id: int, key: str | None) -> SimpleNamespace:
-    """A cached block, or one that is not full."""
-    return SimpleNamespace(block_id=block_id, block_hash=key)
-
-
 @pytest.mark.parametrize("key", ["p", None])
 def test_the_row_of_a_promoted_block_lasts_for_the_step(key: str | None) -> None:
     """The step copies from it; after that it is parked, or free where it has no key."""
@@ -255,43 +241,11 @@ def test_the_row_of_a_promoted_block_lasts_for_the_step(key: str | None) -> None
     parking.check_integrity()
 
 
-@pytest.mark.parametrize("distinct", [True, False])
-def test_a_block_that_differs_from_another_of_its_key_gets_a_row_of_its_own(distinct: bool) -> None:
-    """The last block of a hit that a head's request computed again: another token is behind it."""
-    _, parking = parking_of(8, distinct=distinct)
-    parking.evicted(["x"], [1])
-    assert parking.row_for(block(2, "x"), 10, 0)[1] is not distinct
-    assert parking.parked("x") is distinct
-    parking.check_integrity()
-
-
-def test_a_block_has_the_row_that_it_was_stored_to_or_filled_from() -> None:
-    """Ahead of its demotion, by its restoring and by its promotion, until it has left its page."""
-    rows, parking = parking_of(8, distinct=True)
-    assert parking.keep(block(1, "x"))
-    parking.take()
-    assert parking.row_for(block(1, "x"), 10, 0)[1]
-    parking.promoted([block(10, "x")], [4])
-    parking.take()
-    assert not parking.row_for(block(5, "x"), 11, 0)[1]
-    assert parking.row_for(block(4, "x"), 12, 0)[1]
-    parking.left_row(block(12, "x"))
-    parking.restore(parking.pin(["x"]), [6])
-    parking.take()
-    assert parking.row_for(block(6, "x"), 13, 0)[1]
-    assert parking.keep(block(7, "y"))
-    parking.take()
-    parking.evicted(["y"], [7])
-    assert not parking.row_for(block(7, "y"), 14, 0)[1], "another request has computed it there"
-    assert rows.num_parked == 1
-    parking.check_integrity()
-
-
 def test_a_tail_gives_way_to_a_pooled_block_when_nothing_else_is_parked() -> None:
     """The oldest one, and only after all full blocks."""
     rows, parking = parking_of(3)
-    parking.keep_tail("a", block(1, None), 0, 5)
-    parking.keep_tail("b", block(2, None), 0, 5)
+    parking.tails.keep_last("a", block(1, None), 0, 5)
+    parking.tails.keep_last("b", block(2, None), 0, 5)
     assert parking.keep(block(3, "x"))
     parking.take()
     assert parking.row_for(block(4, "y"), 10, 0) == (2, False)
@@ -300,28 +254,6 @@ def test_a_tail_gives_way_to_a_pooled_block_when_nothing_else_is_parked() -> Non
     assert parking.tails.find("a") is None
     assert parking.tails.find("b") is not None
     assert rows.num_parked == 1
-    parking.check_integrity()
-
-
-def test_an_extent_is_evicted_whole_unless_a_step_reads_from_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """So that what comes next lies together too; else what is spare is used."""
-    monkeypatch.setattr(extents, "EXTENTS_MIN", 2)
-    rows, parking = parking_of(8)
-    for index in range(8):
-        parking.places[index] = extents.CHAIN + index
-        assert parking.keep(block(index, f"k{index}"))
-    parking.take()
-    parking.places[20], parking.places[21] = 2 * extents.CHAIN, 3 * extents.CHAIN
-    assert parking.keep(block(20, "new"))
-    assert [parking.parked(f"k{index}") for index in range(8)] == [False] * 4 + [True] * 4
-    assert rows.num_free == 3
-    parking.take()
-    parking.pin(["k5", "new"])
-    assert parking.keep(block(21, "other"))
-    assert all(parking.parked(f"k{index}") for index in range(4, 8))
-    assert rows.num_free == 2
     parking.check_integrity()
 
 
@@ -347,7 +279,7 @@ def test_blocks_are_evicted_together_as_one_by_one(
         back = [key for key in keys if rng.random() < 0.1]
         pages = {k: r + rng.choice((0, 100, 100)) for k, r in zip(keys, residents, strict=True)}
         for parking in (together, singly):
-            parking.allowance = allowance
+            parking.copies.allowance = allowance
             parking.places = dict(places)
             found = [key for key in back if parking.has(key)]
             parking.restore(parking.pin(found), [pages[key] for key in found])
@@ -361,10 +293,10 @@ def test_blocks_are_evicted_together_as_one_by_one(
         assert together.copies.restores == singly.copies.restores
         assert together.copies.restores.keys().isdisjoint(residents)
         assert together.copies.stores == singly.copies.stores
-        assert (together.parked_blocks, together.lost_blocks, together.allowance) == (
+        assert (together.parked_blocks, together.lost_blocks, together.copies.allowance) == (
             singly.parked_blocks,
             singly.lost_blocks,
-            singly.allowance,
+            singly.copies.allowance,
         )
         together.check_integrity()
         ledger.check_integrity()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from pie_vllm.policy.pool.parked_index import ParkedIndex
+from pie_vllm.policy.pool.row_room import RowRoom
 from pie_vllm.policy.pool.rows import RowLedger
 from pie_vllm.policy.pool.step_copies import StepCopies
 from pie_vllm.policy.pool.tails import Tail, TailBlock, Tails
+from pie_vllm.policy.pool.watched_keys import WatchedKeys
 from tests.helpers.fakes import FakePool
 from tests.helpers.parked_steps import copied, make, take
 
@@ -17,7 +20,7 @@ def test_a_tail_comes_back_to_the_page_it_is_given() -> None:
     residency, parking = pool.residency, pool.residency.parking
     take(pool, "a", 1)
     (block,) = pool.tables["a"]
-    parking.keep_tail("a", block, 0, 5)
+    parking.tails.keep_last("a", block, 0, 5)
     assert parking.tails.find("a") is None, "its row is stored in this very step"
     pool.free("a")
     plan = residency.end_step({}, (), False, None)
@@ -43,7 +46,7 @@ def test_a_tail_that_is_dropped_in_its_step_is_not_stored() -> None:
     pool = make()
     residency = pool.residency
     take(pool, "a", 1)
-    residency.parking.keep_tail("a", pool.tables["a"][0], 0, 5)
+    residency.parking.tails.keep_last("a", pool.tables["a"][0], 0, 5)
     residency.parking.tails.drop("a")
     assert residency.rows.num_parked == 0
     pool.free("a")
@@ -55,11 +58,17 @@ def one(row: int, index: int, tokens: int) -> Tail:
     return Tail((TailBlock(row, index),), index, tokens)
 
 
-def three_tails() -> tuple[RowLedger, StepCopies, Tails]:
-    """Tails of "a", "b" and "c" in rows 0, 1 and 2, stored in an earlier step."""
+def no_tails() -> tuple[RowLedger, StepCopies, Tails]:
+    """Four rows, none of which is taken."""
     rows = RowLedger(4, 10)
     copies = StepCopies(rows)
-    tails = Tails(copies)
+    room = RowRoom(rows, ParkedIndex(4), copies, WatchedKeys())
+    return rows, copies, Tails(rows, room, copies)
+
+
+def three_tails() -> tuple[RowLedger, StepCopies, Tails]:
+    """Tails of "a", "b" and "c" in rows 0, 1 and 2, stored in an earlier step."""
+    rows, copies, tails = no_tails()
     for name in "abc":
         row = rows.take_parked()
         assert row is not None
@@ -108,7 +117,7 @@ def whole(pool: FakePool, name: str, key: str, window: int, *, pooled: bool = Fa
     full.block_hash = key
     blocks = [(block, index, None) for index, block in enumerate(tail, 1)]
     kept = [*blocks, (pool.blocks[window], 4, 1)]
-    return kept, pool.residency.parking.keep_whole(name, kept, [key], 19)
+    return kept, pool.residency.parking.tails.keep_whole(name, kept, [key], 19)
 
 
 def test_a_whole_tail_has_all_blocks_and_the_keys_in_front() -> None:
@@ -154,8 +163,7 @@ def test_of_a_whole_tail_that_has_no_room_nothing_is_kept() -> None:
 
 def test_keys_are_worth_parking_as_long_as_one_tail_wants_them() -> None:
     """Two requests may begin with the same full blocks."""
-    rows = RowLedger(4, 10)
-    tails = Tails(StepCopies(rows))
+    rows, _, tails = no_tails()
     for name in "ab":
         row = rows.take_parked()
         assert row is not None
