@@ -105,7 +105,9 @@ def plot(path: Path, title: str, figures: Mapping[str, Sequence[Figures]]) -> No
                 left.plot(accepted, falling, ":", color="black", label="1 / acceptance length")
             elif side != "stock":
                 ratios = [spread(column(found, "to_stock")).median for found in runs]
-                right.plot(accepted, ratios, "o-", label=f"link {side.partition('_')[2]} GB/s")
+                speed = side.partition("_")[2]
+                label = "link as fast as memory" if speed == "none" else f"link {speed} GB/s"
+                right.plot(accepted, ratios, "o-", label=label)
         left.set_ylabel("KiB loaded per token")
         right.set_ylabel("throughput, pie / stock")
         for axes in (left, right):
