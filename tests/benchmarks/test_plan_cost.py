@@ -35,8 +35,12 @@ def test_a_plan_of_ten_thousand_pieces_reaches_two_ranks_in_its_bound() -> None:
 
 def test_a_turn_costs_what_it_changes() -> None:
     """One request for another among many costs a fraction of a turn of half of them."""
-    cost = least(lambda: turn_cost(256, 100, repeats=11), lambda found: found.turn_us)
-    assert cost.blocks_changed == 25_600
-    assert cost.small_turn_us < cost.turn_us / 2
-    assert cost.turn_us < 1e3 * SLOW
-    assert cost.choice_us < 1e3 * SLOW
+    costs = [turn_cost(256, 100, repeats=11) for _ in range(3)]
+    assert costs[0].blocks_changed == 25_600
+    choice, turn, small = (
+        min(times)
+        for times in zip(*((c.choice_us, c.turn_us, c.small_turn_us) for c in costs), strict=True)
+    )
+    assert small < turn / 2
+    assert turn < 1e3 * SLOW
+    assert choice < 1e3 * SLOW

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import cuda_on_cpu, v2_on_cpu
 from tests.helpers.draft_runs import accepted_length, check_same_drafts, pie_setup, stock_setup
 from tests.helpers.engine import Engines, request, round_
 from tests.helpers.engine_load import tokens
 from tests.helpers.model_runs import prompts
+from tests.helpers.v2_engines import v2_engines
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.soak]
 
@@ -33,27 +33,21 @@ def in_flight(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="module")
-def v2_engines(in_flight: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+def engines(in_flight: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     """Engines with the V2 runner; with two steps in flight over the CUDA driver's stand-in."""
-    folder = tmp_path_factory.mktemp("v2-drafts")
-    more = {}
-    if in_flight == 2:
-        more = {v2_on_cpu.ASYNC: "1", **cuda_on_cpu.environment(folder / "report")}
-    shared = Engines(folder, {**v2_on_cpu.ENVIRONMENT, **more})
-    yield shared
-    shared.close()
-    assert cuda_on_cpu.found_wrong(folder / "report") == []
+    with v2_engines(tmp_path_factory.mktemp("v2-drafts"), in_flight) as shared:
+        yield shared
 
 
 @pytest.fixture
-def runs(v2_engines: Engines, in_flight: int, tmp_path: Path) -> Callable[..., Runs]:
+def runs(engines: Engines, in_flight: int, tmp_path: Path) -> Callable[..., Runs]:
     """Runs stock and pie with a drafter, where both run as they are meant to."""
 
     def run(name: str, **more: Any) -> Runs:
         setup = stock_setup(name, tmp_path, DRAFTS)
-        (stock,) = v2_engines.run(setup, ROUNDS, "stock")
+        (stock,) = engines.run(setup, ROUNDS, "stock")
         settings = pie_setup(name, setup, stock, resident=RESIDENT, **more)
-        (pie,) = v2_engines.run(settings, ROUNDS)
+        (pie,) = engines.run(settings, ROUNDS)
         for record in (pie, stock):
             assert record["v2_runner"]
             assert record["most_in_flight"] == in_flight

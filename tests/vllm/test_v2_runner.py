@@ -18,10 +18,10 @@ import pytest
 from pie_vllm.errors import UnsupportedError
 from pie_vllm.plan import Relabel
 from pie_vllm.vllm.compat import model_runner
-from tests.helpers import cuda_on_cpu, v2_on_cpu
 from tests.helpers.engine import Engines, Setup, request, round_
 from tests.helpers.engine_load import chats, check_diverse, check_traffic, tokens
 from tests.helpers.engine_model import LAYERS
+from tests.helpers.v2_engines import v2_engines
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -39,19 +39,10 @@ def in_flight(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="module")
-def v2_engines(in_flight: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
-    """Engines with the V2 runner, without and with asynchronous scheduling.
-
-    The latter over the CUDA driver, on its stand-in: as on a GPU by default.
-    """
-    folder = tmp_path_factory.mktemp("v2")
-    more = {}
-    if in_flight == 2:
-        more = {v2_on_cpu.ASYNC: "1", **cuda_on_cpu.environment(folder / "report")}
-    shared = Engines(folder, {**v2_on_cpu.ENVIRONMENT, **more})
-    yield shared
-    shared.close()
-    assert cuda_on_cpu.found_wrong(folder / "report") == []
+def engines(in_flight: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    """Engines with the V2 runner, without and with asynchronous scheduling."""
+    with v2_engines(tmp_path_factory.mktemp("v2"), in_flight) as shared:
+        yield shared
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +52,9 @@ def setup(few: Path) -> Setup:
     return Setup(few, len(LAYERS), 24, 60, dtype="float32", other=other)
 
 
-def test_tokens_are_stocks(v2_engines: Engines, setup: Setup, in_flight: int) -> None:
+def test_tokens_are_stocks(engines: Engines, setup: Setup, in_flight: int) -> None:
     """Blocks move between the tiers while requests run, and no token changes."""
-    (pie,), (stock,) = v2_engines.both(setup, ROUNDS)
+    (pie,), (stock,) = engines.both(setup, ROUNDS)
     for record in (pie, stock):
         assert record["v2_runner"]
         assert record["most_in_flight"] == in_flight
@@ -74,7 +65,7 @@ def test_tokens_are_stocks(v2_engines: Engines, setup: Setup, in_flight: int) ->
 
 
 def test_a_copy_that_fails_costs_a_recompute(
-    v2_engines: Engines, setup: Setup, in_flight: int
+    engines: Engines, setup: Setup, in_flight: int
 ) -> None:
     """Also with a step in flight behind the failed one, whose results are dropped, too."""
     (round_,) = ROUNDS
@@ -82,15 +73,15 @@ def test_a_copy_that_fails_costs_a_recompute(
         failing = {**round_, "fail": ["cuMemcpyBatchAsync", 100, 2]}
     else:
         failing = {**round_, "failing": [("loads", 3, "load", 5)]}
-    (pie,), (stock,) = v2_engines.both(setup, [failing], setup, ROUNDS)
+    (pie,), (stock,) = engines.both(setup, [failing], setup, ROUNDS)
     assert pie["failed"] == 1
     assert pie["preempted"]
     assert tokens(pie) == tokens(stock)
 
 
-def test_without_relabels_tokens_differ(v2_engines: Engines, setup: Setup) -> None:
+def test_without_relabels_tokens_differ(engines: Engines, setup: Setup) -> None:
     """The test above can fail: where the block tables keep the old ids, answers are others."""
-    (pie,), (stock,) = v2_engines.both(replace(setup, lost_relabels=True), ROUNDS, setup)
+    (pie,), (stock,) = engines.both(replace(setup, lost_relabels=True), ROUNDS, setup)
     assert pie["schedule"] == stock["schedule"]
     assert tokens(pie) != tokens(stock)
 

@@ -11,13 +11,13 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 
 from pie_vllm.errors import ConfigError
-from pie_vllm.sizing import plan_geometry
 from pie_vllm.vllm.scheduler_side import scheduler as pie_scheduler
 from pie_vllm.vllm.whole import Whole, whole_of
 from tests.helpers import scheduling
 from tests.helpers.deciders import Fixed
 from tests.helpers.fuzz import BLOCK_SIZE, make_driver
 from tests.helpers.scheduling import Driver, make_request
+from tests.helpers.sizes import plan
 
 pytestmark = pytest.mark.vllm
 
@@ -183,19 +183,11 @@ def test_what_is_split_needs_no_room() -> None:
 
 def test_the_window_shrinks_for_what_must_be_resident() -> None:
     """As far as it takes, and not at all where that would not do."""
-    sizes = {
-        "num_layers": 30,
-        "page_bytes": 98_304,
-        "device_bytes": 40 * 30 * 98_304,
-        "pool_bytes": 80 * 30 * 98_304,
-        "granularity": 4096,
-        "needed_blocks": 34,
-        "ring_fraction": 0.2,
-    }
-    wide = plan_geometry(**sizes)  # type: ignore[arg-type]
+    sizes = {"needed_blocks": 34, "ring_fraction": 0.2}
+    wide = plan(**sizes)
     assert wide.resident_blocks < 35
-    whole = plan_geometry(**sizes, whole_blocks=34)  # type: ignore[arg-type]
+    whole = plan(**sizes, whole_blocks=34)
     assert whole.resident_blocks == 35
     assert 1 < whole.pooled_blocks < wide.pooled_blocks
-    more = plan_geometry(**sizes, whole_blocks=60)  # type: ignore[arg-type]
+    more = plan(**sizes, whole_blocks=60)
     assert more.resident_blocks <= 40
