@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.engine import EngineError, Engines, Setup
-from tests.helpers.engine_load import tokens
+from tests.helpers.engine_load import ngram, tokens
 from tests.helpers.model_runs import (
     check_came_back,
     check_preempted,
@@ -30,6 +30,7 @@ from tests.helpers.model_runs import (
     with_prefix_caching,
 )
 from tests.helpers.small_models import FAMILIES, make
+from tests.helpers.two_ranks import CORES
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -134,6 +135,46 @@ def test_windows_and_states_that_do_not_come_back_show(
     assert pie["preempted"]
     assert pie["recomputed_tokens"] == 0
     assert tokens(pie) != tokens(stock)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["gemma3", "gpt-oss", "granite-hybrid"])
+def test_compiled(engines: Engines, folder: Path, name: str) -> None:
+    """Gates on some of the layers hold under torch.compile."""
+    model = make(name, folder / name)
+    eager = {"enforce_eager": False}
+    asked = stock_setup(name, model)
+    (stock,) = engines.run(replace(asked, other=asked.other | eager), rounds(), "stock")
+    setup = pie_setup(name, model, stock)
+    setup = replace(setup, other=setup.other | eager)
+    (pie,) = engines.run(setup, rounds())
+    check_same(pie, stock, setup)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["gemma3", "gpt-oss"])
+def test_ngrams_beside_windows(engines: Engines, folder: Path, name: str) -> None:
+    """With speculation on both sides; some drafts are accepted, others are not."""
+    model = make(name, folder / name)
+    asked = stock_setup(name, model)
+    (stock,) = engines.run(replace(asked, other=asked.other | ngram(3)), rounds(), "stock")
+    setup = pie_setup(name, model, stock)
+    (pie,) = engines.run(replace(setup, other=setup.other | ngram(3)), rounds())
+    check_same(pie, stock, setup)
+    assert pie["drafted"] > pie["accepted"]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["gemma3"])
+def test_two_ranks(folder: Path, tmp_path: Path, name: str) -> None:
+    """Each pools the full attention of its own heads."""
+    model = make(name, folder / name)
+    engines = Engines(tmp_path, CORES)
+    (stock,) = engines.run(replace(stock_setup(name, model), ranks=2), rounds(), "stock")
+    setup = replace(pie_setup(name, model, stock), ranks=2)
+    (pie,) = engines.run(setup, rounds())
+    engines.close()
+    check_same(pie, stock, setup)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -12,6 +12,7 @@ import pytest
 from pie_vllm.plan import Prior
 from pie_vllm.vllm.worker_side import ranks
 from tests.helpers import cuda_on_cpu, failing_ranks
+from tests.helpers.draft_runs import accepted_length
 from tests.helpers.engine import EngineError, Engines, Setup
 from tests.helpers.engine_load import check_diverse, check_traffic, tokens
 from tests.helpers.failing_engine import Order
@@ -55,6 +56,27 @@ def test_without_loads_they_are_not(two_ranks: Engines, setup: Setup) -> None:
     (stock,) = two_ranks.run(setup, rounds(), "stock")
     assert broken["schedule"] == stock["schedule"]
     assert tokens(broken) != tokens(stock)
+
+
+@pytest.mark.soak
+def test_a_draft_model_on_two_ranks(two_ranks: Engines, setup: Setup) -> None:
+    """It is the model itself: each draft is right if each rank has all its KV; else fewer are."""
+    drafts = 2
+    speculative = {
+        "method": "draft_model",
+        "model": str(setup.model),
+        "num_speculative_tokens": drafts,
+    }
+    other = {**setup.other, "max_num_batched_tokens": 4096, "speculative_config": speculative}
+    drafting = replace(setup, drafts=setup.layers, resident=36, other=other)
+    (pie,), (stock,) = two_ranks.both(drafting, rounds())
+    (blind,) = two_ranks.run(replace(drafting, debug=("skip_drafts",)), rounds())
+    check_diverse(stock)
+    assert pie["moved"]["bytes_loaded"] > 0
+    for record in (pie, blind):
+        assert tokens(record) == tokens(stock)
+    assert accepted_length(pie) > 0.98 * accepted_length(stock) > drafts
+    assert accepted_length(blind) < 0.9 * accepted_length(stock)
 
 
 FAILING: list[Order] = [
