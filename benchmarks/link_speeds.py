@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.harness.load import Load
-from benchmarks.harness.options import add_redraw, parser_of, run_spec
+from benchmarks.harness.options import add_redraw, add_speeds, link_keys, parser_of, run_spec
 from benchmarks.harness.report import publish, redraw
 from benchmarks.harness.rounds import Figures, Question
 from benchmarks.harness.shape import PieSizes, kv_shape
@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = parser_of("link_speeds", __doc__)
     add_redraw(parser)
-    parser.add_argument("--speeds", default="0.1,0.3,1,3,10,none", help="GB/s, comma-separated")
+    add_speeds(parser, "0.1,0.3,1,3,10,none")
     parser.add_argument("--target-slowdown", type=float, default=0.01)
     return parser.parse_args()
 
@@ -51,8 +51,7 @@ def specs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     }
     for speed in args.speeds.split(","):
         keys = sizes.engine_keys(shape) | {"target_slowdown": args.target_slowdown}
-        if speed != "none":
-            keys["emulated_link_gbps"] = float(speed)
+        keys |= link_keys(speed)
         runs[f"pie_{speed}"] = run_spec(args, shape, args.device_blocks, keys)
     return {name: spec | {"watch_steps": True} for name, spec in runs.items()}
 

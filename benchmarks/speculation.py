@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.drawing import COLORS, drawing
-from benchmarks.harness.options import add_redraw, parser_of, run_spec, with_ngrams
+from benchmarks.harness.options import (
+    add_redraw,
+    add_speeds,
+    link_keys,
+    parser_of,
+    run_spec,
+    with_ngrams,
+)
 from benchmarks.harness.report import publish, redraw
 from benchmarks.harness.rounds import Figures, Question, column
 from benchmarks.harness.shape import PieSizes, kv_shape
@@ -36,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = parser_of("speculation", __doc__)
     add_redraw(parser)
     parser.add_argument("--drafts", default="0,1,2,3", help="draft tokens, comma-separated")
-    parser.add_argument("--speeds", default="0.3,1,none", help="GB/s, comma-separated")
+    add_speeds(parser, "0.3,1,none")
     parser.set_defaults(repeats=2)
     return parser.parse_args()
 
@@ -49,8 +56,7 @@ def specs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     wide = {"ring_fraction": 0.3, "target_slowdown": "off"}
     sides: dict[str, dict[str, Any] | None] = {"stock": None, "pooled": keys | wide}
     for speed in filter(None, args.speeds.split(",")):
-        link = {} if speed == "none" else {"emulated_link_gbps": float(speed)}
-        sides[f"pie_{speed}"] = keys | link
+        sides[f"pie_{speed}"] = keys | link_keys(speed)
     runs = {}
     for drafts in map(int, args.drafts.split(",")):
         for side, pie in sides.items():

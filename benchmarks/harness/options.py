@@ -45,6 +45,16 @@ def add_redraw(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_speeds(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the option that names the links of a comparison."""
+    parser.add_argument("--speeds", default=default, help="GB/s, comma-separated")
+
+
+def link_keys(speed: str) -> dict[str, float]:
+    """The argument of `engine_args` for a link of `--speeds`; none for "none"."""
+    return {} if speed == "none" else {"emulated_link_gbps": float(speed)}
+
+
 def add_wide_ring(parser: argparse.ArgumentParser) -> None:
     """Add the option that sets the ring's width by hand."""
     parser.add_argument(

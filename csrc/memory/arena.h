@@ -9,7 +9,7 @@
 
 namespace pie {
 
-// pie_geometry with the derived sizes of policy/geometry.py. Throws PIE_ERR_CONFIG.
+// pie_geometry with the derived sizes of pie_vllm/geometry.py. Throws PIE_ERR_CONFIG.
 class Geometry {
  public:
   explicit Geometry(const pie_geometry& given);

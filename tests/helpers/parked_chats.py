@@ -43,6 +43,13 @@ def crowd(made: Driver, count: int = 12) -> None:
         made.add(make_request(f"r{i}", prompt(i, 30 + 7 * (i % 4)), 60, BLOCK_SIZE))
 
 
+def run_crowd(made: Driver) -> None:
+    """Run it to its end; no answer may have read foreign KV."""
+    crowd(made)
+    made.run()
+    made.verify()
+
+
 def computed_again(made: Driver) -> int:
     return int(made.scheduler.kv_cache_manager.hit_counts.recomputed_tokens)
 

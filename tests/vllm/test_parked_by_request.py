@@ -24,6 +24,7 @@ from tests.helpers.parked_chats import (
     driver,
     parking,
     prompt,
+    run_crowd,
 )
 from tests.helpers.scheduling import Driver, make_request
 from tests.helpers.tagrunner import DictMemory, Memory
@@ -55,9 +56,7 @@ def kept(made: Driver, name: str) -> tuple[int, int]:
 def test_preempted_requests_compute_nothing_again(asynchronous: bool) -> None:
     """Their full blocks and their last one come back, from residents, pooled ids and rows."""
     made = uncached(async_scheduling=asynchronous)
-    crowd(made)
-    made.run()
-    made.verify()
+    run_crowd(made)
     assert len(made.preemptions) >= 5
     assert computed_again(made) == 0
     hits = made.scheduler.kv_cache_manager.hit_counts.hits
@@ -71,9 +70,7 @@ def test_preempted_requests_compute_nothing_again(asynchronous: bool) -> None:
 def test_without_rows_they_compute_again(options: dict[str, Any]) -> None:
     """With parking off, no rows to spare, or a model that may be unable to go on behind KV."""
     made = uncached(**{"max_num_batched_tokens": 320, **options})
-    crowd(made)
-    made.run()
-    made.verify()
+    run_crowd(made)
     assert made.preemptions
     assert computed_again(made) > 0
 
@@ -248,9 +245,7 @@ def test_a_tail_that_is_not_kept_is_computed_again(monkeypatch: pytest.MonkeyPat
     """Negative control: no page is wrong, and tokens are computed twice."""
     monkeypatch.setattr(transaction, "keep_tail", lambda *_: None)
     made = uncached()
-    crowd(made)
-    made.run()
-    made.verify()
+    run_crowd(made)
     assert computed_again(made) > 0
 
 

@@ -25,6 +25,7 @@ from tests.helpers.parked_chats import (
     driver,
     parking,
     prompt,
+    run_crowd,
 )
 from tests.helpers.scheduling import Driver, make_request
 from tests.helpers.tagrunner import DictMemory
@@ -36,9 +37,7 @@ pytestmark = pytest.mark.vllm
 def test_preempted_requests_compute_nothing_again(asynchronous: bool) -> None:
     """Their full blocks and their last one, which is not full, come back from the pool."""
     made = driver(async_scheduling=asynchronous)
-    crowd(made)
-    made.run()
-    made.verify()
+    run_crowd(made)
     assert len(made.preemptions) >= 5
     assert computed_again(made) == 0
     assert made.scheduler.kv_cache_manager.hit_counts.hits.parked > 0
@@ -49,9 +48,7 @@ def test_preempted_requests_compute_nothing_again(asynchronous: bool) -> None:
 def test_without_rows_they_compute_again(policy: str, rows: int) -> None:
     """The test above can fail: parking off, or a pool that has no rows to spare."""
     made = driver(parking=policy, rows=rows)
-    crowd(made)
-    made.run()
-    made.verify()
+    run_crowd(made)
     assert made.preemptions
     assert computed_again(made) > 0
 
