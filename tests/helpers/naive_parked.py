@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import TypeVar
+
+from pie_vllm.policy.pool.parked_index import ParkedIndex
+
+K = TypeVar("K", bound=Hashable)
+
+
+def evict(index: ParkedIndex[K]) -> tuple[K, int] | None:
+    """Take out the key that is given up first; returns it with its row, None where there is none."""
+    keys = index.oldest_keys(1)
+    return (keys[0], index.remove(keys[0])) if keys else None
+
 
 class NaiveIndex:
     """Keys, least recently used first; pinned ones stand in a list of their own."""

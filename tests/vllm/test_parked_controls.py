@@ -15,6 +15,7 @@ from pie_vllm.policy.pool.parked_kv import Parking
 from pie_vllm.policy.pool.step_copies import StepCopies
 from pie_vllm.policy.pool.tails import Tail, Tails
 from tests.helpers.fuzz import make_driver, play, random_case
+from tests.helpers.naive_parked import evict
 
 pytestmark = pytest.mark.vllm
 
@@ -41,19 +42,25 @@ def wrong_row_attached(patch: Patch) -> None:
     park = ParkedIndex.park
 
     def wrong(self: ParkedIndex[Any], key: Any, row: int, *, pinned: bool = False) -> None:
-        other = None if pinned else self.evict()
+        other = None if pinned else evict(self)
         if other is None:
             park(self, key, row, pinned=pinned)
         else:
             park(self, key, other[1])
             park(self, other[0], row)
 
+    def wrong_for_all(self: ParkedIndex[Any], keys: Sequence[Any], rows: Sequence[int]) -> None:
+        for key, row in zip(keys, rows, strict=True):
+            wrong(self, key, row)
+
     patch.setattr(ParkedIndex, "park", wrong)
+    patch.setattr(ParkedIndex, "park_all", wrong_for_all)
 
 
 def lost_stores(patch: Patch) -> None:
     """Blocks are parked though nothing is stored to their rows."""
     patch.setattr(StepCopies, "store_parked", lambda *_: None)
+    patch.setattr(StepCopies, "store_all_parked", lambda *_: None)
 
 
 def kept_over_reset(patch: Patch) -> None:

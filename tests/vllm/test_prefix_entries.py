@@ -10,6 +10,7 @@ import pytest
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 
+from pie_vllm.errors import IntegrityError
 from pie_vllm.vllm.scheduler_side.block_keys import findable_blocks, hash_keys
 from pie_vllm.vllm.scheduler_side.block_pool import PieBlockPool
 from pie_vllm.vllm.scheduler_side.manager import PieBlockSpaceManager
@@ -82,6 +83,67 @@ def test_random_changes_leave_the_same_entries(seed: int, listening: bool) -> No
         assert [b and b.block_id for b in found] == [b and b.block_id for b in each]
     if listening:
         assert pie.metrics_collector.evicted == stock.metrics_collector.evicted
+
+
+def full_pools() -> list[Any]:
+    """Pie's pool and vLLM's own, with as plain a free queue."""
+    pools: list[Any] = [kind(BLOCKS, True, SIZE) for kind in (PieBlockPool, BlockPool)]
+    pools[0].by_request, pools[0].not_cached = False, set()
+    return pools
+
+
+@pytest.mark.parametrize("listening", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_requests_come_and_go_with_the_same_entries(seed: int, listening: bool) -> None:
+    """Blocks taken, filled, some masked, null or with entries, and freed: the same ones each time.
+
+    Prompts repeat, so that several blocks have one key.
+    """
+    rng = random.Random(seed)
+    pools = full_pools()
+    if listening:
+        for pool in pools:
+            pool.metrics_collector = SimpleNamespace(
+                on_block_evicted=lambda _: None, on_block_allocated=lambda _: None
+            )
+    held: list[tuple[Any, ...]] = []
+    most = 0
+    for number in range(60):
+        if held and rng.random() < 0.5:
+            freed = held.pop(rng.randrange(len(held)))
+            for pool, blocks in zip(pools, freed, strict=True):
+                pool.free_blocks(blocks[::-1])
+        count = rng.randint(0, 5)
+        if count > pools[1].get_num_free_blocks():
+            for pool in pools:
+                with pytest.raises(ValueError, match="free blocks"):
+                    pool.get_new_blocks(count)
+            continue
+        tables = [pool.get_new_blocks(count) for pool in pools]
+        assert len({tuple(b.block_id for b in table) for table in tables}) == 1
+        assert all(block.ref_cnt == 1 for table in tables for block in table)
+        chain = rng.randrange(4)
+        hashes = [bytes([chain, index]) * 16 for index in range(count)]
+        request = SimpleNamespace(request_id=f"r{number}", block_hashes=hashes)
+        cached = rng.randint(0, count)
+        full, null, mask = rng.randint(cached, count), rng.random() < 0.2, None
+        if rng.random() < 0.2:
+            mask = [rng.random() < 0.5 for _ in range(full - cached)]
+        for pool, table in zip(pools, tables, strict=True):
+            shown = [pool.null_block, *table[1:]] if null and table else table
+            pool.cache_full_blocks(request, shown, cached, full, SIZE, 0, mask)
+        assert entries(pools[0]) == entries(pools[1])
+        held.append(tuple(tables))
+        most = max(most, len(pools[1].cached_block_hash_to_block))
+    assert most > 2
+
+
+def test_a_free_block_that_is_in_use_is_noticed() -> None:
+    """As vLLM asserts it."""
+    pool = full_pools()[0]
+    pool.free_block_queue.get_all_free_blocks()[0].ref_cnt = 1
+    with pytest.raises(IntegrityError, match="in use"):
+        pool.get_new_blocks(1)
 
 
 def test_keys_are_those_that_vllm_makes() -> None:

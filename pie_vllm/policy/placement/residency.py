@@ -211,9 +211,7 @@ class Residency:
     def on_evicted(self, blocks: Sequence[Block]) -> None:
         """Free residents get another use: what they cache may be parked."""
         watched, keys = self.parking.watched, [*map(self.entries.key_of, blocks)]
-        if watched.places:
-            for key in filter(watched.places.__contains__, keys):
-                watched.changed(key)
+        watched.any_changed(keys)
         self.parking.evicted(keys, [*map(_ID, blocks)])
 
     def on_pooled_dropped(self, block: Block) -> None:

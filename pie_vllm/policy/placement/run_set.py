@@ -12,7 +12,7 @@ from pie_vllm.errors import IntegrityError
 from pie_vllm.plan import NO_RUNS, Runs
 from pie_vllm.policy.block import BlockId, Row
 
-FEW = 256
+FEW = 128
 """Number of pairs below which merging them one by one is faster than by arrays."""
 
 

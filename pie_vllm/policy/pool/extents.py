@@ -8,8 +8,10 @@ so that neighbours stay neighbours whoever was there before, in whatever order t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
+from itertools import takewhile
 
 from pie_vllm.errors import IntegrityError
 from pie_vllm.geometry import EXTENT_BLOCKS
@@ -82,6 +84,10 @@ class Extents:
         first = slot - slot % self.size
         return range(first, min(first + self.size, len(self._taken)))
 
+    def num_taken(self, slot: int) -> int:
+        """Number of taken slots in the extent of a slot."""
+        return self._used[slot // self.size]
+
     def offers(self, place: int) -> bool:
         """Whether ``take`` would return a slot."""
         key, offset = divmod(place, self.size)
@@ -153,6 +159,30 @@ class Extents:
         self.num_free -= count - 1
         return count
 
+    def alike(self, places: list[int | None]) -> int:
+        """How many of the first places have no slot for the same reason as the first one has none.
+
+        They are those without a place, or those of an extent of places that has no slots.
+        """
+        size, first = self.size, places[0]
+        if first is None:
+            return len([*takewhile(lambda place: place is None, places)])
+        key = first // size
+        if key in self._extents:
+            return 1
+        near = range(key * size, key * size + size)
+        return len([*takewhile(near.__contains__, places)])
+
+    def take_spares(self, count: int) -> list[int]:
+        """``take_spare`` so many times, as far as there are free slots."""
+        slots: list[int] = []
+        while len(slots) < count and (slot := self.take_spare()) is not None:
+            slots.append(slot)
+            end = min(slot - slot % self.size + self.size, self._usable)
+            while len(slots) < count and (slot := self._taken.find(0, slot + 1, end)) >= 0:
+                slots.append(self._mark(slot))
+        return slots
+
     def take_spare(self) -> int | None:
         """Take any free slot, one in an extent that is in use before others; None if all are."""
         partial = self._partial
@@ -173,9 +203,20 @@ class Extents:
     def give(self, slot: int) -> None:
         """A taken slot is free."""
         self._taken[slot] = 0
-        self.num_free += 1
-        extent = slot // self.size
-        self._used[extent] -= 1
+        self._given(slot // self.size, 1)
+
+    def give_all(self, slots: Sequence[int]) -> None:
+        """``give`` for each of these slots."""
+        taken, size = self._taken, self.size
+        for slot in slots:
+            taken[slot] = 0
+        for extent, count in Counter([slot // size for slot in slots]).items():
+            self._given(extent, count)
+
+    def _given(self, extent: int, count: int) -> None:
+        """So many slots of an extent are free that were not."""
+        self.num_free += count
+        self._used[extent] -= count
         if self._used[extent]:
             if not self._listed_partial[extent]:
                 self._listed_partial[extent] = 1

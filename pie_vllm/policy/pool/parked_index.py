@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Container, Hashable, Iterable, Sequence
 from itertools import takewhile
 from operator import countOf
@@ -158,31 +159,45 @@ class ParkedIndex(Generic[K]):
         Raises:
             IntegrityError: the key is not parked, or it is pinned.
         """
-        row = self._rows.get(key)
-        if row is None or row in self.pinned_rows:
-            state = "not parked" if row is None else "pinned: a copy counts on its row"
-            raise IntegrityError(f"the KV of {key!r} is {state}")
-        del self._rows[key]
-        self._keys[row] = None
-        extent = row >> self._shift
-        self._parked_in[extent] -= 1
-        if not self._parked_in[extent]:
-            self._order.remove(extent)
-        return row
+        return self.remove_all((key,))[0]
 
-    def evict(self) -> tuple[K, int] | None:
-        """A key of the least recently used extent leaves, with its row; None where all are pinned.
+    def remove_all(self, keys: Sequence[K]) -> list[int]:
+        """``remove`` for each of these keys, which differ; no change where it raises an error."""
+        found = [*map(self._rows.get, keys)]
+        rows = [row for row in found if row is not None]
+        if len(rows) < len(found) or not self.pinned_rows.isdisjoint(rows):
+            for key, row in zip(keys, found, strict=True):
+                if row is None or row in self.pinned_rows:
+                    state = "not parked" if row is None else "pinned: a copy counts on its row"
+                    raise IntegrityError(f"the KV of {key!r} is {state}")
+        deque(map(self._rows.__delitem__, keys), maxlen=0)
+        at, parked_in, shift = self._keys, self._parked_in, self._shift
+        for row in rows:
+            at[row] = None
+            parked_in[row >> shift] -= 1
+        for extent in {row >> shift for row in rows}:
+            if not parked_in[extent]:
+                self._order.remove(extent)
+        return rows
 
-        The last one of it: those before it are of more use without it than it is without them.
+    def oldest_keys(self, count: int) -> list[K]:
+        """Up to ``count`` keys to be given up first, of one extent; none where all are pinned.
+
+        The last ones of the least recently used extent: those before them are of more use without
+        them than they are without those.
         """
-        oldest = self._order.oldest
+        oldest, keys = self._order.oldest, []
         for extent in self._pinned if oldest is None else (oldest,):
             first = extent << self._shift
             for row in reversed(range(first, min(first + self._size, self.capacity_rows))):
                 key = self._keys[row]
                 if key is not None and row not in self.pinned_rows:
-                    return key, self.remove(key)
-        return None
+                    keys.append(key)
+                    if len(keys) == count:
+                        return keys
+            if keys:
+                break
+        return keys
 
     def pin(self, keys: Iterable[K]) -> list[int]:
         """Keep these keys until ``unpin_all``; a key that is pinned already stays so.

@@ -17,9 +17,7 @@ from pie_vllm.policy.pool.tails import Tails
 from pie_vllm.policy.pool.watched_keys import WatchedKeys
 
 TOGETHER = 256
-FEW_TOGETHER = 64
-"""Number of blocks that are parked together, at most; the second one once rows run short, since
-what is left of a part is looked at again."""
+"""Maximum number of blocks that are looked at together when they are parked."""
 
 
 class Parking:
@@ -119,27 +117,20 @@ class Parking:
             return
         if self.wanted is not None:
             keys, residents = self._worth_parking(keys, residents)
-        restores, index, done, together = self.copies.restores, self._index, 0, TOGETHER
-        unfilled = bool(restores) and not restores.keys().isdisjoint(residents)
+        restores, index, done = self.copies.restores, self._index, 0
         if self._sources.residents:
             self._sources.forget([row for row in map(index.row_of, keys) if row is not None])
-        while done < len(keys):
-            if len(keys) > 1 and not unfilled:
-                done += index.touch_first(islice(keys, done, None))
-                part = keys[done : done + together]
-                kept = self._keep_first(part, residents[done : done + together])
-                done += kept
-                if done == len(keys):
-                    return
-                if kept == len(part):
-                    continue
-                together = FEW_TOGETHER
-            key, resident = keys[done], residents[done]
-            done += 1
-            if unfilled and restores.pop(resident, None) is not None:
-                continue  # Its KV has not come yet; the row is still parked.
-            if not index.touch(key) and not self._keep(key, resident):
+        if restores and not restores.keys().isdisjoint(residents):
+            keys, residents = self._filled(keys, residents)
+        if len(keys) == 1:  # As for each running request at the end of a block.
+            if not index.touch(keys[0]) and not self._keep(keys[0], residents[0]):
                 self.lost_blocks += 1
+            return
+        while done < len(keys):
+            done += index.touch_first(islice(keys, done, None))
+            new = index.lacking(keys[done : done + TOGETHER])
+            self._keep_all(new, residents[done : done + len(new)])
+            done += len(new)
 
     def _worth_parking(
         self, keys: Sequence[Hashable], residents: Sequence[int]
@@ -154,28 +145,30 @@ class Parking:
                 self.copies.restores.pop(resident, None)
         return kept
 
-    def _keep_first(self, keys: Sequence[Hashable], residents: Sequence[int]) -> int:
-        """Park or lose the first blocks that are not parked, as long as their places have rows.
+    def _filled(
+        self, keys: Sequence[Hashable], residents: Sequence[int]
+    ) -> tuple[list[Hashable], list[int]]:
+        """Those of the blocks whose KV has come; the rows of the others are still parked."""
+        restores = self.copies.restores
+        kept: tuple[list[Hashable], list[int]] = ([], [])
+        for key, resident in zip(keys, residents, strict=True):
+            if restores.pop(resident, None) is None:
+                kept[0].append(key)
+                kept[1].append(resident)
+        return kept
 
-        Returns:
-            How many they are.
-        """
-        allowance = self.copies.allowance
-        if allowance is not None and allowance <= 0:
-            lost = len(self._index.lacking(keys))
-            self.lost_blocks += lost
-            return lost
-        place = self.places.get(residents[0]) if residents else None
-        if place is None or not self._rows.offers(place):
-            return 0
-        new = self._index.lacking(keys)
-        most = len(new) if allowance is None else min(len(new), allowance)
-        rows = self._rows.take_parked_at([*map(self.places.get, residents[:most])])
-        if rows:
-            self._index.park_all(new[: len(rows)], rows)
+    def _keep_all(self, keys: Sequence[Hashable], residents: Sequence[int]) -> None:
+        """Park the blocks of these keys, which are ``lacking``, as far as allowance and rows go."""
+        allowance, done = self.copies.allowance, 0
+        most = len(keys) if allowance is None else min(len(keys), max(allowance, 0))
+        places = [*map(self.places.get, residents[:most])]
+        while done < most and (rows := self._room.take_first(places[done:])):
+            end = done + len(rows)
+            self._index.park_all(keys[done:end], rows)
             self._sources.forget(rows)
-            self.copies.store_all_parked(rows, residents[: len(rows)])
-        return len(rows)
+            self.copies.store_all_parked(rows, residents[done:end])
+            done = end
+        self.lost_blocks += len(keys) - done
 
     def keep(self, block: Any) -> bool:
         """Have a cached resident stored and parked, if allowance and rows suffice."""

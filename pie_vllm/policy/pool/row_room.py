@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from functools import partial
+from operator import is_not
 
 from pie_vllm.policy.pool.parked_index import ParkedIndex
 from pie_vllm.policy.pool.rows import RowLedger
 from pie_vllm.policy.pool.step_copies import StepCopies
 from pie_vllm.policy.pool.watched_keys import WatchedKeys
+
+_IS_KEY: Callable[[Hashable], bool] = partial(is_not, None)
 
 
 class RowRoom:
@@ -35,15 +39,34 @@ class RowRoom:
         self.give_way(place)
         return self._rows.take_parked(place)
 
-    def give_way(self, place: int | None) -> bool:
-        """Evict parked KV where a place has no row; returns whether there is a row for it now."""
+    def take_first(self, places: list[int | None]) -> list[int]:
+        """Rows to park the first blocks of such places in, as ``take`` finds them one by one.
+
+        Returns:
+            The rows of as many blocks as are alike: those whose places have rows, or those for
+            which the same spare rows are left. None if no row can be had.
+        """
+        rows, place = self._rows, places[0]
+        if place is not None and rows.offers(place):
+            return rows.take_parked_at(places)
+        alike = rows.extents.alike(places)
+        self.give_way(place, alike)
+        if place is not None and rows.offers(place):
+            return rows.take_parked_at(places)
+        return rows.take_parked_spare(alike)
+
+    def give_way(self, place: int | None, count: int = 1) -> bool:
+        """Evict parked KV where a place has no row; returns whether there is a row for it now.
+
+        Args:
+            place: Of the block that a row is wanted for; None if it has none.
+            count: Number of blocks that follow and want rows, too, itself included.
+        """
         rows = self._rows
         if place is not None and not rows.offers(place):
             self._evict_extent()
-        if not rows.has_free and (evicted := self._index.evict()) is not None:
-            key, row = evicted
-            self._watched.changed(key)
-            self._copies.free(row)
+        if not rows.has_free:
+            self.give_up(self._index.oldest_keys(count))
         return rows.has_free
 
     def _evict_extent(self) -> None:
@@ -55,14 +78,10 @@ class RowRoom:
         oldest = self._index.oldest_row
         if oldest is None:
             return
-        extents, keys = self._rows.extents, []
-        for row in extents.members(oldest):
-            if not extents.is_free(row):
-                key = self._index.key_in(row)
-                if key is None:
-                    return
-                keys.append(key)
-        self.give_up(keys)
+        extents = self._rows.extents
+        keys = [*filter(_IS_KEY, map(self._index.key_in, extents.members(oldest)))]
+        if len(keys) == extents.num_taken(oldest):
+            self.give_up(keys)
 
     def give_up(self, keys: Iterable[Hashable]) -> None:
         """Free the rows of these parked keys.
@@ -70,6 +89,7 @@ class RowRoom:
         Raises:
             IntegrityError: a key is not parked, or the coming step copies from its row.
         """
-        for key in keys:
-            self._watched.changed(key)
-            self._copies.free(self._index.remove(key))
+        keys = [*dict.fromkeys(keys)]
+        rows = self._index.remove_all(keys)
+        self._watched.any_changed(keys)
+        self._copies.free_all(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 from pie_vllm.errors import IntegrityError
@@ -126,6 +127,15 @@ class RowLedger:
         self.num_parked += len(rows)
         return rows
 
+    def take_parked_spare(self, count: int) -> list[int]:
+        """Take up to ``count`` free rows for blocks that belong to no place."""
+        rows = self.extents.take_spares(count)
+        for row in rows:
+            self._note_taken(row, row)
+            self._parked[row] = 1
+        self.num_parked += len(rows)
+        return rows
+
     def park(self, block: int) -> int:
         """The row of a pooled id stays taken and is parked; returns the row."""
         row = self._row_of.pop(block)
@@ -143,10 +153,18 @@ class RowLedger:
 
     def free_parked(self, row: int) -> None:
         """A parked row is free."""
-        self._check_parked(row)
-        self._parked[row] = 0
-        self.num_parked -= 1
-        self._give_back(row)
+        self.free_all_parked((row,))
+
+    def free_all_parked(self, rows: Sequence[int]) -> None:
+        """``free_parked`` for each of these rows, which differ."""
+        parked, in_chunk, size = self._parked, self._in_chunk, self._chunk_rows
+        if not all(map(parked.__getitem__, rows)):
+            deque(map(self._check_parked, rows), maxlen=0)
+        for row in rows:
+            parked[row] = 0
+            in_chunk[row // size] -= 1
+        self.num_parked -= len(rows)
+        self.extents.give_all(rows)
 
     def _check_without_row(self, block: int) -> None:
         if block in self._row_of:

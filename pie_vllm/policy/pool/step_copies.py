@@ -58,10 +58,16 @@ class StepCopies:
         self.stores.pop(row, None)
         self._rows.free_parked(row)
 
+    def free_all(self, rows: Sequence[int]) -> None:
+        """``free`` for each of these rows."""
+        if not self.stores.keys().isdisjoint(rows):
+            for row in rows:
+                self.stores.pop(row, None)
+        self._rows.free_all_parked(rows)
+
     def free_leaving(self) -> None:
         """Free the rows that were kept for restores."""
-        for row in self.leaving:
-            self._rows.free_parked(row)
+        self._rows.free_all_parked([*self.leaving])
         self.leaving.clear()
 
     def take(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

@@ -32,6 +32,12 @@ class WatchedKeys:
         if place is not None and (self.first_changed is None or place < self.first_changed):
             self.first_changed = place
 
+    def any_changed(self, keys: Iterable[Hashable]) -> None:
+        """``changed`` for each of these keys."""
+        if self.places:
+            for key in filter(self.places.__contains__, keys):
+                self.changed(key)
+
     def all_changed(self) -> None:
         """Nothing is where it was."""
         if self.places:

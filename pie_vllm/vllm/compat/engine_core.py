@@ -21,8 +21,35 @@ def own_block_pool(pool_class: type) -> Any:
     from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
 
     expect(FreeKVCacheBlockQueue, "def iter_blocks_after(")
+    check_block_pool()
     caller = module.KVCacheCoordinator.__init__
     return swapped(module, "BlockPool", pool_class, caller, "self.block_pool = BlockPool(")
+
+
+def check_block_pool() -> None:
+    """Check what vLLM's pool does with entries of blocks, as pie's does for many at once.
+
+    Read in v1/core/block_pool.py:226-291, 626-646 and 666-699 in 0.32. ``test_prefix_entries``
+    compares the two.
+    """
+    from vllm.v1.core.block_pool import BlockPool
+
+    expect_in_order(
+        BlockPool.get_new_blocks,
+        "if num_blocks > self.get_num_free_blocks():",
+        "self.free_block_queue.popleft_n(num_blocks)",
+        "if self._reuse_watchers:",
+        "self._maybe_evict_cached_block(block)",
+        "block.ref_cnt += 1",
+    )
+    expect_in_order(
+        BlockPool.cache_full_blocks,
+        "new_block_hashes = block_hashes[num_cached_blocks:]",
+        "if blk.is_null or (block_mask is not None and not block_mask[i]):",
+        "num_hash_tokens = (num_cached_blocks + i + 1) * block_size",
+        "self._insert_block_hash(",
+        "if self.enable_kv_cache_events:",
+    )
 
 
 def adopt_without_caching(manager: Any, block_pool: Any) -> None:

@@ -13,6 +13,7 @@ from pie_vllm.policy.admission.lookup import NO_LIMITS, Limits, ParkedHits, Park
 from pie_vllm.policy.admission.restore import ParkedKey, restore_part
 from pie_vllm.policy.pool.parked_kv import Parking
 from tests.helpers.fakes import FakePool
+from tests.helpers.naive_parked import evict
 from tests.helpers.parked_steps import leave, make, take
 
 KEYS = "abcdefghijkl"
@@ -207,5 +208,5 @@ def test_what_waits_to_come_back_is_young_when_it_was_found() -> None:
     pool = parked_chat()
     Waiting(pool).look()
     parking: Parking = pool.residency.parking
-    gone = [parking._index.evict() for _ in range(len(KEYS))]
+    gone = [evict(parking._index) for _ in range(len(KEYS))]
     assert [entry[0] for entry in gone if entry] == [*reversed(KEYS)]

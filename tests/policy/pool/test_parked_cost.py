@@ -11,6 +11,7 @@ from statistics import median
 
 from pie_vllm.geometry import EXTENT_BLOCKS
 from pie_vllm.policy.pool.parked_index import ParkedIndex
+from tests.helpers.naive_parked import evict
 
 BYTES_MAX = 220
 """Upper bound on bytes a parked block, index and order together, its key included.
@@ -36,7 +37,7 @@ def filled(rows: int, seen: int = 0, keys: Keys | None = None) -> ParkedIndex[by
     """A full index that has evicted ``seen`` other blocks before; ``keys`` gets its keys."""
     index: ParkedIndex[bytes] = ParkedIndex(rows, EXTENT_BLOCKS)
     for number in range(rows + seen):
-        entry = index.evict() if number >= rows else None
+        entry = evict(index) if number >= rows else None
         row, key = number if entry is None else entry[1], os.urandom(36)
         index.park(key, row)
         if keys is not None:
@@ -83,7 +84,7 @@ def seconds(index: ParkedIndex[bytes], rows: int, keys: Keys) -> dict[str, float
         for k in missing:
             index.row_of(k)
         missed = clock()
-        evicted = [index.evict() for _ in missing]
+        evicted = [evict(index) for _ in missing]
         gone = clock()
         for k, entry in zip(missing, evicted, strict=True):
             index.park(k, entry[1])  # type: ignore[index]

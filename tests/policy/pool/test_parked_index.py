@@ -9,7 +9,7 @@ import pytest
 
 from pie_vllm.errors import IntegrityError
 from pie_vllm.policy.pool.parked_index import ParkedIndex
-from tests.helpers.naive_parked import NaiveExtents, NaiveIndex
+from tests.helpers.naive_parked import NaiveExtents, NaiveIndex, evict
 
 
 def parked(keys: str, rows: int = 8) -> ParkedIndex[str]:
@@ -26,13 +26,13 @@ def test_what_is_parked_is_found_until_it_leaves() -> None:
     assert [index.row_of(k) for k in "abcde"] == [0, 1, 2, 3, None]
     assert sorted(index.rows()) == [0, 1, 2, 3]
     assert index.remove("b") == 1
-    assert index.evict() == ("a", 0)
+    assert evict(index) == ("a", 0)
     assert sorted(index.keys_in({0, 1, 3})) == ["d"]
     assert [k in index for k in "abcd"] == [False, False, True, True]
     assert len(index) == 2
     index.check_integrity()
     assert sorted(index.clear()) == [2, 3]
-    assert index.evict() is None
+    assert evict(index) is None
     index.check_integrity()
 
 
@@ -41,10 +41,10 @@ def test_looking_up_does_not_make_young() -> None:
     index = parked("abc")
     assert index.row_of("a") == 0
     assert "a" in index
-    assert index.evict() == ("a", 0)
+    assert evict(index) == ("a", 0)
     assert index.touch("b")
     assert not index.touch("a")
-    assert index.evict() == ("c", 2)
+    assert evict(index) == ("c", 2)
 
 
 def test_pinned_entries_stay() -> None:
@@ -60,12 +60,12 @@ def test_pinned_entries_stay() -> None:
     for refused in (lambda: index.remove("a"), index.clear, lambda: index.park("a", 7)):
         with pytest.raises(IntegrityError, match=r"pinned|parked already"):
             refused()
-    assert [index.evict(), index.evict(), index.evict()] == [("b", 1), ("d", 3), None]
+    assert [evict(index), evict(index), evict(index)] == [("b", 1), ("d", 3), None]
     index.park("e", 1)
     index.unpin_all()
     index.check_integrity()
     assert index.num_pinned == 0
-    assert [index.evict() for _ in range(4)] == [("e", 1), ("c", 2), ("a", 0), None]
+    assert [evict(index) for _ in range(4)] == [("e", 1), ("c", 2), ("a", 0), None]
 
 
 def test_wrong_calls_are_refused_and_change_nothing() -> None:
@@ -88,7 +88,7 @@ def test_wrong_calls_are_refused_and_change_nothing() -> None:
 def test_an_index_without_rows_is_harmless() -> None:
     """A pool of size zero parks nothing."""
     index: ParkedIndex[str] = ParkedIndex(0)
-    assert index.evict() is None
+    assert evict(index) is None
     assert index.clear() == []
     assert "a" not in index
 
@@ -111,7 +111,7 @@ def test_random_traffic_gives_what_the_plain_model_gives(seed: int) -> None:
                 model.park(key, row)
                 index.park(key, row)
         elif call == "evict":
-            assert index.evict() == model.evict()
+            assert evict(index) == model.evict()
         elif call == "touch":
             assert index.touch(key) == model.touch(key)
         elif call == "remove":
@@ -131,8 +131,8 @@ def test_random_traffic_gives_what_the_plain_model_gives(seed: int) -> None:
     model.unpin_all()
     index.unpin_all()
     while (expected := model.evict()) is not None:
-        assert index.evict() == expected
-    assert index.evict() is None
+        assert evict(index) == expected
+    assert evict(index) is None
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -159,7 +159,7 @@ def test_random_traffic_over_extents_gives_what_the_plain_model_gives(seed: int)
             for key, row in zip(new, rows, strict=True):
                 model.park(key, row)
         elif call == "evict":
-            assert index.evict() == model.evict()
+            assert evict(index) == model.evict()
         elif call == "touch":
             assert [index.touch(key) for key in some] == [model.touch(key) for key in some]
         elif call == "touch_first":
@@ -181,8 +181,8 @@ def test_random_traffic_over_extents_gives_what_the_plain_model_gives(seed: int)
         assert index.pinned_rows == {model.rows[key] for key in model.pinned}
         assert index.num_pinned == len(model.pinned)
     while (expected := model.evict()) is not None:
-        assert index.evict() == expected
-    assert index.evict() is None
+        assert evict(index) == expected
+    assert evict(index) is None
 
 
 def test_a_context_is_made_young_by_few_of_its_keys() -> None:
@@ -194,7 +194,7 @@ def test_a_context_is_made_young_by_few_of_its_keys() -> None:
         index.park(row, row)
     assert index.oldest_row == 0
     index.touch_run([*range(first, first + 35)][::-1])
-    gone = [index.evict() for _ in range(67)]
+    gone = [evict(index) for _ in range(67)]
     others = [row for end in (72, 80, 88, 96) for row in reversed(range(end - size, end))]
     assert [key for key, _ in filter(None, gone)][:32] == others
     assert [row for _, row in filter(None, gone)][-3:] == [7, 6, 5], "its first blocks go last"
