@@ -17,19 +17,20 @@ those that a server plans on an H200 with an 8B model. One row answers one quest
     start        the plugin is installed, and vLLM starts with `--block-manager default`
     row          memory of the books for each parked row, without its key
 
-"own" is the time in pie's code of a step, "difference" what the whole step takes longer: the
-latter holds also what pie makes vLLM's code do. `--short` is small enough for a test, and says
-nothing about a server.
+Sides take turns, and figures are medians of `--rounds`. "own" is the time in pie's code of a step,
+"difference" what the whole step takes longer: the latter holds also what pie makes vLLM's code do.
+`--short` is small enough for a test, and says nothing about a server.
 
     python -m benchmarks.scheduler_cost [--only admission,steps] [--short] [--sync]
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from statistics import median
+from typing import Any, NamedTuple
 
 from benchmarks.harness.display import table, working
 from benchmarks.harness.machine import facts, loop_rate
@@ -91,23 +92,34 @@ Line = tuple[str, float, str]
 """What was measured, the figure, and what it is held against."""
 
 
+def medians(costs: Sequence[Sequence[Any]]) -> list[Any]:
+    """The median of each figure over several measurements."""
+    return [*map(median, zip(*costs, strict=True))]
+
+
 class Run:
-    """One run of the command: measures each row once, however many print from it."""
+    """One run of the command: measures each row in ``rounds``, however many print from it."""
 
     def __init__(self, scale: Scale, rounds: int, asynchronous: bool) -> None:
         """Nothing is measured yet."""
         self._scale, self._rounds, self._asynchronous = scale, rounds, asynchronous
-        self._context = cache(self._measure_context)
+        self._contexts = cache(self._measure_contexts)
 
-    def _measure_context(self, blocks: int, pie: bool) -> ContextCost:
-        with working(f"{blocks:,} blocks come back, {'pie' if pie else 'stock'}"):
-            return ParkedContext(blocks, pie=pie).comes_back()
+    def _measure_contexts(self, blocks: int) -> tuple[ContextCost, ContextCost]:
+        """Pie's and stock's, in turns."""
+        with working(f"{blocks:,} blocks come back"):
+            found = [
+                [ParkedContext(blocks, pie=pie).comes_back() for pie in (True, False)]
+                for _ in range(self._rounds)
+            ]
+        pie, stock = zip(*found, strict=True)
+        return ContextCost(*medians(pie)), ContextCost(*medians(stock))
 
     def admission(self) -> list[Line]:
         """A parked context comes back."""
         lines: list[Line] = []
         for blocks in self._scale.contexts:
-            pie, stock = self._context(blocks, True), self._context(blocks, False)
+            pie, stock = self._contexts(blocks)
             asked = {512: "3 ms", 8192: "40 ms"}.get(blocks, "")
             against = f"stock, cached: {stock.admission:.1f} ms"
             lines += [
@@ -118,39 +130,32 @@ class Run:
 
     def finish(self) -> list[Line]:
         """A context ends."""
-        return [
-            (
-                f"{blocks:,} blocks, ms",
-                self._context(blocks, True).finish,
-                f"{'1.5 ms; ' if blocks == 8192 else ''}"
-                f"stock: {self._context(blocks, False).finish:.2f} ms",
+        lines: list[Line] = []
+        for blocks in self._scale.contexts:
+            pie, stock = self._contexts(blocks)
+            asked = "1.5 ms; " if blocks == 8192 else ""
+            lines.append(
+                (f"{blocks:,} blocks, ms", pie.finish, f"{asked}stock: {stock.finish:.2f}")
             )
-            for blocks in self._scale.contexts
-        ]
+        return lines
 
     def head(self) -> list[Line]:
         """A context waits at the head of the queue."""
         lines: list[Line] = []
         for blocks in self._scale.waiting:
             with working(f"{blocks:,} blocks wait"):
-                waits = ParkedContext(blocks).waits(self._scale.waiting_steps)
+                steps = self._scale.waiting_steps
+                waits = median(ParkedContext(blocks).waits(steps) for _ in range(self._rounds))
             lines.append((f"{blocks:,} blocks, us a step", waits, "20 us"))
         return lines
 
     def chats(self) -> list[Line]:
         """Chats come back to an H200."""
-        found: dict[bool, ChatsCost] = {}
-        for pie in (False, True):
+        found: dict[bool, list[ChatsCost]] = {False: [], True: []}
+        for pie in (False, True) * self._rounds:
             with working(f"chats, {'pie' if pie else 'stock'}"):
-                found[pie] = chats_cost(
-                    pie=pie,
-                    chats=self._scale.chats,
-                    steps=self._scale.chat_steps,
-                    tokens=self._scale.chat_tokens,
-                    kv_bytes=self._scale.chat_kv_bytes,
-                    haste=self._scale.chat_haste,
-                )
-        stock, pie_cost = found[False], found[True]
+                found[pie].append(self._chats_of(pie))
+        stock, pie_cost = (ChatsCost(*medians(found[pie])) for pie in (False, True))
         return [
             ("schedule p50, us", pie_cost.p50, f"stock: {stock.p50:,.0f}"),
             ("schedule p99, us", pie_cost.p99, f"2 x stock: {2 * stock.p99:,.0f}"),
@@ -164,6 +169,16 @@ class Run:
             ("running requests, mean", pie_cost.running, f"stock: {stock.running:.0f}"),
             ("blocks found parked", pie_cost.restored, ""),
         ]
+
+    def _chats_of(self, pie: bool) -> ChatsCost:
+        return chats_cost(
+            pie=pie,
+            chats=self._scale.chats,
+            steps=self._scale.chat_steps,
+            tokens=self._scale.chat_tokens,
+            kv_bytes=self._scale.chat_kv_bytes,
+            haste=self._scale.chat_haste,
+        )
 
     def steps(self) -> list[Line]:
         """256 requests decode."""
@@ -217,7 +232,7 @@ def main() -> None:
     parser = plain_parser("scheduler_cost", __doc__)
     parser.add_argument("--only", default=",".join(ROWS), help="rows, with commas between them")
     parser.add_argument("--short", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--rounds", type=int, default=3, help="of the row 'steps'")
+    parser.add_argument("--rounds", type=int, default=3, help="whose medians are given")
     parser.add_argument("--sync", action="store_true", help="the plain schedulers in 'steps'")
     parser.add_argument("--output", type=Path, default=RESULTS / "scheduler_cost")
     args = parser.parse_args()

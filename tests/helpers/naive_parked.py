@@ -11,7 +11,7 @@ K = TypeVar("K", bound=Hashable)
 
 
 def evict(index: ParkedIndex[K]) -> tuple[K, int] | None:
-    """Take out the key that is given up first; returns it with its row, None where there is none."""
+    """Take out the key that is given up first; returns it with its row, None if there is none."""
     keys = index.oldest_keys(1)
     return (keys[0], index.remove(keys[0])) if keys else None
 
