@@ -263,16 +263,20 @@ class Controller:
 
     def _order(self, scheduled: Mapping[str, int], *, changed: bool) -> PoolOrder:
         """What the workers are to hold; ``changed`` is whether more may be held than before."""
-        residency = self._residency
-        if self.pool is None:
+        residency, pool = self._residency, self.pool
+        if pool is None:
             return PoolOrder(residency.geometry.num_chunks)
         in_use = scheduled or residency.read_set.by_request
-        return self.pool.end_step(
+        order = pool.end_step(
             residency.rows.chunks_held,
             changed=changed,
             idle=not (in_use or self._scheduler.num_unfinished),
             short=self._short(len(self._scheduler.running)),
         )
+        if pool.usable < residency.supply.chunks_usable and not pool.asking:
+            # At once: requests that end before the next step may be kept in rows.
+            residency.supply.use_chunks(pool.usable, pool.expected)
+        return order
 
     def _blocks_of(self, scheduled: Mapping[str, int]) -> int:
         """Blocks that attention reads: not what requests hold that are left out of the step."""

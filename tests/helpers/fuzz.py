@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count as numbers
 from typing import Any, NamedTuple
 
 from pie_vllm.geometry import Geometry, cdiv
@@ -55,6 +57,12 @@ def drafting_of(
     return Drafting(*drafts, async_scheduling, chance, random.Random(chance))
 
 
+def blocks_beside(beside: Sequence[int], tokens: int) -> int:
+    """Blocks that a request holds at most in groups without a pool, with so many in flight."""
+    windows = (cdiv(window - 1 + tokens, BLOCK_SIZE) + 1 for window in beside if window)
+    return sum(windows) + [*beside].count(0)
+
+
 class WatchedPool(ElasticPool):
     """Checks that no row is used beyond the memory there is."""
 
@@ -87,6 +95,7 @@ class Case(NamedTuple):
         memory_seed: of the free CPU memory, which comes and goes within a second; None
             for as much as there is.
         rng: for all that happens.
+        altered: chance that the next turn has another one of its chat's last tokens.
     """
 
     geometry: Geometry
@@ -103,6 +112,7 @@ class Case(NamedTuple):
     wavering: bool
     memory_seed: int | None
     rng: random.Random
+    altered: float = 0.0
 
     @property
     def most_without_progress(self) -> int:
@@ -143,9 +153,12 @@ class Case(NamedTuple):
         geometry = self.geometry
         chunk = geometry.chunk_rows * geometry.row_bytes
         longest = self.options["max_model_len"]
+        steps = 1 + self.options["async_scheduling"]
+        beside = self.options.get("beside", ())
+        windows = blocks_beside(beside, steps * self.options["max_num_batched_tokens"])
         return WatchedPool(
             geometry,
-            cdiv(longest, BLOCK_SIZE) + 1 - geometry.resident_blocks,
+            cdiv(longest, BLOCK_SIZE) + 1 + windows - geometry.resident_blocks,
             lambda: FREE_MARGIN + chunk * rng.randint(-3, 5),
             clock,
             idle_seconds=3.0,
@@ -223,18 +236,15 @@ def random_groups(seed: int, *, asynchronous: bool | None = None, **sizes: int) 
     steps = 1 + case.options["async_scheduling"]
     budget = case.options["max_num_batched_tokens"]
 
-    def most(tokens: int) -> int:
-        windows = (cdiv(w - 1 + steps * tokens, BLOCK_SIZE) + 1 for w in beside if w)
-        return sum(windows) + beside.count(0)
-
     old = case.geometry
     geometry = scheduling.geometry(
-        most(BLOCK_SIZE) + 4 + rng.choice([0, 2, 10, 30]),
+        blocks_beside(beside, steps * BLOCK_SIZE) + 4 + rng.choice([0, 2, 10, 30]),
         old.pooled_blocks + rng.choice([0, 20]),
         old.rows + 20,
         **sizes,
     )
-    capacity = (geometry.num_blocks - 1 - most(budget)) * BLOCK_SIZE
+    most = blocks_beside(beside, steps * budget)
+    capacity = (geometry.num_blocks - 1 - most) * BLOCK_SIZE
     longest = max(len(prompt) + count for prompt, count in case.load)
     if longest >= capacity:
         capacity = max(capacity, 40)
@@ -267,6 +277,31 @@ def random_groups_preempted(seed: int, *, asynchronous: bool | None = None, **si
         "scheduler_reserve_full_isl": rng.random() < 0.3,
     }
     return case._replace(geometry=geometry, options=options)
+
+
+def random_groups_returning(seed: int, *, asynchronous: bool | None = None, **sizes: int) -> Case:
+    """A random case with windows, a prefix cache and rows for all, whose chats go on after a turn.
+
+    Few run at once, so that most blocks of an ended turn get another use before the next one.
+    """
+    draws = (
+        random_groups_preempted(number, asynchronous=asynchronous, **sizes)
+        for number in numbers(100 * seed)
+    )
+    case = next(case for case in draws if 0 not in case.options["beside"])
+    rng = random.Random(seed + 4_000_000)
+    options = {**case.options, "enable_prefix_caching": True}
+    longest = max(len(prompt) for prompt, _ in case.load)
+    load = case.load + random_load(rng, 12, longest, min(12, case.load[0][1]), 0)
+    return case._replace(
+        options=options,
+        load=load,
+        aborts=rng.choice([0.0, 0.02]),
+        resets=rng.choice([0.0, 0.0, 0.01]),
+        follow_ups=0.8,
+        salts=rng.choice([1, 1, 2]),
+        altered=rng.choice([0.0, 0.3]),
+    )
 
 
 def random_preemptions(seed: int, *, asynchronous: bool | None = None, **sizes: int) -> Case:
@@ -326,6 +361,9 @@ def follow_up(driver: Driver, case: Case, asked: set[str]) -> tuple[list[int], i
     chat = rng.choice(done)
     asked.add(chat)
     prompt = [*driver.prompts[chat], *driver.answers[chat], rng.randrange(997)]
+    if case.altered and rng.random() < case.altered:
+        at = -2 - rng.randrange(min(BLOCK_SIZE, len(prompt) - 2))
+        prompt[at] = (prompt[at] + 1) % 997
     room = case.options["max_model_len"] - len(prompt) - 1
     return (prompt, rng.randint(1, min(30, room))) if room > 0 else None
 
@@ -341,7 +379,7 @@ def nothing_left(driver: Driver) -> None:
     assert not residency.victims.holders
     assert not residency.read_set.by_request
     assert not parking.tails, "a tail of a request that is gone"
-    assert rows.num_parked == len(parking), "a row is parked under no key"
+    assert rows.num_parked == len(parking) + len(parking.ended.rows()), "a row is parked for nobody"
     assert not parking.held, "a row is kept for a step that is done"
     residency.check_integrity()
     assert driver.reset(running=False), "blocks are in use"

@@ -57,6 +57,28 @@ def returning_rounds() -> list[dict[str, Any]]:
     return [round_(first), round_([request(prompt, max_tokens=ANSWER) for prompt in longer])]
 
 
+def next_turns(first: dict[str, Any]) -> list[dict[str, Any]]:
+    """Other prompts, chats, other prompts again, and the next turns of these chats.
+
+    The others take the memory that what is cached of the chats was in.
+
+    Args:
+        first: stock's record of ``rounds``, whose answers are in the next turns.
+    """
+    chance = random.Random(11)
+    others = [[chance.randrange(3, VOCABULARY) for _ in prompt] for prompt in prompts()]
+    turns = [
+        [*prompt, *answer, 7, 9, 11]
+        for prompt, (answer,) in zip(prompts(), tokens(first), strict=True)
+    ]
+    return [
+        round_([request(prompt, max_tokens=1) for prompt in others]),
+        *rounds(),
+        round_([request(prompt, max_tokens=ANSWER) for prompt in others]),
+        round_([request(prompt, max_tokens=ANSWER) for prompt in turns]),
+    ]
+
+
 def long_rounds() -> list[dict[str, Any]]:
     """The same prompts with long answers."""
     return [round_([request(prompt, max_tokens=LONG_ANSWER) for prompt in prompts()])]
@@ -144,6 +166,16 @@ def check_returning(pie: list[dict[str, Any]], stock: list[dict[str, Any]]) -> N
     assert wrong == 0, "answers to prompts that come back are not stock's"
     assert sum(answer["cached_tokens"] for answer in pie[1]["answers"]) > 0, "nothing was found"
     assert pie[1]["moved"]["bytes_loaded"] > 0, "nothing was loaded"
+
+
+def check_next_turns(pie: list[dict[str, Any]], stock: list[dict[str, Any]]) -> None:
+    """Assert stock's tokens, and that next turns compute no token of their chats' first ones."""
+    for mine, right in zip(pie, stock, strict=True):
+        assert tokens(mine) == tokens(right), "answers are not stock's"
+    for before, answer in zip(pie[1]["answers"], pie[3]["answers"], strict=True):
+        computed = before["prompt_tokens"] + len(before["tokens"][0]) - 1
+        assert answer["cached_tokens"] == computed, "a chat's first turn was computed again"
+    assert pie[3]["restored_blocks"] > 2 * REQUESTS, "nothing came out of the pool"
 
 
 def too_small(setup: Setup) -> Setup:

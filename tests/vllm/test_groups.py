@@ -15,8 +15,16 @@ import pytest
 
 from pie_vllm.plan import NO_RUNS, StepPlan, runs
 from pie_vllm.policy.placement.residency import Residency
+from pie_vllm.policy.pool.ended_requests import EndedRequests
 from pie_vllm.vllm.scheduler_side.scheduler import PieSchedulerMixin
-from tests.helpers.fuzz import Case, make_driver, play, random_groups, random_groups_preempted
+from tests.helpers.fuzz import (
+    Case,
+    make_driver,
+    play,
+    random_groups,
+    random_groups_preempted,
+    random_groups_returning,
+)
 from tests.helpers.scheduling import geometry, make
 
 pytestmark = pytest.mark.vllm
@@ -75,6 +83,48 @@ def test_what_preempted_requests_kept_is_right(fuzz_seeds: range, asynchronous: 
         total += run(seed, random_groups_preempted, asynchronous=asynchronous)
     for what in ("preemptions", "parked", "restored", "stores_after_all", "promotions_first"):
         assert total[what] > len(fuzz_seeds) // 2, what
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_ended_requests_kept_is_right(
+    monkeypatch: pytest.MonkeyPatch, fuzz_seeds: range, asynchronous: bool
+) -> None:
+    """The next turn of a chat goes on with windows and full blocks out of the pool."""
+    taken: Counter[str] = Counter()
+    take_over = EndedRequests.take_over
+
+    def counted(self: EndedRequests, key: Any, request_id: str) -> None:
+        taken["over"] += 1
+        take_over(self, key, request_id)
+
+    monkeypatch.setattr(EndedRequests, "take_over", counted)
+    for seed in fuzz_seeds:
+        run(seed, random_groups_returning, asynchronous=asynchronous)
+    assert taken["over"] > len(fuzz_seeds)
+
+
+def test_other_last_tokens_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: whoever has the full blocks of an ended request takes its last one, too."""
+    longest = EndedRequests.longest
+
+    def blind(self: EndedRequests, keys: Any, tokens: Any, more_than: int) -> Any:
+        for key, ended in self._ended.items():
+            if key in keys and len(keys) > ended.tail.index:
+                self._ended[key] = ended._replace(
+                    last=tuple(tokens(ended.tail.tokens - len(ended.last), ended.tail.tokens) or ())
+                )
+        return longest(self, keys, tokens, more_than)
+
+    monkeypatch.setattr(EndedRequests, "longest", blind)
+    for seed in range(32):
+        try:
+            run(seed, random_groups_returning)
+        except AssertionError as error:
+            if "foreign KV" not in str(error) and "answer" not in str(error):
+                raise
+            return
+    pytest.fail("32 seeds did not notice")
 
 
 FLAGS = [

@@ -16,10 +16,12 @@ from tests.helpers.engine import EngineError, Engines, Setup
 from tests.helpers.engine_load import ngram, tokens
 from tests.helpers.model_runs import (
     check_came_back,
+    check_next_turns,
     check_preempted,
     check_returning,
     check_same,
     long_rounds,
+    next_turns,
     parking,
     pie_setup,
     returning_rounds,
@@ -123,6 +125,37 @@ def test_it_does_with_prefix_caching(engines: Engines, folder: Path, name: str) 
     setup, stock = kept_setups(engines, folder, name, caching=True)
     (pie,) = engines.run(setup, long_rounds())
     check_came_back(pie, stock, setup.block_size)
+
+
+def turns_setups(
+    engines: Engines, folder: Path, name: str
+) -> tuple[Setup, list[dict[str, Any]], list[dict[str, Any]]]:
+    """Settings with which chats are parked whole, rounds of two turns, and stock's records."""
+    model = make(name, folder / name)
+    asked = with_prefix_caching(stock_setup(name, model))
+    (first,) = engines.run(asked, rounds(), "stock")
+    turns = next_turns(first)
+    stock = engines.run(asked, turns, "stock")
+    setup = with_prefix_caching(parking(pie_setup(name, model, stock[3])))
+    return replace(setup, rows=16 * setup.pooled), turns, stock
+
+
+@pytest.mark.parametrize("name", ["gemma3", later("gpt-oss"), later("llama4")])
+def test_next_turns_go_on_where_the_first_ended(engines: Engines, folder: Path, name: str) -> None:
+    """Windows and full blocks of ended requests come back together, to the last token."""
+    setup, turns, stock = turns_setups(engines, folder, name)
+    check_next_turns(engines.run(setup, turns), stock)
+
+
+def test_windows_of_ended_requests_that_do_not_come_back_show(
+    engines: Engines, folder: Path
+) -> None:
+    """Negative control: full blocks do, and tokens are others."""
+    setup, turns, stock = turns_setups(engines, folder, "gemma3")
+    pie = engines.run(replace(setup, lost_beside=True), turns)
+    assert [tokens(record) for record in pie[:3]] == [tokens(record) for record in stock[:3]]
+    wrong = sum(p != s for p, s in zip(tokens(pie[3]), tokens(stock[3]), strict=True))
+    assert wrong > len(tokens(stock[3])) // 2
 
 
 @pytest.mark.parametrize("name", ["gemma3", "nemotron-h"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from vllm.v1.request import StreamingUpdate
 
-from pie_vllm.policy.admission import transaction
+from pie_vllm.policy.admission import keeping
 from pie_vllm.policy.admission.request_keys import RequestKeys
 from tests.helpers import scheduling
 from tests.helpers.broken_memory import RestoresWrongRows, SkipsPromotions
@@ -82,7 +82,7 @@ def test_without_rows_they_compute_again(options: dict[str, Any]) -> None:
         ({"enable_prefix_caching": True}, "KV of prefixes and preemptions"),
         ({"parking": "off"}, "nothing"),
         ({"beside": (20,)}, "KV of preempted requests"),
-        ({"beside": (20,), "enable_prefix_caching": True}, "KV of preempted requests"),
+        ({"beside": (20,), "enable_prefix_caching": True}, "KV of whole chats and preemptions"),
         ({"beside": (20,), "parking": "off"}, "nothing"),
     ],
 )
@@ -243,7 +243,7 @@ def test_wrong_copies_are_noticed(memory: Callable[..., DictMemory]) -> None:
 
 def test_a_tail_that_is_not_kept_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: no page is wrong, and tokens are computed twice."""
-    monkeypatch.setattr(transaction, "keep_tail", lambda *_: None)
+    monkeypatch.setattr(keeping, "keep_tail", lambda *_: None)
     made = uncached()
     run_crowd(made)
     assert computed_again(made) > 0

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from vllm.lora.request import LoRARequest
 
-from pie_vllm.policy.admission import transaction
+from pie_vllm.policy.admission import keeping
 from pie_vllm.policy.placement.residency import Residency
 from pie_vllm.policy.pool.parked_kv import Parking
 from tests.helpers import scheduling
@@ -161,7 +161,7 @@ def preempted_while_its_blocks_are_filled() -> Driver:
 def test_blocks_that_were_never_filled_are_not_hit(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM caches a block before the step that fills it, in which its request may be preempted."""
     forgotten = 0
-    forget = transaction.forget_unfilled
+    forget = keeping.forget_unfilled
 
     def counted(residency: Residency, table: Any, full: int) -> None:
         nonlocal forgotten
@@ -169,7 +169,7 @@ def test_blocks_that_were_never_filled_are_not_hit(monkeypatch: pytest.MonkeyPat
         forget(residency, table, full)
         forgotten += before - sum(block.block_hash is not None for block in table)
 
-    monkeypatch.setattr(transaction, "forget_unfilled", counted)
+    monkeypatch.setattr(keeping, "forget_unfilled", counted)
     made = preempted_while_its_blocks_are_filled()
     made.verify()
     assert forgotten
@@ -177,7 +177,7 @@ def test_blocks_that_were_never_filled_are_not_hit(monkeypatch: pytest.MonkeyPat
 
 def test_a_block_that_was_never_filled_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: left in the prefix cache, it is hit."""
-    monkeypatch.setattr(transaction, "forget_unfilled", lambda *_: None)
+    monkeypatch.setattr(keeping, "forget_unfilled", lambda *_: None)
     with pytest.raises(AssertionError, match="foreign KV"):
         preempted_while_its_blocks_are_filled()
 

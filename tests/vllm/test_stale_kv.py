@@ -10,7 +10,7 @@ import pytest
 from vllm.lora.request import LoRARequest
 
 from pie_vllm.engine.transfer_engine import TransferEngine
-from pie_vllm.policy.admission.transaction import Admission
+from pie_vllm.policy.admission.keeping import Keeping
 from pie_vllm.vllm.scheduler_side.block_pool import PieBlockPool
 from pie_vllm.vllm.scheduler_side.stale_kv import StaleKv
 from tests.helpers import scheduling
@@ -155,7 +155,7 @@ def test_nobody_who_comes_later_reads_old_kv(asynchronous: bool, caching: bool) 
 
 def test_what_is_kept_by_name_is_forgotten(monkeypatch: Patch) -> None:
     """Negative control: a preempted request finds what the adapter before a reload computed."""
-    monkeypatch.setattr(Admission, "forget_kept", lambda *_: None)
+    monkeypatch.setattr(Keeping, "forget", lambda *_: None)
     with pytest.raises(AssertionError, match="foreign KV"):
         found_by_seeds(caching=False)
 

@@ -193,9 +193,16 @@ def keep_tail(
 
 
 def keep_whole(
-    residency: Residency, request_id: str, table: Sequence[Any], computed: int, block_size: int
+    residency: Residency,
+    request_id: str,
+    table: Sequence[Any],
+    computed: int,
+    block_size: int,
+    stores_max: int | None = None,
+    *,
+    spare_only: bool = False,
 ) -> bool:
-    """Park what a preempted request of a model with several groups of layers goes on with.
+    """Park what a request of a model with several groups of layers goes on with.
 
     These are the blocks of its windows and its state, and those of the pooled group that have no
     key. Its other full blocks are parked when they are evicted, as long as these are kept.
@@ -207,6 +214,8 @@ def keep_whole(
         computed: its tokens whose KV is complete once the steps in flight are done. A state is one
             after just so many.
         block_size: tokens of a block of the pooled group.
+        stores_max: maximum number of blocks that are stored for it; None for no bound.
+        spare_only: whether KV of requests that come again is not given up for it.
 
     Returns:
         Whether all of it is parked; else nothing is.
@@ -223,7 +232,11 @@ def keep_whole(
         there = there and needed.stop <= len(own)
         blocks += [(own[index], index, group.number) for index in needed if index < len(own)]
     there = there and not any(block.is_null for block, _, _ in blocks)
-    return there and residency.parking.tails.keep_whole(request_id, blocks, keys, computed)
+    if not there or (stores_max is not None and len(blocks) > stores_max):
+        return False
+    behind = computed - len(keys) * block_size
+    tails = residency.parking.tails
+    return tails.keep_whole(request_id, blocks, keys, computed, behind, spare_only=spare_only)
 
 
 def push_out(residency: Residency, hits: Sequence[Any]) -> int:

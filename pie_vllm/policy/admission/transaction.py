@@ -17,13 +17,11 @@ from pie_vllm.errors import IntegrityError
 from pie_vllm.geometry import cdiv
 from pie_vllm.policy.admission.admission_room import AdmissionRoom
 from pie_vllm.policy.admission.candidate import Candidate
+from pie_vllm.policy.admission.keeping import Keeping
 from pie_vllm.policy.admission.lookup import NO_LIMITS, Limits, ParkedHits, ParkedLookup
 from pie_vllm.policy.admission.request_keys import RequestKey, RequestKeys
 from pie_vllm.policy.admission.restore import (
     cancel,
-    forget_unfilled,
-    keep_tail,
-    keep_whole,
     push_out,
     restore,
     restore_part,
@@ -33,6 +31,7 @@ from pie_vllm.policy.admission.waits import Patience
 from pie_vllm.policy.control.decider import Decision
 from pie_vllm.policy.placement.interfaces import Cached
 from pie_vllm.policy.placement.residency import Residency
+from pie_vllm.policy.pool.ended_requests import TokensOf
 from pie_vllm.policy.pool.tails import Tail
 
 _USERS = attrgetter("ref_cnt")
@@ -48,6 +47,7 @@ class Admission:
     Attributes:
         decision: Bounds of the step.
         room: Blocks that waiting requests may use in the step.
+        keeping: Decides what is kept of requests that give their blocks back.
         on_restored_ahead: Called with a request and the number of its blocks that are copied back
             before it is admitted.
         refused: Reason for which the newest request was refused, one of ``waits.REASONS``; None
@@ -80,6 +80,7 @@ class Admission:
         self._block_size = block_size
         self._lookup = ParkedLookup(residency, cached, block_size, ahead)
         self._request_keys = RequestKeys(residency, cached) if by_request else None
+        self.keeping = Keeping(residency, self._request_keys, block_size)
         self._patience = Patience()
         self._restored = 0
         self._others_run = False
@@ -105,6 +106,7 @@ class Admission:
         self._others_run = running_blocks > 0
         self._restored = self._lookup.looked = 0
         self.decision = decision
+        self.keeping.decision = decision
         self.room.begin_step(decision.pooled_admission_max)
         if self._residency.queue.num_free_blocks < running_blocks:
             self._residency.catch_up()
@@ -230,7 +232,7 @@ class Admission:
         if push_out(self._residency, request.hits):
             self.refused = "restore"
         elif request.new_tokens <= self._block_size:
-            self.forget_kept(request.request_id)
+            self.keeping.forget(request.request_id)
 
     def _restored_at_once(self) -> int:
         """Parked blocks that may still come back in the step while others run, for all requests."""
@@ -254,7 +256,13 @@ class Admission:
             self.on_restored_ahead(request.request_id, most)
 
     def releases(
-        self, request_id: str, computed: int, *, finished: bool, reusable: bool = True
+        self,
+        request_id: str,
+        computed: int,
+        *,
+        finished: bool,
+        reusable: bool = True,
+        tokens: TokensOf | None = None,
     ) -> None:
         """A request is about to give its blocks back: forget it, but for KV that is worth keeping.
 
@@ -263,37 +271,20 @@ class Admission:
             computed: Number of its tokens whose KV is complete.
             finished: Whether it has ended, rather than been preempted.
             reusable: Whether its KV is right for when it comes again.
+            tokens: Of one that has ended; None where nobody is to find its KV as a whole.
         """
-        residency = self._residency
-        table = residency.tables.get(request_id, ())
-        if residency.parking.enabled:
-            forget_unfilled(residency, table, computed // self._block_size)
-        if finished or not reusable:
-            self.forget_kept(request_id)
-        elif table:
-            if self._request_keys is not None:
-                self._request_keys.keep(request_id, table[: computed // self._block_size])
-            if not residency.beside:
-                keep_tail(residency, request_id, table, computed, self._block_size)
-            elif not (
-                self.decision.restore_enabled
-                and residency.parking.enabled
-                and keep_whole(residency, request_id, table, computed, self._block_size)
-            ):
-                self.forget_kept(request_id)
+        keeping = self.keeping
+        keeping.begins(request_id, computed)
+        if not reusable:
+            keeping.forget(request_id)
+        elif finished:
+            keeping.ended(request_id, computed, tokens)
+        else:
+            keeping.preempted(request_id, computed)
         if finished:
             self._patience.forget(request_id)
             self._lookup.forget(request_id)
-        residency.forget(request_id)
-
-    def forget_kept(self, request_id: str) -> None:
-        """A request has no use for KV that was kept of it by its name: other tokens, other weights.
-
-        Its full blocks stay where they have keys of their contents, which change with these.
-        """
-        self._residency.parking.tails.drop(request_id)
-        if self._request_keys is not None:
-            self._request_keys.forget(request_id)
+        self._residency.forget(request_id)
 
     def _may_wait(self, request: Candidate) -> bool:
         """Whether a request waits for its parked KV in this step.

@@ -60,6 +60,7 @@ class Residency:
         ahead_max: Number of blocks demoted where fewer are asked for, if so many are private.
         demotions: Number of blocks demoted since the start.
         promotions: Number of blocks promoted since the start.
+        evictions: Number of cached residents that got another use since the start.
         catch_up: Hook called before a demotion; it tells of blocks that are complete by then.
         on_leave: Hook called with a request that is about to give its blocks back.
     """
@@ -115,6 +116,7 @@ class Residency:
         self.ahead_max = 1
         self.demotions = 0
         self.promotions = 0
+        self.evictions = 0
         self.catch_up: Callable[[], None] = lambda: None
         self.on_leave: Callable[[RequestId], None] = lambda _: None
         self._promotes_from = 0  # The first step that promotes, after the newest demotion.
@@ -210,6 +212,7 @@ class Residency:
 
     def on_evicted(self, blocks: Sequence[Block]) -> None:
         """Free residents get another use: what they cache may be parked."""
+        self.evictions += len(blocks)
         watched, keys = self.parking.watched, [*map(self.entries.key_of, blocks)]
         watched.any_changed(keys)
         self.parking.evicted(keys, [*map(_ID, blocks)])

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 from pie_vllm.errors import ConfigError, IntegrityError
+from pie_vllm.policy.pool.ended_requests import EndedRequests
 from pie_vllm.policy.pool.eviction import POLICIES
 from pie_vllm.policy.pool.parked_index import ParkedIndex
 from pie_vllm.policy.pool.row_room import RowRoom
@@ -39,6 +40,7 @@ class Parking:
         places: place in a chain of the KV in a block, by block id, as far as it is known; see
             ``pie_vllm.policy.pool.extents``.
         tails: last blocks of preempted requests.
+        ended: what ended requests keep as a whole, where they can be used in no other way.
         wanted: keys that are worth parking; None where all are.
         ahead_blocks: number of blocks that were stored for parking before their page was wanted.
         lost_blocks: cached blocks whose KV was not kept, for want of allowance or rows.
@@ -60,7 +62,8 @@ class Parking:
             rows: ledger of the pool's rows.
             capacity_rows: number of rows, at most.
             policy: of eviction; None parks nothing at all.
-            preempted_only: whether full blocks are parked only if they go with a tail.
+            preempted_only: whether full blocks are parked only if they go with a tail: that of a
+                preempted request, or of one that has ended.
             distinct: whether blocks of one key may differ (``RowSources``). A block then gets no
                 row that another one of its key was stored to.
 
@@ -83,7 +86,11 @@ class Parking:
         self._sources = RowSources(self.row_of, distinct=distinct)
         self._room = RowRoom(rows, self._index, self.copies, self.watched)
         self.tails = Tails(rows, self._room, self.copies, enabled=self.enabled)
-        self.wanted: Container[Hashable] | None = self.tails.keys if preempted_only else None
+        self.ended = EndedRequests(self.tails, self._index, self._room, self.copies)
+        self.wanted: Container[Hashable] | None = None
+        if preempted_only:
+            self.wanted = self._room.wanted = self.tails.keys
+            self._room.give_up_whole = self.ended.drop_oldest
         self.ahead_blocks = self.lost_blocks = self.restored_blocks = 0
 
     @property
@@ -102,7 +109,7 @@ class Parking:
 
     def rows(self) -> set[int]:
         """All rows that hold parked KV; costs a pass over the index."""
-        return {*self._index.rows(), *self.tails.rows()}
+        return {*self._index.rows(), *self.tails.rows(), *self.ended.rows()}
 
     @property
     def held(self) -> int:
@@ -341,6 +348,7 @@ class Parking:
         self._index.unpin_all()
         self.copies.free_leaving()
         self.tails.clear()
+        self.ended.clear()
         self.watched.all_changed()
         for row in self._index.clear():
             self.copies.free(row)
@@ -365,6 +373,7 @@ class Parking:
         """
         self.forget((*self._index.keys_in(rows), *keys))
         self.tails.drop_in(requests, rows)
+        self.ended.drop_in(rows)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless rows and index agree; costs a pass over the index."""
@@ -372,7 +381,8 @@ class Parking:
         parked = len(self.rows() | self.copies.leaving)
         if parked != self._rows.num_parked:
             raise IntegrityError("parked rows disagree with the index")
-        if parked != len(self._index) + len(self.tails.rows()) + len(self.copies.leaving):
+        tails = len(self.tails.rows()) + len(self.ended.rows())
+        if parked != len(self._index) + tails + len(self.copies.leaving):
             raise IntegrityError("a row is parked for two")
         if set(self.copies.stores) & set(self.copies.restores.values()):
             raise IntegrityError("a row is stored to and copied from in one step")

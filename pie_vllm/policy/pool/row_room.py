@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import partial
 from operator import is_not
 
@@ -15,7 +15,13 @@ _IS_KEY: Callable[[Hashable], bool] = partial(is_not, None)
 
 
 class RowRoom:
-    """Makes room among the rows by evicting parked KV, the least recently used first."""
+    """Makes room among the rows by evicting parked KV, the least recently used first.
+
+    Attributes:
+        wanted: Keys whose KV is not evicted for the sake of neighbouring rows.
+        give_up_whole: Hook that gives up what is kept as a whole of a request, before other KV is
+            evicted; says whether there was any.
+    """
 
     def __init__(
         self,
@@ -33,10 +39,18 @@ class RowRoom:
             watched: Told of keys that leave.
         """
         self._rows, self._index, self._copies, self._watched = rows, index, copies, watched
+        self.wanted: Mapping[Hashable, int] = {}
+        self.give_up_whole: Callable[[], bool] = lambda: False
 
     def take(self, place: int | None) -> int | None:
         """A row to park in, that of a place if it can be had; None if none can be."""
         self.give_way(place)
+        return self._rows.take_parked(place)
+
+    def take_spare(self, place: int | None) -> int | None:
+        """``take``, but no other KV than that which ``give_up_whole`` gives up is evicted."""
+        while not self._rows.has_free and self.give_up_whole():
+            pass
         return self._rows.take_parked(place)
 
     def take_first(self, places: list[int | None]) -> list[int]:
@@ -65,6 +79,8 @@ class RowRoom:
         rows = self._rows
         if place is not None and not rows.offers(place):
             self._evict_extent()
+        while not rows.has_free and self.give_up_whole():
+            pass
         if not rows.has_free:
             self.give_up(self._index.oldest_keys(count))
         return rows.has_free
@@ -80,7 +96,7 @@ class RowRoom:
             return
         extents = self._rows.extents
         keys = [*filter(_IS_KEY, map(self._index.key_in, extents.members(oldest)))]
-        if len(keys) == extents.num_taken(oldest):
+        if len(keys) == extents.num_taken(oldest) and self.wanted.keys().isdisjoint(keys):
             self.give_up(keys)
 
     def give_up(self, keys: Iterable[Hashable]) -> None:

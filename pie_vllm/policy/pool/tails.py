@@ -37,6 +37,7 @@ class Tail(NamedTuple):
         tokens: number of the request's tokens, from its first on, whose KV is complete with it.
         whole: whether full blocks are of no use without the tail, nor fewer tokens than these.
         keys: keys of the full blocks; none where they are worth parking without the tail.
+        tokens_beside: number of the tokens that lie behind these.
     """
 
     blocks: tuple[TailBlock, ...]
@@ -44,6 +45,7 @@ class Tail(NamedTuple):
     tokens: int
     whole: bool = False
     keys: tuple[Hashable, ...] = ()
+    tokens_beside: int = 0
 
     @property
     def beside(self) -> int:
@@ -109,8 +111,11 @@ class Tails:
         blocks: Sequence[tuple[Any, int, int | None]],
         keys: Sequence[Hashable],
         tokens: int,
+        tokens_beside: int,
+        *,
+        spare_only: bool = False,
     ) -> bool:
-        """A request is preempted that can go on with all of these only: keep all or nothing.
+        """A request that can go on with all of these only gives them back: keep all or nothing.
 
         A pooled block without a key keeps its row.
 
@@ -119,6 +124,8 @@ class Tails:
             blocks: Each with its place in its table and its group, as ``TailBlock``.
             keys: Keys of the full blocks in front.
             tokens: Number of its tokens, all of whose KV is in these.
+            tokens_beside: Number of them behind those of the full blocks with keys.
+            spare_only: Whether KV of requests that come again is not given up for it.
 
         Returns:
             Whether there was room.
@@ -126,10 +133,11 @@ class Tails:
         if not self._enabled:
             return False
         self.drop(request_id)
+        take = self._room.take_spare if spare_only else self._room.take
         kept: list[TailBlock] = []
         for block, index, group in blocks:
             pooled = group is None and self._rows.holds(block.block_id)
-            row = self._rows.park(block.block_id) if pooled else self._room.take(None)
+            row = self._rows.park(block.block_id) if pooled else take(None)
             if row is None:
                 for done in kept:
                     self._copies.free(done.row)
@@ -139,7 +147,8 @@ class Tails:
                 self._copies.store_parked(row, block.block_id)
             if group is not None:
                 self._copies.stores_beside = True
-        self.keep(request_id, Tail(tuple(kept), len(keys), tokens, True, tuple(keys)))
+        tail = Tail(tuple(kept), len(keys), tokens, True, tuple(keys), tokens_beside)
+        self.keep(request_id, tail)
         return True
 
     def keep(self, request_id: str, tail: Tail) -> None:
@@ -149,10 +158,24 @@ class Tails:
 
     def drop(self, request_id: str) -> None:
         """Forget the tail of a request; no change where there is none."""
-        tail = self._pop(request_id)
+        tail = self._tails.pop(request_id, None)
         if tail is not None:
-            for block in tail.blocks:
-                self._copies.free(block.row)
+            self.give_up(tail)
+
+    def give_up(self, tail: Tail) -> None:
+        """Free the rows of a tail that is no request's any more."""
+        self._forget_keys(tail)
+        for block in tail.blocks:
+            self._copies.free(block.row)
+
+    def set_aside(self, request_id: str) -> Tail:
+        """Take the tail of a request that has ended; its rows and its keys stay."""
+        return self._tails.pop(request_id)
+
+    def bring_back(self, request_id: str, tail: Tail) -> None:
+        """A request has a tail that was set aside."""
+        self.drop(request_id)
+        self._tails[request_id] = tail
 
     def drop_oldest(self) -> None:
         """Forget the tail that was kept first; no change where there is none."""
@@ -179,9 +202,8 @@ class Tails:
 
     def take(self, request_id: str) -> Tail:
         """Take the tail of a request that is about to be admitted; its rows last for the step."""
-        tail = self._pop(request_id)
-        if tail is None:
-            raise KeyError(request_id)
+        tail = self._tails.pop(request_id)
+        self._forget_keys(tail)
         self._copies.leaving.update(block.row for block in tail.blocks)
         return tail
 
@@ -200,12 +222,9 @@ class Tails:
         self._tails[request_id] = tail
         self.keys.update(tail.keys)
 
-    def _pop(self, request_id: str) -> Tail | None:
-        tail = self._tails.pop(request_id, None)
-        if tail is not None:
-            keys = self.keys
-            for key in tail.keys:
-                keys[key] -= 1
-                if not keys[key]:
-                    del keys[key]
-        return tail
+    def _forget_keys(self, tail: Tail) -> None:
+        keys = self.keys
+        for key in tail.keys:
+            keys[key] -= 1
+            if not keys[key]:
+                del keys[key]

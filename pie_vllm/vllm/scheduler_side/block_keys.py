@@ -1,8 +1,8 @@
-"""Keys of parked KV, for vLLM's requests."""
+"""Keys of parked KV, for vLLM's requests, and the tokens that it was computed of."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import islice, repeat
 from operator import add
@@ -10,6 +10,8 @@ from typing import Any
 
 from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 from vllm.v1.request import Request
+
+from pie_vllm.policy.pool.ended_requests import TokensOf
 
 
 @cache
@@ -37,3 +39,25 @@ def hash_keys(request: Request, hits: int, end: int, group: int = 0) -> Iterator
     v1/core/single_type_kv_cache_manager.py:784 in 0.32.
     """
     return map(add, islice(request.block_hashes, hits, end), repeat(_suffix(group)))
+
+
+def tokens_of(request: Request, most: int) -> TokensOf:
+    """Gives tokens of a request's first ``most``, as far as its KV depends on nothing but these.
+
+    It depends on images and embeddings, too, where a block's key is not made of tokens alone:
+    ``generate_block_hash_extra_keys``, v1/core/kv_cache_utils.py:632 in 0.32. Adapters and salts
+    are in the key of a block in front already.
+    """
+
+    def tokens(first: int, end: int) -> Sequence[int] | None:
+        images = (feature.mm_position for feature in request.mm_features)
+        if (
+            end > most
+            or request.prompt_embeds is not None
+            or any(i.offset < end and i.offset + i.length > first for i in images)
+        ):
+            return None
+        found: list[int] = request.all_token_ids[first:end]
+        return found
+
+    return tokens

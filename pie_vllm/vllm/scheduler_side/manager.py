@@ -21,6 +21,7 @@ from pie_vllm.policy.speculation import NO_SPECULATION, DraftsInFlight, Speculat
 from pie_vllm.vllm import layer_refusals
 from pie_vllm.vllm.compat import engine_core
 from pie_vllm.vllm.kv_groups import KvGroups
+from pie_vllm.vllm.scheduler_side.block_keys import tokens_of
 from pie_vllm.vllm.scheduler_side.block_pool import NotingBlockPool, PieBlockPool
 from pie_vllm.vllm.scheduler_side.groups_beside import groups_beside
 from pie_vllm.vllm.scheduler_side.hit_counts import HitCounts
@@ -138,7 +139,7 @@ class PieBlockSpaceManager(KVCacheManager):
             self,
             self._stock_computed_blocks,
             self.admission,
-            self.residency.parking.tails,
+            self.residency.parking,
             groups,
             self.block_size,
             by_request=self.by_request,
@@ -371,8 +372,17 @@ class PieBlockSpaceManager(KVCacheManager):
             self.hit_counts.forget(request_id)
         elif reusable and self.residency.tables.get(request_id):
             self.hit_counts.preempted(request_id, computed)
+        tokens = None
+        if finished and self.groups.others:
+            # The token sampled last is computed in no step, or in one that is in flight.
+            kept = min(kept, request.num_tokens - 1)
+            tokens = tokens_of(request, kept)
         self.admission.releases(
-            request_id, kept, finished=finished, reusable=reusable and self.lookup.looks_up(request)
+            request_id,
+            kept,
+            finished=finished,
+            reusable=reusable and self.lookup.looks_up(request),
+            tokens=tokens,
         )
         super().free(request)
         self.stale.freed(request)

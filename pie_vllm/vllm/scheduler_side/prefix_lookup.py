@@ -11,9 +11,9 @@ from vllm.v1.request import Request
 
 from pie_vllm.policy.admission.lookup import ParkedHits, without_last_block
 from pie_vllm.policy.admission.transaction import Admission
-from pie_vllm.policy.pool.tails import Tails
+from pie_vllm.policy.pool.parked_kv import Parking
 from pie_vllm.vllm.kv_groups import KvGroups
-from pie_vllm.vllm.scheduler_side.block_keys import findable_blocks, hash_keys
+from pie_vllm.vllm.scheduler_side.block_keys import findable_blocks, hash_keys, tokens_of
 
 Computed: TypeAlias = "tuple[KVCacheBlocks, int, int]"
 """What vLLM's ``get_computed_blocks`` returns: blocks, their tokens, and a boundary among these,
@@ -32,7 +32,7 @@ class PrefixLookup:
         manager: KVCacheManager,
         stock: Callable[..., Computed],
         admission: Admission,
-        tails: Tails,
+        parking: Parking,
         groups: KvGroups,
         block_size: int,
         *,
@@ -45,7 +45,7 @@ class PrefixLookup:
             manager: vLLM's, for what it says of requests, and for its form of blocks.
             stock: vLLM's own ``get_computed_blocks``.
             admission: Looks up what is parked.
-            tails: What preempted requests keep by their names.
+            parking: What preempted requests keep by their names, and ended ones by their keys.
             groups: The model's groups of layers, one of which is pooled.
             block_size: Tokens of a block of the pooled group.
             by_request: Whether preempted requests find their KV by name, as there is no prefix
@@ -53,7 +53,9 @@ class PrefixLookup:
             drops_last: Whether the last block of a hit is computed again, for a head that drafts.
         """
         self._manager, self._stock, self._admission = manager, stock, admission
-        self._tails, self._groups, self._block_size = tails, groups, block_size
+        self._tails, self._groups, self._block_size = parking.tails, groups, block_size
+        self._parking, self._ended = parking, parking.ended
+        self._asked: tuple[object, ...] = ()  # For whom ended requests were looked at last.
         self._cached_first: Callable[[Sequence[Any]], list[Any]] = manager.block_pool.cached_first
         self._by_request, self._drops_last = by_request, drops_last
         # Of the request asked for last, with its cached blocks.
@@ -69,7 +71,7 @@ class PrefixLookup:
         self._parked.clear()
         cap = () if tokens_max is None else (tokens_max,)
         if self._groups.others:
-            kept = None if cap else self._find_kept(request)
+            kept = None if cap else self._find_kept(request) or self._find_ended(request)
             return kept or self._stock(request, *cap)
         if not self.looks_up(request):
             return self._stock(request, *cap)
@@ -144,6 +146,35 @@ class PrefixLookup:
         empty = self._manager.empty_kv_cache_blocks
         found = empty if parked.incomplete else self.of_pooled(hits)
         return found, parked.tokens, 0
+
+    def _find_ended(self, request: Request) -> Computed | None:
+        """What an ended request kept with all of whose tokens this one begins; None if nothing.
+
+        It is this one's from now on, as if this one had been preempted.
+        """
+        ended, name = self._ended, request.request_id
+        asked = name, request.num_tokens, ended.changes
+        if not ended or asked == self._asked or not self.looks_up(request):
+            return None
+        self._asked = asked
+        end = findable_blocks(request, self._block_size, None)
+        keys = [*hash_keys(request, 0, end, self._groups.pooled)]
+        _, hit, _ = self._stock(request)
+        found = ended.longest(keys, tokens_of(request, request.num_tokens - 1), hit)
+        if found is None:
+            return None
+        key, tail = found
+        if not self._are_there(tail.keys):
+            ended.drop(key)
+            return None
+        ended.take_over(key, name)
+        return self._find_kept(request)
+
+    def _are_there(self, keys: Sequence[Any]) -> bool:
+        """Whether all of these full blocks are cached or parked."""
+        cached = self._manager.block_pool.cached(keys)
+        parked = self._parking.parked
+        return all(b is not None or parked(key) for key, b in zip(keys, cached, strict=True))
 
     def _kept_keys(self, request: Request, first: int, end: int) -> Iterator[Any]:
         if self._by_request:

@@ -136,7 +136,7 @@ class Recovery:
         self._scheduler._preempt_request(request, now, drop_stale_output=True)
         manager = self._scheduler.kv_cache_manager
         if manager.residency.beside:  # Windows and states are those behind the wrong tokens.
-            manager.admission.forget_kept(request.request_id)
+            manager.admission.keeping.forget(request.request_id)
         # The workers may get it back in the next step: as if it had not run in this one.
         self._scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
 

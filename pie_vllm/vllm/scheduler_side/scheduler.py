@@ -221,7 +221,7 @@ class PieSchedulerMixin(_Mixed):
 
     def _update_request_as_session(self, session: Any, update: Any) -> None:
         """As vLLM's; what is kept of a session preempted meanwhile has other tokens."""
-        self.kv_cache_manager.admission.forget_kept(session.request_id)
+        self.kv_cache_manager.admission.keeping.forget(session.request_id)
         super()._update_request_as_session(session, update)
 
     def update_from_output(
@@ -295,8 +295,9 @@ def _parked(manager: PieBlockSpaceManager) -> str:
     """What the pool keeps for those that do not run, for the log."""
     if not manager.residency.parking.enabled:
         return "nothing"
-    by_preemption = manager.by_request or manager.groups.others
-    return "KV of preempted requests" if by_preemption else "KV of prefixes and preemptions"
+    if manager.by_request or not manager.enable_caching:
+        return "KV of preempted requests"
+    return f"KV of {'whole chats' if manager.groups.others else 'prefixes'} and preemptions"
 
 
 class PieScheduler(PieSchedulerMixin, Scheduler):

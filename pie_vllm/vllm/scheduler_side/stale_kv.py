@@ -131,7 +131,7 @@ class StaleKv:
             if request_id in self._residency.tables:
                 self._block_pool.not_cached.add(request_id)
             else:
-                self._admission.forget_kept(request_id)
+                self._admission.keeping.forget(request_id)
                 self._salt_again(request)
 
     def _salt_again(self, request: Request) -> None:

@@ -117,7 +117,7 @@ def whole(pool: FakePool, name: str, key: str, window: int, *, pooled: bool = Fa
     full.block_hash = key
     blocks = [(block, index, None) for index, block in enumerate(tail, 1)]
     kept = [*blocks, (pool.blocks[window], 4, 1)]
-    return kept, pool.residency.parking.tails.keep_whole(name, kept, [key], 19)
+    return kept, pool.residency.parking.tails.keep_whole(name, kept, [key], 19, 3)
 
 
 def test_a_whole_tail_has_all_blocks_and_the_keys_in_front() -> None:
