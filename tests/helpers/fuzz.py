@@ -14,9 +14,13 @@ from tests.helpers.deciders import Fixed, Wavering
 from tests.helpers.drafts import Drafting
 from tests.helpers.progress import Progress
 from tests.helpers.scheduling import Driver, make_request, random_load
-from tests.helpers.tagrunner import DictMemory, Group, Memory, TagRunner
+from tests.helpers.states import groups_beside
+from tests.helpers.tagrunner import DictMemory, Memory, TagRunner
 
 BLOCK_SIZE = 16
+
+STATE_BLOCKS = 3
+"""Blocks of a state at most: the one before the step, one within it, and the one after it."""
 
 
 def make_driver(
@@ -33,9 +37,10 @@ def make_driver(
     Where options ask for drafts, ``chance`` is that of one to be right.
     """
     scheduler = scheduling.make(sizes, BLOCK_SIZE, **options)
+    scheduler.kv_cache_manager.groups.check(sizes.resident_blocks)
     scheduler.pie_controller.decider = decider or scheduler.pie_controller.decider
     scheduler.pie_controller.pool = pool or scheduler.pie_controller.pool
-    beside = [Group(index, window) for index, window in enumerate(options.get("beside", ()))]
+    beside = groups_beside(**options)
     memory = memory or DictMemory(sizes, BLOCK_SIZE)
     drafting = drafting_of(chance, **options)
     runner = TagRunner(memory, BLOCK_SIZE, len(beside), beside, drafting)
@@ -87,6 +92,7 @@ class Case(NamedTuple):
         memory_seed: of the free CPU memory, which comes and goes within a second; None
             for as much as there is.
         rng: for all that happens.
+        others: residents that a request takes at once in groups without a pool, at most.
     """
 
     geometry: Geometry
@@ -103,6 +109,7 @@ class Case(NamedTuple):
     wavering: bool
     memory_seed: int | None
     rng: random.Random
+    others: int = 0
 
     @property
     def most_without_progress(self) -> int:
@@ -145,7 +152,7 @@ class Case(NamedTuple):
         longest = self.options["max_model_len"]
         return WatchedPool(
             geometry,
-            cdiv(longest, BLOCK_SIZE) + 1 - geometry.resident_blocks,
+            cdiv(longest, BLOCK_SIZE) + 1 + self.others - geometry.resident_blocks,
             lambda: FREE_MARGIN + chunk * rng.randint(-3, 5),
             clock,
             idle_seconds=3.0,
@@ -211,13 +218,17 @@ def random_case(seed: int, *, asynchronous: bool | None = None, **sizes: int) ->
     )
 
 
-def random_groups(seed: int, *, asynchronous: bool | None = None, **sizes: int) -> Case:
+def random_groups(
+    seed: int, *, asynchronous: bool | None = None, caching: bool | None = None, **sizes: int
+) -> Case:
     """A random case with one to three groups of layers without a pool, which hold residents.
 
     Their windows are shorter than a block or several blocks long; a state (0) is one block a
-    request, and goes without prefix caching, as in vLLM where states are not aligned.
+    request, and with prefix caching up to three, among which it moves.
     """
     case = random_case(seed, asynchronous=asynchronous, **sizes)
+    if caching is None:
+        caching = case.options["enable_prefix_caching"]
     rng = random.Random(seed + 1_000_000)
     beside = tuple(rng.choice([0, 5, 20, 40, 70]) for _ in range(rng.randint(1, 3)))
     steps = 1 + case.options["async_scheduling"]
@@ -225,7 +236,7 @@ def random_groups(seed: int, *, asynchronous: bool | None = None, **sizes: int) 
 
     def most(tokens: int) -> int:
         windows = (cdiv(w - 1 + steps * tokens, BLOCK_SIZE) + 1 for w in beside if w)
-        return sum(windows) + beside.count(0)
+        return sum(windows) + beside.count(0) * (STATE_BLOCKS if caching else 1)
 
     old = case.geometry
     geometry = scheduling.geometry(
@@ -244,25 +255,27 @@ def random_groups(seed: int, *, asynchronous: bool | None = None, **sizes: int) 
     options = {
         **case.options,
         "beside": beside,
-        "enable_prefix_caching": case.options["enable_prefix_caching"] and 0 not in beside,
+        "enable_prefix_caching": caching,
+        "checkpoints": rng.random() < 0.5,
         "max_model_len": capacity,
         "parking": "off",
+        "prefix_cache_retention_interval": rng.choice([0, 0, None, 2 * BLOCK_SIZE]),
     }
-    return case._replace(geometry=geometry, options=options)
+    return case._replace(geometry=geometry, options=options, others=most(BLOCK_SIZE))
 
 
 def random_groups_preempted(seed: int, *, asynchronous: bool | None = None, **sizes: int) -> Case:
     """A random case with several groups, and rows for what preempted requests have in them.
 
-    In half of the cases there is a prefix cache, unless there are states.
+    In half of the cases there is a prefix cache.
     """
-    case = random_groups(seed, asynchronous=asynchronous, **sizes)
     rng = random.Random(seed + 3_000_000)
+    caching = rng.random() < 0.5
+    case = random_groups(seed, asynchronous=asynchronous, caching=caching, **sizes)
     old = case.geometry
     geometry = replace(old, rows=old.rows + rng.choice([10, 100, 200]))
     options = {
         **case.options,
-        "enable_prefix_caching": 0 not in case.options["beside"] and rng.random() < 0.5,
         "parking": "lru",
         "scheduler_reserve_full_isl": rng.random() < 0.3,
     }
