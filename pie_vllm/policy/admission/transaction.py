@@ -214,7 +214,7 @@ class Admission:
         reserve = self.room.reserve(request)
         if parked.parked > parked.residents:
             self._lookup.protect_pooled()
-        found = request.hits or parked.parked
+        found = request.hits or parked.parked or (parked.tail and residency.beside)
         if found and (reason := self.room.short_in_step(request, reserve)):
             self.refused = reason
             if parked.tail and residency.beside and not request.beside:
@@ -267,7 +267,7 @@ class Admission:
         residency = self._residency
         table = residency.tables.get(request_id, ())
         if residency.parking.enabled:
-            forget_unfilled(residency, table, computed // self._block_size)
+            forget_unfilled(residency, request_id, computed, self._block_size)
         if finished or not reusable:
             self.forget_kept(request_id)
         elif table:
