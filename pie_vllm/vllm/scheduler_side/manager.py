@@ -22,7 +22,7 @@ from pie_vllm.vllm import layer_refusals
 from pie_vllm.vllm.compat import engine_core
 from pie_vllm.vllm.kv_groups import KvGroups
 from pie_vllm.vllm.scheduler_side.block_pool import NotingBlockPool, PieBlockPool
-from pie_vllm.vllm.scheduler_side.groups_beside import groups_beside
+from pie_vllm.vllm.scheduler_side.groups_beside import groups_beside, new_residents
 from pie_vllm.vllm.scheduler_side.hit_counts import HitCounts
 from pie_vllm.vllm.scheduler_side.prefix_lookup import Computed, PrefixLookup
 from pie_vllm.vllm.scheduler_side.stale_kv import StaleKv
@@ -266,11 +266,10 @@ class PieBlockSpaceManager(KVCacheManager):
         others = others_now = 0
         lookahead = max(0, min(num_lookahead_tokens, self.max_model_len - step_end))
         if self.groups.others:
-            spans = self._others(request, found, num_new_computed_tokens, span)
+            asks = self.coordinator, self.groups.others, request, found.blocks
+            spans = new_residents(*asks, num_new_computed_tokens, span)
             others = sum(map(min, spans, self.groups.residents_min))
-            others_now = sum(
-                self._others(request, found, num_new_computed_tokens, step_end, lookahead)
-            )
+            others_now = sum(new_residents(*asks, num_new_computed_tokens, step_end, lookahead))
         candidate = Candidate(
             request.request_id,
             request.num_tokens,
@@ -315,33 +314,6 @@ class PieBlockSpaceManager(KVCacheManager):
         if not transaction.goes_on:
             self.hit_counts.count(request.request_id, transaction.hits, parked)
         return blocks
-
-    def _others(
-        self,
-        request: Request,
-        found: KVCacheBlocks,
-        hit: int,
-        tokens: int,
-        lookahead: int = 0,
-    ) -> list[int]:
-        """Residents that a request takes in each group without a pool for so many of its tokens.
-
-        As vLLM counts them, v1/core/kv_cache_coordinator.py:190 in 0.32.
-        """
-        computed = request.num_computed_tokens + hit
-        managers = self.coordinator.single_type_managers
-        return [
-            managers[group].get_num_blocks_to_allocate(
-                request.request_id,
-                tokens + lookahead,
-                found.blocks[group],
-                computed,
-                computed,
-                tokens,
-                prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
-            )
-            for group in self.groups.others
-        ]
 
     def _of_pooled_group(self, block: Any) -> bool:
         """Whether the entry that a cached block has is one of the pooled group."""
