@@ -151,10 +151,12 @@ def _blocks_of_chunk(spec: Any, vllm_config: Any, tokens: int) -> int:
 
 
 def _one_block(spec: Any) -> bool:
-    """Whether what a request has in a group after a step is a window, or a state in one block."""
-    return not hasattr(spec, "mamba_type") or (
-        spec.mamba_cache_mode == "none" and not spec.num_speculative_blocks
-    )
+    """Whether what a request has in a group after a step is a window, or a state in one block.
+
+    With prefix caching a state moves from block to block, and the newest one is in the block of the
+    last token (``groups_beside.needed_by``).
+    """
+    return not hasattr(spec, "mamba_type") or not spec.num_speculative_blocks
 
 
 def _grows(spec: Any, vllm_config: Any) -> bool:

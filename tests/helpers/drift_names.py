@@ -144,11 +144,12 @@ ATTRIBUTES = {
     "max_model_len watermark_blocks empty_kv_cache_blocks",
     "vllm.v1.core.kv_cache_manager:KVCacheBlocks": "blocks",
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator": "single_type_managers block_pool "
-    "kv_cache_config eagle_group_ids",
+    "kv_cache_config eagle_group_ids retention_interval",
     "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager": "req_to_blocks "
     "num_cached_block block_size block_pool enable_caching",
+    "vllm.v1.core.single_type_kv_cache_manager:MambaManager": "mamba_cache_mode",
     "vllm.v1.kv_cache_interface:MambaSpec": "block_size page_size_bytes mamba_type "
-    "mamba_cache_mode",
+    "mamba_cache_mode num_speculative_blocks",
     "vllm.v1.kv_cache_interface:SlidingWindowSpec": "block_size page_size_bytes",
     "vllm.v1.kv_cache_interface:ChunkedLocalAttentionSpec": "block_size page_size_bytes",
     "vllm.v1.core.block_pool:BlockPool": "num_gpu_blocks blocks free_block_queue null_block "

@@ -26,6 +26,7 @@ class Recorder:
         def preempted(request: Any, *args: Any, **kwargs: Any) -> Any:
             self._record["preempted"].append(request.priority)
             self._record["decoded"].append(request.num_output_tokens)
+            self._record["computed"].append(request.num_computed_tokens)
             return preempt(request, *args, **kwargs)
 
         verified = scheduler.make_spec_decoding_stats
@@ -53,7 +54,8 @@ class Recorder:
         Returns:
             ``schedule``: for each step that runs something, tokens by request, requests numbered by
             their first appearance; ``plans``; ``preempted``: priority of each request preempted;
-            ``decoded``: tokens that it had answered by then; ``most_running``; ``blocks``: for each
+            ``decoded`` and ``computed``: tokens that it had answered and computed by then;
+            ``most_running``; ``blocks``: for each
             step, pooled blocks in use and all in use; ``group_blocks``: for each step, blocks of
             requests by KV cache group; ``drafts``: for each step that runs something, draft tokens
             by request; ``drafted`` and ``accepted``: numbers of draft tokens; ``proposed``: what a
@@ -65,6 +67,7 @@ class Recorder:
             "plans": [],
             "preempted": [],
             "decoded": [],
+            "computed": [],
             "most_running": 0,
             "blocks": [],
             "group_blocks": [],

@@ -13,7 +13,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from pie_vllm.geometry import Geometry
 from pie_vllm.plan import Runs, StepPlan, StepReport, Totals
 from tests.helpers.drafts import accepted
-from tests.helpers.tagrunner import MASK, VOCABULARY, DictMemory, Group, TagRunner
+from tests.helpers.states import Group
+from tests.helpers.tagrunner import MASK, VOCABULARY, DictMemory, TagRunner
 
 Slot = tuple[int, int, int]
 """Block, slot and tag."""
@@ -185,8 +186,11 @@ class HonestRunner(TagRunner):
         table = state.tables[group.number]
         mark = crc32(f"{self.weights} {state.salt} {group.number}".encode()) & MASK
         if not group.window:
-            before = [(table[0], 0, state.tags[start - 1] ^ mark)] if start else []
-            return before, [(table[0], 0, state.tags[end - 1] ^ mark)]
+            before, after = group.state_slots(table, start, end, size)
+            return (
+                [(block, 0, state.tags[tokens - 1] ^ mark) for block, tokens in before],
+                [(block, 0, state.tags[tokens - 1] ^ mark) for block, tokens in after],
+            )
         reach = range(max(0, start - group.window + 1), end)
         slots = [(table[p // size], p % size, state.tags[p] ^ mark) for p in reach]
         return slots[: start - reach.start], slots[start - reach.start :]

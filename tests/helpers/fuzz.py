@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count as numbers
 from typing import Any, NamedTuple
 
 from pie_vllm.geometry import Geometry, cdiv
 from pie_vllm.plan import PoolOrder
-from pie_vllm.policy.control.elastic_pool import FREE_MARGIN, ElasticPool
+from pie_vllm.policy.control.elastic_pool import FREE_MARGIN, RETRY_SECONDS, ElasticPool
 from tests.helpers import scheduling
 from tests.helpers.deciders import Fixed, Wavering
 from tests.helpers.drafts import Drafting
-from tests.helpers.progress import Progress
+from tests.helpers.progress import MOST_IDLE, Progress
 from tests.helpers.scheduling import Driver, make_request, random_load
-from tests.helpers.tagrunner import DictMemory, Group, Memory, TagRunner
+from tests.helpers.states import groups_beside
+from tests.helpers.tagrunner import DictMemory, Memory, TagRunner
 
 BLOCK_SIZE = 16
+
+STATE_BLOCKS = 3
+"""Blocks of a state at most: the one before the step, one within it, and the one after it."""
 
 
 def make_driver(
@@ -35,9 +38,10 @@ def make_driver(
     Where options ask for drafts, ``chance`` is that of one to be right.
     """
     scheduler = scheduling.make(sizes, BLOCK_SIZE, **options)
+    scheduler.kv_cache_manager.groups.check(sizes.resident_blocks)
     scheduler.pie_controller.decider = decider or scheduler.pie_controller.decider
     scheduler.pie_controller.pool = pool or scheduler.pie_controller.pool
-    beside = [Group(index, window) for index, window in enumerate(options.get("beside", ()))]
+    beside = groups_beside(**options)
     memory = memory or DictMemory(sizes, BLOCK_SIZE)
     drafting = drafting_of(chance, **options)
     runner = TagRunner(memory, BLOCK_SIZE, len(beside), beside, drafting)
@@ -55,12 +59,6 @@ def drafting_of(
     if drafts is None:
         return None
     return Drafting(*drafts, async_scheduling, chance, random.Random(chance))
-
-
-def blocks_beside(beside: Sequence[int], tokens: int) -> int:
-    """Blocks that a request holds at most in groups without a pool, with so many in flight."""
-    windows = (cdiv(window - 1 + tokens, BLOCK_SIZE) + 1 for window in beside if window)
-    return sum(windows) + [*beside].count(0)
 
 
 class WatchedPool(ElasticPool):
@@ -95,6 +93,7 @@ class Case(NamedTuple):
         memory_seed: of the free CPU memory, which comes and goes within a second; None
             for as much as there is.
         rng: for all that happens.
+        others: residents that a request takes at once in groups without a pool, at most.
         altered: chance that the next turn has another one of its chat's last tokens.
     """
 
@@ -112,6 +111,7 @@ class Case(NamedTuple):
     wavering: bool
     memory_seed: int | None
     rng: random.Random
+    others: int = 0
     altered: float = 0.0
 
     @property
@@ -124,6 +124,14 @@ class Case(NamedTuple):
         at_once = self.options["max_num_scheduled_tokens"]
         at_once = min(at_once, self.options["long_prefill_token_threshold"] or at_once)
         return 20 + 2 * cdiv(self.options["max_model_len"], at_once)
+
+    @property
+    def most_idle(self) -> int:
+        """Steps in a row that may run nothing: until refused memory is asked for again, and some.
+
+        A step takes half a second or more, by the clock of the pool.
+        """
+        return MOST_IDLE if self.memory_seed is None else MOST_IDLE + int(2 * RETRY_SECONDS)
 
     @property
     def most_steps(self) -> int:
@@ -153,12 +161,9 @@ class Case(NamedTuple):
         geometry = self.geometry
         chunk = geometry.chunk_rows * geometry.row_bytes
         longest = self.options["max_model_len"]
-        steps = 1 + self.options["async_scheduling"]
-        beside = self.options.get("beside", ())
-        windows = blocks_beside(beside, steps * self.options["max_num_batched_tokens"])
         return WatchedPool(
             geometry,
-            cdiv(longest, BLOCK_SIZE) + 1 + windows - geometry.resident_blocks,
+            cdiv(longest, BLOCK_SIZE) + 1 + self.others - geometry.resident_blocks,
             lambda: FREE_MARGIN + chunk * rng.randint(-3, 5),
             clock,
             idle_seconds=3.0,
@@ -224,27 +229,34 @@ def random_case(seed: int, *, asynchronous: bool | None = None, **sizes: int) ->
     )
 
 
-def random_groups(seed: int, *, asynchronous: bool | None = None, **sizes: int) -> Case:
+def random_groups(
+    seed: int, *, asynchronous: bool | None = None, caching: bool | None = None, **sizes: int
+) -> Case:
     """A random case with one to three groups of layers without a pool, which hold residents.
 
     Their windows are shorter than a block or several blocks long; a state (0) is one block a
-    request, and goes without prefix caching, as in vLLM where states are not aligned.
+    request, and with prefix caching up to three, among which it moves.
     """
     case = random_case(seed, asynchronous=asynchronous, **sizes)
+    if caching is None:
+        caching = case.options["enable_prefix_caching"]
     rng = random.Random(seed + 1_000_000)
     beside = tuple(rng.choice([0, 5, 20, 40, 70]) for _ in range(rng.randint(1, 3)))
     steps = 1 + case.options["async_scheduling"]
     budget = case.options["max_num_batched_tokens"]
 
+    def most(tokens: int) -> int:
+        windows = (cdiv(w - 1 + steps * tokens, BLOCK_SIZE) + 1 for w in beside if w)
+        return sum(windows) + beside.count(0) * (STATE_BLOCKS if caching else 1)
+
     old = case.geometry
     geometry = scheduling.geometry(
-        blocks_beside(beside, steps * BLOCK_SIZE) + 4 + rng.choice([0, 2, 10, 30]),
+        most(BLOCK_SIZE) + 4 + rng.choice([0, 2, 10, 30]),
         old.pooled_blocks + rng.choice([0, 20]),
         old.rows + 20,
         **sizes,
     )
-    most = blocks_beside(beside, steps * budget)
-    capacity = (geometry.num_blocks - 1 - most) * BLOCK_SIZE
+    capacity = (geometry.num_blocks - 1 - most(budget)) * BLOCK_SIZE
     longest = max(len(prompt) + count for prompt, count in case.load)
     if longest >= capacity:
         capacity = max(capacity, 40)
@@ -254,25 +266,27 @@ def random_groups(seed: int, *, asynchronous: bool | None = None, **sizes: int) 
     options = {
         **case.options,
         "beside": beside,
-        "enable_prefix_caching": case.options["enable_prefix_caching"] and 0 not in beside,
+        "enable_prefix_caching": caching,
+        "checkpoints": rng.random() < 0.5,
         "max_model_len": capacity,
         "parking": "off",
+        "prefix_cache_retention_interval": rng.choice([0, 0, None, 2 * BLOCK_SIZE]),
     }
-    return case._replace(geometry=geometry, options=options)
+    return case._replace(geometry=geometry, options=options, others=most(BLOCK_SIZE))
 
 
 def random_groups_preempted(seed: int, *, asynchronous: bool | None = None, **sizes: int) -> Case:
     """A random case with several groups, and rows for what preempted requests have in them.
 
-    In half of the cases there is a prefix cache, unless there are states.
+    In half of the cases there is a prefix cache.
     """
-    case = random_groups(seed, asynchronous=asynchronous, **sizes)
     rng = random.Random(seed + 3_000_000)
+    caching = rng.random() < 0.5
+    case = random_groups(seed, asynchronous=asynchronous, caching=caching, **sizes)
     old = case.geometry
     geometry = replace(old, rows=old.rows + rng.choice([10, 100, 200]))
     options = {
         **case.options,
-        "enable_prefix_caching": 0 not in case.options["beside"] and rng.random() < 0.5,
         "parking": "lru",
         "scheduler_reserve_full_isl": rng.random() < 0.3,
     }
@@ -280,7 +294,7 @@ def random_groups_preempted(seed: int, *, asynchronous: bool | None = None, **si
 
 
 def random_groups_returning(seed: int, *, asynchronous: bool | None = None, **sizes: int) -> Case:
-    """A random case with windows, a prefix cache and rows for all, whose chats go on after a turn.
+    """A random case with groups, a prefix cache and rows for all, whose chats go on after a turn.
 
     Few run at once, so that most blocks of an ended turn get another use before the next one.
     """
@@ -288,13 +302,11 @@ def random_groups_returning(seed: int, *, asynchronous: bool | None = None, **si
         random_groups_preempted(number, asynchronous=asynchronous, **sizes)
         for number in numbers(100 * seed)
     )
-    case = next(case for case in draws if 0 not in case.options["beside"])
+    case = next(case for case in draws if case.options["enable_prefix_caching"])
     rng = random.Random(seed + 4_000_000)
-    options = {**case.options, "enable_prefix_caching": True}
     longest = max(len(prompt) for prompt, _ in case.load)
     load = case.load + random_load(rng, 12, longest, min(12, case.load[0][1]), 0)
     return case._replace(
-        options=options,
         load=load,
         aborts=rng.choice([0.0, 0.02]),
         resets=rng.choice([0.0, 0.0, 0.01]),
@@ -419,7 +431,7 @@ def play(driver: Driver, case: Case) -> None:
     rng, scheduler = case.rng, driver.scheduler
     pending = list(case.load)
     asked: set[str] = set()
-    progress = Progress(driver, case.most_without_progress)
+    progress = Progress(driver, case.most_without_progress, case.most_idle)
     count = 0
     while pending or scheduler.has_requests() or driver.queue:
         for _ in range(min(arriving(driver, case), len(pending))):

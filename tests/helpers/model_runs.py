@@ -155,9 +155,12 @@ def check_same(pie: dict[str, Any], stock: dict[str, Any], setup: Setup) -> None
     assert min(moved["bytes_loaded"], moved["bytes_stored"], pie["relabelled"]) > 0
 
 
-def with_prefix_caching(setup: Setup) -> Setup:
-    """These settings, and prefix caching."""
-    return replace(setup, other=setup.other | {"enable_prefix_caching": True})
+def with_prefix_caching(setup: Setup, chunk: int | None = None) -> Setup:
+    """These settings, and prefix caching; prompts in chunks of so many tokens, if at all."""
+    more: dict[str, Any] = {"enable_prefix_caching": True}
+    if chunk:
+        more["long_prefill_token_threshold"] = chunk
+    return replace(setup, other=setup.other | more)
 
 
 def check_returning(pie: list[dict[str, Any]], stock: list[dict[str, Any]]) -> None:

@@ -18,11 +18,12 @@ class Progress:
 
     Attributes:
         most: steps in a row without progress that are allowed.
+        most_idle: those that may run nothing.
         longest: so many there were at most.
     """
 
-    def __init__(self, driver: Driver, most: int) -> None:
-        self.most = most
+    def __init__(self, driver: Driver, most: int, most_idle: int = MOST_IDLE) -> None:
+        self.most, self.most_idle = most, most_idle
         self.longest = 0
         self._driver = driver
         self._furthest: dict[str, int] = {}
@@ -48,7 +49,7 @@ class Progress:
         self._since = 0 if further or not requests else self._since + driver.steps - self._steps
         self._steps = driver.steps
         self.longest = max(self.longest, self._since)
-        assert driver.idle <= MOST_IDLE, "no progress: the scheduler runs nothing"
+        assert driver.idle <= self.most_idle, "no progress: the scheduler runs nothing"
         assert self._since <= self.most, (
             f"no progress in {self._since} steps, {len(driver.scheduler.running)} requests running"
         )

@@ -11,8 +11,12 @@ from typing import Any, NamedTuple
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request, RequestStatus
 
-from benchmarks.real.bare_schedulers import geometry, make, make_request, vllm_config
+from benchmarks.real import bare_schedulers
+from benchmarks.real.bare_schedulers import geometry, make_request, vllm_config
+from pie_vllm.geometry import Geometry
+from pie_vllm.vllm.scheduler_side.scheduler import make_scheduler
 from tests.helpers.plancheck import plan_check
+from tests.helpers.states import aligned
 from tests.helpers.tagrunner import TagRunner, continuation
 
 __all__ = [
@@ -29,6 +33,19 @@ __all__ = [
 GROWTH_SECONDS = 10.0
 """Seconds for which a step that runs nothing may be one that waits for the pool's memory: that
 comes in a thread, which other processes may keep from its core."""
+
+
+def make(
+    sizes: Geometry,
+    block_size: int = 16,
+    *,
+    flavour: Any = make_scheduler,
+    checkpoints: bool = False,
+    **options: Any,
+) -> Any:
+    """As ``bare_schedulers.make``; with a prefix cache states are as vLLM keeps them then."""
+    flavour = aligned(flavour, block_size, checkpoints)
+    return bare_schedulers.make(sizes, block_size, flavour, **options)
 
 
 class Preemption(NamedTuple):

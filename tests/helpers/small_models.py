@@ -61,6 +61,9 @@ class Family:
             more.
         refused: pattern of pie's refusal; empty where pie gives stock's tokens.
         not_in_stock: pattern of what stock vLLM says where it cannot run the family on a CPU.
+        cached_chunk: with prefix caching, tokens of a chunk of a prompt where stock vLLM runs the
+            family on a CPU with chunks of one block only: those of Mamba 2 within which lies the
+            end of a block raise IndexError (mamba_mixer2.py:880 in 0.32). None is any.
     """
 
     config: str
@@ -73,6 +76,7 @@ class Family:
     embedding: float = 0.5
     refused: str = ""
     not_in_stock: str = ""
+    cached_chunk: int | None = None
 
 
 def _every(period: int, layers: int, last: str, others: str) -> list[str]:
@@ -175,6 +179,7 @@ FAMILIES: dict[str, Family] = {
             "attention_multiplier": 0.2,
             "layer_types": _every(2, 7, FULL, LINEAR),
         },
+        cached_chunk=32,
     ),
     "nemotron-h": Family(
         "NemotronHConfig",
@@ -187,8 +192,9 @@ FAMILIES: dict[str, Family] = {
             "n_groups": 1,
             "expand": 1,
         },
+        cached_chunk=32,
     ),
-    "falcon-h1": Family("FalconH1Config", 4, {**MAMBA2, "mamba_d_ssm": 128}),
+    "falcon-h1": Family("FalconH1Config", 4, {**MAMBA2, "mamba_d_ssm": 128}, cached_chunk=32),
     "jamba": Family(
         "JambaConfig",
         6,

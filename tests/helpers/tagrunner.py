@@ -28,6 +28,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from pie_vllm.geometry import Geometry
 from pie_vllm.plan import NO_RUNS, PoolOrder, PoolState, StepPlan, StepReport, Totals
 from tests.helpers.drafts import Drafting, accepted
+from tests.helpers.states import Group
 
 MASK = (1 << 31) - 1
 VOCABULARY = 997
@@ -54,18 +55,6 @@ def continuation(prompt: list[int], count: int) -> list[int]:
         answer.append(token)
         tag = next_tag(tag, token)
     return answer
-
-
-class Group(NamedTuple):
-    """A group of layers without a pool.
-
-    Attributes:
-        number: index among the model's groups.
-        window: tokens that it reads, the newest one included; 0 for a state.
-    """
-
-    number: int
-    window: int
 
 
 class Work(NamedTuple):
@@ -435,10 +424,12 @@ class TagRunner:
         start, end = step
         mark = crc32(f"{self.weights} {state.salt} {group.number}".encode()) & MASK
         if not group.window:
-            if start:
-                work.free_before.append((request_id, table[0], 0, state.tags[start - 1] ^ mark))
-            work.free_writes.append((table[0], 0, state.tags[end - 1] ^ mark))
-            work.free_reads.append((request_id, table[0], 0, state.tags[end - 1] ^ mark))
+            before, after = group.state_slots(table, start, end, size)
+            for block, tokens in before:
+                work.free_before.append((request_id, block, 0, state.tags[tokens - 1] ^ mark))
+            for block, tokens in after:
+                work.free_writes.append((block, 0, state.tags[tokens - 1] ^ mark))
+                work.free_reads.append((request_id, block, 0, state.tags[tokens - 1] ^ mark))
             return
         for position in range(max(0, start - group.window + 1), end):
             block = table[position // size]

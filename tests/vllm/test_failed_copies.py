@@ -34,7 +34,7 @@ from tests.helpers.fuzz import (
 from tests.helpers.noting_engine import LAYERS as GATES
 from tests.helpers.noting_engine import PLAN, STREAM, Engine, in_place, opened
 from tests.helpers.scheduling import Driver, make_request
-from tests.helpers.tagrunner import Group
+from tests.helpers.states import groups_beside
 
 pytestmark = pytest.mark.vllm
 
@@ -80,7 +80,7 @@ def driver_of(case: fuzz.Case, share: float, seed: int) -> LengthDriver:
     scheduler.pie_controller.pool = case.pool() or scheduler.pie_controller.pool
     memory = FailingMemory(case.geometry, BLOCK_SIZE, share, seed)
     in_flight = 1 + case.options["async_scheduling"]
-    beside = [Group(index, window) for index, window in enumerate(case.options.get("beside", ()))]
+    beside = groups_beside(**case.options)
     drafting = fuzz.drafting_of(**case.options)
     runner = HonestRunner(memory, BLOCK_SIZE, len(beside), beside, drafting=drafting)
     return LengthDriver(scheduler, runner, in_flight=in_flight)

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pie_vllm.plan import NO_RUNS, StepPlan, runs
+from pie_vllm.policy.control.elastic_pool import FREE_MARGIN
 from pie_vllm.policy.placement.residency import Residency
 from pie_vllm.policy.pool.ended_requests import EndedRequests
+from pie_vllm.vllm.scheduler_side import scheduler
 from pie_vllm.vllm.scheduler_side.scheduler import PieSchedulerMixin
 from tests.helpers.fuzz import (
+    BLOCK_SIZE,
     Case,
     make_driver,
     play,
@@ -25,7 +29,7 @@ from tests.helpers.fuzz import (
     random_groups_preempted,
     random_groups_returning,
 )
-from tests.helpers.scheduling import geometry, make
+from tests.helpers.scheduling import geometry, make, make_request
 
 pytestmark = pytest.mark.vllm
 
@@ -166,6 +170,20 @@ def test_blocks_that_a_step_fills_are_not_zeroed() -> None:
     output.new_block_ids_to_zero = [4]
     PieSchedulerMixin._keep_filled(object(), output)
     assert output.new_block_ids_to_zero is None
+
+
+def test_the_longest_request_fits_when_cpu_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its windows and states take residents, so more of its other blocks need rows."""
+    monkeypatch.setattr(scheduler, "available_host_bytes", lambda: FREE_MARGIN // 2)
+    monkeypatch.setattr(scheduler, "monotonic", count(step=2).__next__)
+    sizes, longest = geometry(20, 30), 32 * BLOCK_SIZE
+    driver = make_driver(sizes, beside=(20, 0, 40), max_model_len=longest)
+    driver.add(make_request("r", [7] * (longest - 6), 5, BLOCK_SIZE))
+    driver.run()
+    driver.verify()
+    assert len(driver.answers["r"]) == 5
 
 
 @pytest.mark.parametrize(("beside", "zeroed"), [((), False), ((20,), False), ((20, 0), True)])

@@ -99,12 +99,12 @@ def kept_setups(
 ) -> tuple[Setup, dict[str, Any]]:
     """Settings with which requests are preempted and parked, and stock's record with room."""
     model = make(name, folder / name)
-    asked = stock_setup(name, model)
+    asked, chunk = stock_setup(name, model), FAMILIES[name].cached_chunk
     if caching:
-        asked = with_prefix_caching(asked)
+        asked = with_prefix_caching(asked, chunk)
     (stock,) = engines.run(asked, long_rounds(), "stock")
     setup = parking(pie_setup(name, model, stock))
-    return with_prefix_caching(setup) if caching else setup, stock
+    return with_prefix_caching(setup, chunk) if caching else setup, stock
 
 
 KEPT = ("gemma3", "nemotron-h", later("gpt-oss"), later("llama4"), later("falcon-h1"))
@@ -119,12 +119,28 @@ def test_what_preempted_requests_had_comes_back(engines: Engines, folder: Path, 
     check_came_back(pie, stock, setup.block_size)
 
 
-@pytest.mark.parametrize("name", ["gemma3", later("gpt-oss"), later("llama4")])
+CACHED = (
+    "gemma3",
+    "nemotron-h",
+    later("gpt-oss"),
+    later("llama4"),
+    later("falcon-h1"),
+    later("qwen3-next"),
+)
+"""As ``KEPT``, and gated delta nets."""
+
+
+@pytest.mark.parametrize("name", CACHED)
 def test_it_does_with_prefix_caching(engines: Engines, folder: Path, name: str) -> None:
-    """By default vLLM keeps of windows what lies at the end of the prompt only."""
+    """By default vLLM keeps of windows and states what lies at the end of the prompt only.
+
+    A state moves from block to block then, and comes back after just so many tokens, wherever in a
+    block: none is computed again.
+    """
     setup, stock = kept_setups(engines, folder, name, caching=True)
     (pie,) = engines.run(setup, long_rounds())
     check_came_back(pie, stock, setup.block_size)
+    assert any(count % setup.block_size for count in pie["computed"]), "all were at a block's end"
 
 
 def turns_setups(
@@ -158,12 +174,14 @@ def test_windows_of_ended_requests_that_do_not_come_back_show(
     assert wrong > len(tokens(stock[3])) // 2
 
 
-@pytest.mark.parametrize("name", ["gemma3", "nemotron-h"])
+@pytest.mark.parametrize(
+    ("name", "caching"), [("gemma3", False), ("nemotron-h", False), ("nemotron-h", True)]
+)
 def test_windows_and_states_that_do_not_come_back_show(
-    engines: Engines, folder: Path, name: str
+    engines: Engines, folder: Path, name: str, caching: bool
 ) -> None:
     """Negative control: full blocks do, and tokens are others."""
-    setup, stock = kept_setups(engines, folder, name)
+    setup, stock = kept_setups(engines, folder, name, caching=caching)
     (pie,) = engines.run(replace(setup, lost_beside=True), long_rounds())
     assert pie["preempted"]
     assert pie["recomputed_tokens"] == 0

@@ -163,10 +163,11 @@ def test_blocks_that_were_never_filled_are_not_hit(monkeypatch: pytest.MonkeyPat
     forgotten = 0
     forget = keeping.forget_unfilled
 
-    def counted(residency: Residency, table: Any, full: int) -> None:
+    def counted(residency: Residency, request_id: str, computed: int, size: int) -> None:
         nonlocal forgotten
+        table = residency.tables.get(request_id, ())
         before = sum(block.block_hash is not None for block in table)
-        forget(residency, table, full)
+        forget(residency, request_id, computed, size)
         forgotten += before - sum(block.block_hash is not None for block in table)
 
     monkeypatch.setattr(keeping, "forget_unfilled", counted)

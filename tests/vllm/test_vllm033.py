@@ -17,8 +17,17 @@ from tests.helpers import cuda_on_cpu, other_vllm, v2_on_cpu
 from tests.helpers.engine import Engines, Setup, request, round_
 from tests.helpers.engine_load import chats, check_diverse, check_traffic, ngram, tokens
 from tests.helpers.engine_model import LAYERS
-from tests.helpers.model_runs import check_same, pie_setup, rounds, stock_setup
-from tests.helpers.small_models import make
+from tests.helpers.model_runs import (
+    check_came_back,
+    check_same,
+    long_rounds,
+    parking,
+    pie_setup,
+    rounds,
+    stock_setup,
+    with_prefix_caching,
+)
+from tests.helpers.small_models import FAMILIES, make
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, other_vllm.needed]
 
@@ -100,3 +109,15 @@ def test_a_hybrids_tokens_are_stocks(newer: Engines, tmp_path: Path) -> None:
     (pie,) = newer.run(sizes, rounds())
     assert pie["vllm"] == other_vllm.RELEASE
     check_same(pie, stock, sizes)
+
+
+@pytest.mark.parametrize("runner", ["V1"], indirect=True)
+def test_a_preempted_state_comes_back_with_prefix_caching(newer: Engines, tmp_path: Path) -> None:
+    """It is in the block where 0.33 looks for it."""
+    model, chunk = make("nemotron-h", tmp_path / "nemotron-h"), FAMILIES["nemotron-h"].cached_chunk
+    asked = with_prefix_caching(stock_setup("nemotron-h", model), chunk)
+    (stock,) = newer.run(asked, long_rounds(), "stock")
+    setup = with_prefix_caching(parking(pie_setup("nemotron-h", model, stock)), chunk)
+    (pie,) = newer.run(setup, long_rounds())
+    assert pie["vllm"] == other_vllm.RELEASE
+    check_came_back(pie, stock, setup.block_size)

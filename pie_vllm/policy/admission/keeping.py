@@ -6,7 +6,7 @@ from pie_vllm.policy.admission.request_keys import RequestKeys
 from pie_vllm.policy.admission.restore import forget_unfilled, keep_tail, keep_whole
 from pie_vllm.policy.control.decider import Decision
 from pie_vllm.policy.placement.residency import Residency
-from pie_vllm.policy.pool.ended_requests import TokensOf
+from pie_vllm.policy.pool.ended_requests import Whole
 
 
 class Keeping:
@@ -36,8 +36,7 @@ class Keeping:
     def begins(self, request_id: str, computed: int) -> None:
         """A request is about to give its blocks back; so many of its tokens have complete KV."""
         if self._parking.enabled:
-            table = self._residency.tables.get(request_id, ())
-            forget_unfilled(self._residency, table, computed // self._block_size)
+            forget_unfilled(self._residency, request_id, computed, self._block_size)
 
     def preempted(self, request_id: str, computed: int) -> None:
         """Keep what a preempted request goes on with; its KV is right for when it comes again."""
@@ -56,7 +55,7 @@ class Keeping:
         ):
             self.forget(request_id)
 
-    def ended(self, request_id: str, computed: int, tokens: TokensOf | None) -> None:
+    def ended(self, request_id: str, whole: Whole | None) -> None:
         """Keep an ended request as a whole, where that is the only way to use it.
 
         Only where the device no longer holds all that is cached. The link stores no more for
@@ -64,14 +63,13 @@ class Keeping:
 
         Args:
             request_id: Its name.
-            computed: Number of its tokens whose KV is complete.
-            tokens: Its tokens; None where nobody is to find its KV as a whole.
+            whole: What can be kept; None where nobody is to find it.
         """
         self.forget(request_id)
         residency, parking = self._residency, self._parking
         table = residency.tables.get(request_id, ())
         keeps = residency.beside and parking.enabled and self._request_keys is None
-        if tokens is None or not (table and keeps and residency.evictions and self._restores):
+        if whole is None or not (table and keeps and residency.evictions and self._restores):
             return
         if self._step != residency.planner.step:
             self._step, self._stored = residency.planner.step, 0
@@ -79,9 +77,9 @@ class Keeping:
         left = None if most is None else max(most - self._stored, 0)
         before = parking.parked_blocks
         if keep_whole(
-            residency, request_id, table, computed, self._block_size, left, spare_only=True
+            residency, request_id, table, whole.computed, self._block_size, left, spare_only=True
         ):
-            parking.ended.keep(request_id, tokens)
+            parking.ended.keep(request_id, whole.tokens)
         self._stored += parking.parked_blocks - before
 
     def forget(self, request_id: str) -> None:

@@ -156,8 +156,8 @@ def cancel(residency: Residency, blocks: Sequence[Any]) -> None:
             queue.prepend_n([block])
 
 
-def forget_unfilled(residency: Residency, table: Sequence[Any], full: int) -> None:
-    """Take blocks that hold no KV yet out of the prefix cache.
+def forget_unfilled(residency: Residency, request_id: str, computed: int, block_size: int) -> None:
+    """Take blocks that hold no KV yet, or not their state, out of the prefix cache.
 
     vLLM caches a block in the step that fills it, before it runs
     (v1/core/kv_cache_manager.py:612): if the request is preempted in that very step, it is never
@@ -165,13 +165,19 @@ def forget_unfilled(residency: Residency, table: Sequence[Any], full: int) -> No
 
     Args:
         residency: whose blocks.
-        table: of the request.
-        full: its blocks whose KV is complete.
+        request_id: of the request.
+        computed: its tokens whose KV is complete.
+        block_size: tokens of a block of the pooled group.
     """
-    for block in table[full:]:
-        if block.ref_cnt == 1 and block.block_hash is not None:
-            residency.parking.watched.changed(block.block_hash)
-            residency.entries.drop(block)
+    tables = [(residency.tables.get(request_id, ()), computed // block_size)]
+    for group in residency.beside:
+        full = group.needed(computed + 1).stop - 1  # The block of the next token is not full.
+        tables.append((group.tables.get(request_id, ()), full))
+    for table, full in tables:
+        for block in table[full:]:
+            if block.ref_cnt == 1 and block.block_hash is not None:
+                residency.parking.watched.changed(block.block_hash)
+                residency.entries.drop(block)
 
 
 def keep_tail(

@@ -31,7 +31,7 @@ from pie_vllm.policy.admission.waits import Patience
 from pie_vllm.policy.control.decider import Decision
 from pie_vllm.policy.placement.interfaces import Cached
 from pie_vllm.policy.placement.residency import Residency
-from pie_vllm.policy.pool.ended_requests import TokensOf
+from pie_vllm.policy.pool.ended_requests import Whole
 from pie_vllm.policy.pool.tails import Tail
 
 _USERS = attrgetter("ref_cnt")
@@ -216,7 +216,7 @@ class Admission:
         reserve = self.room.reserve(request)
         if parked.parked > parked.residents:
             self._lookup.protect_pooled()
-        found = request.hits or parked.parked
+        found = request.hits or parked.parked or (parked.tail and residency.beside)
         if found and (reason := self.room.short_in_step(request, reserve)):
             self.refused = reason
             if parked.tail and residency.beside and not request.beside:
@@ -262,7 +262,7 @@ class Admission:
         *,
         finished: bool,
         reusable: bool = True,
-        tokens: TokensOf | None = None,
+        whole: Whole | None = None,
     ) -> None:
         """A request is about to give its blocks back: forget it, but for KV that is worth keeping.
 
@@ -271,14 +271,14 @@ class Admission:
             computed: Number of its tokens whose KV is complete.
             finished: Whether it has ended, rather than been preempted.
             reusable: Whether its KV is right for when it comes again.
-            tokens: Of one that has ended; None where nobody is to find its KV as a whole.
+            whole: What of one that has ended can be kept; None where nobody is to find it.
         """
         keeping = self.keeping
         keeping.begins(request_id, computed)
         if not reusable:
             keeping.forget(request_id)
         elif finished:
-            keeping.ended(request_id, computed, tokens)
+            keeping.ended(request_id, whole)
         else:
             keeping.preempted(request_id, computed)
         if finished:

@@ -57,6 +57,7 @@ class Holding(NamedTuple):
         keys: Key of each in the prefix cache; None for one that is not cached.
         rows: Row of each that is pooled, by id.
         until: Number of the newest step in flight when it gave them back; None if it has them.
+        beside: Its cached blocks in groups without a pool, each with its key; none if it has them.
     """
 
     request_id: RequestId
@@ -64,6 +65,7 @@ class Holding(NamedTuple):
     keys: Sequence[Hashable | None]
     rows: Mapping[BlockId, Row]
     until: int | None = None
+    beside: Sequence[tuple[Block, Hashable]] = ()
 
     def cells(self) -> list[Cell]:
         """Its blocks, in order."""
@@ -123,7 +125,12 @@ class Flight:
     def _leave(self, request_id: RequestId) -> None:
         table = self._residency.tables.get(request_id)
         if table and any(step.plan is not None for step in self._steps):
-            self._left.append(self._holding(request_id, table, self._number))
+            held = self._holding(request_id, table, self._number)
+            self._left.append(held._replace(beside=self._cached_beside(request_id)))
+
+    def _cached_beside(self, request_id: RequestId) -> list[tuple[Block, Hashable]]:
+        tables = (group.tables.get(request_id, ()) for group in self._residency.beside)
+        return [(b, b.block_hash) for table in tables for b in table if b.block_hash is not None]
 
     def _holding(
         self, request_id: RequestId, table: Sequence[Block], until: int | None = None
@@ -162,11 +169,13 @@ class Flight:
         for block, cell in zip(residency.blocks, cells, strict=True):
             if spoilt.has(cell):
                 residency.discard(block)
-        for group in residency.beside:  # What they found upon wrong KV has keys of its own.
-            for name in spoilt.good:
-                for block in group.tables.get(name, ()):
-                    if block.block_hash is not None:
-                        residency.discard(block)
+        # What they have in other groups upon wrong KV has keys of its own.
+        beside = [pair for name in spoilt.good for pair in self._cached_beside(name)]
+        for held in self._left:
+            beside += held.beside if held.request_id in spoilt.good else ()
+        for block, key in beside:
+            if block.block_hash == key:
+                residency.discard(block)
         residency.parking.forget_spoilt(spoilt.keys, spoilt.rows, spoilt.good)
         residency.supply.withhold()
 

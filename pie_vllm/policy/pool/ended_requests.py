@@ -15,6 +15,18 @@ TokensOf = Callable[[int, int], "Sequence[int] | None"]
 where they do not say what its KV is (images, embeddings)."""
 
 
+class Whole(NamedTuple):
+    """What of a request that ends can be kept as a whole.
+
+    Attributes:
+        computed: Number of its tokens whose KV is complete, and after which its states are.
+        tokens: These tokens.
+    """
+
+    computed: int
+    tokens: TokensOf
+
+
 class Ended(NamedTuple):
     """An ended request.
 

@@ -153,6 +153,54 @@ def check_computed_elsewhere() -> None:
     )
 
 
+def check_states() -> None:
+    """Check in which blocks vLLM has states with prefix caching, ``mamba_cache_mode`` "align".
+
+    A state is in the block of its last token, where the managers allocate a block for one that was
+    computed elsewhere, v1/core/single_type_kv_cache_manager.py:1959 in 0.32, and where the runners
+    look for that of a request that is resumed, v1/worker/mamba_utils.py:1412 and :1495 (V1) and
+    v1/worker/gpu/model_states/mamba_hybrid.py:123 (V2). The step moves it to the block of its own
+    last token. An admission takes that block besides, 1855 in the managers' file, but counts one,
+    1770 there; states within a chunk of a prompt count by ``prefill_end``,
+    v1/core/kv_cache_coordinator.py:233.
+    """
+    from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+    from vllm.v1.core.single_type_kv_cache_manager import MambaManager
+    from vllm.v1.worker import mamba_utils
+    from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
+
+    expect(MambaManager.get_num_skipped_tokens, "return num_computed_tokens - 1")
+    expect(
+        MambaManager.get_num_blocks_to_allocate,
+        "physical_block_cap = 1 + int(has_partial_hit) + checkpoint_block",
+        "num_new_blocks = min(num_new_blocks, physical_block_cap)",
+    )
+    expect_in_order(
+        MambaManager.allocate_new_blocks,
+        "prev_block_len = len(req_blocks)",
+        "num_new_blocks = max(num_required_blocks - len(req_blocks), 0)",
+        "new_blocks = self.block_pool.get_new_blocks(num_new_blocks)",
+    )
+    expect(
+        KVCacheCoordinator.get_num_blocks_to_allocate,
+        "if self.retention_interval != 0:",
+        "prefill_end = 0",
+    )
+    expect(
+        mamba_utils.cleanup_mamba_state_idx,
+        "(finished_req_ids, preempted_req_ids, resumed_req_ids)",
+    )
+    expect(
+        mamba_utils.preprocess_mamba,
+        "prev_state_idx = (req_state.num_computed_tokens - 1) // block_size",
+        "cdiv(req_state.num_computed_tokens + num_scheduled_tokens, block_size)",
+    )
+    expect(
+        MambaHybridModelState.add_request,
+        "(new_req_data.num_computed_tokens - 1) // mamba_block_size",
+    )
+
+
 def own_block_manager(factory: Callable[..., Any]) -> Any:
     """Make vLLM's scheduler build its KV cache manager by ``factory``.
 

@@ -17,13 +17,14 @@ from pie_vllm.policy.admission.lookup import ParkedHits
 from pie_vllm.policy.admission.transaction import Admission
 from pie_vllm.policy.placement.interfaces import PrefixEntries
 from pie_vllm.policy.placement.residency import Residency
+from pie_vllm.policy.pool.ended_requests import Whole
 from pie_vllm.policy.speculation import NO_SPECULATION, DraftsInFlight, Speculation
 from pie_vllm.vllm import layer_refusals
 from pie_vllm.vllm.compat import engine_core
 from pie_vllm.vllm.kv_groups import KvGroups
 from pie_vllm.vllm.scheduler_side.block_keys import tokens_of
 from pie_vllm.vllm.scheduler_side.block_pool import NotingBlockPool, PieBlockPool
-from pie_vllm.vllm.scheduler_side.groups_beside import groups_beside
+from pie_vllm.vllm.scheduler_side.groups_beside import groups_beside, new_residents
 from pie_vllm.vllm.scheduler_side.hit_counts import HitCounts
 from pie_vllm.vllm.scheduler_side.prefix_lookup import Computed, PrefixLookup
 from pie_vllm.vllm.scheduler_side.stale_kv import StaleKv
@@ -124,6 +125,7 @@ class PieBlockSpaceManager(KVCacheManager):
         self._in_full = engine_core.fills_only_blocks(self.coordinator)
         self._tables, self._num_cached = own.req_to_blocks, own.num_cached_block
         self._caches = own.enable_caching
+        self._has_states = any(hasattr(manager, "mamba_cache_mode") for manager in managers)
         self.admission = Admission(
             self.residency,
             pool.cached,
@@ -267,11 +269,10 @@ class PieBlockSpaceManager(KVCacheManager):
         others = others_now = 0
         lookahead = max(0, min(num_lookahead_tokens, self.max_model_len - step_end))
         if self.groups.others:
-            spans = self._others(request, found, num_new_computed_tokens, span)
+            asks = self.coordinator, self.groups.others, request, found.blocks
+            spans = new_residents(*asks, num_new_computed_tokens, span)
             others = sum(map(min, spans, self.groups.residents_min))
-            others_now = sum(
-                self._others(request, found, num_new_computed_tokens, step_end, lookahead)
-            )
+            others_now = sum(new_residents(*asks, num_new_computed_tokens, step_end, lookahead))
         candidate = Candidate(
             request.request_id,
             request.num_tokens,
@@ -317,33 +318,6 @@ class PieBlockSpaceManager(KVCacheManager):
             self.hit_counts.count(request.request_id, transaction.hits, parked)
         return blocks
 
-    def _others(
-        self,
-        request: Request,
-        found: KVCacheBlocks,
-        hit: int,
-        tokens: int,
-        lookahead: int = 0,
-    ) -> list[int]:
-        """Residents that a request takes in each group without a pool for so many of its tokens.
-
-        As vLLM counts them, v1/core/kv_cache_coordinator.py:190 in 0.32.
-        """
-        computed = request.num_computed_tokens + hit
-        managers = self.coordinator.single_type_managers
-        return [
-            managers[group].get_num_blocks_to_allocate(
-                request.request_id,
-                tokens + lookahead,
-                found.blocks[group],
-                computed,
-                computed,
-                tokens,
-                prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
-            )
-            for group in self.groups.others
-        ]
-
     def _of_pooled_group(self, block: Any) -> bool:
         """Whether the entry that a cached block has is one of the pooled group."""
         return bool(get_group_id(block.block_hash) == self.groups.pooled)
@@ -372,20 +346,25 @@ class PieBlockSpaceManager(KVCacheManager):
             self.hit_counts.forget(request_id)
         elif reusable and self.residency.tables.get(request_id):
             self.hit_counts.preempted(request_id, computed)
-        tokens = None
-        if finished and self.groups.others:
-            # The token sampled last is computed in no step, or in one that is in flight.
-            kept = min(kept, request.num_tokens - 1)
-            tokens = tokens_of(request, kept)
         self.admission.releases(
             request_id,
             kept,
             finished=finished,
             reusable=reusable and self.lookup.looks_up(request),
-            tokens=tokens,
+            whole=self._whole(request, kept) if finished and self.groups.others else None,
         )
         super().free(request)
         self.stale.freed(request)
+
+    def _whole(self, request: Request, computed: int) -> Whole | None:
+        """What of an ended request with so many computed tokens can be kept as a whole.
+
+        The token sampled last is computed in no step, or in one that is in flight, after which a
+        state is one of that token, too.
+        """
+        known = request.num_tokens
+        computed = computed if self._has_states else min(computed, known - 1)
+        return Whole(computed, tokens_of(request, known)) if computed <= known else None
 
     def pop_blocks_for_free(self, request: Request) -> Any:
         """Not offered: the blocks would be in use without a request that holds them.

@@ -112,6 +112,7 @@ class PieSchedulerMixin(_Mixed):
             turns=takes_turns(vllm_config, self.has_mamba_layers),
         )
         longest = cdiv(vllm_config.model_config.max_model_len, block_size)
+        longest += sum(manager.groups.residents_min)
         controller.pool = ElasticPool(
             geometry,
             longest + 1 - geometry.resident_blocks,

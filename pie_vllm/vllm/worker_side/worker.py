@@ -187,7 +187,7 @@ class PieWorkerMixin(_Mixed):
                 "Those of preempted requests are parked."
                 if groups.parks
                 else "Preempted requests are computed again: rows of the pool do not hold all "
-                "pages of these blocks, or a state is in more than one (prefix caching).",
+                "pages of these blocks.",
             )
 
     def _pie_without_tables(self, device_bytes: int, pool_bytes: int) -> int:

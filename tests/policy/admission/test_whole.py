@@ -32,20 +32,22 @@ class Model:
     Attributes:
         pool: blocks and the table of the pooled group.
         windows: tables of the other group.
+        window: tokens that it reaches back to, the next one included; a state is like two, and is
+            in the block of its last token.
     """
 
-    def __init__(self, resident: int = 12, rows: int = 12) -> None:
+    def __init__(self, resident: int = 12, rows: int = 12, window: int = WINDOW) -> None:
         self.windows: dict[str, list[Any]] = {}
+        self.window = window
         beside = GroupBeside(1, self.windows, self.needed)
         sizes = Geometry(2, 4096, resident, 4, 1, rows, rows, 4096)
         self.pool = FakePool(sizes, "lru", [beside])
         self.admission = Admission(self.pool.residency, self.pool.find, SIZE)
         self.admission.begin_step(ALL, 0)
 
-    @staticmethod
-    def needed(tokens: int) -> range:
+    def needed(self, tokens: int) -> range:
         """The blocks that the window reaches back to."""
-        return range(max(0, tokens - WINDOW + 1) // SIZE, cdiv(tokens, SIZE))
+        return range(max(0, tokens - self.window + 1) // SIZE, cdiv(tokens, SIZE))
 
     def give_window(self, name: str, blocks: int) -> None:
         """A request gets the last of so many blocks of its window."""
@@ -56,17 +58,17 @@ class Model:
             block.ref_cnt = 1
         self.windows[name] = [null] * (blocks - len(new)) + new
 
-    def run(self) -> None:
+    def run(self, computed: int = COMPUTED) -> None:
         """The request computes its tokens; its full blocks have keys."""
-        take(self.pool, "c", 4)
-        self.give_window("c", 4)
+        take(self.pool, "c", cdiv(computed, SIZE))
+        self.give_window("c", cdiv(computed, SIZE))
         for block, key in zip(self.pool.tables["c"], KEYS, strict=False):
             block.block_hash = key
             self.pool.cached[key] = block
 
-    def preempt(self) -> None:
-        """It gives all back; the step goes on."""
-        self.admission.releases("c", COMPUTED, finished=False)
+    def preempt(self, computed: int = COMPUTED) -> None:
+        """It gives all back after so many tokens; the step goes on."""
+        self.admission.releases("c", computed, finished=False)
         self.pool.free("c")
         for block in self.windows.pop("c"):
             if not block.is_null:
@@ -92,10 +94,11 @@ def model() -> Model:
     return made
 
 
-def asks(parked: ParkedHits, **other: Any) -> Candidate:
-    """It is to compute one token."""
-    new = COMPUTED + 1 - parked.tokens
-    made = Candidate("c", COMPUTED + 1, 0, [], parked, new, COMPUTED + 1, whole=True, beside=True)
+def asks(parked: ParkedHits, computed: int = COMPUTED, **other: Any) -> Candidate:
+    """It is to compute one token behind so many."""
+    all_of_it = computed + 1
+    new = all_of_it - parked.tokens
+    made = Candidate("c", all_of_it, 0, [], parked, new, all_of_it, whole=True, beside=True)
     return made._replace(others=2, others_now=2, **other)
 
 
@@ -124,6 +127,74 @@ def test_all_of_it_comes_back(model: Model) -> None:
     assert {*window, last} <= {*filled}
     assert not pool.residency.parking.tails
     pool.residency.check_integrity()
+
+
+STATE = 2
+"""Tokens that a state is like a window of."""
+
+
+@pytest.mark.parametrize("computed", [47, 48, 49])
+def test_a_state_comes_back_into_the_block_of_its_last_token(computed: int) -> None:
+    """With keys, within a block and at its end; where the step moves it to is not filled."""
+    model = Model(window=STATE)
+    model.run(computed)
+    model.preempt(computed)
+    (kept,) = (b for b in model.pool.residency.parking.tails._tails["c"].blocks if b.group == 1)
+    assert kept.index == (computed - 1) // SIZE
+    take(model.pool, "b", 11)
+    model.pool.free("b")
+    parked = model.find(tokens=computed + 1)
+    assert parked is not None
+    assert (parked.tokens, parked.tail) == (computed, True)
+    pool, null = model.pool, model.pool.blocks[0]
+    transaction = model.admission.prepare(asks(parked, computed=computed))
+    assert transaction is not None
+    pool.tables["c"] = []
+    with transaction:
+        pool.hit("c", transaction.hits)
+        assert pool.allocate("c", cdiv(computed + 1, SIZE) - len(transaction.hits))
+        new = pool.residency.queue.popleft_n(cdiv(computed + 1, SIZE) - kept.index)
+        for block in new:
+            pool.drop(block)
+            block.ref_cnt = 1
+        model.windows["c"] = [null] * kept.index + new
+    transaction.commit()
+    assert pool.residency.parking.copies.restores[new[0].block_id] == kept.row
+    assert not {block.block_id for block in new[1:]} & {*pool.residency.parking.copies.restores}
+
+
+@pytest.mark.parametrize("computed", [32, 40, 47])
+def test_a_state_that_no_step_has_left_is_not_cached(computed: int) -> None:
+    """vLLM caches it in the step that leaves it, in which its request may be preempted."""
+    model = Model(window=STATE)
+    model.run()
+    left, coming = model.pool.residency.queue.popleft_n(2)
+    null = model.pool.blocks[0]
+    model.windows["c"] = [null, left, coming]
+    for block, key in ((left, "state-1"), (coming, "state-2")):
+        model.pool.drop(block)
+        block.ref_cnt, block.block_hash = 1, key
+        model.pool.cached[key] = block
+    model.admission.releases("c", computed, finished=False)
+    assert left.block_hash == "state-1"
+    assert coming.block_hash is None
+    assert "state-2" not in model.pool.cached
+
+
+def test_a_short_request_waits_for_the_room_of_its_state() -> None:
+    """It has no full blocks; what its groups take is counted all the same."""
+    model = Model(window=STATE)
+    take(model.pool, "c", 1)
+    model.give_window("c", 1)
+    model.preempt(9)
+    parked = model.find(tokens=10)
+    assert parked is not None
+    assert (parked.parked, parked.tail, parked.tokens) == (0, True, 9)
+    free = model.pool.residency.queue.num_free_blocks
+    request = asks(parked, computed=9)._replace(others=1)
+    assert model.admission.prepare(request._replace(others_now=free)) is None
+    assert model.admission.refused == "residents"
+    assert model.admission.prepare(request._replace(others_now=free - 1)) is not None
 
 
 def test_a_block_that_vllm_did_not_allocate_is_an_error(model: Model) -> None:

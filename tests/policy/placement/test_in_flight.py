@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from pie_vllm.geometry import Geometry
 from pie_vllm.plan import StepPlan
 from pie_vllm.policy.placement.in_flight import Flight
+from pie_vllm.policy.placement.interfaces import GroupBeside
 from tests.helpers.fakes import FakePool
 
 BLOCK = 4
@@ -14,10 +17,16 @@ RESIDENT = 8
 
 
 class Bench:
-    """Two requests of four blocks each over seven residents; the first block of "old" is pooled."""
+    """Two requests of four blocks each over seven residents; the first block of "old" is pooled.
+
+    Attributes:
+        states: tables of another group of layers.
+    """
 
     def __init__(self) -> None:
-        self.pool = FakePool(Geometry(2, 4096, RESIDENT, 8, 1, 8, 3, 4096))
+        self.states: dict[str, list[Any]] = {}
+        beside = GroupBeside(1, self.states, lambda tokens: range(tokens // BLOCK))
+        self.pool = FakePool(Geometry(2, 4096, RESIDENT, 8, 1, 8, 3, 4096), beside=[beside])
         self.residency = self.pool.residency
         self.flight = Flight(self.residency, BLOCK)
         for name in ("old", "new"):
@@ -106,6 +115,40 @@ def test_a_request_that_left_meanwhile_is_named_as_long_as_its_steps_are_in_flig
             assert bench.flight.failed(later) == {}
         else:
             assert bench.flight.failed(token) == {"old": 13}
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_state_upon_wrong_kv_is_not_found_any_more(left: bool) -> None:
+    """It has a key of its own, by which others find it once the other blocks are computed anew."""
+    bench = Bench()
+    bench.flight.landed(bench.submit(old=12, new=12)[0])
+    token, _ = bench.submit(old=13, new=13)
+    wrong, right = bench.pool.blocks[-2:]
+    for block, key, name in ((wrong, "state of old", "old"), (right, "state of new", "new")):
+        block.block_hash = key
+        bench.pool.cached[key] = block
+        bench.states[name] = [bench.pool.blocks[0], block]
+    if left:
+        bench.pool.free("old")
+        del bench.states["old"]
+    assert bench.flight.failed(token) == {"old": 13}
+    assert [*bench.pool.cached] == ["state of new"]
+
+
+def test_what_left_and_was_given_out_again_is_not_touched() -> None:
+    """The block has another key by then."""
+    bench = Bench()
+    bench.flight.landed(bench.submit(old=12, new=12)[0])
+    token, _ = bench.submit(old=13, new=13)
+    block = bench.pool.blocks[-1]
+    block.block_hash = "state of old"
+    bench.states["old"] = [block]
+    bench.pool.free("old")
+    del bench.states["old"]
+    block.block_hash = "of somebody else"
+    bench.pool.cached[block.block_hash] = block
+    assert bench.flight.failed(token) == {"old": 13}
+    assert [*bench.pool.cached] == ["of somebody else"]
 
 
 def test_nothing_is_known_of_steps_that_were_cleared() -> None:
