@@ -16,6 +16,7 @@ from tests.helpers.engine import EngineError, Engines, Setup
 from tests.helpers.engine_load import ngram, tokens
 from tests.helpers.model_runs import (
     check_came_back,
+    check_found,
     check_next_turns,
     check_preempted,
     check_returning,
@@ -161,6 +162,22 @@ def test_next_turns_go_on_where_the_first_ended(engines: Engines, folder: Path, 
     """Windows and full blocks of ended requests come back together, to the last token."""
     setup, turns, stock = turns_setups(engines, folder, name)
     check_next_turns(engines.run(setup, turns), stock)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("lost", [False, True])
+def test_next_turns_go_on_with_states(engines: Engines, folder: Path, *, lost: bool) -> None:
+    """What is found are all tokens of the first turn; without their states answers are others.
+
+    Stock's own tokens change with the chunks that a prompt is computed in (28 of 32 answers): only
+    the first token of an answer tells. The tags of ``test_groups`` tell of each page.
+    """
+    setup, turns, stock = turns_setups(engines, folder, "qwen3-next")
+    pie = engines.run(replace(setup, lost_beside=lost), turns)
+    check_found(pie)
+    pairs = zip(tokens(pie[3]), tokens(stock[3]), strict=True)
+    equal = sum(mine[0][0] == right[0][0] for mine, right in pairs)
+    assert equal < 8 if lost else equal > 20, f"{equal} first tokens are stock's"
 
 
 def test_windows_of_ended_requests_that_do_not_come_back_show(
