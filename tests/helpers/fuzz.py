@@ -305,14 +305,14 @@ def random_groups_returning(seed: int, *, asynchronous: bool | None = None, **si
     case = next(case for case in draws if case.options["enable_prefix_caching"])
     rng = random.Random(seed + 4_000_000)
     longest = max(len(prompt) for prompt, _ in case.load)
-    load = case.load + random_load(rng, 12, longest, min(12, case.load[0][1]), 0)
+    load = case.load[:10] + random_load(rng, 4, longest, min(12, case.load[0][1]), 0)
     return case._replace(
         load=load,
         aborts=rng.choice([0.0, 0.02]),
         resets=rng.choice([0.0, 0.0, 0.01]),
         follow_ups=0.8,
         salts=rng.choice([1, 1, 2]),
-        altered=rng.choice([0.0, 0.3]),
+        altered=rng.choice([0.0, 0.5]),
     )
 
 

@@ -90,11 +90,10 @@ def test_what_preempted_requests_kept_is_right(fuzz_seeds: range, asynchronous: 
 
 
 @pytest.mark.fuzz
-@pytest.mark.parametrize("asynchronous", [False, True])
 def test_what_ended_requests_kept_is_right(
-    monkeypatch: pytest.MonkeyPatch, fuzz_seeds: range, asynchronous: bool
+    monkeypatch: pytest.MonkeyPatch, fuzz_seeds: range
 ) -> None:
-    """The next turn of a chat goes on with windows and full blocks out of the pool."""
+    """The next turn of a chat goes on with windows, states and full blocks out of the pool."""
     taken: Counter[str] = Counter()
     take_over = EndedRequests.take_over
 
@@ -104,7 +103,7 @@ def test_what_ended_requests_kept_is_right(
 
     monkeypatch.setattr(EndedRequests, "take_over", counted)
     for seed in fuzz_seeds:
-        run(seed, random_groups_returning, asynchronous=asynchronous)
+        run(seed, random_groups_returning)
     assert taken["over"] > len(fuzz_seeds)
 
 
@@ -121,14 +120,14 @@ def test_other_last_tokens_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         return longest(self, keys, tokens, more_than)
 
     monkeypatch.setattr(EndedRequests, "longest", blind)
-    for seed in range(32):
+    for seed in range(100):
         try:
             run(seed, random_groups_returning)
         except AssertionError as error:
             if "foreign KV" not in str(error) and "answer" not in str(error):
                 raise
             return
-    pytest.fail("32 seeds did not notice")
+    pytest.fail("100 seeds did not notice")
 
 
 FLAGS = [

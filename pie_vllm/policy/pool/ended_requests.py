@@ -31,10 +31,12 @@ class Ended(NamedTuple):
     """An ended request.
 
     Attributes:
+        request_id: Its name.
         tail: Its blocks beside the full ones, with the keys of these.
         last: Its tokens behind the full blocks, up to ``tail.tokens``.
     """
 
+    request_id: str
     tail: Tail
     last: tuple[int, ...]
 
@@ -85,7 +87,7 @@ class EndedRequests:
             self._tails.give_up(tail)
             return False
         self.drop(tail.keys[-1])
-        self._ended[tail.keys[-1]] = Ended(tail, tuple(last))
+        self._ended[tail.keys[-1]] = Ended(request_id, tail, tuple(last))
         self.changes += 1
         return True
 
@@ -142,10 +144,10 @@ class EndedRequests:
             self.drop(key)
         return key is not None
 
-    def drop_in(self, rows: Collection[int]) -> None:
-        """Forget those with a block in these rows."""
+    def drop_in(self, requests: Collection[str], rows: Collection[int]) -> None:
+        """Forget those of these names, and those with a block in these rows."""
         for key, ended in [*self._ended.items()]:
-            if any(block.row in rows for block in ended.tail.blocks):
+            if ended.request_id in requests or any(b.row in rows for b in ended.tail.blocks):
                 self.drop(key)
 
     def clear(self) -> None:

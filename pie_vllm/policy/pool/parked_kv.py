@@ -373,7 +373,7 @@ class Parking:
         """
         self.forget((*self._index.keys_in(rows), *keys))
         self.tails.drop_in(requests, rows)
-        self.ended.drop_in(rows)
+        self.ended.drop_in(requests, rows)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless rows and index agree; costs a pass over the index."""

@@ -18,6 +18,7 @@ class StepCopies:
         stores: resident id by row; demotions write theirs here, too.
         restores: row by resident id of the page that is filled.
         leaving: parked rows that are free once the step is planned.
+        kept_pages: pages that are stored for tails with blocks of several groups.
         stores_beside: whether a store may read a page of a group of layers without a pool.
         fills_beside: whether a restore fills such a page.
         allowance: pages that may still be stored for parking in this step; None is without end.
@@ -30,6 +31,7 @@ class StepCopies:
         self.stores: dict[int, int] = {}
         self.restores: dict[int, int] = {}
         self.leaving: set[int] = set()
+        self.kept_pages: set[int] = set()
         self.stores_beside = self.fills_beside = False
         self.allowance: int | None = None
         self.parked_blocks = 0
@@ -37,7 +39,7 @@ class StepCopies:
     @property
     def pending(self) -> bool:
         """Whether ``take`` has something to do."""
-        return bool(self.stores or self.restores or self.leaving)
+        return bool(self.stores or self.restores or self.leaving or self.kept_pages)
 
     def store_parked(self, row: int, resident: int) -> None:
         """Have a resident page stored to a parked row, for which the allowance gets smaller."""
@@ -76,6 +78,7 @@ class StepCopies:
         restores = [*self.restores.items()]
         self.stores.clear()
         self.restores.clear()
+        self.kept_pages.clear()
         self.stores_beside = self.fills_beside = False
         self.free_leaving()
         return stores, restores

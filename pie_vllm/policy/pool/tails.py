@@ -128,11 +128,13 @@ class Tails:
             spare_only: Whether KV of requests that come again is not given up for it.
 
         Returns:
-            Whether there was room.
+            Whether there was room, and nobody who shares a block is kept in the same step.
         """
-        if not self._enabled:
-            return False
         self.drop(request_id)
+        # Requests of one prefix may share a window, and a step stores a page once.
+        pages = [block.block_id for block, _, _ in blocks]
+        if not self._enabled or not self._copies.kept_pages.isdisjoint(pages):
+            return False
         take = self._room.take_spare if spare_only else self._room.take
         kept: list[TailBlock] = []
         for block, index, group in blocks:
@@ -147,6 +149,7 @@ class Tails:
                 self._copies.store_parked(row, block.block_id)
             if group is not None:
                 self._copies.stores_beside = True
+        self._copies.kept_pages.update(pages)
         tail = Tail(tuple(kept), len(keys), tokens, True, tuple(keys), tokens_beside)
         self.keep(request_id, tail)
         return True

@@ -71,8 +71,9 @@ class PrefixLookup:
         self._parked.clear()
         cap = () if tokens_max is None else (tokens_max,)
         if self._groups.others:
-            kept = None if cap else self._find_kept(request) or self._find_ended(request)
-            return kept or self._stock(request, *cap)
+            if cap:
+                return self._stock(request, *cap)
+            return self._find_kept(request) or self._find_ended(request)
         if not self.looks_up(request):
             return self._stock(request, *cap)
         # Hashes are chained: the last one stands for all.
@@ -147,28 +148,27 @@ class PrefixLookup:
         found = empty if parked.incomplete else self.of_pooled(hits)
         return found, parked.tokens, 0
 
-    def _find_ended(self, request: Request) -> Computed | None:
-        """What an ended request kept with all of whose tokens this one begins; None if nothing.
+    def _find_ended(self, request: Request) -> Computed:
+        """What an ended request kept with all of whose tokens this one begins, or what vLLM finds.
 
-        It is this one's from now on, as if this one had been preempted.
+        The former is this one's from now on, as if this one had been preempted.
         """
-        ended, name = self._ended, request.request_id
+        stock, ended, name = self._stock(request), self._ended, request.request_id
         asked = name, request.num_tokens, ended.changes
         if not ended or asked == self._asked or not self.looks_up(request):
-            return None
+            return stock
         self._asked = asked
         end = findable_blocks(request, self._block_size, None)
         keys = [*hash_keys(request, 0, end, self._groups.pooled)]
-        _, hit, _ = self._stock(request)
-        found = ended.longest(keys, tokens_of(request, request.num_tokens - 1), hit)
+        found = ended.longest(keys, tokens_of(request, request.num_tokens - 1), stock[1])
         if found is None:
-            return None
+            return stock
         key, tail = found
         if not self._are_there(tail.keys):
             ended.drop(key)
-            return None
+            return stock
         ended.take_over(key, name)
-        return self._find_kept(request)
+        return self._find_kept(request) or stock
 
     def _are_there(self, keys: Sequence[Any]) -> bool:
         """Whether all of these full blocks are cached or parked."""

@@ -104,11 +104,28 @@ def test_without_tokens_or_keys_nothing_is_kept() -> None:
     block = pool.tables["a"][0]
     assert tails.keep_whole("a", [(block, 0, None)], [], 3, 3)
     assert not ended.keep("a", tokens(1, 2, 3))
+    pool.residency.parking.take()
     assert tails.keep_whole("a", [(block, 1, None)], ["x"], SIZE + 3, 3)
     assert not ended.keep("a", lambda *_: None)
     assert (len(ended), len(tails), len(tails.keys)) == (0, 0, 0)
     assert pool.residency.rows.num_parked == 0
     assert not pool.residency.parking.copies.stores
+
+
+def test_of_two_that_share_a_window_one_is_kept() -> None:
+    """A step stores a page once; in the next step, either is."""
+    pool = make(preempted_only=True)
+    tails, ended = pool.residency.parking.tails, pool.residency.parking.ended
+    take(pool, "a", 2)
+    blocks: list[tuple[Any, int, int | None]] = [(b, 1, 1) for b in pool.tables["a"]]
+    assert tails.keep_whole("a", blocks[:1], ["x"], SIZE, 0)
+    assert not tails.keep_whole("b", blocks, ["y"], SIZE, 0)
+    assert tails.keep_whole("c", blocks[1:], ["z"], SIZE, 0)
+    assert ended.keep("a", tokens())
+    ended.drop("x")
+    tails.drop("c")
+    assert pool.residency.end_step({}, (), False, None) is None
+    assert tails.keep_whole("b", blocks, ["y"], SIZE, 0)
 
 
 def test_a_later_turn_of_the_same_blocks_takes_the_place() -> None:
@@ -154,9 +171,10 @@ def test_a_request_that_comes_again_keeps_its_rows() -> None:
 
 
 def test_wrong_rows_and_new_weights_are_forgotten() -> None:
-    """No key is wanted any more, and all rows are free."""
+    """And what a request with wrong KV left; no key is wanted any more, and all rows are free."""
     for forget in (
         lambda parking: parking.forget_spoilt((), {parking.ended.rows()[0]}, ()),
+        lambda parking: parking.forget_spoilt((), (), {"a"}),
         lambda parking: parking.clear(),
     ):
         pool = make(preempted_only=True)
