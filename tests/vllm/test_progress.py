@@ -68,7 +68,7 @@ def test_a_deadlock_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: where running requests claim all residents, nobody is admitted."""
     monkeypatch.setattr(ScheduleView, "claims", lambda _: Claims(tails=1000))
     case = random_case(0)
-    with pytest.raises(AssertionError, match="runs nothing"):
+    with pytest.raises(AssertionError, match=r"no progress.*(runs nothing|, 0 requests)"):
         play(driver_of(case), case)
 
 

@@ -92,10 +92,10 @@ def test_preempted_requests_compute_nothing_again(asynchronous: bool, caching: b
     manager, at = made.scheduler.kv_cache_manager, set()
     releases = manager.admission.releases
 
-    def noted(request_id: str, computed: int, *, finished: bool, reusable: bool) -> None:
+    def noted(request_id: str, computed: int, *, finished: bool, **more: Any) -> None:
         if not finished:
             at.add(computed % BLOCK_SIZE)
-        releases(request_id, computed, finished=finished, reusable=reusable)
+        releases(request_id, computed, finished=finished, **more)
 
     manager.admission.releases = noted
     made.run()
