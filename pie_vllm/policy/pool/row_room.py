@@ -49,16 +49,20 @@ class RowRoom:
 
     def take_spare(self, place: int | None) -> int | None:
         """``take``, but no other KV than that which ``give_up_whole`` gives up is evicted."""
+        self._give_up_wholes()
+        return self._rows.take_parked(place)
+
+    def _give_up_wholes(self) -> None:
+        """Give up what is kept as a whole of requests, until a row is free or nothing is left."""
         while not self._rows.has_free and self.give_up_whole():
             pass
-        return self._rows.take_parked(place)
 
     def take_first(self, places: list[int | None]) -> list[int]:
         """Rows to park the first blocks of such places in, as ``take`` finds them one by one.
 
         Returns:
             The rows of as many blocks as are alike: those whose places have rows, or those for
-            which the same spare rows are left. None if no row can be had.
+            which the same spare rows are left. It is empty if no row can be had.
         """
         rows, place = self._rows, places[0]
         if place is not None and rows.offers(place):
@@ -79,8 +83,7 @@ class RowRoom:
         rows = self._rows
         if place is not None and not rows.offers(place):
             self._evict_extent()
-        while not rows.has_free and self.give_up_whole():
-            pass
+        self._give_up_wholes()
         if not rows.has_free:
             self.give_up(self._index.oldest_keys(count))
         return rows.has_free

@@ -53,8 +53,7 @@ class PrefixLookup:
             drops_last: Whether the last block of a hit is computed again, for a head that drafts.
         """
         self._manager, self._stock, self._admission = manager, stock, admission
-        self._tails, self._groups, self._block_size = parking.tails, groups, block_size
-        self._parking, self._ended = parking, parking.ended
+        self._parking, self._groups, self._block_size = parking, groups, block_size
         self._asked: tuple[object, ...] = ()  # For whom ended requests were looked at last.
         self._cached_first: Callable[[Sequence[Any]], list[Any]] = manager.block_pool.cached_first
         self._by_request, self._drops_last = by_request, drops_last
@@ -129,7 +128,7 @@ class PrefixLookup:
         Blocks of groups without a pool are allocated anew, and filled when it is admitted.
         """
         name = request.request_id
-        tail = self._tails.find(name)
+        tail = self._parking.tails.find(name)
         if tail is None or not self.looks_up(request):
             return None
         state = (request.num_tokens, *request.block_hashes[-1:])
@@ -153,7 +152,7 @@ class PrefixLookup:
 
         The former is this one's from now on, as if this one had been preempted.
         """
-        stock, ended, name = self._stock(request), self._ended, request.request_id
+        stock, ended, name = self._stock(request), self._parking.ended, request.request_id
         asked = name, request.num_tokens, ended.changes
         if not ended or asked == self._asked or not self.looks_up(request):
             return stock
